@@ -1,0 +1,160 @@
+"""Selection on a CPU: a bound that is surely low enough, a short list of what reaches it, and an exact cut.
+
+Maxima over groups of entries bound a cut from below: at least k entries reach the k-th largest of the maxima. One
+comparison and one compaction leave a list little longer than the budget, in order of token, then feature, on
+which sorting is cheap. Nothing here is an estimate, so results never depend on the grouping.
+"""
+
+import torch
+from torch import Tensor
+
+from sae_train.kernels.matches import Matches, pack
+from sae_train.kernels.radix import kth_largest
+from sae_train.kernels.reference import column_cuts
+from sae_train.ranks import Ranks
+
+
+def select_batch(pre_NF: Tensor, *, budget: int, capacity: int, ranks: Ranks) -> Matches:
+    """Keep the `budget` largest positive entries of all ranks' rows; see selection.select_batch."""
+    group = _group_size(budget / max(1, pre_NF.numel() * ranks.size), pre_NF.numel())
+    bound = kth_largest(_group_maxima(pre_NF.reshape(1, -1), group), budget, ranks)
+    index, value = _reaching(pre_NF, bound)
+    cut = kth_largest(value, budget, ranks)
+    above, tied = value > cut, value == cut
+    above_R, tied_R = ranks.gather(torch.stack([above.sum(), tied.sum()])).unbind(1)
+    left = budget - above_R.sum() - tied_R[: ranks.rank].sum()
+    keep = above | (tied & (tied.cumsum(0) <= left))
+    return pack(index[keep], value[keep], shape=_shape(pre_NF), capacity=capacity)
+
+
+def select_rows(pre_NF: Tensor, *, k: int, capacity: int) -> Matches:
+    """Keep each row's `k` largest positive entries; see selection.select_rows."""
+    n_tokens, n_features = pre_NF.shape
+    group = _group_size(k / max(1, n_features), n_features)
+    maxima = _group_maxima(pre_NF, group)
+    bound_N1 = _kth_of_rows(maxima, k)
+    index, value = _reaching(pre_NF, bound_N1)
+    token = torch.div(index, n_features, rounding_mode="floor")
+    keep = _leading(value, token, torch.full((n_tokens,), k))
+    return pack(index[keep], value[keep], shape=_shape(pre_NF), capacity=capacity)
+
+
+def select_columns(pre_NF: Tensor, *, budget_F: Tensor, capacity: int, ranks: Ranks) -> Matches:
+    """Keep each column's `budget_F[j]` largest positive entries of all ranks' rows; see selection.select_columns."""
+    n_tokens, n_features = pre_NF.shape
+    local_F = budget_F.clamp(max=n_tokens)
+    index, value = _reaching(pre_NF, _column_bounds(pre_NF, local_F))
+    column = index.remainder(n_features)
+    keep = _leading(value, column, local_F)
+    index, value, column = index[keep], value[keep], column[keep]
+    if ranks.size > 1:
+        keep = _kept_here(value, column, local_F, budget_F, ranks)
+        index, value = index[keep], value[keep]
+    return pack(index, value, shape=_shape(pre_NF), capacity=capacity)
+
+
+def _kept_here(value: Tensor, column: Tensor, local_F: Tensor, budget_F: Tensor, ranks: Ranks) -> Tensor:
+    """Return which of this rank's candidates stay when all ranks' are compared."""
+    slot_F = local_F.cumsum(0) - local_F
+    sent = value.new_zeros(int(local_F.sum()))
+    sent[slot_F[column] + _place_in_group(column, len(local_F))] = value
+    columns = torch.arange(len(local_F)).repeat_interleave(local_F)
+    cut_F, left_F = column_cuts(sent, columns, budget_F, ranks)
+    tied = value == cut_F[column]
+    ties = tied.nonzero().squeeze(1)
+    tied_and_kept = torch.zeros_like(tied)
+    tied_and_kept[ties] = _place_in_group(column[ties], len(local_F)) < left_F[column[ties]]
+    return (value > cut_F[column]) | tied_and_kept
+
+
+def _reaching(pre_NF: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """Return flat index (ascending) and value of the positive entries that reach `bound` (broadcast to pre_NF)."""
+    least = torch.nextafter(pre_NF.new_zeros(()), pre_NF.new_ones(()))
+    index = flat_nonzero(pre_NF >= torch.maximum(bound, least))
+    return index, pre_NF.reshape(-1)[index]
+
+
+def flat_nonzero(flag_NF: Tensor) -> Tensor:
+    """Return the ascending flat indices where `flag_NF` holds; eight flags at a time, as few of them hold."""
+    flat = flag_NF.reshape(-1)
+    whole = len(flat) // 8 * 8
+    words = flat[:whole].view(torch.int64).nonzero().squeeze(1)
+    inside = flat[:whole].view(-1, 8)[words].reshape(-1).nonzero().squeeze(1)
+    index = words[inside >> 3] * 8 + (inside & 7)
+    if whole == len(flat):
+        return index
+    return torch.cat([index, flat[whole:].nonzero().squeeze(1) + whole])
+
+
+def _leading(value: Tensor, group: Tensor, budget_G: Tensor) -> Tensor:
+    """Return which entries are among their group's budget_G[g] largest; ties to the earlier entry."""
+    order = value.sort(descending=True, stable=True).indices
+    by_group = group[order].sort(stable=True)
+    start_G = torch.searchsorted(by_group.values, torch.arange(len(budget_G)))
+    place = torch.arange(len(value)) - start_G[by_group.values]
+    keep = torch.zeros(len(value), dtype=torch.bool)
+    keep[order[by_group.indices]] = place < budget_G[by_group.values]
+    return keep
+
+
+def _place_in_group(group: Tensor, n_groups: int) -> Tensor:
+    """Return for each entry how many earlier entries are of its group."""
+    by_group = group.sort(stable=True)
+    start_G = torch.searchsorted(by_group.values, torch.arange(n_groups))
+    place = torch.empty_like(group)
+    place[by_group.indices] = torch.arange(len(group)) - start_G[by_group.values]
+    return place
+
+
+def _group_size(density: float, length: int) -> int:
+    """Return how many entries a group holds: about a third of the groups then reach the cut."""
+    size = 1
+    while size < 256 and size * 2 * 3 * density <= 1 and size * 2 <= length:
+        size *= 2
+    return size
+
+
+def _group_maxima(rows_NL: Tensor, size: int) -> Tensor:
+    """Return the maxima [N, L // size + rest] of groups of `size` entries of each row; the rest stay single."""
+    if size == 1:
+        return rows_NL
+    n_groups = rows_NL.shape[1] // size
+    grouped = rows_NL[:, : n_groups * size].reshape(len(rows_NL), size, n_groups).amax(1)
+    return torch.cat([grouped, rows_NL[:, n_groups * size :]], dim=1)
+
+
+def _kth_of_rows(rows_NL: Tensor, k: int) -> Tensor:
+    """Return the k-th largest of each row [N, 1], 0 where it is not positive or there are fewer."""
+    if k > rows_NL.shape[1]:
+        return rows_NL.new_zeros(len(rows_NL), 1)
+    return rows_NL.topk(k, dim=1, sorted=True).values[:, -1:].clamp(min=0)
+
+
+def _column_bounds(pre_NF: Tensor, local_F: Tensor) -> Tensor:
+    """Return for each column a bound [1, F] that at least local_F[j] of its entries reach, or 0.
+
+    Groups are of 64 tokens where half as many groups as that have room for the budget, else of 8.
+    """
+    bound_F = torch.where(local_F == 0, torch.inf, pre_NF.new_zeros(pre_NF.shape[1]))
+    by_eight = _column_maxima(pre_NF)
+    by_sixty_four = _column_maxima(by_eight)
+    is_small_F = local_F * 2 <= len(by_sixty_four)
+    is_medium_F = ~is_small_F & (local_F * 6 <= len(by_eight) * 5)
+    for maxima, is_member_F in ((by_sixty_four, is_small_F), (by_eight, is_medium_F)):
+        members = (is_member_F & (local_F > 0)).nonzero().squeeze(1)
+        if len(members) > 0:
+            place = local_F[members] - 1
+            largest = maxima[:, members].topk(int(place.max()) + 1, dim=0).values
+            bound_F[members] = largest.gather(0, place.unsqueeze(0)).squeeze(0)
+    return bound_F.unsqueeze(0)
+
+
+def _column_maxima(rows_NF: Tensor) -> Tensor:
+    """Return the maxima of groups of 8 rows [N // 8 + rest, F]; the rest stay single."""
+    n_groups, n_features = len(rows_NF) // 8, rows_NF.shape[1]
+    grouped = rows_NF[: n_groups * 8].reshape(n_groups, 8, n_features).amax(1)
+    return torch.cat([grouped, rows_NF[n_groups * 8 :]])
+
+
+def _shape(pre_NF: Tensor) -> tuple[int, int]:
+    return pre_NF.shape[0], pre_NF.shape[1]

@@ -1,0 +1,1 @@
+"""The sparse autoencoder itself: parameters, codes, losses, counters and calibration. Torch only."""

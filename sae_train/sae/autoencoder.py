@@ -1,0 +1,168 @@
+"""The exported sparse autoencoder: raw activations in, codes and reconstructions out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sae_train import kernels
+from sae_train.sae.code import SparseCode
+from sae_train.sae.dictionary import Dictionary
+
+CHUNK_BYTES = 64 * 2**20
+"""Pre-activations that are computed together."""
+
+
+class SparseAutoencoder(nn.Module):
+    """A finished sparse autoencoder over raw activations, as in its file.
+
+    `pre = x @ W_enc + b_enc`; under inference `threshold` the code is `pre` where `pre > threshold`, else 0; under
+    `topk` it is the round(k) largest positive `pre` of a token, ties to the lower feature. `x_hat = f @ W_dec + b_dec`.
+
+    Attributes:
+        W_enc: [d_model, n_features] fp32.
+        b_enc: [n_features].
+        W_dec: [n_features, d_model], rows of unit norm.
+        b_dec: [d_model].
+        threshold: [n_features], at least 0; +inf for a feature that never fires; zeros under `topk`.
+        k: mean number of active features a token that it was trained for.
+        inference: 'threshold' or 'topk'.
+        config: what sae.json holds.
+    """
+
+    threshold: Tensor
+
+    def __init__(
+        self,
+        *,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        threshold: Tensor,
+        k: float,
+        inference: str,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if inference not in ("threshold", "topk"):
+            raise ValueError(f"inference={inference!r}: choose 'threshold' or 'topk'")
+        self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
+        self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
+        self.register_buffer("threshold", threshold)
+        self.k, self.inference, self.config = k, inference, dict(config or {})
+
+    @classmethod
+    def fold(
+        cls, dictionary: Dictionary, *, centre_D: Tensor, scale: float, k: float, inference: str
+    ) -> "SparseAutoencoder":
+        """Return the autoencoder on raw activations of a dictionary on (raw - centre) / scale; thresholds are 0.
+
+        Codes come out in raw units, so the encoder's weights stay and the biases take centre and scale. Computed in
+        float64, then cast to fp32.
+        """
+        W_enc, b_enc, W_dec, b_dec = (
+            parameter.detach().double()
+            for parameter in (dictionary.W_enc, dictionary.b_enc, dictionary.W_dec, dictionary.b_dec)
+        )
+        centre_D = centre_D.to(W_dec)
+        norm_F = W_dec.norm(dim=1)
+        norm_F = torch.where(norm_F > 0, norm_F, 1)
+        W_enc = W_enc * norm_F[:, None]
+        b_enc = scale * norm_F * b_enc - W_enc @ centre_D
+        return cls(
+            W_enc=W_enc.t().float().contiguous(),
+            b_enc=b_enc.float(),
+            W_dec=(W_dec / norm_F[:, None]).float(),
+            b_dec=(scale * b_dec + centre_D).float(),
+            threshold=torch.zeros_like(norm_F, dtype=torch.float32),
+            k=k,
+            inference=inference,
+        ).eval()
+
+    @property
+    def d_model(self) -> int:
+        return self.W_dec.shape[1]
+
+    @property
+    def n_features(self) -> int:
+        return self.W_dec.shape[0]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return dense codes [..., n_features] in raw activation units.
+
+        Args:
+            x: raw activations [..., d_model] of any float dtype; computed in the weights' dtype.
+
+        Raises:
+            ValueError: the last dimension is not d_model.
+        """
+        chunks = [self._dense(pre_NF) for pre_NF in self.pre_activations(x)]
+        return torch.cat(chunks).view(*x.shape[:-1], self.n_features)
+
+    def encode_sparse(self, x: Tensor) -> SparseCode:
+        """Return the same codes without the zeros; as many slots as matches (see `encode`)."""
+        values, features, tokens, starts = [], [], [], [torch.zeros(1, dtype=torch.int32, device=x.device)]
+        n_tokens, n_matches = 0, 0
+        for pre_NF in self.pre_activations(x):
+            value, feature, token, start = self._select(pre_NF)
+            values.append(value)
+            features.append(feature)
+            tokens.append(token + n_tokens)
+            starts.append(start[1:] + n_matches)
+            n_tokens, n_matches = n_tokens + len(pre_NF), n_matches + len(value)
+        return SparseCode(
+            value=torch.cat(values),
+            feature=torch.cat(features),
+            token=torch.cat(tokens),
+            start=torch.cat(starts),
+            shape=tuple(x.shape[:-1]),
+            n_features=self.n_features,
+        )
+
+    def decode(self, codes: Tensor | SparseCode) -> Tensor:
+        """Return reconstructions [..., d_model] of dense codes [..., n_features] or of a SparseCode.
+
+        Raises:
+            ValueError: the codes are not n_features wide.
+        """
+        width = codes.n_features if isinstance(codes, SparseCode) else codes.shape[-1]
+        if width != self.n_features:
+            raise ValueError(f"codes of {width} features: this autoencoder has n_features={self.n_features}")
+        if isinstance(codes, Tensor):
+            return codes.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+        rows_ND = kernels.decode(codes.value, self.W_dec, codes.feature, codes.token, codes.start) + self.b_dec
+        return rows_ND.view(*codes.shape, self.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the reconstruction of `x` [..., d_model] (see `encode`)."""
+        return self.decode(self.encode_sparse(x))
+
+    def pre_activations(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield pre-activations [tokens, n_features] of `x` [..., d_model], a bounded number of tokens at a time."""
+        step = max(1, CHUNK_BYTES // (self.n_features * self.W_enc.element_size()))
+        for rows_ND in torch.split(self._rows(x), step):
+            yield torch.addmm(self.b_enc, rows_ND, self.W_enc)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if x.ndim == 0 or x.shape[-1] != self.d_model:
+            raise ValueError(f"activations of shape {tuple(x.shape)}: the last dimension must be {self.d_model}")
+        return x.reshape(-1, self.d_model).to(self.W_enc.dtype)
+
+    def _dense(self, pre_NF: Tensor) -> Tensor:
+        if self.inference == "threshold":
+            return torch.where(pre_NF > self.threshold, pre_NF, 0)
+        value, feature, token, _ = self._select(pre_NF)
+        return torch.zeros_like(pre_NF).index_put((token.long(), feature.long()), value)
+
+    def _select(self, pre_NF: Tensor) -> kernels.Matches:
+        with torch.no_grad():
+            if self.inference == "threshold":
+                matches = kernels.select_above(pre_NF, self.threshold)
+            else:
+                k = min(round(self.k), self.n_features)
+                matches = kernels.select_rows(pre_NF, k=k, capacity=k * len(pre_NF))
+            used = int(matches.start[-1])
+        token, feature = matches.token[:used], matches.feature[:used]
+        return kernels.Matches(pre_NF[token.long(), feature.long()], feature, token, matches.start)

@@ -1,0 +1,142 @@
+"""Thresholds that keep the promise of k: set so that fresh tokens fire as many features as training let them.
+
+Training compares the tokens of a batch; the exported autoencoder sees one token at a time and needs a threshold.
+Mutual Choice gets one for all features, Feature Choice one a feature, TopK needs none. Where positive affinities ran
+out the target is k times the share of the budget that training's own selection uses on these tokens.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sae_train.sae.autoencoder import CHUNK_BYTES, SparseAutoencoder
+from sae_train.sae.moment import Moment
+
+SAMPLE_MARGIN = 1.25
+"""How many times the kept affinities are gathered before the exact cut; too few only costs another pass."""
+
+
+class Calibration(NamedTuple):
+    """What calibration found."""
+
+    threshold_F: Tensor  # noqa: N815
+    """[F] fp32, at least 0; +inf for a feature that must never fire."""
+    target_l0: float
+    """Mean active features a token that the thresholds aim at."""
+    used_share: float
+    """Share of the budget that training's own selection uses on these tokens."""
+
+
+class Selector(Protocol):
+    """What calibration asks of a sparsifier."""
+
+    inference: str
+
+    def k_at(self, moment: Moment) -> float: ...
+
+    def shares(self, moment: Moment) -> Tensor | None: ...
+
+
+@torch.no_grad()
+def calibrate(sae: SparseAutoencoder, raw_ND: Tensor, *, sparsifier: Selector, moment: Moment) -> Calibration:
+    """Return thresholds for `sae` from held-out activations that no exported figure is computed on.
+
+    Args:
+        sae: the folded autoencoder; its own thresholds are not read.
+        raw_ND: the whole calibration half, in raw units, the same on every rank.
+        sparsifier: whose selection the thresholds stand in for.
+        moment: where in the run; tells k, the budgets and the batch size.
+    """
+    if len(raw_ND) == 0:
+        raise ValueError("no tokens to calibrate thresholds on")
+    k, shares_F = sparsifier.k_at(moment), sparsifier.shares(moment)
+    if sparsifier.inference == "topk":
+        return _without_threshold(sae, raw_ND, k=round(k))
+    if shares_F is None:
+        return _one_threshold(sae, raw_ND, k=k, batch_tokens=moment.batch_tokens)
+    return _threshold_each(sae, raw_ND, k=k, shares_F=shares_F, batch_tokens=moment.batch_tokens)
+
+
+def _without_threshold(sae: SparseAutoencoder, raw_ND: Tensor, *, k: int) -> Calibration:
+    used = sum(int((pre_NF > 0).sum(1).clamp(max=k).sum()) for pre_NF in sae.pre_activations(raw_ND))
+    used_share = used / (k * len(raw_ND))
+    return Calibration(torch.zeros_like(sae.threshold), k * used_share, used_share)
+
+
+def _one_threshold(sae: SparseAutoencoder, raw_ND: Tensor, *, k: float, batch_tokens: int) -> Calibration:
+    n_tokens = len(raw_ND)
+    most = max(1, round(k * n_tokens))
+    values, positive_N = _largest(sae, raw_ND, most=most + 1)
+    used = budget = 0
+    for batch_N in torch.split(positive_N, batch_tokens):
+        share = round(k * len(batch_N))
+        used, budget = used + min(int(batch_N.sum()), share), budget + share
+    used_share = used / max(1, budget)
+    count = round(k * n_tokens * used_share)
+    threshold = values.topk(count + 1, sorted=False).values.min() if count < len(values) else values.new_zeros(())
+    return Calibration(threshold.expand(sae.n_features).float().clone(), k * used_share, used_share)
+
+
+def _largest(sae: SparseAutoencoder, raw_ND: Tensor, *, most: int) -> tuple[Tensor, Tensor]:
+    """Return at least the `most` largest affinities of all tokens (all where fewer), and positives a token [N]."""
+    sample_ND = raw_ND[:: max(1, len(raw_ND) * sae.n_features * 4 // CHUNK_BYTES)]
+    bound, wanted = 0.0, SAMPLE_MARGIN * most * len(sample_ND) / len(raw_ND)
+    for pre_NF in sae.pre_activations(sample_ND):
+        flat = pre_NF.flatten()
+        bound = max(bound, float(flat.topk(min(len(flat), int(wanted) + 64), sorted=False).values.min()))
+    while True:
+        values, positives = [], []
+        for pre_NF in sae.pre_activations(raw_ND):
+            positives.append((pre_NF > 0).sum(1))
+            values.append(pre_NF[pre_NF > bound])
+        if bound <= 0 or sum(map(len, values)) >= most:
+            return torch.cat(values), torch.cat(positives)
+        bound = bound / 2 if bound > 1e-6 else 0.0
+
+
+def _threshold_each(
+    sae: SparseAutoencoder, raw_ND: Tensor, *, k: float, shares_F: Tensor, batch_tokens: int
+) -> Calibration:
+    """Set each feature's threshold at the affinity that as many held-out tokens reach as its budget has matches.
+
+    The c-th largest of n affinities is exceeded by a share c / (n + 1) of fresh ones, whatever their distribution, so
+    the sum over many features stays unbiased where a cut below the c-th would add up to a match a feature and half.
+    """
+    n_tokens = len(raw_ND)
+    thresholds, total = [], 0.0
+    step = max(1, CHUNK_BYTES // (4 * n_tokens))
+    for first in range(0, sae.n_features, step):
+        columns = slice(first, first + step)
+        pre_FN = torch.addmm(sae.b_enc[columns, None], sae.W_enc[:, columns].t(), raw_ND.to(sae.W_enc.dtype).t())
+        matches_F = _expected_matches(pre_FN > 0, shares_F[columns].to(pre_FN.device), batch_tokens)
+        thresholds.append(_reached_by(pre_FN, matches_F))
+        total += float(matches_F.sum())
+    used_share = total / (float(shares_F.sum()) * n_tokens)
+    return Calibration(torch.cat(thresholds).float(), k * used_share, used_share)
+
+
+def _expected_matches(positive_FN: Tensor, shares_F: Tensor, batch_tokens: int) -> Tensor:
+    """Return how many matches training's selection gives each feature on these tokens, its rounding averaged [F]."""
+    matches_F = torch.zeros_like(shares_F)
+    for batch_FN in torch.split(positive_FN, batch_tokens, dim=1):
+        budget_F, there_F = shares_F * batch_FN.shape[1], batch_FN.sum(1).double()
+        down_F = budget_F.floor()
+        up_share_F = budget_F - down_F
+        matches_F += (1 - up_share_F) * torch.minimum(down_F, there_F)
+        matches_F += up_share_F * torch.minimum(down_F + 1, there_F)
+    return matches_F
+
+
+def _reached_by(pre_FN: Tensor, matches_F: Tensor) -> Tensor:
+    """Return the affinity that `matches_F` (real) tokens of each row reach; 0 if all positive do, +inf if none is."""
+    most = min(int(matches_F.max()) + 2, pre_FN.shape[1])
+    largest = pre_FN.topk(most, dim=1).values.clamp(min=0)
+    lower = matches_F.long().clamp(1, most)
+    upper = (lower + 1).clamp(max=most)
+    at_lower, at_upper = (largest.gather(1, place[:, None] - 1).squeeze(1) for place in (lower, upper))
+    share = (matches_F - lower).clamp(0, 1).to(largest.dtype)
+    threshold = at_lower + share * (at_upper - at_lower)
+    positive_F = (pre_FN > 0).sum(1)
+    threshold = torch.where(matches_F >= positive_F, 0, threshold)
+    return torch.where((matches_F <= 0) | (positive_F == 0), torch.inf, threshold)

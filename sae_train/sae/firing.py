@@ -1,0 +1,64 @@
+"""Which features fire how often: counters over the global batch, equal on every rank."""
+
+import torch
+from torch import Tensor
+
+from sae_train.ranks import Ranks
+from sae_train.sae.code import SparseCode
+
+
+class Firing:
+    """Replicated counters of firings; a feature fires on a token where its code is above 0.
+
+    Attributes:
+        since_F: int64, tokens since the feature last fired (or since the start).
+        density_F: float64, share of tokens on which it fires, averaged with a half-life in tokens and free of the
+            pull to 0 that a moving average has at its start.
+        interval_F: int64, firings since `reset_interval`.
+        interval_tokens: tokens since `reset_interval`.
+    """
+
+    def __init__(self, n_features: int, *, half_life_tokens: float, device: torch.device | str) -> None:
+        self.half_life_tokens = half_life_tokens
+        self.since_F = torch.zeros(n_features, dtype=torch.int64, device=device)
+        self.density_F = torch.zeros(n_features, dtype=torch.float64, device=device)
+        self.interval_F = torch.zeros(n_features, dtype=torch.int64, device=device)
+        self.interval_tokens = 0
+        self._tokens = 0
+
+    def update(self, code: SparseCode, *, n_tokens: int, ranks: Ranks) -> None:
+        """Count one step; `code` holds this rank's tokens, `n_tokens` is the number over all ranks."""
+        fired_F = ranks.sum(code.firing_counts())
+        self.since_F = torch.where(fired_F > 0, 0, self.since_F + n_tokens)
+        self._tokens += n_tokens
+        share = (1 - 0.5 ** (n_tokens / self.half_life_tokens)) / (1 - 0.5 ** (self._tokens / self.half_life_tokens))
+        self.density_F = self.density_F.lerp(fired_F.double() / n_tokens, share)
+        self.interval_F = self.interval_F + fired_F
+        self.interval_tokens += n_tokens
+
+    def dead_F(self, window: int) -> Tensor:  # noqa: N802
+        """[F] bool: which features fired on none of the last `window` tokens."""
+        return self.since_F >= window
+
+    def reset_interval(self) -> None:
+        """Start a new interval, after a log."""
+        self.interval_F = torch.zeros_like(self.interval_F)
+        self.interval_tokens = 0
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything as tensors, for a checkpoint."""
+        return {
+            "since": self.since_F,
+            "density": self.density_F,
+            "interval": self.interval_F,
+            "interval_tokens": torch.tensor(self.interval_tokens),
+            "tokens": torch.tensor(self._tokens),
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state()`."""
+        device = self.since_F.device
+        self.since_F, self.density_F, self.interval_F = (
+            state[key].to(device=device, copy=True) for key in ("since", "density", "interval")
+        )
+        self.interval_tokens, self._tokens = int(state["interval_tokens"]), int(state["tokens"])

@@ -1,0 +1,83 @@
+"""What every sparsifier is: how the pre-activations of a batch become a code."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from sae_train.config import RunConfig
+from sae_train.errors import raise_all
+from sae_train.kernels import Matches
+from sae_train.ranks import Ranks
+from sae_train.sae.code import SparseCode
+from sae_train.sae.firing import Firing
+from sae_train.sae.moment import Moment
+
+
+class Sparsifier(ABC):
+    """Chooses the matches of a batch, at most k x tokens of them; a batch is what all ranks hold together.
+
+    Attributes:
+        inference: rule of the exported autoencoder, 'threshold' or 'topk'.
+        capacity: slots of every code of the run.
+    """
+
+    inference: str
+    capacity: int
+
+    def __init__(self, config: RunConfig, *, n_features: int) -> None:
+        budget = config.budget
+        self.n_features = n_features
+        self.k = config.k
+        self.start_k = config.k if budget.start_k is None else budget.start_k
+        self.anneal = budget.anneal if budget.start_k is not None else 0.0
+        raise_all(self.problems(config))
+        self.capacity = self.slots(max(self.k, self.start_k), config.batch_tokens)
+
+    def problems(self, config: RunConfig) -> list[str]:
+        """Return what is wrong now that the dictionary's width is known."""
+        found = []
+        for key, value in (("k", self.k), ("budget.start_k", self.start_k)):
+            if value > self.n_features and (key == "k" or value != self.k):
+                found.append(f"{key}={value:g}: above n_features={self.n_features}. Lower it or raise n_features.")
+        least = min(self.k, self.start_k)
+        if self.slots(least, config.batch_tokens) < 1:
+            found.append(f"k={least:g}: leaves a batch of batch_tokens={config.batch_tokens} without a match. Raise k.")
+        return found
+
+    def slots(self, k: float, n_tokens: int) -> int:
+        """Return how many matches `n_tokens` tokens may have at `k`."""
+        return round(k * n_tokens)
+
+    def k_at(self, moment: Moment) -> float:
+        """Return the mean number of matches a token at this moment: from start_k linearly to k."""
+        ramp = self.anneal * moment.total_tokens
+        if moment.tokens >= ramp:
+            return self.k
+        return self.start_k + (self.k - self.start_k) * moment.tokens / ramp
+
+    @abstractmethod
+    def select(self, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
+        """Return the code of this rank's tokens, its values detached; the choice is over all ranks' tokens.
+
+        Args:
+            pre_NF: pre-activations of this rank's tokens; every rank holds equally many.
+            moment: where in the run.
+            firing: counters of the steps before this one.
+            ranks: who holds the batch's other tokens.
+        """
+
+    def shares(self, moment: Moment) -> Tensor | None:
+        """Return the share of a batch's tokens that each feature may fire on [F] float64, None where any may."""
+        return None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a resumed run must know, for a checkpoint."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state()`."""
+        assert not state, "a sparsifier with a state of its own loads it"
+
+    def code(self, matches: Matches, pre_NF: Tensor) -> SparseCode:
+        """Return matches as a code."""
+        return SparseCode(**matches._asdict(), shape=(len(pre_NF),), n_features=self.n_features)

@@ -1,0 +1,115 @@
+"""Feature Choice: each feature keeps its m_j largest affinities of the batch (Ayonrinde 2024, arXiv 2411.02124).
+
+Budgets are equal or follow Zipf's law in the rank of a feature. The paper publishes neither the law's constants nor how
+ranks are bound to features: cap, floor, rounding and ranks frozen from the densities of a Mutual Choice phase are
+our reconstruction (with no such phase, feature j has rank j).
+"""
+
+import torch
+from torch import Tensor
+
+from sae_train import kernels
+from sae_train.config import FeatureChoiceConfig, RunConfig, ZipfBudgetConfig
+from sae_train.ranks import Ranks
+from sae_train.sae.allocation import default_shift, round_systematically, water_fill, zipf_mass
+from sae_train.sae.code import SparseCode
+from sae_train.sae.firing import Firing
+from sae_train.sae.keyed import keyed_uniform
+from sae_train.sae.moment import Moment
+from sae_train.sparsifiers.mutual_choice import MutualChoice
+
+
+class FeatureChoice(MutualChoice):
+    """Mutual Choice for the share `after` of the tokens, then one budget a feature; they sum to the batch's budget."""
+
+    def __init__(self, config: RunConfig, *, n_features: int) -> None:
+        self._zipf = config.budget if isinstance(config.budget, ZipfBudgetConfig) else None
+        self._after = config.sparsifier.after if isinstance(config.sparsifier, FeatureChoiceConfig) else 0.0
+        self._rank_F = torch.arange(n_features) if self._after == 0 else None
+        self._split: tuple[int, Tensor] | None = None
+        super().__init__(config, n_features=n_features)
+        self._batch_tokens = config.batch_tokens
+
+    def problems(self, config: RunConfig) -> list[str]:
+        found = super().problems(config)
+        if found or self._zipf is None:
+            return found
+        n_features, n_tokens = self.n_features, config.batch_tokens
+        cap, floor = self._zipf.cap, self._zipf.floor
+        least, most = min(self.k, self.start_k), max(self.k, self.start_k)
+        if cap is not None and cap * n_features < most:
+            found.append(
+                f"budget.cap={cap:g}: {n_features} features that fire on at most that share of the tokens cannot reach "
+                f"k={most:g}. The smallest cap that works is {_round_up(most / n_features):g}."
+            )
+        if floor is not None and floor * n_features > least * n_tokens:
+            found.append(
+                f"budget.floor={floor:g}: {n_features} features with that many matches a batch need more than the "
+                f"{least * n_tokens:g} that k={least:g} gives {n_tokens} tokens. The largest floor that works is "
+                f"{_round_down(least * n_tokens / n_features):g}."
+            )
+        return found
+
+    def select(self, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
+        if self._rank_F is None and moment.tokens >= self._after * moment.total_tokens:
+            self._rank_F = _ranks_by_density(firing)
+        if self._rank_F is None:
+            return super().select(pre_NF, moment=moment, firing=firing, ranks=ranks)
+        budget = self.slots(self.k_at(moment), moment.batch_tokens)
+        budget_F = round_systematically(
+            self._matches(budget, moment.batch_tokens),
+            total=budget,
+            u=keyed_uniform(moment.seed, "feature_choice", moment.step),
+        )
+        matches = kernels.select_columns(pre_NF, budget_F=budget_F, capacity=self.capacity, ranks=ranks)
+        return self.code(matches, pre_NF)
+
+    def shares(self, moment: Moment) -> Tensor | None:
+        """Return each feature's budget over the batch's tokens, before rounding; None in the Mutual Choice phase."""
+        if self._rank_F is None:
+            return None
+        budget = self.slots(self.k_at(moment), moment.batch_tokens)
+        return self._matches(budget, moment.batch_tokens) / moment.batch_tokens
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self._rank_F is None else {"rank": self._rank_F}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if "rank" in state:
+            self._rank_F = state["rank"].cpu()
+
+    def _matches(self, budget: int, n_tokens: int) -> Tensor:
+        """Return each feature's real-valued budget [F]; they sum to `budget`."""
+        if self._split is None or self._split[0] != budget:
+            self._split = budget, self._matches_by_rank(budget, n_tokens)
+        assert self._rank_F is not None, "features have ranks from the phase change on"
+        return self._split[1][self._rank_F]
+
+    def _matches_by_rank(self, budget: int, n_tokens: int) -> Tensor:
+        n_features, zipf = self.n_features, self._zipf
+        even = budget / n_features
+        if zipf is None:
+            return torch.full((n_features,), even, dtype=torch.float64)
+        shift = default_shift(n_features) if zipf.shift is None else zipf.shift
+        cap = max(0.10, 4 * even / n_tokens) if zipf.cap is None else zipf.cap
+        cap = max(min(cap, 1.0) * n_tokens, even)
+        floor = min(1.0, cap) if zipf.floor is None else zipf.floor
+        mass_F = zipf_mass(n_features, exponent=zipf.exponent, shift=shift)
+        return water_fill(mass_F, total=budget, floor=min(floor, even), cap=cap)
+
+
+def _ranks_by_density(firing: Firing) -> Tensor:
+    """Return each feature's rank, the densest first, ties to the lower feature: one host read in a whole run."""
+    order = firing.density_F.sort(descending=True, stable=True).indices.cpu()
+    rank_F = torch.empty_like(order)
+    rank_F[order] = torch.arange(len(order))
+    return rank_F
+
+
+def _round_up(value: float) -> float:
+    """Round so that the six digits of a message still work when they are typed."""
+    return float(f"{value * (1 + 1e-5):.5g}")
+
+
+def _round_down(value: float) -> float:
+    return float(f"{value * (1 - 1e-5):.5g}")

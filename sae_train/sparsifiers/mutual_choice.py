@@ -1,0 +1,24 @@
+"""Mutual Choice: the batch keeps its k x tokens largest affinities, wherever they are.
+
+Ayonrinde 2024 (arXiv 2411.02124); the same selector is BatchTopK (Bussmann et al. 2024, arXiv 2412.06410).
+"""
+
+from torch import Tensor
+
+from sae_train import kernels
+from sae_train.ranks import Ranks
+from sae_train.sae.code import SparseCode
+from sae_train.sae.firing import Firing
+from sae_train.sae.moment import Moment
+from sae_train.sparsifiers.base import Sparsifier
+
+
+class MutualChoice(Sparsifier):
+    """One budget for the batch; neither tokens nor features have one of their own."""
+
+    inference = "threshold"
+
+    def select(self, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
+        budget = self.slots(self.k_at(moment), moment.batch_tokens)
+        matches = kernels.select_batch(pre_NF, budget=budget, capacity=self.capacity, ranks=ranks)
+        return self.code(matches, pre_NF)

@@ -1,0 +1,23 @@
+"""TopK: every token keeps its k largest affinities (Gao et al. 2024, arXiv 2406.04093)."""
+
+from torch import Tensor
+
+from sae_train import kernels
+from sae_train.ranks import Ranks
+from sae_train.sae.code import SparseCode
+from sae_train.sae.firing import Firing
+from sae_train.sae.moment import Moment
+from sae_train.sparsifiers.base import Sparsifier
+
+
+class TopK(Sparsifier):
+    """Keeps round(k) matches a token; no rank needs another's tokens."""
+
+    inference = "topk"
+
+    def slots(self, k: float, n_tokens: int) -> int:
+        return round(k) * n_tokens
+
+    def select(self, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
+        matches = kernels.select_rows(pre_NF, k=round(self.k_at(moment)), capacity=self.capacity)
+        return self.code(matches, pre_NF)
