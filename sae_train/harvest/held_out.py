@@ -1,0 +1,141 @@
+"""Held-out activations: never trained on, halved by context into a calibration and an evaluation half.
+
+Even contexts set thresholds, odd ones give every exported figure. Letters: B contexts, T positions, N tokens.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sae_train.errors import DataError
+from sae_train.harvest.lanes import Packer
+from sae_train.harvest.language_model import LanguageModel, Tokenizer
+from sae_train.harvest.scaling import row_norms
+from sae_train.ranks import Ranks
+
+Half = Literal["calibration", "evaluation"]
+HALVES: tuple[Half, Half] = ("calibration", "evaluation")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutBatch:
+    """Some contexts' activations, on the rank's device."""
+
+    raw_ND: Tensor
+    """[N, D] fp32 raw activations of the kept tokens."""
+    context_N: Tensor
+    """[N] int64 context of each kept token, unique over the held-out data (tensors: block of 256 rows)."""
+    ids_BT: Tensor | None
+    """[B, T] int64 token ids; None for tensors."""
+    kept_BT: Tensor | None
+    """[B, T] bool: which tokens `raw_ND` holds, in order; None for tensors."""
+
+
+class HeldOut(ABC):
+    """Attributes: limit: the outlier limit, set by the stream once its scaling is fixed."""
+
+    limit: float
+
+    @abstractmethod
+    def batches(self, half: Half, *, max_tokens: int) -> Iterator[HeldOutBatch]:
+        """Yield this rank's share of a half: batch i belongs to rank i % size.
+
+        Args:
+            half: which half.
+            max_tokens: over all ranks; whole contexts are taken until they hold as many, or all there are.
+        """
+
+
+class TextHeldOut(HeldOut):
+    """Held-out text through the language model."""
+
+    def __init__(self, texts: Iterator[str], *, language_model: LanguageModel, tokenizer: Tokenizer,
+                 context_length: int, contexts_per_batch: int, ranks: Ranks, site: str) -> None:  # fmt: skip
+        self._contexts = HeldOutContexts(texts, tokenizer=tokenizer, context_length=context_length)
+        self._language_model, self._tokenizer, self._ranks = language_model, tokenizer, ranks
+        self._contexts_per_batch, self._site = contexts_per_batch, site
+
+    def batches(self, half: Half, *, max_tokens: int) -> Iterator[HeldOutBatch]:
+        chosen = self._contexts.of_half(half, max_tokens=max_tokens)
+        size = self._contexts_per_batch
+        for number, start in enumerate(range(0, len(chosen), size)):
+            if number % self._ranks.size == self._ranks.rank:
+                yield self._harvest(chosen[start : start + size])
+
+    def _harvest(self, chosen: list[int]) -> HeldOutBatch:
+        device = self._ranks.device
+        ids_BT = torch.stack([self._contexts[index] for index in chosen]).to(device)
+        raw_BTD = self._language_model.activations(ids_BT)
+        kept_BT = trainable(ids_BT, self._tokenizer)
+        check_finite(raw_BTD[kept_BT], site=self._site)
+        kept_BT &= row_norms(raw_BTD) <= self.limit
+        context_B = torch.tensor(chosen, device=device)
+        return HeldOutBatch(
+            raw_ND=raw_BTD[kept_BT].float(),
+            context_N=context_B[:, None].expand_as(kept_BT)[kept_BT],
+            ids_BT=ids_BT,
+            kept_BT=kept_BT,
+        )
+
+
+class HeldOutContexts:
+    """Held-out documents packed into contexts, tokenised as far as anyone has asked."""
+
+    def __init__(self, texts: Iterator[str], *, tokenizer: Tokenizer, context_length: int) -> None:
+        self._texts, self._tokenizer = texts, tokenizer
+        self._packer = Packer(tokenizer, context_length=context_length)
+        self._ids: list[Tensor] = []
+        self._trainable: list[int] = []
+        if not self._read(2):
+            raise DataError(
+                f"held-out text is shorter than two contexts of {context_length} tokens, and one half sets thresholds "
+                "while the other is evaluated. Give more text, name data.held_out_split, or lower "
+                "harvest.context_length."
+            )
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._ids[index]
+
+    def of_half(self, half: Half, *, max_tokens: int) -> list[int]:
+        """Return the half's first contexts that together hold `max_tokens` trainable tokens, or all it has."""
+        chosen: list[int] = []
+        total, index = 0, HALVES.index(half)
+        while total < max_tokens and self._read(index + 1):
+            chosen.append(index)
+            total += self._trainable[index]
+            index += 2
+        return chosen
+
+    def _read(self, n_contexts: int) -> bool:
+        """Tokenise until `n_contexts` contexts are packed; False when the text ends before."""
+        while len(self._ids) < n_contexts:
+            context = self._packer.take(1)
+            if len(context):
+                self._ids.append(context[0])
+                self._trainable.append(int(trainable(context, self._tokenizer).sum()))
+                continue
+            text = next(self._texts, None)
+            if text is None:
+                return False
+            self._packer.add(text)
+        return True
+
+
+def trainable(ids_BT: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """Return [B, T] bool: neither special tokens nor the first position, where models park attention."""
+    special = torch.tensor(tokenizer.special_ids, dtype=ids_BT.dtype, device=ids_BT.device)
+    kept_BT = ~torch.isin(ids_BT, special)
+    kept_BT[:, 0] = False
+    return kept_BT
+
+
+def check_finite(raw_ND: Tensor, *, site: str) -> None:
+    """Refuse activations that are not finite."""
+    if not torch.isfinite(raw_ND).all():
+        dtype = str(raw_ND.dtype).removeprefix("torch.")
+        raise DataError(f"{site}: the language model's activations are not finite in {dtype}. "
+                        "Choose model.dtype=float32 or bfloat16.")  # fmt: skip

@@ -1,0 +1,60 @@
+"""What to tell a user when the Hugging Face hub does not give what was asked for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sae_train.errors import DataError
+
+_OFFLINE = {
+    "LocalEntryNotFoundError",
+    "OfflineModeIsEnabled",
+    "ConnectionError",
+    "ConnectError",
+    "ConnectTimeout",
+    "ReadTimeout",
+    "gaierror",
+}
+_MISSING = {"RepositoryNotFoundError", "HFValidationError", "DatasetNotFoundError", "EntryNotFoundError",
+            "RemoteEntryNotFoundError"}  # fmt: skip
+
+
+def hub_error(key: str, name: str, error: BaseException) -> DataError:
+    """Return the one message for a failure to load `key`=`name`; told by class names, as the libraries nest them."""
+    chain = list(_causes(error))
+    kinds = {type(cause).__name__ for cause in chain}
+    if "GatedRepoError" in kinds or any("gated" in str(cause).lower() for cause in chain):
+        return DataError(
+            f"{key}={name}: gated on the Hugging Face hub. Accept its terms on its page there, then log in with "
+            "`hf auth login` or set HF_TOKEN."
+        )
+    if kinds & _OFFLINE:
+        return DataError(
+            f"{key}={name}: not in the local cache, and the Hugging Face hub cannot be reached. Connect, fetch it "
+            "first where there is a network, or give a local directory."
+        )
+    if "RevisionNotFoundError" in kinds:
+        return DataError(f"{key}={name}: the hub has no such revision of it. Correct the revision or leave it null.")
+    if kinds & _MISSING:
+        return DataError(
+            f"{key}={name}: neither a local path nor found on the Hugging Face hub. Correct the id; a private one "
+            "needs `hf auth login`."
+        )
+    return DataError(f"{key}={name}: cannot be loaded: {_first_line(error)}")
+
+
+def local_path(name: str) -> Path | None:
+    """Return the path that `name` is meant as (whether or not it is there), or None when it can be a hub id."""
+    path = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
+    return path if looks_local else None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

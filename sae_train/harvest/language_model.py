@@ -1,0 +1,116 @@
+"""A frozen Hugging Face language model: activations at one site, logits with the site replaced, its tokenizer.
+
+Letters: B contexts, T positions, D width of the site, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from sae_train.config import ModelConfig, RunConfig
+from sae_train.errors import DataError
+from sae_train.harvest.hub import hub_error
+from sae_train.harvest.sites import SiteFacts, hooked, loader_of, read_model_config, run_until, site_facts, source_of
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Tokenizer:
+    """Text to token ids, without special tokens added.
+
+    Attributes:
+        bos: put before every context (the classification token of BERT-like models); None where there is none.
+        eos: put after every document (the separator of BERT-like models); None where there is none.
+        special_ids: tokens that are never trained on: beginning, end, padding.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        name, options = source_of(model)
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, **options)
+        except (OSError, ValueError) as error:
+            if "local_files_only" in options:
+                why = str(error).splitlines()[0][:160]
+                raise DataError(f"model.id={model.id}: no tokenizer there that can be read ({why}). "
+                                "Save one beside the model.") from error  # fmt: skip
+            raise hub_error("model.id", model.id, error) from error
+        known = self._tokenizer
+        self.bos: int | None = _first(known.bos_token_id, known.cls_token_id)
+        self.eos: int | None = _first(known.eos_token_id, known.sep_token_id)
+        every = (self.bos, self.eos, known.pad_token_id, known.cls_token_id, known.sep_token_id)
+        self.special_ids = sorted({token for token in every if token is not None})
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+
+class LanguageModel:
+    """A frozen language model with one site.
+
+    Attributes:
+        facts: the site.
+        has_loss: whether `logits` predicts the next token.
+        vocab: how many tokens it knows.
+        model: the Hugging Face module, in eval mode, without gradients.
+    """
+
+    def __init__(self, config: RunConfig, *, device: torch.device, facts: SiteFacts | None = None) -> None:
+        self.facts = facts or site_facts(config)
+        settings = read_model_config(config.model)
+        loader = loader_of(settings)
+        self.has_loss = loader is AutoModelForCausalLM
+        self.device = device
+        self.model = _load(loader, config.model).to(device).eval().requires_grad_(False)
+        self.model.config.use_cache = False
+        self.vocab: int = self.model.get_input_embeddings().num_embeddings
+
+    @torch.no_grad()
+    def activations(self, ids_BT: Tensor) -> Tensor:
+        """Return the site's activations [B, T, D] in the model's dtype; nothing after the site is computed."""
+        site = run_until(self.model, self.facts.module, self.facts.side, ids_BT.to(self.device))
+        assert site is not None, "the probe without weights reached this site"
+        return site.unflatten(0, ids_BT.shape) if site.ndim == 2 else site
+
+    @torch.no_grad()
+    def logits(self, ids_BT: Tensor, *, replace: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Return next-token logits [B, T, V].
+
+        Args:
+            ids_BT: token ids.
+            replace: gets the site's activations [B, T, D] and returns what the model goes on with, same shape.
+        """
+        assert self.has_loss, "an encoder without a language-modelling head has no logits"
+        ids_BT = ids_BT.to(self.device)
+        if replace is None:
+            logits: Tensor = self.model(ids_BT).logits
+            return logits
+
+        def splice(site: Tensor) -> Tensor:
+            site_BTD = site.unflatten(0, ids_BT.shape) if site.ndim == 2 else site
+            return replace(site_BTD).to(site.dtype).view_as(site)
+
+        with hooked(self.model, self.facts.module, self.facts.side, splice):
+            spliced: Tensor = self.model(ids_BT).logits
+        return spliced
+
+
+def _load(loader: Any, model: ModelConfig) -> Any:
+    name, options = source_of(model)
+    if "local_files_only" in options:
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar is for downloads
+    try:
+        return loader.from_pretrained(name, dtype=_DTYPES[model.dtype], attn_implementation=model.attention, **options)
+    except OSError as error:
+        if "local_files_only" in options:
+            raise DataError(f"model.id={model.id}: its weights cannot be read: {str(error).splitlines()[0]}") from error
+        raise hub_error("model.id", model.id, error) from error
+
+
+def _first(*tokens: int | None) -> int | None:
+    return next((token for token in tokens if token is not None), None)

@@ -1,0 +1,96 @@
+"""Centre, scale and outlier limit of raw activations, fixed once from the stream's first tokens.
+
+Normalised activations have a mean squared norm of 1 (methods.md 12.4a); the scaling is linear, so the export
+folds it into the weights. A few tokens carry norms 10 to 1000 times the rest (attention sinks); one of them
+would absorb a batch's budget, so rows above ten times the median norm are left out, here and in training.
+Letters: N tokens, D d_model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sae_train.errors import DataError
+from sae_train.ranks import Ranks
+
+OUTLIER_FACTOR = 10.0
+_LEAST_RELATIVE_SPREAD = 1e-7
+"""Below this share of the mean's norm, a spread is rounding of fp32 numbers that are all the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaling:
+    """What turns raw activations into normalised ones."""
+
+    centre_D: Tensor
+    """[D] float64 mean of the calibration tokens, on the device of the activations."""
+    scale: float
+    """Root mean squared norm of the centred calibration tokens."""
+    limit: float
+    """Largest raw norm that is trained on."""
+    gamma: float
+    """Norm of the mean over `scale`: how far off the origin the activations sit."""
+
+    def normalise(self, raw_ND: Tensor) -> Tensor:
+        """Return (raw - centre) / scale, float64 for float64 activations and fp32 for all others."""
+        dtype = torch.float64 if raw_ND.dtype == torch.float64 else torch.float32
+        return (raw_ND.to(dtype) - self.centre_D.to(raw_ND.device, dtype)) / self.scale
+
+    def keeps(self, raw_ND: Tensor) -> Tensor:
+        """Return [...] bool: whose norm is within the limit."""
+        return row_norms(raw_ND) <= self.limit
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the scaling as CPU tensors."""
+        numbers = torch.tensor([self.scale, self.limit, self.gamma], dtype=torch.float64)
+        return {"scaling_centre": self.centre_D.cpu(), "scaling_numbers": numbers}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor], *, device: torch.device) -> "Scaling":
+        """Rebuild what `state` returned."""
+        scale, limit, gamma = state["scaling_numbers"].tolist()
+        return cls(centre_D=state["scaling_centre"].to(device), scale=scale, limit=limit, gamma=gamma)
+
+
+def row_norms(raw_ND: Tensor) -> Tensor:
+    """Return [...] norms, float64 for float64 activations and fp32 for all others."""
+    dtype = torch.float64 if raw_ND.dtype == torch.float64 else torch.float32
+    norms: Tensor = torch.linalg.vector_norm(raw_ND, dim=-1, dtype=dtype)
+    return norms
+
+
+def fit_scaling(parts: Sequence[Tensor], *, ranks: Ranks, site: str) -> Scaling:
+    """Fix the scaling from calibration tokens.
+
+    Args:
+        parts: this rank's parts (one a lane), each [n, D] raw and finite; n is the same for all parts and ranks.
+            Sums are taken a part, then over all parts in order, so the result does not depend on the rank count.
+        ranks: with parts in rank order.
+        site: what the activations are, for messages.
+
+    Raises:
+        DataError: the activations are constant, or more than half of them are zero.
+    """
+    norms = [torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in parts]
+    median = float(ranks.gather(torch.stack(norms)).flatten().median())
+    if median == 0:
+        raise DataError(
+            f"{site}: more than half of the calibration tokens have all-zero activations, so they cannot be scaled. "
+            "Choose another site or source."
+        )
+    limit = OUTLIER_FACTOR * median
+    kept = [part[norm <= limit].double() for part, norm in zip(parts, norms, strict=True)]
+    sums = torch.stack([torch.cat([part.new_tensor([len(part)]), part.sum(0)]) for part in kept])
+    total = ranks.gather(sums).flatten(0, 1).sum(0)
+    centre_D = total[1:] / total[0]
+    squares = ranks.gather(torch.stack([(part - centre_D).square().sum() for part in kept]))
+    scale = float((squares.flatten().sum() / total[0]).sqrt())
+    offset = float(centre_D.norm())
+    if not scale > _LEAST_RELATIVE_SPREAD * max(offset, median):
+        raise DataError(
+            f"{site}: the calibration tokens all have the same activation, so there is nothing to learn. "
+            "Choose another site or source."
+        )
+    return Scaling(centre_D=centre_D, scale=scale, limit=limit, gamma=offset / scale)

@@ -1,0 +1,86 @@
+"""What every source of activations offers to training.
+
+Letters: N tokens in a batch, D d_model.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sae_train.config import RunConfig
+from sae_train.harvest.held_out import HeldOut
+from sae_train.harvest.language_model import LanguageModel
+from sae_train.harvest.scaling import Scaling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamFacts:
+    """What is known of a stream before weights are loaded or activations read."""
+
+    d_model: int
+    label: str
+    """Where activations come from, for the run's name: 'bundled.residual2', or 'tensors'."""
+    n_blocks: int | None
+    """Blocks of the language model; None without one."""
+    pool_bytes: int
+    """Memory of all lanes' pools and calibration tokens, over all ranks."""
+    flops_per_token: int
+    """Floating-point operations of the language model's weight products up to the site; 0 without one."""
+    record: dict[str, str | int | None] = field(default_factory=dict)
+    """What sae.json should say of the source: model id, revision, site, data."""
+
+
+class Stream(ABC):
+    """Batches of normalised activations, a function of the config alone, whatever the ranks.
+
+    Attributes:
+        d_model: width of the activations.
+        scaling: set by `start` or `restore`.
+        language_model: None when activations are read from files.
+        held_out: activations that are never trained on.
+    """
+
+    d_model: int
+    scaling: Scaling
+    language_model: LanguageModel | None
+    held_out: HeldOut
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin a fresh run: fix the scaling and fill the pools. Collective."""
+
+    @abstractmethod
+    def batch(self, step: int) -> Tensor:
+        """Return [N / ranks, D]: this rank's rows of `step`'s batch, normalised. Steps are asked for in order."""
+
+    @abstractmethod
+    def replicated_state(self) -> dict[str, Tensor]:
+        """Return what all ranks share, as CPU tensors."""
+
+    @abstractmethod
+    def lane_states(self) -> dict[int, dict[str, Tensor]]:
+        """Return the state of each lane that this rank owns, as CPU tensors; empty where there are no lanes."""
+
+    @abstractmethod
+    def restore(self, replicated: dict[str, Tensor], lane_state: Callable[[int], dict[str, Tensor]]) -> None:
+        """Go on from saved state, on any number of ranks; `lane_state` reads one lane's."""
+
+    @abstractmethod
+    def dropped_share(self) -> float:
+        """Return the share of tokens that the outlier limit left out so far, over all ranks. Collective."""
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of files and memory."""
+
+
+def run_dtype(precision: str) -> torch.dtype:
+    """Return the number format of pools and batches: float64 when everything is, else fp32."""
+    return torch.float64 if precision == "float64" else torch.float32
+
+
+def whole_batches(config: RunConfig) -> int:
+    """Return how many tokens a run reads: `tokens`, rounded up to whole batches."""
+    return -(-config.tokens // config.batch_tokens) * config.batch_tokens
