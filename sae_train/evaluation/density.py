@@ -1,0 +1,36 @@
+"""How often features fire: histogram, inequality, and the fit of Zipf's law."""
+
+import torch
+from torch import Tensor
+
+HISTOGRAM_EDGES = torch.linspace(-8.0, 0.0, 51)
+"""Edges of log10 density: 50 bins from 1e-8 to 1."""
+
+
+def density_figures(density_F: Tensor) -> dict[str, float]:
+    """Return gini, zipf_exponent and above_10pct of [F] firing densities (share of tokens, 0 to 1).
+
+    zipf_exponent is minus the slope of log density on log rank over the ranks from 1% to 80% of the dictionary
+    (the low tail falls below the law, methods.md 11.5); absent where fewer than 8 such features fire.
+    """
+    ordered_F = density_F.double().sort(descending=True).values
+    n_features, total = len(ordered_F), float(ordered_F.sum())
+    figures = {"above_10pct": float((density_F > 0.1).double().mean())}
+    if total > 0:
+        weights = torch.arange(1, n_features + 1, dtype=torch.float64, device=ordered_F.device)
+        figures["gini"] = float(1 + 1 / n_features - 2 * (ordered_F * weights).sum() / (n_features * total))
+    low, high = max(1, n_features // 100), int(0.8 * n_features)
+    ranked = ordered_F[low - 1 : high]
+    ranked = ranked[ranked > 0]
+    if len(ranked) >= 8:
+        x = torch.arange(low, low + len(ranked), dtype=torch.float64, device=ranked.device).log()
+        y = ranked.log()
+        x, y = x - x.mean(), y - y.mean()
+        figures["zipf_exponent"] = float(-(x * y).sum() / (x * x).sum())
+    return figures
+
+
+def density_histogram(density_F: Tensor, n_tokens: int) -> list[int]:
+    """Return counts of features in the bins of log10(density + 1 / (10 n_tokens)); silent ones fall in the lowest."""
+    logs = (density_F.double() + 0.1 / max(n_tokens, 1)).log10().clamp(-8.0, 0.0)
+    return [int(n) for n in torch.histc(logs.cpu().float(), bins=50, min=-8.0, max=0.0)]

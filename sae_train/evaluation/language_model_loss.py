@@ -1,0 +1,63 @@
+"""What replacing activations by their reconstruction costs the language model.
+
+Positions whose activation was filtered (special tokens, outliers) keep it, and are left out of the averages;
+so is the last position of a context, which predicts nothing.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sae_train.harvest.language_model import LanguageModel
+from sae_train.ranks import Ranks
+from sae_train.sae.autoencoder import SparseAutoencoder
+
+
+class LanguageModelTotals:
+    """Sums of cross-entropy (nats) clean, spliced and zero-ablated, and of KL(clean || spliced)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)  # n, clean, spliced, ablated, kl
+
+    @torch.no_grad()
+    def add(self, sae: SparseAutoencoder, model: LanguageModel, ids_BT: Tensor, kept_BT: Tensor) -> None:
+        """Add a batch of contexts: token ids [B, T], and which positions the SAE is responsible for."""
+
+        def spliced(acts_BTD: Tensor) -> Tensor:
+            return sae(acts_BTD.float()).to(acts_BTD.dtype)
+
+        scored_BT = kept_BT[:, :-1]
+        clean = _log_probabilities(model, ids_BT, None)
+        with_sae = _log_probabilities(model, ids_BT, _on_kept(spliced, kept_BT))
+        kl_BT = (clean.exp() * (clean - with_sae)).sum(-1)
+        losses = [_cross_entropy(clean, ids_BT), _cross_entropy(with_sae, ids_BT)]
+        del clean, with_sae
+        losses.append(_cross_entropy(_log_probabilities(model, ids_BT, _on_kept(torch.zeros_like, kept_BT)), ids_BT))
+        parts = [torch.ones_like(kl_BT), *losses, kl_BT]
+        self.sums += torch.stack([part[scored_BT].double().sum() for part in parts])
+
+    def figures(self, ranks: Ranks) -> dict[str, float]:
+        """Return delta_ce = CE spliced - CE clean (nats); ce_recovered = (CE zeroed - CE spliced) / (CE zeroed - CE clean); kl."""
+        n, clean, spliced, ablated, kl = ranks.sum(self.sums).tolist()
+        if n == 0:
+            return {}
+        figures = {"ce": clean / n, "delta_ce": (spliced - clean) / n, "kl": kl / n}
+        if ablated != clean:
+            figures["ce_recovered"] = (ablated - spliced) / (ablated - clean)
+        return figures
+
+
+def _on_kept(change: Callable[[Tensor], Tensor], kept_BT: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return `change` restricted to the kept positions."""
+    return lambda acts_BTD: torch.where(kept_BT.unsqueeze(-1), change(acts_BTD), acts_BTD)
+
+
+def _log_probabilities(model: LanguageModel, ids_BT: Tensor, replace: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Return fp32 log-probabilities [B, T-1, V] of the next token."""
+    return model.logits(ids_BT, replace=replace)[:, :-1].float().log_softmax(-1)
+
+
+def _cross_entropy(log_probabilities: Tensor, ids_BT: Tensor) -> Tensor:
+    """Return minus the log-probability of each next token, [B, T-1]."""
+    return -log_probabilities.gather(-1, ids_BT[:, 1:, None]).squeeze(-1)

@@ -1,0 +1,104 @@
+"""How well an SAE reconstructs activations, in sums that add up over batches and ranks.
+
+Letters: N tokens, D d_model, F n_features. All sums are float64, so their order hardly matters.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sae_train.ranks import Ranks
+from sae_train.sae.autoencoder import SparseAutoencoder
+
+L0_BINS = 4096  # per-token L0 above this counts as this; percentiles of useful SAEs are far below
+
+
+class ReconstructionTotals:
+    """Sums behind fvu, nmse, cosine, l0 and densities; definitions in `figures`."""
+
+    def __init__(self, *, d_model: int, n_features: int, device: torch.device) -> None:
+        zeros = torch.zeros
+        self.scalars = zeros(6, dtype=torch.float64, device=device)  # n, |e|^2, |x-shift|^2, nmse, cosine, l0
+        self.shifted_sum_D = zeros(d_model, dtype=torch.float64, device=device)
+        self.fired_F = zeros(n_features, dtype=torch.int64, device=device)
+        self.l0_histogram = zeros(L0_BINS + 1, dtype=torch.int64, device=device)
+        self.context_sums = zeros(4, dtype=torch.float64, device=device)  # contexts; sums of tokens^2, tokens*l0, l0^2
+
+    @torch.no_grad()
+    def add(self, sae: SparseAutoencoder, raw_ND: Tensor, context_N: Tensor) -> None:
+        """Add raw activations [N, D]; `context_N` says which context each comes from. No context spans two calls."""
+        if len(raw_ND) == 0:
+            return
+        code = sae.encode_sparse(raw_ND)
+        x_ND, x_hat_ND = raw_ND.double(), sae.decode(code).double()
+        shift_D = sae.b_dec.double()  # near the mean, the same on every rank: avoids cancellation where the mean is large
+        error_N = (x_ND - x_hat_ND).square().sum(1)
+        norm_N = x_ND.square().sum(1)
+        l0_N = code.start.diff().to(torch.int64)
+        cosine_N = torch.nn.functional.cosine_similarity(x_ND, x_hat_ND, dim=1, eps=1e-12)
+        tiny = torch.finfo(torch.float64).tiny
+        self.scalars += torch.stack([
+            torch.tensor(float(len(x_ND)), dtype=torch.float64, device=x_ND.device),
+            error_N.sum(),
+            (x_ND - shift_D).square().sum(),
+            (error_N / norm_N.clamp_min(tiny)).sum(),
+            cosine_N.sum(),
+            l0_N.sum().double(),
+        ])  # fmt: skip
+        self.shifted_sum_D += (x_ND - shift_D).sum(0)
+        self.fired_F += code.firing_counts()
+        self.l0_histogram += torch.bincount(l0_N.clamp_max(L0_BINS), minlength=L0_BINS + 1)
+        _, group_N, tokens_C = context_N.unique(return_inverse=True, return_counts=True)
+        l0_C = torch.zeros_like(tokens_C).index_add_(0, group_N, l0_N).double()
+        t_C = tokens_C.double()
+        self.context_sums += torch.stack([t_C.new_tensor(float(len(t_C))), t_C @ t_C, t_C @ l0_C, l0_C @ l0_C])
+
+    def figures(self, ranks: Ranks) -> dict[str, float]:
+        """Return the figures over all ranks' tokens.
+
+        fvu = sum |e|^2 / sum |x - mean|^2; nmse = mean |e|^2 / |x|^2; cosine = mean cos(x, x_hat);
+        l0 = mean number of features that fire on a token, its standard error over contexts (ratio estimator);
+        dead_fraction = share of features that fire on none of these tokens. A figure that is not defined (one context has no
+        standard error) is left out.
+        """
+        n, error, spread, nmse, cosine, l0 = ranks.sum(self.scalars).tolist()
+        if n == 0:
+            return {}
+        mean_D = ranks.sum(self.shifted_sum_D) / n
+        variance = spread - n * float(mean_D.square().sum())
+        fired_F = ranks.sum(self.fired_F)
+        percentiles = histogram_percentiles(ranks.sum(self.l0_histogram), (0.05, 0.5, 0.95))
+        figures = {
+            "fvu": error / variance if variance > 0 else math.nan,
+            "nmse": nmse / n,
+            "cosine": cosine / n,
+            "l0": l0 / n,
+            "l0_standard_error": self._l0_standard_error(ranks, mean=l0 / n, n_tokens=n),
+            "l0_p5": percentiles[0],
+            "l0_p50": percentiles[1],
+            "l0_p95": percentiles[2],
+            "dead_fraction": float((fired_F == 0).double().mean()),
+            "evaluation_tokens": int(n),
+        }
+        return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+    def density_F(self, ranks: Ranks) -> Tensor:
+        """Return [F] float64: the share of tokens on which each feature fires."""
+        n = ranks.sum(self.scalars)[0].clamp_min(1)
+        return ranks.sum(self.fired_F).double() / n
+
+    def _l0_standard_error(self, ranks: Ranks, *, mean: float, n_tokens: float) -> float:
+        """Standard error of l0 with contexts as the unit (ratio estimator): tokens of one context are alike."""
+        n, tt, tl, ll = ranks.sum(self.context_sums).tolist()
+        if n < 2:
+            return math.nan
+        squares = max(ll - 2 * mean * tl + mean * mean * tt, 0.0)
+        return math.sqrt(squares / (n - 1) * n) / n_tokens
+
+
+def histogram_percentiles(counts: Tensor, shares: tuple[float, ...]) -> list[int]:
+    """Return for each share the smallest bin whose running total reaches that share of all counts."""
+    running = counts.cumsum(0)
+    targets = torch.tensor([share * float(running[-1]) for share in shares], device=counts.device)
+    return [int(i) for i in torch.searchsorted(running.double(), targets.double())]

@@ -1,0 +1,1 @@
+"""File formats of an exported SAE: ours (native.py); foreign ones get a file each."""

@@ -1,0 +1,49 @@
+"""Writing files so that a kill, a full disk or a power cut leaves the old file or the new one, never a half."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sae_train.errors import CheckpointError
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn the file system's refusals while writing under `path` into a message for the user."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(
+            f"{path}: cannot be written: {reason}. Free space there, or choose another directory with runs=DIR."
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text`, durably and in one move."""
+    partial = path.with_name(f".{path.name}.partial")
+    with explained(path.parent):
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync_directory(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Return once the file's bytes are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Return once the directory's names are on the disk."""
+    sync_file(path)

@@ -1,0 +1,1 @@
+"""The training run: plan, loop, optimizer, checkpoints, metrics and where they go."""

@@ -1,0 +1,128 @@
+"""A run's directory: its name, whose it is, and whether the run in it is new, unfinished or finished.
+
+The same identity (config.identity) finds its directory again; that is what makes a resubmitted sweep resume.
+"""
+
+import fcntl
+import json
+import re
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from sae_train.config import RunConfig, as_dict, identity, identity_digest
+from sae_train.errors import CheckpointError, ConfigError
+from sae_train.formats.durable import explained, write_text
+
+
+def run_name(config: RunConfig, *, label: str, n_features: int) -> str:
+    """Return `name` as typed, or `<site>.<sparsifier>.k<k>.f<n_features>.s<seed>-<six hex digits of the identity>`."""
+    if config.name is not None:
+        return config.name
+    readable = f"{label}.{config.sparsifier.name}.k{config.k:g}.f{n_features}.s{config.seed}"
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", readable) + f"-{identity_digest(identity(config))}"
+
+
+class RunDirectory:
+    """`runs/<name>/`, held by this run alone while it trains."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.summary.is_file()
+
+    def stored(self) -> dict[str, Any] | None:
+        """Return config.yaml, or None where there is none yet.
+
+        Raises:
+            CheckpointError: it is not readable.
+        """
+        path = self.path / "config.yaml"
+        if not path.exists():
+            return None
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise CheckpointError(f"{path}: not readable: {error}. Choose another name=.") from error
+        if not isinstance(values, dict) or "identity" not in values or "config" not in values:
+            raise CheckpointError(f"{path}: not a sae-train run's config. Choose another name= or runs=.")
+        return values
+
+    def check_identity(self, config: RunConfig) -> None:
+        """Refuse a directory that holds a run of another identity, listing the keys that differ.
+
+        Raises:
+            ConfigError: the directory is another run's, or is not a run's and not empty.
+        """
+        stored = self.stored()
+        if stored is None:
+            if self.path.exists() and (not self.path.is_dir() or any(p.name != ".lock" for p in self.path.iterdir())):
+                raise ConfigError(f"{self.path}: exists and is not a run's directory. Choose another name=.")
+            return
+        ours, theirs = _flat(_plain(identity(config))), _flat(stored["identity"])
+        differ = [
+            f"{key} {theirs.get(key)!r} -> {ours.get(key)!r}"
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key)
+        ]
+        if differ:
+            raise ConfigError(f"{self.path} holds another run: {', '.join(differ)}. Choose another name=.")
+
+    def claim(self, resolved: RunConfig, *, identified_as: RunConfig, provenance: dict[str, Any]) -> None:
+        """Make the directory, take its lock and write config.yaml if it is new.
+
+        Args:
+            resolved: what config.yaml holds, every 'auto' decided.
+            identified_as: the configuration as composed, whose identity the directory carries.
+
+        Raises:
+            CheckpointError: it cannot be written, or another process is training in it.
+        """
+        with explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"{self.path}: another process is training in it. Wait for it, or choose another name=."
+                ) from None
+        if self.stored() is None:
+            values = {"config": _plain(as_dict(resolved)), "identity": _plain(identity(identified_as)), "provenance": provenance}
+            write_text(self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+
+    def release(self) -> None:
+        """Let another process have the directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what JSON would read back: the form in which identities are compared."""
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

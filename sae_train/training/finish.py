@@ -1,0 +1,92 @@
+"""From trained weights to an exported SAE that keeps its promise: fold, calibrate, evaluate, write."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sae_train
+from sae_train.config import LiveHarvestConfig, RunConfig
+from sae_train.errors import DataError
+from sae_train.evaluation.evaluate import evaluate
+from sae_train.formats import native
+from sae_train.harvest.stream import Stream
+from sae_train.ranks import Ranks
+from sae_train.sae.autoencoder import SparseAutoencoder
+from sae_train.sae.calibration import calibrate
+from sae_train.training.trainer import Trainer
+
+SUMMARY_ONLY = ("l0_p5", "l0_p50", "l0_p95", "l0_standard_error", "evaluation_tokens", "density", "target_l0",
+                "used_share", "ce")  # fmt: skip
+"""Figures of summary.json that are not among design.md 10's `eval/` names."""
+
+
+def exported(trainer: Trainer) -> tuple[SparseAutoencoder, dict[str, Any]]:
+    """Return the SAE as it would be exported now, and its figures on held-out data; changes nothing.
+
+    Thresholds are set on the calibration half, every figure comes from the other.
+    """
+    config, stream, ranks = trainer.config, trainer.stream, trainer.ranks
+    assert stream.scaling is not None, "a stream that has trained has its scaling"
+    sae = SparseAutoencoder.fold(
+        trainer.dictionary,
+        centre_D=stream.scaling.centre_D,
+        scale=stream.scaling.scale,
+        k=config.k,
+        inference=trainer.sparsifier.inference,
+    )
+    raw_ND = calibration_half(stream, max_tokens=config.evaluation_tokens, ranks=ranks)
+    calibration = calibrate(sae, raw_ND, sparsifier=trainer.sparsifier, moment=trainer.moment())
+    del raw_ND
+    sae.threshold.data.copy_(calibration.threshold_F)
+    figures = evaluate(
+        sae,
+        stream.held_out,
+        max_tokens=config.evaluation_tokens,
+        language_model=stream.language_model,
+        ranks=ranks,
+    )
+    if not figures:
+        raise DataError("held-out data: no token passes the filters. Give more held-out text or rows.")
+    return sae, figures | {"target_l0": calibration.target_l0, "used_share": calibration.used_share}
+
+
+def evaluation_row(figures: dict[str, Any], *, step: int, tokens: int) -> dict[str, Any]:
+    """Return the row of metrics.jsonl for an evaluation."""
+    kept = {f"eval/{key}": value for key, value in figures.items() if key not in SUMMARY_ONLY}
+    return {"step": step, "tokens": tokens} | kept
+
+
+def write_export(
+    sae: SparseAutoencoder, directory: Path, *, config: RunConfig, stream: Stream, label: str, figures: dict[str, Any], tokens: int
+) -> None:
+    """Write `saes/NAME/`."""
+    scaling = stream.scaling
+    assert scaling is not None, "a stream that has trained has its scaling"
+    live = isinstance(config.harvest, LiveHarvestConfig)
+    facts = {
+        "site": label,
+        "model": {"id": config.model.id, "revision": config.model.revision, "dtype": config.model.dtype} if live else None,
+        "dataset": config.data.id if live else getattr(config.harvest, "path", None),
+        "tokens": tokens,
+        "sparsifier": config.sparsifier.name,
+        "seed": config.seed,
+        "normalisation": {
+            "scale": scaling.scale,
+            "centre_norm": float(scaling.centre_D.norm()),
+            "outlier_limit": scaling.limit,
+            "folded": True,
+        },
+        "figures": figures,
+        "sae_train_version": sae_train.__version__,
+    }
+    native.save(sae, directory, facts=facts)
+
+
+@torch.no_grad()
+def calibration_half(stream: Stream, *, max_tokens: int, ranks: Ranks) -> Tensor:
+    """Return the calibration half's raw activations [N, d_model], fp32, all of them on every rank."""
+    own = [batch.raw_ND for batch in stream.held_out.batches("calibration", max_tokens=max_tokens)]
+    empty = torch.zeros(0, stream.d_model, device=ranks.device)
+    return ranks.gather_rows(torch.cat([empty, *own]))

@@ -1,0 +1,109 @@
+"""Sums over a log interval, kept on the device and reduced over ranks once a row.
+
+Observing never changes a run: nothing here is read by the training step. The names are design.md 10's.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_train.evaluation.density import density_figures, density_histogram
+from sae_train.evaluation.reconstruction import L0_BINS, histogram_percentiles
+from sae_train.ranks import Ranks
+from sae_train.sae.code import SparseCode
+from sae_train.sae.firing import Firing
+
+
+class Totals:
+    """What the steps since the last row add up to, this rank's share."""
+
+    NAMES = ("tokens", "error", "square", "loss", "aux", "matches", "budget", "steps", "grad_norm")
+
+    def __init__(self, *, d_model: int, device: torch.device) -> None:
+        self.scalars = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+        self.sum_D = torch.zeros(d_model, dtype=torch.float64, device=device)
+        self.l0_histogram = torch.zeros(L0_BINS + 1, dtype=torch.int64, device=device)
+        self.least_kept = torch.full((), float("inf"), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(
+        self,
+        *,
+        x_ND: Tensor,
+        error_ND: Tensor,
+        code: SparseCode,
+        loss: Tensor,
+        aux: Tensor | None,
+        grad_norm: Tensor,
+        budget: float,
+    ) -> None:
+        """Add one step. `loss` and `aux` are this rank's shares; `budget` its expected number of matches."""
+        value = code.value.detach()
+        l0_N = code.start.diff().long()
+        device_values = [
+            error_ND.square().sum(dtype=torch.float64),
+            x_ND.square().sum(dtype=torch.float64),
+            loss.detach().double(),
+            torch.zeros_like(loss, dtype=torch.float64) if aux is None else aux.detach().double(),
+            code.count.double(),
+        ]
+        self.scalars[0] += len(x_ND)
+        self.scalars[1:6] += torch.stack(device_values)
+        self.scalars[6] += budget
+        self.scalars[7] += 1
+        self.scalars[8] += grad_norm.double()
+        self.sum_D += x_ND.sum(0, dtype=torch.float64)
+        self.l0_histogram += torch.bincount(l0_N.clamp_max(L0_BINS), minlength=L0_BINS + 1)
+        smallest = torch.where(value > 0, value, torch.inf).min().double()
+        self.least_kept = torch.minimum(self.least_kept, smallest)
+
+    def row(self, ranks: Ranks) -> dict[str, Any]:
+        """Return the interval's `train/` and `tokens_l0/` figures over all ranks."""
+        sums = dict(zip(self.NAMES, ranks.sum(self.scalars).tolist(), strict=True))
+        n, steps = sums["tokens"], sums["steps"] / ranks.size
+        mean_D = ranks.sum(self.sum_D) / n
+        variance = sums["square"] - n * float(mean_D.square().sum())
+        p5, p50, p95 = histogram_percentiles(ranks.sum(self.l0_histogram), (0.05, 0.5, 0.95))
+        return {
+            "train/loss": sums["loss"] / steps,
+            "train/fvu": sums["error"] / variance if variance > 0 else float("nan"),
+            "train/aux": sums["aux"] / steps,
+            "train/l0": sums["matches"] / n,
+            "train/budget_used": sums["matches"] / sums["budget"],
+            "train/threshold": -float(ranks.max(-self.least_kept)),
+            "train/grad_norm": sums["grad_norm"] / sums["steps"],
+            "tokens_l0/p5": p5,
+            "tokens_l0/p50": p50,
+            "tokens_l0/p95": p95,
+        }
+
+    def reset(self) -> None:
+        """Start the next interval."""
+        for tensor in (self.scalars, self.sum_D, self.l0_histogram):
+            tensor.zero_()
+        self.least_kept.fill_(torch.inf)
+
+    def state(self, ranks: Ranks) -> dict[str, Tensor]:
+        """Return every rank's sums, stacked in rank order: they are replicated state in a checkpoint."""
+        return {name: ranks.gather(getattr(self, name)) for name in ("scalars", "sum_D", "l0_histogram", "least_kept")}
+
+    def load_state(self, state: dict[str, Tensor], ranks: Ranks) -> None:
+        """Take this rank's sums; on another number of ranks the first takes them all."""
+        for name, stacked in state.items():
+            own = getattr(self, name)
+            if len(stacked) == ranks.size:
+                own.copy_(stacked[ranks.rank])
+            elif ranks.is_first:
+                own.copy_(stacked.min(0).values if name == "least_kept" else stacked.sum(0))
+
+
+def firing_row(firing: Firing, dead_window: int) -> dict[str, Any]:
+    """Return the interval's dead features and density figures; firing counts are already over all ranks."""
+    dead = int(firing.dead_F(dead_window).sum())
+    n_tokens = max(int(firing.interval_tokens), 1)
+    density_F = firing.interval_F.double() / n_tokens
+    row: dict[str, Any] = {"train/dead_features": dead, "train/dead_fraction": dead / len(density_F)}
+    row |= {f"density/{name}": value for name, value in density_figures(density_F).items()}
+    row["density/histogram"] = density_histogram(density_F, n_tokens)
+    return row

@@ -1,0 +1,60 @@
+"""Adam on the dictionary, with global clipping, that turns into a no-op once a flag on the device is set."""
+
+import torch
+from torch import Tensor
+
+from sae_train.config import OptimizerConfig
+from sae_train.sae.dictionary import Dictionary
+
+
+class Adam:
+    """Adam (arXiv 1412.6980), fused: every parameter and moment moves once a step.
+
+    The gradient is scaled so that its global norm is at most `clip`, inside the same pass.
+    """
+
+    def __init__(self, dictionary: Dictionary, config: OptimizerConfig) -> None:
+        self._named = dict(dictionary.named_parameters())
+        self._clip = config.clip
+        self._adam = torch.optim.Adam(
+            self._named.values(), lr=config.lr or 0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+        )
+        for parameter in self._named.values():  # moments exist from the start, so that a checkpoint may hold them
+            self._adam.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def gradient_norm(self) -> Tensor:
+        """Return the global norm of the gradients, a scalar on the device."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self._named.values() if p.grad is not None])
+
+    def step(self, *, lr: float, norm: Tensor, halted: Tensor) -> None:
+        """Update every parameter from its gradient and drop the gradients.
+
+        Args:
+            lr: this step's learning rate.
+            norm: global norm of the gradients, scalar.
+            halted: scalar bool on the device; where true the step changes nothing.
+        """
+        self._adam.param_groups[0]["lr"] = lr
+        if self._clip > 0:
+            self._adam.grad_scale = (norm / self._clip).clamp_min(1.0).float()  # the fused step divides by it
+        self._adam.found_inf = halted.float()
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return step counts and moments by parameter name."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self._named.items()
+            for key, value in self._adam.state[parameter].items()
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for name, parameter in self._named.items():
+            own = self._adam.state[parameter]
+            for key in own:
+                own[key].copy_(state[f"{name}.{key}"])

@@ -1,0 +1,133 @@
+"""What a run will do, worked out before anything heavy happens: sizes, steps, schedule, memory, disk, operations."""
+
+import os
+from dataclasses import dataclass
+
+from sae_train.config import AuxLossConfig, NoAuxLossConfig, RunConfig
+from sae_train.errors import ConfigError, raise_all
+from sae_train.harvest.stream import StreamFacts
+from sae_train.training.schedule import DECAY_SHARE, WARMUP_SHARE, peak_learning_rate
+
+LARGEST_DEAD_WINDOW = 10_000_000
+LARGEST_CHECKPOINT_INTERVAL = 50_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The numbers that a configuration and its stream imply."""
+
+    d_model: int
+    n_features: int
+    label: str
+    """Model and site, as in the run's name."""
+    steps: int
+    batch_tokens: int
+    n_ranks: int
+    dead_window: int
+    peak_lr: float
+    warmup_tokens: int
+    decay_tokens: int
+    checkpoint_every: int
+    memory_bytes: int
+    """Of one rank, estimated: SAE, gradients, moments, one batch's pre-activations, its share of the pool."""
+    checkpoint_bytes: int
+    flops: float
+    """Estimated, of the whole run: language model up to the site, encoder product, matches."""
+
+    @property
+    def total_tokens(self) -> int:
+        return self.steps * self.batch_tokens
+
+    @property
+    def parameters(self) -> int:
+        return 2 * self.n_features * self.d_model + self.n_features + self.d_model
+
+
+def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
+    """Work out the plan.
+
+    Raises:
+        ConfigError: settings that contradict each other once the width of the activations is known.
+    """
+    n_features = config.n_features or config.expansion * facts.d_model
+    raise_all(_problems(config, n_features=n_features, n_ranks=n_ranks))
+    steps = -(-config.tokens // config.batch_tokens)
+    total = steps * config.batch_tokens
+    element = 8 if config.precision == "float64" else 4
+    parameters = 2 * n_features * facts.d_model + n_features + facts.d_model
+    local_tokens = config.batch_tokens // n_ranks
+    memory = 4 * element * parameters + 2 * element * local_tokens * n_features + facts.pool_bytes // n_ranks
+    optimizer = config.optimizer
+    plan = Plan(
+        d_model=facts.d_model,
+        n_features=n_features,
+        label=facts.label,
+        steps=steps,
+        batch_tokens=config.batch_tokens,
+        n_ranks=n_ranks,
+        dead_window=config.dead_window or max(1, min(LARGEST_DEAD_WINDOW, total // 8)),
+        peak_lr=peak_learning_rate(optimizer, d_model=facts.d_model, n_features=n_features, tokens=total),
+        warmup_tokens=round(WARMUP_SHARE * total) if optimizer.warmup_tokens is None else optimizer.warmup_tokens,
+        decay_tokens=round(DECAY_SHARE * total) if optimizer.decay_tokens is None else optimizer.decay_tokens,
+        checkpoint_every=_checkpoint_every(config.checkpoint.every_tokens, total),
+        memory_bytes=memory,
+        checkpoint_bytes=3 * element * parameters + facts.pool_bytes,
+        flops=total * (facts.flops_per_token + _sae_flops(config.aux_loss, facts.d_model, n_features, config.k)),
+    )
+    _check_memory(plan)
+    return plan
+
+
+def describe(plan: Plan, config: RunConfig, *, path: str) -> str:
+    """Return the plan as `dry_run=true` prints it."""
+    kept = config.checkpoint.keep or max(1, plan.total_tokens // max(plan.checkpoint_every, 1))
+    disk = 2 * 4 * plan.parameters + (kept + 1) * plan.checkpoint_bytes
+    rows = [
+        ("site", f"{plan.label}, d_model {plan.d_model}"),
+        ("SAE", f"{config.sparsifier.name}, k {config.k:g}, {plan.n_features} features, {plan.parameters:,} parameters"),
+        ("budget", f"{config.budget.name}; auxiliary loss {config.aux_loss.name}, dead after {plan.dead_window:,} tokens"),
+        ("tokens", f"{plan.total_tokens:,} in {plan.steps:,} steps of {plan.batch_tokens:,}"),
+        ("ranks", f"{plan.n_ranks}, layout {config.parallel.layout}"),
+        ("learning rate", f"{plan.peak_lr:.2e}, warm-up {plan.warmup_tokens:,} tokens, decay over the last {plan.decay_tokens:,}"),
+        ("memory a rank", f"{plan.memory_bytes / 1e9:.2f} GB without the language model (estimated)"),
+        ("disk", f"{disk / 1e9:.2f} GB ({plan.checkpoint_bytes / 1e9:.2f} a checkpoint, at most {kept + 1} at a time; estimated)"),
+        ("operations", f"{plan.flops:.2e} floating-point (estimated)"),
+        ("directory", path),
+    ]  # fmt: skip
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _problems(config: RunConfig, *, n_features: int, n_ranks: int) -> list[str]:
+    found = []
+    if config.k > n_features:
+        given = "n_features" if config.n_features else f"expansion={config.expansion} times d_model"
+        found.append(f"k={config.k:g}: larger than {given}={n_features}. Lower k or raise {given.split('=')[0]}.")
+    start_k = config.budget.start_k
+    if start_k is not None and start_k > n_features:
+        found.append(f"budget.start_k={start_k:g}: larger than n_features={n_features}. Lower it.")
+    if config.batch_tokens % n_ranks:
+        low = max(1, config.batch_tokens // n_ranks) * n_ranks
+        found.append(f"batch_tokens={config.batch_tokens} over {n_ranks} ranks: not divisible. "
+                     f"Nearest: {low} or {low + n_ranks}.")  # fmt: skip
+    return found
+
+
+def _checkpoint_every(every: int | None, total: int) -> int:
+    return max(1, min(LARGEST_CHECKPOINT_INTERVAL, total // 4)) if every is None else every
+
+
+def _sae_flops(aux: AuxLossConfig, d_model: int, n_features: int, k: float) -> float:
+    """Return operations a token: the encoder product, and per match decode, gradient to value, two weight gradients."""
+    matches = k if isinstance(aux, NoAuxLossConfig) else 2 * k  # the auxiliary loss's share is a guess
+    return 2 * d_model * n_features + 8 * d_model * matches
+
+
+def _check_memory(plan: Plan) -> None:
+    """Refuse what cannot fit in this machine's memory."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if plan.memory_bytes > available:
+        raise ConfigError(
+            f"n_features={plan.n_features}, batch_tokens={plan.batch_tokens}: needs about {plan.memory_bytes / 1e9:.1f} GB "
+            f"a rank, and this machine has {available / 1e9:.1f} GB. Lower n_features, batch_tokens or harvest.pool_batches."
+        )

@@ -1,0 +1,232 @@
+"""One run from configuration to verdict: plan, claim the directory, train or resume, export, report."""
+
+import dataclasses
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sae_train
+from sae_train.config import RunConfig
+from sae_train.errors import UserError
+from sae_train.formats.durable import write_text
+from sae_train.harvest.stream import Stream, build_stream, check_stream
+from sae_train.ranks import Ranks, find_ranks, process_count
+from sae_train.sparsifiers import build_sparsifier
+from sae_train.training import checkpoint
+from sae_train.training.console import Progress, say, verdict, warn
+from sae_train.training.directory import RunDirectory, run_name
+from sae_train.training.finish import evaluation_row, exported, write_export
+from sae_train.training.plan import Plan, describe, make_plan
+from sae_train.training.tracking import Dashboard, MetricsFile, build_dashboard
+from sae_train.training.trainer import Events, Trainer
+
+
+def run(config: RunConfig, *, overrides: list[str]) -> int:
+    """Train what `config` describes, or say that it is done already.
+
+    Args:
+        overrides: what was typed, kept in config.yaml.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        UserError: see errors.py; its `status` is the exit status.
+    """
+    n_ranks = process_count()
+    facts = check_stream(config, n_ranks=n_ranks)
+    plan = make_plan(config, facts, n_ranks=n_ranks)
+    build_sparsifier(config, n_features=plan.n_features)  # refuses infeasible budgets
+    directory = RunDirectory(Path(config.runs) / run_name(config, label=plan.label, n_features=plan.n_features))
+    directory.check_identity(config)
+    if config.dry_run:
+        say(describe(plan, config, path=str(directory.path)))
+        return 0
+    ranks = find_ranks()
+    if directory.is_finished:
+        if ranks.is_first:
+            say(f"already finished: {_verdict_of(directory, config)}")
+    else:
+        with ExitStack() as stack:
+            _Run(config, plan, directory=directory, overrides=overrides, ranks=ranks, stack=stack).go()
+    return 0
+
+
+def resolve_precision(config: RunConfig, *, stored: dict[str, Any] | None, device: torch.device) -> str:
+    """Return the precision of matrix products: as typed, else as this run began, else what the hardware gains from."""
+    if config.precision != "auto":
+        return config.precision
+    if stored is not None:
+        return str(stored["config"]["precision"])
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+class _Run:
+    """The parts of one run, and what happens at each event."""
+
+    def __init__(
+        self, config: RunConfig, plan: Plan, *, directory: RunDirectory, overrides: list[str], ranks: Ranks, stack: ExitStack
+    ) -> None:
+        self.config, self.plan, self.directory, self.ranks, self._stack = config, plan, directory, ranks, stack
+        precision = resolve_precision(config, stored=directory.stored(), device=ranks.device)
+        resolved = dataclasses.replace(config, precision=precision)
+        self._on_first(lambda: directory.claim(resolved, identified_as=config, provenance=provenance(overrides)))
+        stack.callback(directory.release)
+        dtype = torch.float64 if precision == "float64" else torch.float32
+        self.stream: Stream = build_stream(config, ranks=ranks, dtype=dtype)
+        stack.callback(self.stream.close)
+        self.trainer = Trainer(config, plan, stream=self.stream, precision=precision, ranks=ranks)
+        self.metrics = MetricsFile(directory.metrics)
+        self.dashboard = Dashboard()
+        self.seconds_before = 0.0
+        self.sae_name = run_name(
+            dataclasses.replace(config, name=None), label=plan.label, n_features=plan.n_features
+        ).rsplit("-", 1)[0]
+
+    def go(self) -> None:
+        """Begin or resume, train, finish."""
+        self._begin()
+        self.dashboard = build_dashboard(self.config, self.directory.path, is_first=self.ranks.is_first)
+        self._stack.callback(self.dashboard.close)
+        if self.dashboard.notice:
+            warn(self.dashboard.notice)
+        self._began = time.perf_counter()
+        self.progress = Progress(
+            total_tokens=self.plan.total_tokens, done_tokens=self.trainer.tokens, is_first=self.ranks.is_first
+        )
+        self._stack.callback(self.progress.close)
+        self.trainer.fit(
+            Events(log=self._log, evaluate=self._evaluate, checkpoint=self._checkpoint, advance=self.progress.advance)
+        )
+        self.progress.close()
+        self._finish()
+
+    def _begin(self) -> None:
+        """Load the newest whole checkpoint, or start the stream."""
+        found = checkpoint.newest(self.directory.checkpoints, warn=warn if self.ranks.is_first else lambda _: None)
+        n_rows = 0
+        if found is None:
+            self.stream.start()
+        else:
+            self.trainer.load_state(found.replicated, found.lane_state)
+            self.seconds_before, n_rows = found.notes["seconds"], found.notes["metrics_rows"]
+            self._say(f"resuming at step {self.trainer.n_done:,} of {self.plan.steps:,} in {self.directory.path}")
+            threads = found.notes["threads"]
+            if threads != torch.get_num_threads() and self.ranks.is_first:
+                warn(f"this run computed with {threads} threads so far and now has {torch.get_num_threads()}: "
+                     "it goes on, but not bit for bit.")  # fmt: skip
+        self._on_first(lambda: self.metrics.keep_first(n_rows))
+
+    def _log(self, row: dict[str, Any]) -> None:
+        row = {"sae": self.sae_name} | row
+        if "train/fvu" in row:
+            self.progress.show(row)
+        self._on_first(lambda: self.metrics.append(row))
+        self.dashboard.log(row)
+
+    def _evaluate(self) -> None:
+        _, figures = exported(self.trainer)
+        self._log(evaluation_row(figures, step=self.trainer.n_done, tokens=self.trainer.tokens))
+
+    def _checkpoint(self) -> None:
+        notes = {
+            "step": self.trainer.n_done,
+            "tokens": self.trainer.tokens,
+            "metrics_rows": self.metrics.n_rows,
+            "seconds": self._seconds(),
+            "threads": torch.get_num_threads(),
+            "n_ranks": self.ranks.size,
+            "sae_train_version": sae_train.__version__,
+        }
+        checkpoint.save(
+            self.directory.checkpoints,
+            notes=notes,
+            replicated=self.trainer.state(),
+            lane_states=self.stream.lane_states(),
+            ranks=self.ranks,
+            keep=self.config.checkpoint.keep,
+        )
+
+    def _finish(self) -> None:
+        """Export, and write the summary last: its presence means finished."""
+        seconds = self._seconds()
+        sae, figures = exported(self.trainer)
+        tokens = self.trainer.tokens
+        self._log(evaluation_row(figures, step=self.trainer.n_done, tokens=tokens))
+        figures |= {"dead_fraction_training": int(self.trainer.firing.dead_F(self.plan.dead_window).sum()) / sae.n_features}
+        summary = {
+            "run": self.directory.path.name,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / max(seconds, 1e-9),
+            "saes": {self.sae_name: figures},
+        }
+
+        def write() -> None:
+            write_export(
+                sae,
+                self.directory.path / "saes" / self.sae_name,
+                config=self.config,
+                stream=self.stream,
+                label=self.plan.label,
+                figures=figures,
+                tokens=tokens,
+            )
+            write_text(self.directory.summary, json.dumps(summary, indent=2) + "\n")
+
+        self._on_first(write)
+        self.dashboard.summarise(figures)
+        self._say(_verdict_of(self.directory, self.config) if self.ranks.is_first else "")
+
+    def _seconds(self) -> float:
+        """Return the seconds of training so far, those before a resume included."""
+        return self.seconds_before + time.perf_counter() - self._began
+
+    def _say(self, text: str) -> None:
+        if self.ranks.is_first:
+            say(text)
+
+    def _on_first(self, action: Callable[[], None]) -> None:
+        """Do `action` on the first rank; raise on every rank what it ran into."""
+        problem: UserError | None = None
+        if self.ranks.is_first:
+            try:
+                action()
+            except UserError as error:
+                problem = error
+        for error in self.ranks.gather_objects(problem):
+            if error is not None:
+                raise error
+
+
+def provenance(overrides: list[str]) -> dict[str, Any]:
+    """Return what was typed, and which version of this program runs: package version, git commit if any."""
+    source = Path(sae_train.__file__).resolve().parent
+    try:
+        asked = subprocess.run(
+            ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+        commit = asked.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {"version": sae_train.__version__, "git_commit": commit, "torch": str(torch.__version__), "overrides": overrides}
+
+
+def _verdict_of(directory: RunDirectory, config: RunConfig) -> str:
+    """Return the verdict line of a finished run."""
+    summary = json.loads(directory.summary.read_text(encoding="utf-8"))
+    figures = next(iter(summary["saes"].values()))
+    return verdict(
+        name=summary["run"],
+        figures=figures,
+        tokens=summary["tokens"],
+        tokens_per_second=summary["tokens_per_second"],
+        target=figures.get("target_l0", config.k),
+        path=str(directory.path),
+    )

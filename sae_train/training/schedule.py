@@ -1,0 +1,34 @@
+"""What changes over a run, as functions of the tokens trained on: the learning rate, and when things are due."""
+
+import math
+
+from sae_train.config import OptimizerConfig
+
+WARMUP_SHARE = 0.05
+DECAY_SHARE = 0.2
+
+
+def learning_rate(tokens: int, *, peak: float, warmup_tokens: int, decay_tokens: int, total_tokens: int) -> float:
+    """Return the rate of the step that starts after `tokens` tokens.
+
+    Linear from 0 over `warmup_tokens`, constant, linear to 0 over the last `decay_tokens`.
+    """
+    rate = peak
+    if tokens < warmup_tokens:
+        rate *= tokens / warmup_tokens
+    left = total_tokens - tokens
+    if left < decay_tokens:
+        rate *= left / decay_tokens
+    return rate
+
+
+def peak_learning_rate(config: OptimizerConfig, *, d_model: int, n_features: int, tokens: int) -> float:
+    """Return `optimizer.lr`, or the rule."""
+    if config.lr is not None:
+        return config.lr
+    return 4e-3 * math.sqrt(1e6 / tokens) ** 0.5
+
+
+def is_due(every: int, *, before: int, after: int) -> bool:
+    """Return whether a multiple of `every` tokens lies in (before, after]; `every` 0 is never due."""
+    return every > 0 and after // every > before // every

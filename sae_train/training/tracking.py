@@ -1,0 +1,108 @@
+"""Where rows go: `metrics.jsonl` always, Weights & Biases when asked; the only importer of wandb."""
+
+import json
+import math
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from sae_train.config import RunConfig, TrackingConfig, WandbConfig, as_dict
+from sae_train.evaluation.density import HISTOGRAM_EDGES
+from sae_train.formats.durable import explained, write_text
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a row, appended and flushed whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.n_rows = 0
+
+    def keep_first(self, n_rows: int) -> None:
+        """Drop what a killed run wrote after its last checkpoint, so that no row stands twice or in half."""
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        write_text(self.path, "".join(lines[:n_rows]))
+        self.n_rows = min(n_rows, len(lines))
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Append one row; a number that JSON cannot hold becomes null."""
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        with explained(self.path.parent), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+        self.n_rows += 1
+
+
+class Dashboard:
+    """No dashboard; the twin of `Wandb` for tracking=none and for ranks after the first."""
+
+    notice = ""
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Send a row."""
+
+    def summarise(self, figures: dict[str, Any]) -> None:
+        """Send the final figures."""
+
+    def close(self) -> None:
+        """Finish; waits for nothing that the network may withhold."""
+
+
+class Wandb(Dashboard):
+    """Weights & Biases: online where credentials exist, else offline. Never asks, never blocks."""
+
+    def __init__(self, tracking: WandbConfig, config: RunConfig, directory: Path) -> None:
+        import wandb
+
+        identifier = self._identifier(directory)
+        options: dict[str, Any] = {
+            "project": tracking.project,
+            "entity": tracking.entity,
+            "name": directory.name,
+            "id": identifier,
+            "resume": "allow",
+            "dir": str(directory),
+            "config": as_dict(config),
+            "settings": wandb.Settings(silent=True, console="off", init_timeout=60),
+        }
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        try:
+            self._run = wandb.init(mode=mode, **options)
+        except wandb.errors.CommError:  # the network withholds an answer: the run matters more
+            mode = "offline"
+            self._run = wandb.init(mode=mode, **options)
+        self._histogram = wandb.Histogram
+        self._run.define_metric("tokens")
+        for group in ("train", "perf", "density", "tokens_l0", "eval"):
+            self._run.define_metric(f"{group}/*", step_metric="tokens")
+        if mode == "offline":
+            self.notice = f"wandb is offline; sync with: wandb sync {self._run.settings.sync_dir}"
+
+    def log(self, row: dict[str, Any]) -> None:
+        sent = {key: value for key, value in row.items() if key not in ("sae", "step")}
+        if "density/histogram" in sent:
+            pair = (sent["density/histogram"], HISTOGRAM_EDGES.tolist())
+            sent["density/histogram"] = self._histogram(np_histogram=pair)
+        self._run.log(sent)
+
+    def summarise(self, figures: dict[str, Any]) -> None:
+        self._run.summary.update(figures)
+
+    def close(self) -> None:
+        self._run.finish()
+
+    @staticmethod
+    def _identifier(directory: Path) -> str:
+        """Return the run's wandb id: kept beside it, so that a resumed run continues the same curves."""
+        path = directory / "wandb_id"
+        if not path.exists():
+            write_text(path, secrets.token_hex(4))
+        return path.read_text(encoding="utf-8").strip()
+
+
+def build_dashboard(config: RunConfig, directory: Path, *, is_first: bool) -> Dashboard:
+    """Return the dashboard that `tracking` names; only the first rank speaks to one."""
+    tracking: TrackingConfig = config.tracking
+    if is_first and isinstance(tracking, WandbConfig):
+        return Wandb(tracking, config, directory)
+    return Dashboard()

@@ -1,0 +1,236 @@
+"""The training loop: what happens in a step, and in which order things happen between steps."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_train.config import RunConfig
+from sae_train.errors import StoppedByNumbers
+from sae_train.harvest.stream import Stream
+from sae_train.ranks import Ranks
+from sae_train.sae.dictionary import Dictionary
+from sae_train.sae.firing import Firing
+from sae_train.sae.losses import build_aux_loss, reconstruction_loss
+from sae_train.sae.moment import Moment
+from sae_train.sparsifiers import build_sparsifier
+from sae_train.training.halt import Halt
+from sae_train.training.metrics import Totals, firing_row
+from sae_train.training.optimizer import Adam
+from sae_train.training.plan import Plan
+from sae_train.training.schedule import is_due, learning_rate
+
+LONGEST_HALF_LIFE = 2_000_000
+"""Tokens after which a firing counts half in a feature's moving density (methods.md 1.6)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Events:
+    """What the run does between steps; the trainer says when."""
+
+    log: Callable[[dict[str, Any]], None]
+    evaluate: Callable[[], None]
+    checkpoint: Callable[[], None]
+    advance: Callable[[int], None]
+
+
+class Trainer:
+    """One SAE learning from one stream. All that it would need to go on is in `state`."""
+
+    def __init__(self, config: RunConfig, plan: Plan, *, stream: Stream, precision: str, ranks: Ranks) -> None:
+        dtype = torch.float64 if precision == "float64" else torch.float32
+        self.config, self.plan, self.stream, self.ranks, self.precision = config, plan, stream, ranks, precision
+        self.dictionary = Dictionary.initial(
+            d_model=plan.d_model, n_features=plan.n_features, seed=config.seed, dtype=dtype, device=ranks.device
+        )
+        self.sparsifier = build_sparsifier(config, n_features=plan.n_features)
+        self.aux_loss = build_aux_loss(
+            config, d_model=plan.d_model, n_features=plan.n_features, dead_window=plan.dead_window
+        )
+        half_life = max(1, min(LONGEST_HALF_LIFE, plan.total_tokens // 8))
+        self.firing = Firing(plan.n_features, half_life_tokens=half_life, device=ranks.device)
+        self.optimizer = Adam(self.dictionary, config.optimizer)
+        self.totals = Totals(d_model=plan.d_model, device=ranks.device)
+        self.halt = Halt(ranks.device)
+        self.n_done = 0
+        self._clock = _Clock()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far, over all ranks."""
+        return self.n_done * self.plan.batch_tokens
+
+    def moment(self) -> Moment:
+        """Return where in the run the next step is."""
+        return Moment(
+            step=self.n_done,
+            tokens=self.tokens,
+            total_tokens=self.plan.total_tokens,
+            batch_tokens=self.plan.batch_tokens,
+            seed=self.config.seed,
+        )
+
+    def fit(self, events: Events) -> None:
+        """Train to the end of the plan.
+
+        Raises:
+            StoppedByNumbers: a loss or gradient was not finite, or no feature fires any more.
+        """
+        while self.n_done < self.plan.steps:
+            before = self.tokens
+            self._clock.start(self.plan.batch_tokens)
+            x_ND = self.stream.batch(self.n_done)
+            self._clock.harvested()
+            self.step(x_ND)
+            self._clock.stop()
+            events.advance(self.plan.batch_tokens)
+            last = self.n_done == self.plan.steps
+            if last or is_due(self.config.log_every, before=before, after=self.tokens):
+                events.log(self.row())
+            if not last and is_due(self.config.evaluate_every, before=before, after=self.tokens):
+                events.evaluate()
+            if last or is_due(self.plan.checkpoint_every, before=before, after=self.tokens):
+                self.halt.check()
+                events.checkpoint()
+
+    def step(self, x_ND: Tensor) -> None:
+        """Learn from this rank's rows of one batch; nothing is read back to the host."""
+        moment, dictionary = self.moment(), self.dictionary
+        pre_NF = dictionary.pre_activations(x_ND, precision=self.precision)
+        chosen = self.sparsifier.select(pre_NF, moment=moment, firing=self.firing, ranks=self.ranks)
+        code = dictionary.attach(x_ND, chosen)
+        x_hat_ND = dictionary.decode(code)
+        loss = reconstruction_loss(x_ND, x_hat_ND, n_tokens=self.plan.batch_tokens)
+        error_ND = (x_ND - x_hat_ND).detach()
+        aux = None
+        if self.aux_loss is not None:
+            aux = self.aux_loss(dictionary, x_ND, pre_NF, error_ND, firing=self.firing, ranks=self.ranks)
+        (loss if aux is None else loss + aux).backward()
+        grad_norm = self._update(loss.detach(), x_ND)
+        self.firing.update(code, n_tokens=self.plan.batch_tokens, ranks=self.ranks)
+        self.totals.add(
+            x_ND=x_ND,
+            error_ND=error_ND,
+            code=code,
+            loss=loss,
+            aux=aux,
+            grad_norm=grad_norm,
+            budget=self.sparsifier.k_at(moment) * len(x_ND),
+        )
+        self.n_done += 1
+
+    def row(self) -> dict[str, Any]:
+        """Return the figures since the last row and start the next interval.
+
+        Raises:
+            StoppedByNumbers: see `fit`.
+        """
+        self.halt.check()
+        row = self.totals.row(self.ranks) | firing_row(self.firing, self.plan.dead_window)
+        if row["train/l0"] == 0:
+            raise StoppedByNumbers(
+                f"no feature fired in the {self.config.log_every:,} tokens before step {self.n_done}: the dictionary has "
+                f"collapsed. Lower optimizer.lr (now {self.plan.peak_lr:.1e}), and check the activations for constants."
+            )
+        row["train/learning_rate"] = self._learning_rate(self.tokens - self.plan.batch_tokens)
+        self.totals.reset()
+        self.firing.reset_interval()
+        return {"step": self.n_done, "tokens": self.tokens} | row | self._clock.row()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything but the lanes, replicated: weights, moments, counters, the open interval."""
+        parts = {
+            "dictionary": dict(self.dictionary.named_parameters()),
+            "optimizer": self.optimizer.state(),
+            "sparsifier": self.sparsifier.state(),
+            "firing": self.firing.state(),
+            "stream": self.stream.replicated_state(),
+            "totals": self.totals.state(self.ranks),
+            "trainer": {"n_done": torch.tensor(self.n_done)},
+        }
+        return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
+
+    def load_state(self, state: dict[str, Tensor], lane_state: Callable[[int], dict[str, Tensor]]) -> None:
+        """Go on from `state` and the stream's lanes."""
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {k.removeprefix(f"{name}/"): v for k, v in state.items() if k.startswith(f"{name}/")}
+
+        with torch.no_grad():
+            for name, parameter in self.dictionary.named_parameters():
+                parameter.copy_(state[f"dictionary/{name}"])
+        self.optimizer.load_state(part("optimizer"))
+        self.sparsifier.load_state(part("sparsifier"))
+        self.firing.load_state(part("firing"))
+        self.totals.load_state(part("totals"), self.ranks)
+        self.stream.restore(part("stream"), lane_state)
+        self.n_done = int(state["trainer/n_done"])
+
+    def _learning_rate(self, tokens: int) -> float:
+        plan = self.plan
+        return learning_rate(
+            tokens,
+            peak=plan.peak_lr,
+            warmup_tokens=plan.warmup_tokens,
+            decay_tokens=plan.decay_tokens,
+            total_tokens=plan.total_tokens,
+        )
+
+    def _update(self, loss: Tensor, x_ND: Tensor) -> Tensor:
+        """Sum gradients over ranks, project, clip, step, renormalise (design.md 6); return the gradient's norm."""
+        for parameter in self.dictionary.parameters():
+            if parameter.grad is not None:
+                self.ranks.sum_in_place(parameter.grad)
+        self.dictionary.project_gradient()
+        norm = self.optimizer.gradient_norm()
+        self.halt.watch(step=self.n_done, loss=self.ranks.sum(loss), grad_norm=norm, x_ND=x_ND)
+        self.optimizer.step(lr=self._learning_rate(self.tokens), norm=norm, halted=self.halt.flag)
+        self.dictionary.normalise()
+        return norm
+
+
+class _Clock:
+    """Wall time of an interval: the whole, and what was spent on activations."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._harvest, self._busy, self._tokens, self._steps = 0.0, 0.0, 0, 0
+
+    def start(self, tokens: int) -> None:
+        self._mark = time.perf_counter()
+        self._tokens += tokens
+        self._steps += 1
+
+    def harvested(self) -> None:
+        now = time.perf_counter()
+        self._harvest += now - self._mark
+        self._busy += now - self._mark
+        self._mark = now
+
+    def stop(self) -> None:
+        self._busy += time.perf_counter() - self._mark
+
+    def row(self) -> dict[str, float]:
+        """Return the interval's `perf/` figures and start the next. The step waits for all of the harvest today."""
+        busy = max(self._busy, 1e-9)
+        row = {
+            "perf/tokens_per_second": self._tokens / busy,
+            "perf/harvest_fraction": self._harvest / busy,
+            "perf/wait_fraction": self._harvest / busy,
+            "perf/step_ms": 1e3 * (busy - self._harvest) / max(self._steps, 1),
+            "perf/peak_memory_gb": peak_memory_bytes() / 1e9,
+        }
+        self._harvest, self._busy, self._tokens, self._steps = 0.0, 0.0, 0, 0
+        return row
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory this process has held: of the accelerator where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
