@@ -1,0 +1,159 @@
+"""The command line: arguments to runs, errors to messages, outcomes to exit statuses.
+
+0 finished, 1 our fault (traceback), 2 the user's (message), 3 stopped by the numbers, 75 preempted and saved,
+130 interrupted. Hydra composes, and answers `--cfg` and the other questions about the configuration; the runs are
+made here, one after another. torch and the other heavy libraries are imported when the first run starts.
+"""
+
+import argparse
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from sae_train.errors import UserError, raise_all
+
+if TYPE_CHECKING:
+    from sae_train.compose import Point
+
+PREEMPTED = 75
+INTERRUPTED = 130
+FIRST_RANK_SPEAKS = 3.0
+"""Seconds in which the first rank reports an error that all ranks have, before the launcher ends them all."""
+
+
+def main() -> None:
+    """Do what `sys.argv` says and exit with a status."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Do what the arguments say; return the exit status."""
+    try:
+        points = _points(arguments)
+    except UserError as error:
+        _complain(str(error), everywhere=True)
+        return error.status
+    try:
+        return _run(points)
+    except KeyboardInterrupt:
+        _complain("Interrupted. The same command goes on from the last checkpoint.", everywhere=True)
+        return INTERRUPTED
+
+
+def _points(arguments: list[str]) -> "list[Point]":
+    """Return the runs that are asked for, all of them checked; none where a question was answered instead."""
+    if "--version" in arguments:
+        from sae_train import __version__
+
+        sys.stdout.write(f"sae-train {__version__}\n")
+        return []
+    from sae_train import compose
+
+    options = _parse(arguments)
+    place, name = options.config_dir, options.config_name or compose.CONFIG_NAME
+    if not (options.help or options.cfg or options.info or options.hydra_help or options.shell_completion):
+        return compose.compose_points(options.overrides, sweep=options.multirun, config_dir=place, config_name=name)
+    if options.help:
+        from sae_train.usage import usage
+
+        sys.stdout.write(usage(compose.offer(options.overrides, config_dir=place, config_name=name)))
+    else:
+        if options.cfg:
+            compose.offer(options.overrides, config_dir=place, config_name=name)
+        _ask_hydra([a for a in arguments if a not in options.overrides] + options.overrides)
+    return []
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Return Hydra's options; flags that mean nothing here are ConfigErrors."""
+    from hydra._internal.utils import get_args_parser
+
+    options, unknown = get_args_parser().parse_known_intermixed_args(arguments)
+    problems = [
+        f"{flag}: settings take no dashes. Write {flag.lstrip('-')}."
+        if "=" in flag
+        else f"{flag}: no such flag. `sae-train --help` lists them."
+        for flag in unknown
+    ]
+    if options.config_path:
+        problems.append(f"--config-path={options.config_path}: would hide the package's choices. Use --config-dir.")
+    if options.experimental_rerun:
+        problems.append("--experimental-rerun: nothing is pickled here. Type the command of the run again.")
+    if options.multirun and (options.cfg or options.info):
+        problems.append("--multirun: --cfg and --info show one configuration. Remove it.")
+    if (options.resolve or options.package) and not options.cfg:
+        problems.append("--resolve and --package: only with --cfg.")
+    raise_all(problems)
+    return options
+
+
+def _ask_hydra(arguments: list[str]) -> None:
+    """Let Hydra print what it knows: `--cfg`, `--info`, `--hydra-help`, `--shell-completion`."""
+    import hydra
+
+    from sae_train.compose import CONFIG_MODULE, CONFIG_NAME, VERSION_BASE, register_schemas
+
+    register_schemas()
+    sys.argv[1:] = arguments  # flags first: Hydra's parser takes no flag between two settings
+    ask = hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base=VERSION_BASE)
+    ask(_no_run)()
+
+
+def _no_run(_: object) -> None:
+    raise AssertionError("Hydra was asked a question and started a run")
+
+
+def _run(points: "list[Point]") -> int:
+    """Make the runs, one after another; return the gravest exit status.
+
+    In a sweep an error that concerns one point is reported and the next point has its turn; several ranks
+    stop there, because not all of them may have had the error.
+    """
+    if not points:
+        return 0
+    from sae_train.ranks import find_ranks, process_count, process_index
+    from sae_train.training.run import run
+
+    statuses: dict[str, int] = {}
+    names = _names(points)
+    for name, point in zip(names, points, strict=True):
+        if name and process_index() == 0:
+            sys.stderr.write(f"{name}\n")
+        try:
+            statuses[name] = run(point.config, overrides=point.overrides)
+        except UserError as error:
+            _complain(f"{name}: {error}" if name else str(error), everywhere=False)
+            statuses[name] = error.status
+        if statuses[name] == PREEMPTED or (statuses[name] and process_count() > 1):
+            break
+    unfinished = [name for name in names if statuses.get(name, UserError.status)]
+    if len(points) > 1 and unfinished:
+        _complain(f"Not finished: {'; '.join(unfinished)}.", everywhere=True)
+    if process_count() > 1 and not unfinished:
+        find_ranks().close()  # not earlier: a group of processes that was left cannot be joined again
+    return max(statuses.values())
+
+
+def _names(points: "list[Point]") -> list[str]:
+    """Return what tells the runs of a sweep apart: 'run 2 of 4 (k=32)'; a single run needs no name."""
+    if len(points) == 1:
+        return [""]
+    common = set.intersection(*(set(point.overrides) for point in points))
+    own = [" ".join(text for text in point.overrides if text not in common) for point in points]
+    return [f"run {number} of {len(points)} ({text})" for number, text in enumerate(own, start=1)]
+
+
+def _complain(message: str, *, everywhere: bool) -> None:
+    """Tell the user what went wrong; `everywhere`: all ranks have the same to say, so one does."""
+    rank = 0
+    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+        from sae_train.ranks import process_index  # imports torch
+
+        rank = process_index()
+    if rank:
+        time.sleep(FIRST_RANK_SPEAKS)
+        if everywhere:
+            return
+        message = f"rank {rank}: {message}"
+    sys.stderr.write(f"{message}\n")

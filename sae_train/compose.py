@@ -1,0 +1,335 @@
+"""From what is typed to checked RunConfigs: schemas, composition, preflight, and the points of a sweep.
+
+Hydra composes the YAML of `conf/`; the dataclasses of config.py are its schemas, stored under `schema/` so that
+they do not show among the choices. Hydra alone accepts `+typo=1` and stops at the first error; here every
+argument is checked against the composed keys first, and all findings come in one message. Nothing here starts a
+run or writes a file.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args, get_type_hints
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from sae_train import config as schema
+from sae_train import preflight
+from sae_train.config import RunConfig
+from sae_train.errors import ConfigError, raise_all
+from sae_train.preflight import Typed
+
+CONFIG_MODULE = "sae_train.conf"
+CONFIG_NAME = "train"
+VERSION_BASE = "1.3"
+
+SCHEMAS: dict[str, type] = {
+    "run": schema.RunConfig,
+    "model": schema.ModelConfig,
+    "data": schema.DataConfig,
+    "harvest/live": schema.LiveHarvestConfig,
+    "harvest/tensors": schema.TensorsHarvestConfig,
+    "layer/block": schema.BlockLayerConfig,
+    "layer/module": schema.ModuleLayerConfig,
+    "sparsifier/topk": schema.TopKConfig,
+    "sparsifier/mutual_choice": schema.MutualChoiceConfig,
+    "sparsifier/feature_choice": schema.FeatureChoiceConfig,
+    "budget/pooled": schema.PooledBudgetConfig,
+    "budget/uniform": schema.UniformBudgetConfig,
+    "budget/zipf": schema.ZipfBudgetConfig,
+    "aux_loss/none": schema.NoAuxLossConfig,
+    "aux_loss/aux_k": schema.AuxKConfig,
+    "aux_loss/aux_zipf": schema.AuxZipfConfig,
+    "optimizer": schema.OptimizerConfig,
+    "checkpoint": schema.CheckpointConfig,
+    "parallel": schema.ParallelConfig,
+    "tracking/none": schema.TrackingConfig,
+    "tracking/wandb": schema.WandbConfig,
+}
+"""Where each class of config.py is found by `conf/`: `schema/<key>`."""
+
+
+def register_schemas() -> None:
+    """Make the classes of config.py known to Hydra; may be called again."""
+    store = ConfigStore.instance()
+    for path, node in SCHEMAS.items():
+        *group, name = f"schema/{path}".split("/")
+        store.store(group="/".join(group), name=name, node=node)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One run to make: what was typed for it, and what that composes to."""
+
+    overrides: list[str]
+    config: RunConfig
+
+
+def compose_config(overrides: list[str]) -> RunConfig:
+    """Return the configuration that `sae-train` would run with these overrides; ConfigError lists every problem."""
+    (point,) = compose_points(overrides, sweep=False)
+    return point.config
+
+
+def compose_points(
+    arguments: list[str], *, sweep: bool, config_dir: str | None = None, config_name: str = CONFIG_NAME
+) -> list[Point]:
+    """Return every run that the arguments ask for, in the order in which a sweep makes them.
+
+    Raises:
+        ConfigError: with the problems of all points, before anything was loaded or written.
+    """
+    with opened(config_dir=config_dir, config_name=config_name) as library:
+        overrides, problems = library.read(arguments, sweep=sweep)
+        configs = []
+        for point in library.expand(overrides):
+            config, found = library.check(point)
+            problems += found
+            configs.append((point, config))
+        raise_all(list(dict.fromkeys(problems)))
+    return [Point(overrides=[_text(o) for o in point], config=config) for point, config in configs if config]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offer:
+    """What can be set: what `--help` shows."""
+
+    values: dict[str, Any]
+    """The composed values, nested."""
+    choices: dict[str, list[str]]
+    """The names of each group."""
+    classes: dict[str, type]
+    """The class of config.py that each group is set to."""
+
+
+def offer(arguments: list[str], *, config_dir: str | None = None, config_name: str = CONFIG_NAME) -> Offer:
+    """Return what can be set once the arguments are; keys that still need a value do not matter."""
+    with opened(config_dir=config_dir, config_name=config_name) as library:
+        overrides, problems = library.read(arguments, sweep=False)
+        draft = library.draft(overrides)
+        raise_all(problems + draft.problems)
+        values = cast(dict[str, Any], OmegaConf.to_container(draft.values))
+        return Offer(
+            values=values,
+            choices={group: library.choices(group) for group in library.groups},
+            classes={g: cast(type, OmegaConf.get_type(draft.values, g)) for g in values if g in library.groups},
+        )
+
+
+@contextmanager
+def opened(*, config_dir: str | None = None, config_name: str = CONFIG_NAME) -> Iterator["Library"]:
+    """Open the configurations in reach: the package's, then those of `config_dir`."""
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir={config_dir}: no such directory.")
+    register_schemas()
+    with initialize_config_module(CONFIG_MODULE, version_base=VERSION_BASE):
+        yield Library(config_dir=config_dir, config_name=config_name)
+
+
+class Library:
+    """The groups and choices in reach, and what they compose to; lives inside `opened()`."""
+
+    def __init__(self, *, config_dir: str | None, config_name: str) -> None:
+        self._search = [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"] if config_dir else []
+        self._config_name = config_name
+        self._parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        self._composed: dict[tuple[str, ...], tuple[DictConfig, dict[str, str]]] = {}
+        self._choices: dict[str, list[str]] = {}
+        self.groups = sorted({*self._options("", ObjectType.GROUP), "experiment"} - {"hydra", "schema"})
+
+    def _options(self, group: str, kind: ObjectType) -> list[str]:
+        loader = GlobalHydra.instance().config_loader()
+        return loader.get_group_options(group, kind, config_name=self._config_name, overrides=self._search)
+
+    def choices(self, group: str) -> list[str]:
+        """Return the names that a group can be set to; those in a folder of it as `folder/name`."""
+        if group not in self._choices:
+            folders = self._options(group, ObjectType.GROUP)
+            inner = [f"{folder}/{choice}" for folder in folders for choice in self.choices(f"{group}/{folder}")]
+            self._choices[group] = self._options(group, ObjectType.CONFIG) + inner
+        return self._choices[group]
+
+    def read(self, arguments: list[str], *, sweep: bool) -> tuple[list[Override], list[str]]:
+        """Return the arguments parsed, and the problems of those that cannot be used."""
+        overrides, problems = [], []
+        for argument in arguments:
+            try:
+                (override,) = self._parser.parse_overrides([argument])
+            except HydraException:
+                problems.append(preflight.unreadable(argument, {group: self.choices(group) for group in self.groups}))
+                continue
+            if override.is_sweep_override() and not sweep:
+                problems.append(preflight.several_values(argument))
+            elif override.is_sweep_override() and not override.is_discrete_sweep():
+                problems.append(f"{argument}: a sweep needs its values one by one, as in k=16,32.")
+            else:
+                overrides.append(override)
+        return overrides, problems
+
+    def expand(self, overrides: list[Override]) -> list[list[Override]]:
+        """Return the points of a sweep, the last of the swept keys changing fastest."""
+        columns = [
+            self._parser.parse_overrides([f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()])
+            if o.is_sweep_override()
+            else [o]
+            for o in overrides
+        ]
+        return [list(point) for point in itertools.product(*columns)]
+
+    def check(self, point: list[Override]) -> tuple[RunConfig | None, list[str]]:
+        """Return the run's configuration, or None and what is wrong with it.
+
+        Cross-field checks run even where some arguments are wrong; what they then say about the value that
+        stands in for a wrong one is left out.
+        """
+        draft = self.draft(point)
+        for key in [key for key, value in _flat(draft.values).items() if value == "???"]:
+            group = key.partition(".")[0]
+            if not draft.reads_tensors or group == "harvest":
+                draft.refuse(key, preflight.missing(key, choice=draft.choices.get(group)))
+            if key in preflight.REQUIRED:
+                OmegaConf.update(draft.values, key, "?")  # so that the other checks can run
+        try:
+            run = build(draft.values)
+        except ConfigError as error:
+            return None, draft.problems + [p for p in str(error).splitlines() if not _mentions(p, draft.bad)]
+        return (None if draft.problems else run), draft.problems
+
+    def draft(self, point: list[Override]) -> "Draft":
+        """Return what the usable arguments of a point compose to, and the problems of the others."""
+        entries = [self._typed(override) for override in point]
+        problems, bad, selections = preflight.check_repeats(entries), set(), []
+        for override, entry in zip(point, entries, strict=True):
+            if problem := preflight.refused(entry, self.choices):
+                problems.append(problem)
+                bad.add(entry.key)
+            elif not entry.sign and (entry.is_group or override.is_hydra_override()):
+                selections.append(_text(override))
+        values, choices = self._compose(selections)
+        draft = Draft(values=values, choices=choices, problems=problems, bad=bad)
+        for override, entry in zip(point, entries, strict=True):
+            if entry.sign:
+                draft.refuse(entry.key, preflight.signed(entry, known=[*_flat(values), *self.groups]))
+            elif not (entry.is_group or override.is_hydra_override() or entry.key in bad or entry.group in bad):
+                self._apply(draft, entry, override.value())
+        used = [entry for entry in entries if entry.key not in bad]
+        width = None if "n_features" in bad else _flat(draft.values)["n_features"]
+        problems += preflight.never_read(used, tensors=draft.reads_tensors, choices=choices, n_features=width)
+        return draft
+
+    def _typed(self, override: Override) -> Typed:
+        sign, key, value = re.fullmatch(r"([+~]*)([^=]*)=?(.*)", _text(override), re.DOTALL).groups()  # type: ignore[union-attr]
+        return Typed(sign=sign, key=key, value=value, is_group=key in self.groups)
+
+    def _compose(self, selections: list[str]) -> tuple[DictConfig, dict[str, str]]:
+        """Return a copy of what these choices compose to, and what each group is then set to."""
+        key = tuple(selections)
+        if key not in self._composed:
+            try:
+                composed = compose(self._config_name, [*self._search, *selections], return_hydra_config=True)
+            except (HydraException, YAMLError) as error:
+                raise ConfigError(_reason(error)) from error
+            choices = {str(group): str(choice) for group, choice in composed.hydra.runtime.choices.items()}
+            OmegaConf.set_struct(composed, False)
+            del composed["hydra"]
+            self._composed[key] = composed, choices
+        values, choices = self._composed[key]
+        return deepcopy(values), choices
+
+    def _apply(self, draft: "Draft", entry: Typed, value: Any) -> None:
+        """Set one value, or note why it cannot be set."""
+        keys = _flat(draft.values)
+        if entry.key not in keys:
+            known, choice = [*keys, *self.groups], draft.choices.get(entry.group)
+            homes = [] if choice is None else self._homes(entry.key)
+            draft.refuse(entry.key, preflight.unknown_key(entry, known=known, choice=choice, homes=homes))
+            return
+        parent, _, field = entry.key.rpartition(".")
+        hint = get_type_hints(OmegaConf.get_type(draft.values, parent or None))[field]
+        expected = get_args(hint) or (hint,)
+        try:
+            OmegaConf.update(draft.values, entry.key, value)
+        except OmegaConfBaseException:
+            draft.refuse(entry.key, preflight.wrong_type(entry, expected))
+            return
+        if value == "":
+            draft.refuse(entry.key, preflight.empty(entry, optional=type(None) in expected))
+        if float in expected and (isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))):
+            draft.refuse(entry.key, preflight.wrong_type(entry, expected))
+
+    def _homes(self, key: str) -> list[str]:
+        """Return the choices of the key's group under which the key exists."""
+        group = key.partition(".")[0]
+        return [choice for choice in self.choices(group) if key in _flat(self._compose([f"{group}={choice}"])[0])]
+
+
+@dataclass(kw_only=True, slots=True)
+class Draft:
+    """A point that is being checked."""
+
+    values: DictConfig
+    choices: dict[str, str]
+    problems: list[str]
+    bad: set[str]
+    """Keys whose arguments were refused, so that their values say nothing."""
+
+    @property
+    def reads_tensors(self) -> bool:
+        return "harvest" not in self.bad and str(self.values.harvest.source) == "tensors"
+
+    def refuse(self, key: str, problem: str) -> None:
+        self.problems.append(problem)
+        self.bad.add(key)
+
+
+def build(config: DictConfig) -> RunConfig:
+    """Return the composed configuration as typed values; their own checks run here."""
+    try:
+        run = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_reason(error)) from error
+    assert isinstance(run, RunConfig)
+    return run
+
+
+def _text(override: Override) -> str:
+    assert override.input_line is not None
+    return override.input_line
+
+
+def _flat(config: DictConfig) -> dict[str, Any]:
+    """Return every value under its dotted key, interpolations as they are written."""
+    found: dict[str, Any] = {}
+    for name, value in cast(dict[str, Any], OmegaConf.to_container(config)).items():
+        found |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
+def _mentions(problem: str, keys: set[str]) -> bool:
+    return any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", problem) for key in keys)
+
+
+def _reason(error: Exception) -> str:
+    """Return what Hydra or OmegaConf say, on one line: for what only a YAML of the user's or an `${...}` can cause."""
+    causes = [e for e in (error, error.__cause__) if e is not None]
+    key = next((str(e.full_key) for e in causes if isinstance(e, OmegaConfBaseException) and e.full_key), None)
+    said = " ".join(dict.fromkeys(" ".join(_NOISE.sub("", str(e)).split()) for e in causes))
+    return f"{key}: {said}." if key else f"{said}."
+
+
+_NOISE = re.compile(r"\n\s*full_key:.*|\nTo append to your config.*|\nConfig search path:.*", re.DOTALL)
+"""What those messages add that does not help, or (`+key`) misleads."""
