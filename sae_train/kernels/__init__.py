@@ -8,7 +8,7 @@ of dense passes that never wait for the device (`reference.py`). Both keep the s
 Letters: N tokens of this rank, D d_model, F n_features, M slots, R ranks.
 """
 
-from sae_train.kernels.matches import Matches
+from sae_train.kernels.matches import Matches, flat_nonzero
 from sae_train.kernels.products import affine, attach, decode
 from sae_train.kernels.selection import select_above, select_batch, select_columns, select_rows
 
@@ -17,6 +17,7 @@ __all__ = [
     "affine",
     "attach",
     "decode",
+    "flat_nonzero",
     "select_above",
     "select_batch",
     "select_columns",

@@ -8,7 +8,7 @@ which sorting is cheap. Nothing here is an estimate, so results never depend on 
 import torch
 from torch import Tensor
 
-from sae_train.kernels.matches import Matches, pack
+from sae_train.kernels.matches import Matches, flat_nonzero, pack
 from sae_train.kernels.radix import kth_largest
 from sae_train.kernels.reference import column_cuts
 from sae_train.ranks import Ranks
@@ -72,18 +72,6 @@ def _reaching(pre_NF: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
     least = torch.nextafter(pre_NF.new_zeros(()), pre_NF.new_ones(()))
     index = flat_nonzero(pre_NF >= torch.maximum(bound, least))
     return index, pre_NF.reshape(-1)[index]
-
-
-def flat_nonzero(flag_NF: Tensor) -> Tensor:
-    """Return the ascending flat indices where `flag_NF` holds; eight flags at a time, as few of them hold."""
-    flat = flag_NF.reshape(-1)
-    whole = len(flat) // 8 * 8
-    words = flat[:whole].view(torch.int64).nonzero().squeeze(1)
-    inside = flat[:whole].view(-1, 8)[words].reshape(-1).nonzero().squeeze(1)
-    index = words[inside >> 3] * 8 + (inside & 7)
-    if whole == len(flat):
-        return index
-    return torch.cat([index, flat[whole:].nonzero().squeeze(1) + whole])
 
 
 def _leading(value: Tensor, group: Tensor, budget_G: Tensor) -> Tensor:

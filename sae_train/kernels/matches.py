@@ -36,3 +36,15 @@ def pack(index_C: Tensor, value_C: Tensor, *, shape: tuple[int, int], capacity: 
     bounds = torch.arange(n_tokens + 1, dtype=torch.int32, device=index_C.device)
     start = torch.searchsorted(token[:used], bounds, out_int32=True)
     return Matches(value, feature, token, start)
+
+
+def flat_nonzero(flag_NF: Tensor) -> Tensor:
+    """Return the ascending flat indices where `flag_NF` holds; eight flags at a time, as few of them hold."""
+    flat = flag_NF.reshape(-1)
+    whole = len(flat) // 8 * 8
+    words = flat[:whole].view(torch.int64).nonzero().squeeze(1)
+    inside = flat[:whole].view(-1, 8)[words].reshape(-1).nonzero().squeeze(1)
+    index = words[inside >> 3] * 8 + (inside & 7)
+    if whole == len(flat):
+        return index
+    return torch.cat([index, flat[whole:].nonzero().squeeze(1) + whole])

@@ -40,7 +40,7 @@ def select_columns(pre_NF: Tensor, *, budget_F: Tensor, capacity: int, ranks: Ra
     """Keep each column's `budget_F[j]` largest positive entries of all ranks' rows; see selection.select_columns."""
     local_F = budget_F.clamp(max=len(pre_NF))
     value, column = _column_candidates(pre_NF, local_F)
-    cut_F, left_F = column_cuts(value, column, budget_F.to(pre_NF.device), ranks)
+    cut_F, left_F = column_cuts(value, column, budget_F.to(pre_NF.device, non_blocking=True), ranks)
     return _matches(pre_NF, cut_F.unsqueeze(0), left_F.unsqueeze(0), dim=0, capacity=capacity)
 
 
@@ -81,12 +81,12 @@ def _column_candidates(pre_NF: Tensor, local_F: Tensor) -> tuple[Tensor, Tensor]
         members = ((local_F > low) & (local_F <= high)).nonzero().squeeze(1)
         if len(members) == 0:
             continue
-        on_device = members.to(pre_NF.device)
+        on_device = members.to(pre_NF.device, non_blocking=True)
         largest = pre_NF.index_select(1, on_device).topk(min(high, len(pre_NF)), dim=0).values
         keep = torch.arange(len(largest)).unsqueeze(0) < local_F[members].unsqueeze(1)
-        where = keep.reshape(-1).nonzero().squeeze(1).to(pre_NF.device)
+        where = keep.reshape(-1).nonzero().squeeze(1).to(pre_NF.device, non_blocking=True)
         values.append(largest.t().reshape(-1)[where])
-        columns.append(members.repeat_interleave(local_F[members]).to(pre_NF.device))
+        columns.append(members.repeat_interleave(local_F[members]).to(pre_NF.device, non_blocking=True))
     if not values:
         return pre_NF.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=pre_NF.device)
     value, column = torch.cat(values), torch.cat(columns)
@@ -106,16 +106,12 @@ def _octaves(largest: int) -> list[tuple[int, int]]:
 
 def _matches(pre_NF: Tensor, cut: Tensor, left: Tensor, *, dim: int, capacity: int) -> Matches:
     """Keep what is positive and above `cut`, and along `dim` the first `left` of what equals it."""
-    if dim == 1:
-        cuts, lefts = cut.expand(len(pre_NF), 1), left.expand(len(pre_NF), 1)
-        step = max(1, CHUNK_ELEMENTS // max(1, pre_NF.shape[1]))
-        keep = [
-            _keep(pre_NF[i : i + step], cuts[i : i + step], lefts[i : i + step], dim=1)
-            for i in range(0, len(pre_NF), step)
-        ]
-    else:
-        keep = [_keep(pre_NF, cut, left, dim=0)]
-    return compact(pre_NF, torch.cat(keep), capacity=capacity)
+    across = 1 - dim
+    step = max(1, CHUNK_ELEMENTS // max(1, pre_NF.shape[dim]))
+    one_each = [pre_NF.shape[across] if each == across else 1 for each in (0, 1)]
+    parts = (torch.split(each, step, dim=across) for each in (pre_NF, cut.expand(one_each), left.expand(one_each)))
+    keep = [_keep(*part, dim=dim) for part in zip(*parts, strict=True)]
+    return compact(pre_NF, torch.cat(keep, dim=across), capacity=capacity)
 
 
 def _keep(pre: Tensor, cut: Tensor, left: Tensor, *, dim: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_train.kernels import candidates, reference
-from sae_train.kernels.matches import Matches, pack
+from sae_train.kernels.matches import Matches, flat_nonzero, pack
 from sae_train.ranks import Ranks
 
 
@@ -57,5 +57,5 @@ def select_columns(pre_NF: Tensor, *, budget_F: Tensor, capacity: int, ranks: Ra
 
 def select_above(pre_NF: Tensor, threshold_F: Tensor) -> Matches:
     """Keep what is above its feature's threshold (strictly); as many slots as matches: one host read."""
-    index = candidates.flat_nonzero(pre_NF > threshold_F)
+    index = flat_nonzero(pre_NF > threshold_F)
     return pack(index, pre_NF.reshape(-1)[index], shape=(pre_NF.shape[0], pre_NF.shape[1]), capacity=None)

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sae_train import kernels
 from sae_train.sae.autoencoder import CHUNK_BYTES, SparseAutoencoder
 from sae_train.sae.moment import Moment
 
@@ -59,7 +60,7 @@ def calibrate(sae: SparseAutoencoder, raw_ND: Tensor, *, sparsifier: Selector, m
 
 
 def _without_threshold(sae: SparseAutoencoder, raw_ND: Tensor, *, k: int) -> Calibration:
-    used = sum(int((pre_NF > 0).sum(1).clamp(max=k).sum()) for pre_NF in sae.pre_activations(raw_ND))
+    used = sum(int(_positive(pre_NF).clamp(max=k).sum()) for pre_NF in sae.pre_activations(raw_ND))
     used_share = used / (k * len(raw_ND))
     return Calibration(torch.zeros_like(sae.threshold), k * used_share, used_share)
 
@@ -88,11 +89,16 @@ def _largest(sae: SparseAutoencoder, raw_ND: Tensor, *, most: int) -> tuple[Tens
     while True:
         values, positives = [], []
         for pre_NF in sae.pre_activations(raw_ND):
-            positives.append((pre_NF > 0).sum(1))
-            values.append(pre_NF[pre_NF > bound])
+            positives.append(_positive(pre_NF))
+            values.append(pre_NF.flatten()[kernels.flat_nonzero(pre_NF > bound)])
         if bound <= 0 or sum(map(len, values)) >= most:
             return torch.cat(values), torch.cat(positives)
         bound = bound / 2 if bound > 1e-6 else 0.0
+
+
+def _positive(pre_NF: Tensor) -> Tensor:
+    """[N] int64: positive affinities of each token."""
+    return (pre_NF > 0).sum(1, dtype=torch.int32).long()
 
 
 def _threshold_each(

@@ -97,9 +97,10 @@ class AuxZipfLoss(AuxLoss):
         if self.tau == 0:
             return dead_F
         density_F, order = firing.density_F.sort(descending=True, stable=True)
-        expected_F = self.tau * self.expected_F.to(density_F.device)
+        if self.expected_F.device != density_F.device:
+            self.expected_F = self.expected_F.to(density_F.device)  # once: moving it in every step would wait
         missing_F = torch.zeros_like(dead_F)
-        missing_F[order] = (1 - density_F / expected_F).clamp(0, 1)
+        missing_F[order] = (1 - density_F / (self.tau * self.expected_F)).clamp(0, 1)
         underuse_F = torch.maximum(dead_F, missing_F)
         return (underuse_F > 0).double() if self.hard else underuse_F
 

@@ -1,0 +1,210 @@
+"""Selection against sorting: every backend, on one and on several ranks, keeps the same pairs."""
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_runs import kept_by_sorting, on_ranks
+from torch import Tensor
+
+from sae_train import kernels
+from sae_train.kernels import Matches, candidates, radix, reference
+from sae_train.ranks import Ranks, Solo
+
+BACKENDS = pytest.mark.parametrize("backend", [candidates, reference], ids=["candidates", "reference"])
+SMALL = settings(deadline=None, max_examples=60)
+
+
+@st.composite
+def batches(draw: Any, *, max_tokens: int = 24, max_features: int = 40) -> Tensor:
+    """Pre-activations with ties, zeros, negatives and infinities; sometimes nothing positive at all."""
+    n, f = draw(st.integers(1, max_tokens)), draw(st.integers(1, max_features))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    kind = draw(st.sampled_from(["normal", "ties", "few", "none", "equal", "wide"]))
+    pre = torch.randn(n, f, generator=generator)
+    if kind == "ties":
+        pre = (pre * 2).round()
+    elif kind == "few":
+        pre = torch.where(torch.rand(n, f, generator=generator) < 0.1, pre, -pre.abs())
+    elif kind == "none":
+        pre = -pre.abs()
+    elif kind == "equal":
+        pre = torch.ones(n, f)
+    elif kind == "wide":
+        pre = pre * torch.exp2(60 * torch.rand(n, f, generator=generator) - 30)
+        pre[torch.rand(n, f, generator=generator) < 0.02] = torch.inf
+    return pre.to(draw(st.sampled_from([torch.float32, torch.float64])))
+
+
+def pairs(matches: Matches, *, first_token: int = 0) -> set[tuple[int, int]]:
+    used = int(matches.start[-1])
+    return set(zip((matches.token[:used] + first_token).tolist(), matches.feature[:used].tolist(), strict=True))
+
+
+def check_layout(matches: Matches, pre_NF: Tensor, *, capacity: int) -> None:
+    """Sorted by token, then feature; int32; the pre-activations at the matches; zeros in unused slots."""
+    value, feature, token, start = matches
+    used = int(start[-1])
+    assert len(value) == len(feature) == len(token) == capacity
+    assert feature.dtype == token.dtype == start.dtype == torch.int32
+    assert value.dtype == pre_NF.dtype
+    flat = token[:used].long() * pre_NF.shape[1] + feature[:used].long()
+    assert bool((flat.diff() > 0).all())
+    assert torch.equal(value[:used], pre_NF.flatten()[flat])
+    assert not value[used:].any()
+    assert not feature[used:].any()
+    assert not token[used:].any()
+    counts = torch.bincount(token[:used].long(), minlength=len(pre_NF))
+    assert torch.equal(start.diff().long(), counts)
+    assert start[0] == 0
+
+
+@BACKENDS
+@SMALL
+@given(pre=batches(), share=st.floats(0, 1.2), spare=st.integers(0, 5))
+def test_batch_keeps_the_largest(backend: ModuleType, pre: Tensor, share: float, spare: int) -> None:
+    budget = max(1, round(share * pre.numel()))
+    matches = backend.select_batch(pre, budget=budget, capacity=budget + spare, ranks=Solo())
+    check_layout(matches, pre, capacity=budget + spare)
+    assert pairs(matches) == kept_by_sorting(pre, group="batch", budgets=[budget])
+    assert int(matches.start[-1]) == min(budget, int((pre > 0).sum()))
+
+
+@BACKENDS
+@SMALL
+@given(pre=batches(), k=st.integers(1, 45))
+def test_rows_keep_the_largest(backend: ModuleType, pre: Tensor, k: int) -> None:
+    capacity = k * len(pre)
+    matches = backend.select_rows(pre, k=k, capacity=capacity)
+    check_layout(matches, pre, capacity=capacity)
+    assert pairs(matches) == kept_by_sorting(pre, group="row", budgets=[k] * len(pre))
+
+
+@BACKENDS
+@SMALL
+@given(pre=batches(max_tokens=40, max_features=24), data=st.data())
+def test_columns_keep_the_largest(backend: ModuleType, pre: Tensor, data: st.DataObject) -> None:
+    budgets = data.draw(st.lists(st.integers(0, len(pre)), min_size=pre.shape[1], max_size=pre.shape[1]))
+    capacity = sum(budgets) + 1
+    matches = backend.select_columns(pre, budget_F=torch.tensor(budgets), capacity=capacity, ranks=Solo())
+    check_layout(matches, pre, capacity=capacity)
+    assert pairs(matches) == kept_by_sorting(pre, group="column", budgets=budgets)
+
+
+@BACKENDS
+@settings(deadline=None, max_examples=30)
+@given(pre=batches(), data=st.data(), size=st.integers(2, 4))
+def test_ranks_keep_what_one_keeps(backend: ModuleType, pre: Tensor, data: st.DataObject, size: int) -> None:
+    whole = pre.repeat(size, 1)[torch.randperm(len(pre) * size, generator=torch.Generator().manual_seed(1))]
+    budget = data.draw(st.integers(1, whole.numel()))
+    drawn = data.draw(st.lists(st.integers(0, len(whole)), min_size=pre.shape[1], max_size=pre.shape[1]))
+    budget_F = torch.tensor(drawn)
+
+    def work(ranks: Ranks) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
+        first = ranks.rank * len(pre)
+        own = whole[first : first + len(pre)]
+        flat = backend.select_batch(own, budget=budget, capacity=budget, ranks=ranks)
+        columns = backend.select_columns(own, budget_F=budget_F, capacity=int(budget_F.sum()) + 1, ranks=ranks)
+        check_layout(flat, own, capacity=budget)
+        return pairs(flat, first_token=first), pairs(columns, first_token=first)
+
+    parts = on_ranks(size, work)
+    assert set().union(*(p[0] for p in parts)) == kept_by_sorting(whole, group="batch", budgets=[budget])
+    assert set().union(*(p[1] for p in parts)) == kept_by_sorting(whole, group="column", budgets=drawn)
+
+
+def test_backends_agree_where_bounds_are_tight() -> None:
+    """Sizes at which the candidate lists are short, unlike in the small cases above."""
+    generator = torch.Generator().manual_seed(3)
+    pre = torch.randn(519, 1037, generator=generator) - 0.5
+    pre[7] *= 30  # one token that takes much of the batch's budget
+    budget_F = torch.randint(0, 40, (1037,), generator=generator)
+    budget_F[::50] = 260
+    for name, arguments in (
+        ("select_batch", {"budget": 4150, "capacity": 4150, "ranks": Solo()}),
+        ("select_rows", {"k": 8, "capacity": 8 * 519}),
+        ("select_columns", {"budget_F": budget_F, "capacity": int(budget_F.sum()), "ranks": Solo()}),
+    ):
+        for fast, slow in zip(
+            getattr(candidates, name)(pre, **arguments), getattr(reference, name)(pre, **arguments), strict=True
+        ):
+            assert torch.equal(fast, slow), name
+
+
+def test_reference_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pre = torch.randn(30, 20, generator=torch.Generator().manual_seed(0)).mul(2).round()
+
+    def all_three() -> list[Matches]:
+        return [
+            reference.select_batch(pre, budget=100, capacity=100, ranks=Solo()),
+            reference.select_rows(pre, k=4, capacity=120),
+            reference.select_columns(pre, budget_F=torch.arange(20), capacity=190, ranks=Solo()),
+        ]
+
+    whole = all_three()
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 90)
+    for one, other in zip(whole, all_three(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_candidate_lists_are_short() -> None:
+    """The bound is worth its pass: little more than the budget reaches it."""
+    pre = torch.randn(512, 2048, generator=torch.Generator().manual_seed(0))
+    budget = 512 * 16
+    group = candidates._group_size(budget / pre.numel(), pre.numel())
+    bound = radix.kth_largest(candidates._group_maxima(pre.view(1, -1), group), budget, Solo())
+    assert budget <= int((pre >= bound).sum()) < 1.5 * budget
+
+
+@BACKENDS
+@pytest.mark.parametrize("rate", [1e-3, 0.5, 1.0])
+def test_nan_does_not_crash(backend: ModuleType, rate: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pre = torch.randn(64, 96, generator=generator)
+    pre[torch.rand(64, 96, generator=generator) < rate] = torch.nan
+    for matches in (
+        backend.select_batch(pre, budget=300, capacity=300, ranks=Solo()),
+        backend.select_rows(pre, k=5, capacity=320),
+        backend.select_columns(pre, budget_F=torch.full((96,), 3), capacity=288, ranks=Solo()),
+    ):
+        assert int(matches.start[-1]) <= len(matches.value)
+        assert not matches.value.isnan().any()
+
+
+@SMALL
+@given(pre=batches(), k=st.integers(1, 30), seed=st.integers(0, 99))
+def test_rows_among_allowed_columns(pre: Tensor, k: int, seed: int) -> None:
+    allowed = torch.rand(pre.shape[1], generator=torch.Generator().manual_seed(seed)) < 0.4
+    matches = kernels.select_rows(pre, k=k, capacity=k * len(pre), allowed_F=allowed)
+    check_layout(matches, pre, capacity=k * len(pre))
+    masked = torch.where(allowed, pre, 0)
+    assert pairs(matches) == kept_by_sorting(masked, group="row", budgets=[k] * len(pre))
+
+
+@SMALL
+@given(pre=batches(), level=st.sampled_from([0.0, 0.5, 1.0]))
+def test_above_is_strict(pre: Tensor, level: float) -> None:
+    threshold = torch.full((pre.shape[1],), level, dtype=pre.dtype)
+    threshold[::3] = torch.inf
+    matches = kernels.select_above(pre, threshold)
+    assert pairs(matches) == {(t, f) for t, f in (pre > threshold).nonzero().tolist()}
+    check_layout(matches, pre, capacity=len(matches.value))
+
+
+@SMALL
+@given(pre=batches(), k=st.integers(1, 400), size=st.integers(1, 3))
+def test_kth_largest_positive(pre: Tensor, k: int, size: int) -> None:
+    values = sorted([v for v in pre.flatten().tolist() if v > 0] * size, reverse=True)
+    expected = values[k - 1] if k <= len(values) else 0.0
+    found = on_ranks(size, lambda ranks: float(radix.kth_largest(pre, k, ranks)))
+    assert found == [expected] * size
+
+
+@SMALL
+@given(flags=st.lists(st.booleans(), min_size=1, max_size=70))
+def test_flat_nonzero(flags: list[bool]) -> None:
+    flag = torch.tensor(flags)
+    assert torch.equal(kernels.flat_nonzero(flag), flag.nonzero().squeeze(1))
