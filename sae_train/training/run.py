@@ -28,7 +28,7 @@ from sae_train.training.trainer import Events, Trainer
 
 
 def run(config: RunConfig, *, overrides: list[str]) -> int:
-    """Train what `config` describes, or say that it is done already.
+    """Train what `config` describes, or say that it is done already. The caller closes the ranks when its last run ends.
 
     Args:
         overrides: what was typed, kept in config.yaml.

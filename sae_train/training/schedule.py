@@ -8,14 +8,17 @@ WARMUP_SHARE = 0.05
 DECAY_SHARE = 0.2
 
 
-def learning_rate(tokens: int, *, peak: float, warmup_tokens: int, decay_tokens: int, total_tokens: int) -> float:
+def learning_rate(
+    tokens: int, *, peak: float, batch_tokens: int, warmup_tokens: int, decay_tokens: int, total_tokens: int
+) -> float:
     """Return the rate of the step that starts after `tokens` tokens.
 
-    Linear from 0 over `warmup_tokens`, constant, linear to 0 over the last `decay_tokens`.
+    Linear from 0 to `peak` over `warmup_tokens` (as of the step's end: no step is wasted on a rate of 0), constant, and
+    linear to 0 over the last `decay_tokens` (as of its start).
     """
     rate = peak
-    if tokens < warmup_tokens:
-        rate *= tokens / warmup_tokens
+    if tokens + batch_tokens < warmup_tokens:
+        rate *= (tokens + batch_tokens) / warmup_tokens
     left = total_tokens - tokens
     if left < decay_tokens:
         rate *= left / decay_tokens

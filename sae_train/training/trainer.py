@@ -174,6 +174,7 @@ class Trainer:
         return learning_rate(
             tokens,
             peak=plan.peak_lr,
+            batch_tokens=plan.batch_tokens,
             warmup_tokens=plan.warmup_tokens,
             decay_tokens=plan.decay_tokens,
             total_tokens=plan.total_tokens,

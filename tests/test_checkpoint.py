@@ -1,0 +1,111 @@
+"""Checkpoints are whole or passed over; a refused write leaves the last good one."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_train.errors import CheckpointError
+from sae_train.ranks import Solo
+from sae_train.training import checkpoint
+
+
+def save(directory: Path, step: int, *, keep: int = 0) -> Path:
+    return checkpoint.save(
+        directory,
+        notes={"step": step, "tokens": 10 * step},
+        replicated={"a/w": torch.full((1000,), float(step)), "n": torch.tensor(step)},
+        lane_states={0: {"pool": torch.arange(6.0).view(2, 3)}, 1: {"pool": torch.ones(0, 3), "epoch": torch.tensor(4)}},
+        ranks=Solo(),
+        keep=keep,
+    )
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    found = checkpoint.newest(tmp_path, warn=pytest.fail)
+    assert found is not None
+    assert found.notes["step"] == 3
+    assert torch.equal(found.replicated["a/w"], torch.full((1000,), 3.0))
+    assert torch.equal(found.lane_state(0)["pool"], torch.arange(6.0).view(2, 3))
+    assert found.lane_state(1)["pool"].shape == (0, 3)
+    assert int(found.lane_state(1)["epoch"]) == 4
+    with pytest.raises(CheckpointError, match="no lane 2"):
+        found.lane_state(2)
+
+
+def test_the_newest_comes_first_and_old_ones_go(tmp_path: Path) -> None:
+    for step in (5, 90, 100_000_000, 200):
+        save(tmp_path, step, keep=2)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step_00000200", "step_100000000"]  # the two largest steps, not the two latest names
+    found = checkpoint.newest(tmp_path, warn=pytest.fail)
+    assert found is not None
+    assert found.notes["step"] == 100_000_000
+
+
+@pytest.mark.parametrize("file", ["replicated.safetensors", "lanes_0000_0001.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, file: str, damage: str) -> None:
+    save(tmp_path, 1)
+    victim = save(tmp_path, 2) / file
+    data = victim.read_bytes()
+    if damage == "cut":
+        victim.write_bytes(data[: len(data) // 2])
+    elif damage == "flip":
+        victim.write_bytes(data[:20] + bytes([data[20] ^ 0x80]) + data[21:])
+    else:
+        victim.unlink()
+    said: list[str] = []
+    found = checkpoint.newest(tmp_path, warn=said.append)
+    assert found is not None
+    assert found.notes["step"] == 1
+    assert len(said) == 1
+    assert "step_00000002" in said[0]
+    assert "before it" in said[0]
+
+
+def test_all_damaged_means_none(tmp_path: Path) -> None:
+    (save(tmp_path, 1) / "checkpoint.json").write_text("{")
+    said: list[str] = []
+    assert checkpoint.newest(tmp_path, warn=said.append) is None
+    assert said
+
+
+def test_what_a_killed_writer_left_is_ignored_and_swept(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    partial = tmp_path / "tmp-step_00000002"
+    partial.mkdir()
+    (partial / "replicated.safetensors").write_bytes(b"half")
+    found = checkpoint.newest(tmp_path, warn=pytest.fail)
+    assert found is not None
+    assert found.notes["step"] == 1
+    save(tmp_path, 3)
+    assert not partial.exists()
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    """The file-size limit refuses writes as a full disk does: midway, by an OSError."""
+    script = f"""
+        import resource, sys, torch
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_checkpoint import save
+        from pathlib import Path
+        from sae_train.errors import CheckpointError
+        save(Path({str(tmp_path)!r}), 1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        try:
+            save(Path({str(tmp_path)!r}), 2)
+        except CheckpointError as error:
+            print(error)
+            sys.exit(2)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert json.loads((tmp_path / "step_00000001" / "checkpoint.json").read_text())["step"] == 1

@@ -1,0 +1,92 @@
+"""Figures against their definitions, written out slowly."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_train.evaluation.density import density_figures, density_histogram
+from sae_train.evaluation.evaluate import decoder_cosine_max
+from sae_train.evaluation.reconstruction import ReconstructionTotals, histogram_percentiles
+from sae_train.ranks import Solo
+from sae_train.sae.autoencoder import SparseAutoencoder
+
+
+def random_sae(d_model: int = 6, n_features: int = 10, seed: int = 0) -> SparseAutoencoder:
+    generator = torch.Generator().manual_seed(seed)
+    W_dec = torch.nn.functional.normalize(torch.randn(n_features, d_model, generator=generator), dim=1)
+    return SparseAutoencoder(
+        W_enc=W_dec.T.contiguous(),
+        b_enc=0.1 * torch.randn(n_features, generator=generator),
+        W_dec=W_dec,
+        b_dec=torch.randn(d_model, generator=generator),
+        threshold=torch.full((n_features,), 0.2),
+        k=3.0,
+        inference="threshold",
+        config={},
+    )
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**31), offset=st.sampled_from([0.0, 100.0]), batches=st.integers(1, 4))
+def test_figures_are_their_definitions(seed: int, offset: float, batches: int) -> None:
+    sae = random_sae(seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(12 * batches, 6, generator=generator) + offset
+    context = torch.arange(12 * batches) // 4
+    totals = ReconstructionTotals(d_model=6, n_features=10, device=torch.device("cpu"))
+    for part, where in zip(x.split(12), context.split(12), strict=True):
+        totals.add(sae, part, where)
+    got = totals.figures(Solo())
+    with torch.no_grad():
+        codes = sae.encode(x)
+        error = (x - sae.decode(codes)).double()
+    wide = x.double()
+    fires = codes > 0
+    expected = {
+        "fvu": float(error.square().sum() / (wide - wide.mean(0)).square().sum()),
+        "nmse": float((error.square().sum(1) / wide.square().sum(1)).mean()),
+        "l0": float(fires.sum(1).double().mean()),
+        "dead_fraction": float((fires.sum(0) == 0).double().mean()),
+        "evaluation_tokens": len(x),
+    }
+    for key, value in expected.items():
+        assert got[key] == pytest.approx(value, rel=1e-4), key
+    per_context = fires.sum(1).view(-1, 4).double().mean(1)  # equal contexts: the plain standard error
+    if len(per_context) > 1:
+        assert got["l0_standard_error"] == pytest.approx(float(per_context.std() / math.sqrt(len(per_context))), abs=1e-9)
+    torch.testing.assert_close(totals.density_F(Solo()), fires.double().mean(0))
+
+
+def test_percentiles_are_order_statistics() -> None:
+    values = torch.tensor([0, 0, 1, 5, 5, 5, 9, 9, 9, 9])
+    counts = torch.bincount(values, minlength=12)
+    assert histogram_percentiles(counts, (0.05, 0.5, 0.95)) == [0, 5, 9]
+
+
+def test_zipf_exponent_and_gini_of_known_densities() -> None:
+    ranks = torch.arange(1, 1001, dtype=torch.float64)
+    assert density_figures(0.3 * ranks**-0.8)["zipf_exponent"] == pytest.approx(0.8)
+    equal = density_figures(torch.full((100,), 0.2))
+    assert equal["gini"] == pytest.approx(0.0, abs=1e-9)
+    assert equal["above_10pct"] == 1.0
+    one = torch.zeros(100)
+    one[3] = 0.05
+    assert density_figures(one)["gini"] == pytest.approx(0.99)
+    assert "gini" not in density_figures(torch.zeros(10))
+
+
+def test_every_feature_is_in_the_histogram() -> None:
+    histogram = density_histogram(torch.tensor([0.0, 1e-5, 1.0, 0.5]), 1000)
+    assert len(histogram) == 50
+    assert sum(histogram) == 4
+    assert histogram[-1] == 1
+
+
+def test_decoder_cosine_max_leaves_out_the_feature_itself() -> None:
+    W_dec = torch.nn.functional.normalize(torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    cosine = W_dec @ W_dec.T
+    cosine.fill_diagonal_(-1)
+    torch.testing.assert_close(decoder_cosine_max(W_dec), cosine.max(1).values)

@@ -1,0 +1,90 @@
+"""A row's figures against the same figures worked out from all tokens at once; and totals that survive a checkpoint."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_train.ranks import Solo
+from sae_train.sae.code import SparseCode
+from sae_train.training.metrics import Totals
+from sae_train.training.tracking import MetricsFile
+
+
+def random_code(n_tokens: int, n_features: int, *, seed: int) -> SparseCode:
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.rand(n_tokens, n_features, generator=generator)
+    dense = torch.where(torch.rand(dense.shape, generator=generator) < 0.3, dense + 0.1, torch.zeros(()))
+    token, feature = dense.nonzero(as_tuple=True)
+    spare = 5
+    pad = torch.zeros(spare, dtype=torch.int32)
+    start = torch.cat([torch.zeros(1), (dense > 0).sum(1).cumsum(0)]).int()
+    return SparseCode(
+        value=torch.cat([dense[token, feature], torch.zeros(spare)]),
+        feature=torch.cat([feature.int(), pad]),
+        token=torch.cat([token.int(), pad]),
+        start=start,
+        shape=(n_tokens,),
+        n_features=n_features,
+    )
+
+
+def add_step(totals: Totals, seed: int) -> tuple[torch.Tensor, torch.Tensor, SparseCode]:
+    generator = torch.Generator().manual_seed(seed)
+    x, error = torch.randn(20, 4, generator=generator) + 3, 0.1 * torch.randn(20, 4, generator=generator)
+    code = random_code(20, 8, seed=seed)
+    loss = error.square().sum() / 20
+    totals.add(x_ND=x, error_ND=error, code=code, loss=loss, aux=None, grad_norm=torch.tensor(2.0), budget=60.0)
+    return x, error, code
+
+
+def test_row_is_over_all_tokens_of_the_interval() -> None:
+    totals = Totals(d_model=4, device=torch.device("cpu"))
+    steps = [add_step(totals, seed) for seed in range(3)]
+    x, error = torch.cat([s[0] for s in steps]).double(), torch.cat([s[1] for s in steps]).double()
+    l0 = torch.cat([(s[2].dense() > 0).sum(1) for s in steps])
+    row = totals.row(Solo())
+    assert row["train/fvu"] == pytest.approx(float(error.square().sum() / (x - x.mean(0)).square().sum()))
+    assert row["train/l0"] == pytest.approx(float(l0.double().mean()))
+    assert row["train/budget_used"] == pytest.approx(float(l0.sum()) / 180)
+    assert row["train/grad_norm"] == 2.0
+    assert row["train/threshold"] == pytest.approx(min(float(s[2].value[s[2].value > 0].min()) for s in steps))
+    assert row["tokens_l0/p50"] == int(l0.sort().values[29])
+
+
+def test_totals_go_through_a_checkpoint() -> None:
+    totals, twin = Totals(d_model=4, device=torch.device("cpu")), Totals(d_model=4, device=torch.device("cpu"))
+    add_step(totals, 0)
+    twin.load_state({k: v.clone() for k, v in totals.state(Solo()).items()}, Solo())
+    for each in (totals, twin):
+        add_step(each, 1)
+    assert totals.row(Solo()) == twin.row(Solo())
+    totals.reset()
+    add_step(totals, 2)
+    fresh = Totals(d_model=4, device=torch.device("cpu"))
+    add_step(fresh, 2)
+    assert totals.row(Solo()) == fresh.row(Solo())
+
+
+def test_code_round_trip_and_counts() -> None:
+    code = random_code(7, 5, seed=3)
+    dense = code.dense()
+    assert torch.equal(code.firing_counts(), (dense > 0).sum(0))
+    assert int(code.used().sum()) == int(code.count) == int((dense > 0).sum())
+
+
+def test_metrics_file_keeps_whole_rows(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.keep_first(0)
+    for step in range(4):
+        file.append({"step": step, "train/fvu": float("nan") if step == 2 else 0.5})
+    with file.path.open("a") as torn:
+        torn.write('{"step": 4, "tra')  # a write cut in half by kill -9
+    again = MetricsFile(tmp_path / "metrics.jsonl")
+    again.keep_first(3)
+    again.append({"step": 3})
+    rows = [json.loads(line) for line in file.path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert rows[2]["train/fvu"] is None
+    assert "train/fvu" not in rows[3]

@@ -1,0 +1,134 @@
+"""Killed at any moment, any number of times, a run ends where it would have ended: bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LAUNCHERS, QUIET, Command, Outcome, changed, tiny_run
+
+MORE = ["checkpoint.every_tokens=1024", "log_every=1024", "evaluate_every=4096", "aux_loss=aux_zipf", "dead_window=2048"]
+
+
+def run_directory(folder: Path) -> Path:
+    (found,) = (folder / "runs").iterdir()
+    return found
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl without what depends on the clock."""
+    lines = (run_directory(folder) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines]
+
+
+def weights(folder: Path) -> bytes:
+    (file,) = run_directory(folder).glob("saes/*/sae.safetensors")
+    return file.read_bytes()
+
+
+def launch(folder: Path, n_ranks: int, arguments: list[str]) -> "subprocess.Popen[str]":
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHERS} | QUIET | {"OMP_NUM_THREADS": "1"}
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks), "-m"] if n_ranks > 1 else []
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, "sae_train", *changed(tiny_run(folder), *MORE, *arguments)],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> Outcome:
+    text, _ = process.communicate(timeout=300)
+    return Outcome(process.returncode, text, "")
+
+
+def checkpoints(folder: Path) -> list[str]:
+    found = (folder / "runs").glob("*/checkpoints/step_*")
+    return sorted(path.name for path in found)
+
+
+def kill_after_progress(process: "subprocess.Popen[str]", folder: Path, chance: random.Random) -> bool:
+    """kill -9 the whole session a random moment after its next checkpoint appears; False if it finished first."""
+    before = checkpoints(folder)
+    deadline = time.monotonic() + 240
+    while checkpoints(folder) == before and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(chance.uniform(0.0, 0.3))
+    if process.poll() is not None:
+        return False
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    return True
+
+
+@pytest.mark.parametrize("n_ranks", [1, pytest.param(2, marks=[pytest.mark.multirank, pytest.mark.slow])])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sparsifier=mutual_choice"],
+        pytest.param(
+            ["sparsifier=feature_choice", "budget=zipf", "sparsifier.after=0.5", "harvest.pool_batches=4"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["mutual_choice", "feature_choice"],
+)
+def test_killed_runs_end_bitwise_alike(tmp_path: Path, n_ranks: int, arguments: list[str]) -> None:
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    for folder in (whole, torn):
+        folder.mkdir()
+    done = finish(launch(whole, n_ranks, arguments))
+    assert done.status == 0, done.stdout
+    chance, kills = random.Random(n_ranks), 0
+    while kills < 3:
+        if not kill_after_progress(launch(torn, n_ranks, arguments), torn, chance):
+            break
+        kills += 1
+    last = finish(launch(torn, n_ranks, arguments))
+    assert last.status == 0, last.stdout
+    assert kills >= 2
+    assert "resuming at step" in last.stdout or "already finished" in last.stdout
+    assert weights(torn) == weights(whole)
+    assert rows(torn) == rows(whole)
+    kept = list((run_directory(torn) / "checkpoints").iterdir())
+    assert len(kept) == 2  # checkpoint.keep, and nothing half-written
+
+
+def test_a_damaged_checkpoint_falls_back_and_ends_alike(tmp_path: Path) -> None:
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    for folder in (whole, torn):
+        folder.mkdir()
+    assert finish(launch(whole, 1, [])).status == 0
+    assert kill_after_progress(launch(torn, 1, ["checkpoint.keep=0"]), torn, random.Random(0))
+    assert kill_after_progress(launch(torn, 1, ["checkpoint.keep=0"]), torn, random.Random(1))
+    newest = run_directory(torn) / "checkpoints" / checkpoints(torn)[-1] / "replicated.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    done = finish(launch(torn, 1, []))  # another keep is another checkpoint policy, not another run
+    assert done.status == 0, done.stdout
+    assert "damaged" in done.stdout
+    assert "Using the checkpoint before it" in done.stdout
+    assert weights(torn) == weights(whole)
+    assert rows(torn) == rows(whole)
+
+
+def test_finished_is_skipped_and_another_identity_refused(tmp_path: Path, command: Command) -> None:
+    arguments = changed(tiny_run(tmp_path), "tokens=2048", "evaluation_tokens=500", "name=mine")
+    assert command(*arguments).status == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    again = command(*arguments)
+    assert again.status == 0
+    assert again.stdout.startswith("already finished: mine: L0 ")
+    other = command(*changed(arguments, "k=16", "seed=1"))
+    assert other.status == 2
+    assert "holds another run: k 8.0 -> 16.0, seed 0 -> 1" in other.stderr
+    assert "Traceback" not in other.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
