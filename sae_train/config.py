@@ -374,7 +374,7 @@ class RunConfig:
     seed: int
     """Draws what belongs to the SAE; data.seed draws the stream."""
     dead_window: int | None
-    """Tokens without firing after which a feature is dead; null is 10M, or an eighth of a shorter run."""
+    """Tokens without firing after which a feature is dead; null is 10M, or a 25th of a shorter run."""
     precision: str
     """Of matrix products: auto, bf16, float32; float64 computes everything in float64."""
     evaluation_tokens: int

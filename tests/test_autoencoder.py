@@ -9,7 +9,7 @@ from small_runs import CPU, kept_by_sorting
 from sae_train.sae import autoencoder
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.sae.code import SparseCode
-from sae_train.sae.dictionary import Dictionary
+from sae_train.sae.dictionary import ENCODER_SCALE, Dictionary
 
 D, F = 6, 20
 BOTH_RULES = pytest.mark.parametrize("inference", ["threshold", "topk"])
@@ -150,13 +150,12 @@ def test_wrong_widths_are_named() -> None:
         SparseAutoencoder.fold(trained(), centre_D=torch.zeros(D), scale=1.0, k=1, inference="relu")
 
 
-def test_dictionary_starts_with_unit_rows_and_the_encoder_as_their_copy() -> None:
+def test_dictionary_starts_with_unit_rows_and_the_encoder_as_their_scaled_copy() -> None:
     before = torch.get_rng_state()
     one = Dictionary.initial(d_model=D, n_features=F, seed=3, dtype=torch.float64, device=CPU)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.allclose(one.W_dec.norm(dim=1), torch.ones(F, dtype=torch.float64))
-    assert torch.equal(one.W_enc, one.W_dec)
-    assert one.W_enc.data_ptr() != one.W_dec.data_ptr()
+    assert torch.equal(one.W_enc, ENCODER_SCALE * one.W_dec)
     assert not one.b_enc.any()
     assert not one.b_dec.any()
     other = Dictionary.initial(d_model=D, n_features=F, seed=4, dtype=torch.float64, device=CPU)

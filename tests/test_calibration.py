@@ -53,6 +53,7 @@ def setup(case: Case, *, k: float = 6.0) -> tuple[SparseAutoencoder, Sparsifier]
     centre = sample.mean(0)
     scale = float((sample - centre).square().sum(1).mean().sqrt())
     with torch.no_grad():
+        dictionary.W_enc.copy_(dictionary.W_dec)  # rows as long as a trained encoder's
         dictionary.b_enc += case.bias
     sae = SparseAutoencoder.fold(dictionary, centre_D=centre.double(), scale=scale, k=k, inference=sparsifier.inference)
     return sae, sparsifier
