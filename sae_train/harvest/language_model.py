@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -105,11 +106,18 @@ def _load(loader: Any, model: ModelConfig) -> Any:
     if "local_files_only" in options:
         disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar is for downloads
     try:
-        return loader.from_pretrained(name, dtype=_DTYPES[model.dtype], attn_implementation=model.attention, **options)
-    except OSError as error:
+        loaded, report = loader.from_pretrained(
+            name, dtype=_DTYPES[model.dtype], attn_implementation=model.attention, output_loading_info=True, **options
+        )
+    except (OSError, SafetensorError) as error:
         if "local_files_only" in options:
             raise DataError(f"model.id={model.id}: its weights cannot be read: {str(error).splitlines()[0]}") from error
         raise hub_error("model.id", model.id, error) from error
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise DataError(f"model.id={model.id}: its files lack {len(missing)} of its weights, {missing[0]} among them, "
+                        "which would be random numbers. Fetch or save it again.")  # fmt: skip
+    return loaded
 
 
 def _first(*tokens: int | None) -> int | None:

@@ -20,6 +20,8 @@ from sae_train.harvest.source import Stream, run_dtype, whole_batches
 from sae_train.harvest.text import Corpus
 from sae_train.ranks import Ranks
 
+_FRUITLESS_FORWARDS = 200
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -37,7 +39,7 @@ class LiveLane:
         self.text, self.pool = text, pool
         self._language_model, self._tokenizer = language_model, tokenizer
         self._contexts_per_forward, self._site = contexts_per_forward, site
-        self.seen = self.dropped = 0
+        self.seen = self.dropped = self._fruitless = 0
 
     def forward(self) -> Block | None:
         """Run the next contexts of the lane; None where its documents end."""
@@ -51,6 +53,8 @@ class LiveLane:
         raw_BTD = self._language_model.activations(ids_BT)
         raw_ND = raw_BTD[trainable(ids_BT, self._tokenizer).to(raw_BTD.device)]
         check_finite(raw_ND, site=self._site)
+        if not len(raw_ND):
+            self._note_fruitless()
         return Block(raw_ND, self.text.state())
 
     def absorb(self, block: Block, scaling: Scaling, dtype: torch.dtype) -> None:
@@ -58,22 +62,20 @@ class LiveLane:
         kept = scaling.keeps(block.raw_ND)
         rows_ND = scaling.normalise(block.raw_ND[kept].to(dtype))
         self.pool.add(rows_ND)
+        if len(rows_ND):
+            self._fruitless = 0
+        elif len(kept):
+            self._note_fruitless()
         self.seen += len(kept)
         self.dropped += len(kept) - len(rows_ND)
 
     def refill(self, scaling: Scaling, dtype: torch.dtype) -> None:
         """Fill the pool as far as whole forward passes fit, and shuffle it."""
-        fruitless = 0
         while self.pool.has_room:
             block = self.forward()
             if block is None:
                 break
-            before = self.pool.unread
             self.absorb(block, scaling, dtype)
-            fruitless = 0 if self.pool.unread > before else fruitless + 1
-            if fruitless == _FRUITLESS_FORWARDS:
-                raise DataError(f"lane {self.text.index}: {fruitless} forward passes in a row gave no token that the "
-                                "filters keep. Look at its text: it is empty or made of special tokens.")  # fmt: skip
         self.pool.shuffle()
 
     def remaining_tokens(self) -> int:
@@ -83,6 +85,13 @@ class LiveLane:
             total += int(trainable(ids_BT, self._tokenizer).sum())
         return total
 
+    def _note_fruitless(self) -> None:
+        """Give up on a lane whose text the filters empty, rather than read it for ever."""
+        self._fruitless += 1
+        if self._fruitless == _FRUITLESS_FORWARDS:
+            raise DataError(f"lane {self.text.index}: {self._fruitless} forward passes in a row gave no token that the "
+                            "filters keep. Look at its text: it may be made of special tokens.")  # fmt: skip
+
     def state(self) -> dict[str, Tensor]:
         counts = torch.tensor([self.seen, self.dropped])
         return {**self.text.state(), **self.pool.state(), "counts": counts}
@@ -91,9 +100,6 @@ class LiveLane:
         self.text.load_state(state)
         self.pool.load_state(state)
         self.seen, self.dropped = state["counts"].tolist()
-
-
-_FRUITLESS_FORWARDS = 1000
 
 
 class LiveStream(Stream):

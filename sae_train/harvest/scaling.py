@@ -6,7 +6,7 @@ would absorb a batch's budget, so rows above ten times the median norm are left 
 Letters: N tokens, D d_model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from sae_train.ranks import Ranks
 OUTLIER_FACTOR = 10.0
 _LEAST_RELATIVE_SPREAD = 1e-7
 """Below this share of the mean's norm, a spread is rounding of fp32 numbers that are all the same."""
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,19 +75,21 @@ def fit_scaling(parts: Sequence[Tensor], *, ranks: Ranks, site: str) -> Scaling:
         DataError: the activations are constant, or more than half of them are zero.
     """
     norms = [torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in parts]
-    median = float(ranks.gather(torch.stack(norms)).flatten().median())
+    every_norm = ranks.gather(torch.stack(norms)).flatten()
+    median = float(every_norm.median())
     if median == 0:
         raise DataError(
             f"{site}: more than half of the calibration tokens have all-zero activations, so they cannot be scaled. "
             "Choose another site or source."
         )
     limit = OUTLIER_FACTOR * median
-    kept = [part[norm <= limit].double() for part, norm in zip(parts, norms, strict=True)]
-    sums = torch.stack([torch.cat([part.new_tensor([len(part)]), part.sum(0)]) for part in kept])
-    total = ranks.gather(sums).flatten(0, 1).sum(0)
-    centre_D = total[1:] / total[0]
-    squares = ranks.gather(torch.stack([(part - centre_D).square().sum() for part in kept]))
-    scale = float((squares.flatten().sum() / total[0]).sqrt())
+    kept = [part[norm <= limit] for part, norm in zip(parts, norms, strict=True)]
+    counts = torch.tensor([len(part) for part in kept], device=every_norm.device)
+    count = int(ranks.gather(counts).sum())
+    sums = torch.stack([_sum_rows(part, lambda rows_ND: rows_ND) for part in kept])
+    centre_D = ranks.gather(sums).flatten(0, 1).sum(0) / count
+    squares = torch.stack([_sum_rows(part, lambda rows_ND: (rows_ND - centre_D).square()).sum() for part in kept])
+    scale = float((ranks.gather(squares).flatten().sum() / count).sqrt())
     offset = float(centre_D.norm())
     if not scale > _LEAST_RELATIVE_SPREAD * max(offset, median):
         raise DataError(
@@ -94,3 +97,11 @@ def fit_scaling(parts: Sequence[Tensor], *, ranks: Ranks, site: str) -> Scaling:
             "Choose another site or source."
         )
     return Scaling(centre_D=centre_D, scale=scale, limit=limit, gamma=offset / scale)
+
+
+def _sum_rows(raw_ND: Tensor, term: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the float64 sum [D] of a term of each row, without a float64 copy of all rows."""
+    total = raw_ND.new_zeros(raw_ND.shape[1], dtype=torch.float64)
+    for rows_ND in torch.split(raw_ND, _ROWS_AT_ONCE):
+        total += term(rows_ND.double()).sum(0)
+    return total

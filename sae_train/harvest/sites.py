@@ -79,7 +79,7 @@ class SiteFacts:
     """Commit of the hub's model; None for a local one."""
 
 
-class Reached(Exception):  # noqa: N818
+class Reached(Exception):
     """Raised by our hook to end a forward pass at its site; only the call that raised it catches it."""
 
 

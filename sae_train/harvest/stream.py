@@ -56,7 +56,7 @@ def check_stream(config: RunConfig, *, n_ranks: int) -> StreamFacts:
 def _check_tensors(config: RunConfig, *, n_ranks: int) -> StreamFacts:
     assert isinstance(config.harvest, TensorsHarvestConfig)
     findings: list[UserError] = []
-    _collect(findings, lambda: _check_divides(config.batch_tokens, n_ranks, key="batch_tokens"))
+    _collect(findings, lambda: _check_batch(config.batch_tokens, n_ranks))
     plan = _collect(findings, lambda: plan_rows(config))
     _raise(findings)
     assert plan is not None
@@ -67,7 +67,7 @@ def _check_tensors(config: RunConfig, *, n_ranks: int) -> StreamFacts:
 
 def _check_live(config: RunConfig, harvest: LiveHarvestConfig, *, n_ranks: int) -> StreamFacts:
     findings: list[UserError] = []
-    _collect(findings, lambda: _check_divides(harvest.lanes, n_ranks, key="harvest.lanes"))
+    _collect(findings, lambda: _check_lanes(harvest.lanes, n_ranks, config.batch_tokens))
     _collect(findings, lambda: _check_pool_holds_forwards(config, harvest))
     facts = _collect(findings, lambda: site_facts(config))
     if facts is not None:
@@ -91,11 +91,23 @@ def _check_live(config: RunConfig, harvest: LiveHarvestConfig, *, n_ranks: int) 
                        flops_per_token=facts.flops_per_token)  # fmt: skip
 
 
-def _check_divides(value: int, n_ranks: int, *, key: str) -> None:
-    if value % n_ranks:
-        nearest = sorted({max(1, value // n_ranks) * n_ranks, (value // n_ranks + 1) * n_ranks})
-        raise ConfigError(f"{key}={value} over {n_ranks} ranks: not divisible. "
-                          f"Nearest {key}: {' or '.join(map(str, nearest))}.")  # fmt: skip
+def _check_batch(batch_tokens: int, n_ranks: int) -> None:
+    if batch_tokens % n_ranks:
+        nearest = sorted({max(1, batch_tokens // n_ranks) * n_ranks, (batch_tokens // n_ranks + 1) * n_ranks})
+        raise ConfigError(f"batch_tokens={batch_tokens} over {n_ranks} ranks: not divisible. "
+                          f"Nearest batch_tokens: {' or '.join(map(str, nearest))}.")  # fmt: skip
+
+
+def _check_lanes(lanes: int, n_ranks: int, batch_tokens: int) -> None:
+    if lanes % n_ranks == 0:
+        return
+    possible = [count for count in range(n_ranks, batch_tokens + 1, n_ranks) if batch_tokens % count == 0]
+    nearest = sorted(sorted(possible, key=lambda count: abs(count - lanes))[:2])
+    if nearest:
+        way_out = f"Nearest harvest.lanes that divide batch_tokens={batch_tokens}: {' or '.join(map(str, nearest))}."
+    else:
+        way_out = f"No multiple divides batch_tokens={batch_tokens}: use a number of ranks that does."
+    raise ConfigError(f"harvest.lanes={lanes} over {n_ranks} ranks: not divisible. {way_out}")
 
 
 def _check_pool_holds_forwards(config: RunConfig, harvest: LiveHarvestConfig) -> None:
