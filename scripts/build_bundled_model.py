@@ -187,8 +187,7 @@ def build_corpus(args: argparse.Namespace) -> None:
         rows = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
         path.write_bytes(lzma.compress(rows.encode(), preset=9 | lzma.PRESET_EXTREME))
         print(
-            f"{name}: {len(texts)} documents, {sum(map(len, texts))} characters,"
-            f" {path.stat().st_size} bytes compressed"
+            f"{name}: {len(texts)} documents, {sum(map(len, texts))} characters, {path.stat().st_size} bytes compressed"
         )
     print(f"{len(sources)} sources; {len(held_out) - len(kept)} copies left out of held_out")
 
@@ -244,8 +243,7 @@ def load_tokenizer(out: Path) -> Any:
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Each document's tokens, EOS at its end."""
     return [
-        [*ids, tokenizer.eos_token_id]
-        for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        [*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
     ]
 
 
@@ -391,9 +389,7 @@ def model_nats(out: Path, contexts: list[list[int]], dtype: torch.dtype) -> floa
     return total
 
 
-def ngram_nats(
-    train_contexts: list[list[int]], contexts: list[list[int]], vocab: int, priors: list[float]
-) -> float:
+def ngram_nats(train_contexts: list[list[int]], contexts: list[list[int]], vocab: int, priors: list[float]) -> float:
     """Total nats under an n-gram model, each order smoothed towards the next lower one.
 
     p_n(b | a) = (count(a b) + prior_n * p_(n-1)(b)) / (count(a) + prior_n), and p_0 is
@@ -425,10 +421,7 @@ def evaluate(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.out)
     texts = {split: read_corpus(args.out, split) for split in ("train", "held_out")}
     docs = {split: encode(tokenizer, texts[split]) for split in texts}
-    contexts = {
-        split: pack(docs[split], args.context, tokenizer.bos_token_id, keep_rest=True)
-        for split in texts
-    }
+    contexts = {split: pack(docs[split], args.context, tokenizer.bos_token_id, keep_rest=True) for split in texts}
     raw = {split: "\n".join(texts[split]).encode() for split in texts}
     for split in texts:
         print(
@@ -449,10 +442,7 @@ def evaluate(args: argparse.Namespace) -> None:
     part = contexts["train"][:: max(1, len(contexts["train"]) // len(contexts["held_out"]))]
     nats = model_nats(args.out, part, torch.float32)
     part_size = sum(len(tokenizer.decode(context[1:]).encode()) for context in part)
-    print(
-        f"{'the same on a part of the training text':<58}"
-        f"{nats / math.log(2) / part_size:.4f} bits per byte"
-    )
+    print(f"{'the same on a part of the training text':<58}{nats / math.log(2) / part_size:.4f} bits per byte")
     candidates = {
         "token unigram": [[1.0]],
         "token bigram": [[1.0, m] for m in (10.0, 30.0, 60.0, 100.0, 200.0)],
@@ -460,8 +450,7 @@ def evaluate(args: argparse.Namespace) -> None:
     }
     for name, choices in candidates.items():
         results = [
-            (ngram_nats(contexts["train"], contexts["held_out"], len(tokenizer), priors), priors)
-            for priors in choices
+            (ngram_nats(contexts["train"], contexts["held_out"], len(tokenizer), priors), priors) for priors in choices
         ]
         nats, priors = min(results)
         show(f"{name} (priors {priors}, the best here)", nats / math.log(2))
@@ -474,10 +463,7 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     preset = 9 | lzma.PRESET_EXTREME
     show("xz -9e", 8 * len(lzma.compress(raw["held_out"], preset=preset)))
-    both, alone = (
-        lzma.compress(text, preset=preset)
-        for text in (raw["train"] + raw["held_out"], raw["train"])
-    )
+    both, alone = (lzma.compress(text, preset=preset) for text in (raw["train"] + raw["held_out"], raw["train"]))
     show("xz -9e, train before it", 8 * (len(both) - len(alone)))
     files = {path: path.stat().st_size for path in sorted(args.out.rglob("*")) if path.is_file()}
     for path, length in files.items():
@@ -493,9 +479,7 @@ def sample(args: argparse.Namespace) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(args.out / "model", dtype=torch.float32)
     torch.manual_seed(args.seed)
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(args.prompt)]])
-    written = model.generate(
-        ids, do_sample=True, temperature=args.temperature, max_length=args.context
-    )
+    written = model.generate(ids, do_sample=True, temperature=args.temperature, max_length=args.context)
     print(tokenizer.decode(written[0, 1:]))
 
 

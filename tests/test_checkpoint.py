@@ -19,7 +19,10 @@ def save(directory: Path, step: int, *, keep: int = 0) -> Path:
         directory,
         notes={"step": step, "tokens": 10 * step},
         replicated={"a/w": torch.full((1000,), float(step)), "n": torch.tensor(step)},
-        lane_states={0: {"pool": torch.arange(6.0).view(2, 3)}, 1: {"pool": torch.ones(0, 3), "epoch": torch.tensor(4)}},
+        lane_states={
+            0: {"pool": torch.arange(6.0).view(2, 3)},
+            1: {"pool": torch.ones(0, 3), "epoch": torch.tensor(4)},
+        },
         ranks=Solo(),
         keep=keep,
     )

@@ -56,7 +56,9 @@ def test_figures_are_their_definitions(seed: int, offset: float, batches: int) -
         assert got[key] == pytest.approx(value, rel=1e-4), key
     per_context = fires.sum(1).view(-1, 4).double().mean(1)  # equal contexts: the plain standard error
     if len(per_context) > 1:
-        assert got["l0_standard_error"] == pytest.approx(float(per_context.std() / math.sqrt(len(per_context))), abs=1e-9)
+        assert got["l0_standard_error"] == pytest.approx(
+            float(per_context.std() / math.sqrt(len(per_context))), abs=1e-9
+        )
     torch.testing.assert_close(totals.density_F(Solo()), fires.double().mean(0))
 
 

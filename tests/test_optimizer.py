@@ -94,7 +94,9 @@ def test_halt_keeps_the_first_bad_step() -> None:
     halt.check()
     halt.watch(step=2, loss=bad, grad_norm=good, x_ND=torch.tensor([[float("inf"), 0, 0], [2.0, 0, 0]]))
     halt.watch(step=3, loss=good, grad_norm=bad, x_ND=x_ND)
-    with pytest.raises(StoppedByNumbers, match=r"loss is nan .* step 2: .* 2 activations 1 are not finite.* norm is 2 "):
+    with pytest.raises(
+        StoppedByNumbers, match=r"loss is nan .* step 2: .* 2 activations 1 are not finite.* norm is 2 "
+    ):
         halt.check()
 
 
@@ -116,6 +118,9 @@ def test_schedule_warms_up_holds_and_decays(steps: int, batch: int, warmup: floa
 @given(every=st.integers(1, 1000), batch=st.integers(1, 1000), steps=st.integers(1, 50))
 def test_due_counts_multiples_passed(every: int, batch: int, steps: int) -> None:
     due = [is_due(every, before=i * batch, after=(i + 1) * batch) for i in range(steps)]
-    crossed = [any(i * batch < m * every <= (i + 1) * batch for m in range(1, steps * batch // every + 2)) for i in range(steps)]
+    crossed = [
+        any(i * batch < m * every <= (i + 1) * batch for m in range(1, steps * batch // every + 2))
+        for i in range(steps)
+    ]
     assert due == crossed
     assert not is_due(0, before=0, after=batch)

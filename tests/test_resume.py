@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 from conftest import LAUNCHERS, QUIET, Command, Outcome, changed, tiny_run
 
-MORE = ["checkpoint.every_tokens=1024", "log_every=1024", "evaluate_every=4096", "aux_loss=aux_zipf", "dead_window=2048"]
+MORE = [
+    "checkpoint.every_tokens=1024",
+    "log_every=1024",
+    "evaluate_every=4096",
+    "aux_loss=aux_zipf",
+    "dead_window=2048",
+]
 
 
 def run_directory(folder: Path) -> Path:

@@ -44,7 +44,16 @@ def test_bundled_run_leaves_what_the_contract_says(tmp_path: Path, command: Comm
     for name in ("config.yaml", "metrics.jsonl", "summary.json"):
         assert (run / name).is_file(), name
     figures = next(iter(summary_of(tmp_path)["saes"].values()))
-    wanted = {"l0", "l0_standard_error", "fvu", "nmse", "dead_fraction", "evaluation_tokens", "delta_ce", "ce_recovered"}
+    wanted = {
+        "l0",
+        "l0_standard_error",
+        "fvu",
+        "nmse",
+        "dead_fraction",
+        "evaluation_tokens",
+        "delta_ce",
+        "ce_recovered",
+    }
     assert wanted <= figures.keys()
     assert abs(figures["l0"] - 8) <= max(0.02 * 8, 3 * figures["l0_standard_error"])
     assert 0 < figures["fvu"] < 1
@@ -63,7 +72,10 @@ def test_bundled_run_leaves_what_the_contract_says(tmp_path: Path, command: Comm
 
 def test_tracking_and_evaluation_do_not_change_the_weights(tmp_path: Path, command: Command) -> None:
     files = []
-    for name, more in (("quiet", ["tracking=none"]), ("loud", ["tracking=wandb", "evaluate_every=1024", "log_every=512"])):
+    for name, more in (
+        ("quiet", ["tracking=none"]),
+        ("loud", ["tracking=wandb", "evaluate_every=1024", "log_every=512"]),
+    ):
         done = command(*changed(tiny_run(tmp_path / name), "tokens=4096", *more))
         assert done.status == 0, done.stderr
         (file,) = (tmp_path / name).glob("runs/*/saes/*/sae.safetensors")
@@ -79,13 +91,16 @@ def test_tensors_run(tmp_path: Path, command: Command, sparsifier: str) -> None:
     source, held_out = write_tensors(tmp_path / "acts"), write_tensors(tmp_path / "held_out", n=20_000, seed=1)
     done = command(
         "harvest=tensors", f"harvest.path={source}", f"harvest.held_out={held_out}", "harvest.calibration_tokens=1000",
-        f"sparsifier={sparsifier}", "n_features=128", "k=4", "tokens=40960", "batch_tokens=512", "tracking=none", "log_every=8192",
+        f"sparsifier={sparsifier}", "n_features=128", "k=4", "tokens=40960",
+        "batch_tokens=512", "tracking=none", "log_every=8192",
     )  # fmt: skip
     assert done.status == 0, done.stderr
     assert "CE recovered" not in done.stdout
     figures = next(iter(summary_of(tmp_path)["saes"].values()))
     assert figures["fvu"] < 0.5
-    assert abs(figures["l0"] - figures["target_l0"]) <= max(0.02 * figures["target_l0"], 3 * figures["l0_standard_error"])
+    assert abs(figures["l0"] - figures["target_l0"]) <= max(
+        0.02 * figures["target_l0"], 3 * figures["l0_standard_error"]
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_with_3(tmp_path: Path, command: Command) -> None:
@@ -141,7 +156,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, command: Com
 
 
 @pytest.mark.multirank
-def test_two_processes_see_the_same_batches_and_compute_the_same(tmp_path: Path, command: Command, torchrun: Command) -> None:
+def test_two_processes_see_the_same_batches_and_compute_the_same(
+    tmp_path: Path, command: Command, torchrun: Command
+) -> None:
     results = []
     for name in ("one", "two"):
         arguments = changed(tiny_run(tmp_path / name), "precision=float64", "tokens=4096", "log_every=512")

@@ -25,7 +25,8 @@ class LanguageModelTotals:
         """Add a batch of contexts: token ids [B, T], and which positions the SAE is responsible for."""
 
         def spliced(acts_BTD: Tensor) -> Tensor:
-            return sae(acts_BTD.float()).to(acts_BTD.dtype)
+            x_hat_BTD: Tensor = sae(acts_BTD.float())
+            return x_hat_BTD.to(acts_BTD.dtype)
 
         scored_BT = kept_BT[:, :-1]
         clean = _log_probabilities(model, ids_BT, None)
@@ -38,7 +39,11 @@ class LanguageModelTotals:
         self.sums += torch.stack([part[scored_BT].double().sum() for part in parts])
 
     def figures(self, ranks: Ranks) -> dict[str, float]:
-        """Return delta_ce = CE spliced - CE clean (nats); ce_recovered = (CE zeroed - CE spliced) / (CE zeroed - CE clean); kl."""
+        """Return the figures over all ranks' scored positions.
+
+        ce = CE clean; delta_ce = CE spliced - CE clean; ce_recovered = (CE zeroed - CE spliced) / (CE zeroed - CE clean);
+        kl = mean KL(clean || spliced). Nats, but for the ratio.
+        """
         n, clean, spliced, ablated, kl = ranks.sum(self.sums).tolist()
         if n == 0:
             return {}

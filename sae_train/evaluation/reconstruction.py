@@ -32,7 +32,9 @@ class ReconstructionTotals:
             return
         code = sae.encode_sparse(raw_ND)
         x_ND, x_hat_ND = raw_ND.double(), sae.decode(code).double()
-        shift_D = sae.b_dec.double()  # near the mean, the same on every rank: avoids cancellation where the mean is large
+        shift_D = (
+            sae.b_dec.double()
+        )  # near the mean, the same on every rank: avoids cancellation where the mean is large
         error_N = (x_ND - x_hat_ND).square().sum(1)
         norm_N = x_ND.square().sum(1)
         l0_N = code.start.diff().to(torch.int64)
@@ -59,8 +61,8 @@ class ReconstructionTotals:
 
         fvu = sum |e|^2 / sum |x - mean|^2; nmse = mean |e|^2 / |x|^2; cosine = mean cos(x, x_hat);
         l0 = mean number of features that fire on a token, its standard error over contexts (ratio estimator);
-        dead_fraction = share of features that fire on none of these tokens. A figure that is not defined (one context has no
-        standard error) is left out.
+        dead_fraction = share of features that fire on none of these tokens. A figure that is not defined (one context
+        has no standard error) is left out.
         """
         n, error, spread, nmse, cosine, l0 = ranks.sum(self.scalars).tolist()
         if n == 0:

@@ -39,7 +39,9 @@ def save(sae: SparseAutoencoder, directory: Path, *, facts: dict[str, Any]) -> N
             sync_file(partial)
             partial.replace(directory / "sae.safetensors")
         except SafetensorError as error:
-            raise CheckpointError(f"{directory}: cannot be written: {error}. Free space there, or choose runs=DIR.") from error
+            raise CheckpointError(
+                f"{directory}: cannot be written: {error}. Free space there, or choose runs=DIR."
+            ) from error
         finally:
             partial.unlink(missing_ok=True)
         sync_directory(directory)
@@ -72,7 +74,9 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> SparseAutoe
         config = json.loads(notes.read_text(encoding="utf-8"))
         tensors = load_file(str(file), device=str(device))
     except (OSError, ValueError, SafetensorError) as error:  # ValueError: not JSON, not UTF-8
-        raise CheckpointError(f"{directory}: not a readable SAE: {error}. Export it again, or give another path.") from error
+        raise CheckpointError(
+            f"{directory}: not a readable SAE: {error}. Export it again, or give another path."
+        ) from error
     _check(directory, config, tensors)
     sae = SparseAutoencoder(
         **{name: tensors[name] for name in TENSORS},
@@ -100,7 +104,9 @@ def find(path: Path) -> Path:
 
 def _check(directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Refuse files whose tensors are missing, misshapen, or contradict their notes."""
-    missing = [name for name in TENSORS if name not in tensors] + [key for key in ("k", "inference") if key not in config]
+    missing = [name for name in TENSORS if name not in tensors] + [
+        key for key in ("k", "inference") if key not in config
+    ]
     if missing:
         raise CheckpointError(f"{directory}: lacks {', '.join(missing)}; this is not a sae-train export.")
     d_model, n_features = tensors["W_enc"].shape if tensors["W_enc"].dim() == 2 else (-1, -1)

@@ -21,7 +21,7 @@ SAMPLE_MARGIN = 1.25
 class Calibration(NamedTuple):
     """What calibration found."""
 
-    threshold_F: Tensor  # noqa: N815
+    threshold_F: Tensor
     """[F] fp32, at least 0; +inf for a feature that must never fire."""
     target_l0: float
     """Mean active features a token that the thresholds aim at."""

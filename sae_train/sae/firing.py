@@ -36,7 +36,7 @@ class Firing:
         self.interval_F = self.interval_F + fired_F
         self.interval_tokens += n_tokens
 
-    def dead_F(self, window: int) -> Tensor:  # noqa: N802
+    def dead_F(self, window: int) -> Tensor:
         """[F] bool: which features fired on none of the last `window` tokens."""
         return self.since_F >= window
 

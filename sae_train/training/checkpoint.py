@@ -168,7 +168,8 @@ def _lane_reader(path: Path, notes: dict[str, Any]) -> Callable[[int], dict[str,
             if matched and int(matched[1]) <= lane <= int(matched[2]):
                 with safe_open(str(path / name), framework="pt") as file:
                     prefix = f"{lane}/"
-                    return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
+                    names = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a dict)
+                    return {key.removeprefix(prefix): file.get_tensor(key) for key in names}
         raise CheckpointError(f"{path}: holds no lane {lane}; it was written with another harvest.lanes.")
 
     return read

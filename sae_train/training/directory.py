@@ -104,7 +104,11 @@ class RunDirectory:
                     f"{self.path}: another process is training in it. Wait for it, or choose another name=."
                 ) from None
         if self.stored() is None:
-            values = {"config": _plain(as_dict(resolved)), "identity": _plain(identity(identified_as)), "provenance": provenance}
+            values = {
+                "config": _plain(as_dict(resolved)),
+                "identity": _plain(identity(identified_as)),
+                "provenance": provenance,
+            }
             write_text(self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False))
 
     def release(self) -> None:

@@ -59,7 +59,14 @@ def evaluation_row(figures: dict[str, Any], *, step: int, tokens: int) -> dict[s
 
 
 def write_export(
-    sae: SparseAutoencoder, directory: Path, *, config: RunConfig, stream: Stream, label: str, figures: dict[str, Any], tokens: int
+    sae: SparseAutoencoder,
+    directory: Path,
+    *,
+    config: RunConfig,
+    stream: Stream,
+    label: str,
+    figures: dict[str, Any],
+    tokens: int,
 ) -> None:
     """Write `saes/NAME/`."""
     scaling = stream.scaling
@@ -67,7 +74,9 @@ def write_export(
     live = isinstance(config.harvest, LiveHarvestConfig)
     facts = {
         "site": label,
-        "model": {"id": config.model.id, "revision": config.model.revision, "dtype": config.model.dtype} if live else None,
+        "model": {"id": config.model.id, "revision": config.model.revision, "dtype": config.model.dtype}
+        if live
+        else None,
         "dataset": config.data.id if live else getattr(config.harvest, "path", None),
         "tokens": tokens,
         "sparsifier": config.sparsifier.name,

@@ -44,7 +44,8 @@ class Halt:
             return
         facts = dict(zip(FACTS, self._facts.tolist(), strict=True))
         raise StoppedByNumbers(
-            f"loss is {facts['loss']:g} and the gradient's norm {facts['grad_norm']:g} at step {facts['step']:.0f}: not finite. "
-            f"Of this rank's {facts['tokens']:.0f} activations {facts['bad_activations']:.0f} are not finite; the largest norm is "
-            f"{facts['largest_norm']:.3g} (their mean square is scaled to 1). Weights were not changed by that step."
+            f"loss is {facts['loss']:g} and the gradient's norm {facts['grad_norm']:g} at step {facts['step']:.0f}: "
+            f"not finite. Of this rank's {facts['tokens']:.0f} activations {facts['bad_activations']:.0f} are not finite; "
+            f"the largest norm is {facts['largest_norm']:.3g} (their mean square is scaled to 1). That step changed no "
+            "weights, and the last checkpoint is from before it. Lower optimizer.lr, and check the activations."
         )

@@ -39,9 +39,10 @@ class Adam:
             halted: scalar bool on the device; where true the step changes nothing.
         """
         self._adam.param_groups[0]["lr"] = lr
+        # the fused step divides gradients by grad_scale and does nothing where found_inf is set (as for GradScaler)
         if self._clip > 0:
-            self._adam.grad_scale = (norm / self._clip).clamp_min(1.0).float()  # the fused step divides by it
-        self._adam.found_inf = halted.float()
+            setattr(self._adam, "grad_scale", (norm / self._clip).clamp_min(1.0).float())  # noqa: B010 (not in the stubs)
+        setattr(self._adam, "found_inf", halted.float())  # noqa: B010 (not in the stubs)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
 

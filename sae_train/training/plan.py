@@ -87,13 +87,15 @@ def describe(plan: Plan, config: RunConfig, *, path: str) -> str:
     disk = 2 * 4 * plan.parameters + (kept + 1) * plan.checkpoint_bytes
     rows = [
         ("site", f"{plan.label}, d_model {plan.d_model}"),
-        ("SAE", f"{config.sparsifier.name}, k {config.k:g}, {plan.n_features} features, {plan.parameters:,} parameters"),
-        ("budget", f"{config.budget.name}; auxiliary loss {config.aux_loss.name}, dead after {plan.dead_window:,} tokens"),
+        ("SAE", f"{config.sparsifier.name}, k {config.k:g}, {plan.n_features} features"),
+        ("parameters", f"{plan.parameters:,}"),
+        ("budget", config.budget.name),
+        ("auxiliary loss", f"{config.aux_loss.name}; a feature is dead after {plan.dead_window:,} tokens without firing"),
         ("tokens", f"{plan.total_tokens:,} in {plan.steps:,} steps of {plan.batch_tokens:,}"),
         ("ranks", f"{plan.n_ranks}, layout {config.parallel.layout}"),
-        ("learning rate", f"{plan.peak_lr:.2e}, warm-up {plan.warmup_tokens:,} tokens, decay over the last {plan.decay_tokens:,}"),
+        ("learning rate", f"{plan.peak_lr:.2e}, warm-up {plan.warmup_tokens:,} tokens, decay {plan.decay_tokens:,}"),
         ("memory a rank", f"{plan.memory_bytes / 1e9:.2f} GB without the language model (estimated)"),
-        ("disk", f"{disk / 1e9:.2f} GB ({plan.checkpoint_bytes / 1e9:.2f} a checkpoint, at most {kept + 1} at a time; estimated)"),
+        ("disk", f"{disk / 1e9:.2f} GB, of which {plan.checkpoint_bytes / 1e9:.2f} a checkpoint (estimated)"),
         ("operations", f"{plan.flops:.2e} floating-point (estimated)"),
         ("directory", path),
     ]  # fmt: skip
@@ -131,6 +133,7 @@ def _check_memory(plan: Plan) -> None:
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if plan.memory_bytes > available:
         raise ConfigError(
-            f"n_features={plan.n_features}, batch_tokens={plan.batch_tokens}: needs about {plan.memory_bytes / 1e9:.1f} GB "
-            f"a rank, and this machine has {available / 1e9:.1f} GB. Lower n_features, batch_tokens or harvest.pool_batches."
+            f"n_features={plan.n_features}, batch_tokens={plan.batch_tokens}: needs about "
+            f"{plan.memory_bytes / 1e9:.1f} GB a rank, and this machine has {available / 1e9:.1f} GB. "
+            "Lower n_features, batch_tokens or harvest.pool_batches."
         )

@@ -28,7 +28,9 @@ from sae_train.training.trainer import Events, Trainer
 
 
 def run(config: RunConfig, *, overrides: list[str]) -> int:
-    """Train what `config` describes, or say that it is done already. The caller closes the ranks when its last run ends.
+    """Train what `config` describes, or say that it is done already.
+
+    The ranks stay joined: who makes the last run closes them.
 
     Args:
         overrides: what was typed, kept in config.yaml.
@@ -71,7 +73,14 @@ class _Run:
     """The parts of one run, and what happens at each event."""
 
     def __init__(
-        self, config: RunConfig, plan: Plan, *, directory: RunDirectory, overrides: list[str], ranks: Ranks, stack: ExitStack
+        self,
+        config: RunConfig,
+        plan: Plan,
+        *,
+        directory: RunDirectory,
+        overrides: list[str],
+        ranks: Ranks,
+        stack: ExitStack,
     ) -> None:
         self.config, self.plan, self.directory, self.ranks, self._stack = config, plan, directory, ranks, stack
         precision = resolve_precision(config, stored=directory.stored(), device=ranks.device)
@@ -159,7 +168,9 @@ class _Run:
         sae, figures = exported(self.trainer)
         tokens = self.trainer.tokens
         self._log(evaluation_row(figures, step=self.trainer.n_done, tokens=tokens))
-        figures |= {"dead_fraction_training": int(self.trainer.firing.dead_F(self.plan.dead_window).sum()) / sae.n_features}
+        figures |= {
+            "dead_fraction_training": int(self.trainer.firing.dead_F(self.plan.dead_window).sum()) / sae.n_features
+        }
         summary = {
             "run": self.directory.path.name,
             "tokens": tokens,
@@ -200,9 +211,9 @@ class _Run:
                 action()
             except UserError as error:
                 problem = error
-        for error in self.ranks.gather_objects(problem):
-            if error is not None:
-                raise error
+        for found in self.ranks.gather_objects(problem):
+            if found is not None:
+                raise found
 
 
 def provenance(overrides: list[str]) -> dict[str, Any]:
@@ -215,7 +226,12 @@ def provenance(overrides: list[str]) -> dict[str, Any]:
         commit = asked.stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         commit = None
-    return {"version": sae_train.__version__, "git_commit": commit, "torch": str(torch.__version__), "overrides": overrides}
+    return {
+        "version": sae_train.__version__,
+        "git_commit": commit,
+        "torch": str(torch.__version__),
+        "overrides": overrides,
+    }
 
 
 def _verdict_of(directory: RunDirectory, config: RunConfig) -> str:

@@ -7,6 +7,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sae_train.config import RunConfig, TrackingConfig, WandbConfig, as_dict
 from sae_train.evaluation.density import HISTOGRAM_EDGES
 from sae_train.formats.durable import explained, write_text
@@ -27,7 +29,9 @@ class MetricsFile:
 
     def append(self, row: dict[str, Any]) -> None:
         """Append one row; a number that JSON cannot hold becomes null."""
-        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
         with explained(self.path.parent), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
         self.n_rows += 1
@@ -65,7 +69,8 @@ class Wandb(Dashboard):
             "config": as_dict(config),
             "settings": wandb.Settings(silent=True, console="off", init_timeout=60),
         }
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        asked = os.environ.get("WANDB_MODE", "")
+        mode: Any = asked or ("online" if wandb.api.api_key else "offline")
         try:
             self._run = wandb.init(mode=mode, **options)
         except wandb.errors.CommError:  # the network withholds an answer: the run matters more
@@ -81,8 +86,8 @@ class Wandb(Dashboard):
     def log(self, row: dict[str, Any]) -> None:
         sent = {key: value for key, value in row.items() if key not in ("sae", "step")}
         if "density/histogram" in sent:
-            pair = (sent["density/histogram"], HISTOGRAM_EDGES.tolist())
-            sent["density/histogram"] = self._histogram(np_histogram=pair)
+            counts = np.asarray(sent["density/histogram"])
+            sent["density/histogram"] = self._histogram(np_histogram=(counts, HISTOGRAM_EDGES.numpy()))
         self._run.log(sent)
 
     def summarise(self, figures: dict[str, Any]) -> None:

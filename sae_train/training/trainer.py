@@ -132,8 +132,8 @@ class Trainer:
         row = self.totals.row(self.ranks) | firing_row(self.firing, self.plan.dead_window)
         if row["train/l0"] == 0:
             raise StoppedByNumbers(
-                f"no feature fired in the {self.config.log_every:,} tokens before step {self.n_done}: the dictionary has "
-                f"collapsed. Lower optimizer.lr (now {self.plan.peak_lr:.1e}), and check the activations for constants."
+                f"no feature fired in the {self.config.log_every:,} tokens before step {self.n_done}: the dictionary "
+                f"has collapsed. Lower optimizer.lr (now {self.plan.peak_lr:.1e}), and check the activations."
             )
         row["train/learning_rate"] = self._learning_rate(self.tokens - self.plan.batch_tokens)
         self.totals.reset()
@@ -142,7 +142,7 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Return everything but the lanes, replicated: weights, moments, counters, the open interval."""
-        parts = {
+        parts: dict[str, dict[str, Tensor]] = {
             "dictionary": dict(self.dictionary.named_parameters()),
             "optimizer": self.optimizer.state(),
             "sparsifier": self.sparsifier.state(),
