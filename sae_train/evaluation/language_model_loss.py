@@ -41,8 +41,8 @@ class LanguageModelTotals:
     def figures(self, ranks: Ranks) -> dict[str, float]:
         """Return the figures over all ranks' scored positions.
 
-        ce = CE clean; delta_ce = CE spliced - CE clean; ce_recovered = (CE zeroed - CE spliced) / (CE zeroed - CE clean);
-        kl = mean KL(clean || spliced). Nats, but for the ratio.
+        ce = CE clean; delta_ce = CE spliced - CE clean; kl = mean KL(clean || spliced); all in nats.
+        ce_recovered = (CE zeroed - CE spliced) / (CE zeroed - CE clean).
         """
         n, clean, spliced, ablated, kl = ranks.sum(self.sums).tolist()
         if n == 0:

@@ -45,7 +45,7 @@ class Halt:
         facts = dict(zip(FACTS, self._facts.tolist(), strict=True))
         raise StoppedByNumbers(
             f"loss is {facts['loss']:g} and the gradient's norm {facts['grad_norm']:g} at step {facts['step']:.0f}: "
-            f"not finite. Of this rank's {facts['tokens']:.0f} activations {facts['bad_activations']:.0f} are not finite; "
-            f"the largest norm is {facts['largest_norm']:.3g} (their mean square is scaled to 1). That step changed no "
+            f"not finite. Of this rank's {facts['tokens']:.0f} activations {facts['bad_activations']:.0f} are not "
+            f"finite; the largest norm is {facts['largest_norm']:.3g} (mean square 1 when scaled). That step changed no "
             "weights, and the last checkpoint is from before it. Lower optimizer.lr, and check the activations."
         )

@@ -90,7 +90,7 @@ def describe(plan: Plan, config: RunConfig, *, path: str) -> str:
         ("SAE", f"{config.sparsifier.name}, k {config.k:g}, {plan.n_features} features"),
         ("parameters", f"{plan.parameters:,}"),
         ("budget", config.budget.name),
-        ("auxiliary loss", f"{config.aux_loss.name}; a feature is dead after {plan.dead_window:,} tokens without firing"),
+        ("auxiliary loss", f"{config.aux_loss.name}; dead is {plan.dead_window:,} tokens without firing"),
         ("tokens", f"{plan.total_tokens:,} in {plan.steps:,} steps of {plan.batch_tokens:,}"),
         ("ranks", f"{plan.n_ranks}, layout {config.parallel.layout}"),
         ("learning rate", f"{plan.peak_lr:.2e}, warm-up {plan.warmup_tokens:,} tokens, decay {plan.decay_tokens:,}"),
