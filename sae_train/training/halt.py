@@ -46,6 +46,6 @@ class Halt:
         raise StoppedByNumbers(
             f"loss is {facts['loss']:g} and the gradient's norm {facts['grad_norm']:g} at step {facts['step']:.0f}: "
             f"not finite. Of this rank's {facts['tokens']:.0f} activations {facts['bad_activations']:.0f} are not "
-            f"finite; the largest norm is {facts['largest_norm']:.3g} (mean square 1 when scaled). That step changed no "
+            f"finite; the largest norm is {facts['largest_norm']:.3g} (mean square 1 when scaled). It changed no "
             "weights, and the last checkpoint is from before it. Lower optimizer.lr, and check the activations."
         )
