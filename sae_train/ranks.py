@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_train.errors import UserError
+
 
 class Ranks(ABC):
     """The processes of a run, seen from one of them.
@@ -58,6 +60,12 @@ class Ranks(ABC):
     @abstractmethod
     def close(self) -> None:
         """Leave the group; the last call of a run that ended well."""
+
+    def raise_together(self, problem: UserError | None) -> None:
+        """Raise on every rank what any rank ran into; the first in rank order wins. Host side, as gather_objects."""
+        for found in self.gather_objects(problem):
+            if found is not None:
+                raise found
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """Return all ranks' rows concatenated in rank order; ranks may hold different numbers of rows."""

@@ -30,7 +30,7 @@ def save(directory: Path, step: int, *, keep: int = 0) -> Path:
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     save(tmp_path, 3)
-    found = checkpoint.newest(tmp_path, warn=pytest.fail)
+    found = checkpoint.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
     assert found is not None
     assert found.notes["step"] == 3
     assert torch.equal(found.replicated["a/w"], torch.full((1000,), 3.0))
@@ -42,13 +42,31 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 
 def test_the_newest_comes_first_and_old_ones_go(tmp_path: Path) -> None:
-    for step in (5, 90, 100_000_000, 200):
+    for step in (5, 90, 200, 100_000_000):
         save(tmp_path, step, keep=2)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["step_00000200", "step_100000000"]  # the two largest steps, not the two latest names
-    found = checkpoint.newest(tmp_path, warn=pytest.fail)
+    assert names == ["step_00000200", "step_100000000"]  # by number, not by name
+    found = checkpoint.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
     assert found is not None
     assert found.notes["step"] == 100_000_000
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_damaged_ones_crowd_out_no_good_one(tmp_path: Path, keep: int) -> None:
+    for step in (100, 200, 300):
+        save(tmp_path, step)
+    for step in (200, 300):
+        (tmp_path / f"step_{step:08d}" / "replicated.safetensors").write_bytes(b"damaged")
+    said: list[str] = []
+    found = checkpoint.newest(tmp_path, ranks=Solo(), warn=said.append)
+    assert found is not None
+    assert found.notes["step"] == 100
+    assert len(said) == 2
+    save(tmp_path, 150, keep=keep)
+    found = checkpoint.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    assert found is not None
+    assert found.notes["step"] == 150
+    assert len(list(tmp_path.iterdir())) == (keep or 2)
 
 
 @pytest.mark.parametrize("file", ["replicated.safetensors", "lanes_0000_0001.safetensors", "checkpoint.json"])
@@ -64,7 +82,7 @@ def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, file: str,
     else:
         victim.unlink()
     said: list[str] = []
-    found = checkpoint.newest(tmp_path, warn=said.append)
+    found = checkpoint.newest(tmp_path, ranks=Solo(), warn=said.append)
     assert found is not None
     assert found.notes["step"] == 1
     assert len(said) == 1
@@ -75,8 +93,9 @@ def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, file: str,
 def test_all_damaged_means_none(tmp_path: Path) -> None:
     (save(tmp_path, 1) / "checkpoint.json").write_text("{")
     said: list[str] = []
-    assert checkpoint.newest(tmp_path, warn=said.append) is None
-    assert said
+    assert checkpoint.newest(tmp_path, ranks=Solo(), warn=said.append) is None
+    assert len(said) == 1
+    assert "starting over" in said[0]
 
 
 def test_what_a_killed_writer_left_is_ignored_and_swept(tmp_path: Path) -> None:
@@ -84,7 +103,7 @@ def test_what_a_killed_writer_left_is_ignored_and_swept(tmp_path: Path) -> None:
     partial = tmp_path / "tmp-step_00000002"
     partial.mkdir()
     (partial / "replicated.safetensors").write_bytes(b"half")
-    found = checkpoint.newest(tmp_path, warn=pytest.fail)
+    found = checkpoint.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
     assert found is not None
     assert found.notes["step"] == 1
     save(tmp_path, 3)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from sae_train.config import OptimizerConfig
 from sae_train.errors import StoppedByNumbers
+from sae_train.ranks import Solo
 from sae_train.sae.dictionary import Dictionary
 from sae_train.training.halt import Halt
 from sae_train.training.optimizer import Adam
@@ -91,13 +92,13 @@ def test_halt_keeps_the_first_bad_step() -> None:
     halt, good, bad = Halt(torch.device("cpu")), torch.tensor(1.0), torch.tensor(float("nan"))
     x_ND = torch.ones(4, 3)
     halt.watch(step=1, loss=good, grad_norm=good, x_ND=x_ND)
-    halt.check()
+    halt.check(Solo(), site="here")
     halt.watch(step=2, loss=bad, grad_norm=good, x_ND=torch.tensor([[float("inf"), 0, 0], [2.0, 0, 0]]))
     halt.watch(step=3, loss=good, grad_norm=bad, x_ND=x_ND)
     with pytest.raises(
-        StoppedByNumbers, match=r"loss is nan .* step 2: .* 2 activations 1 are not finite.* norm is 2 "
+        StoppedByNumbers, match=r"here: loss is nan .* step 2: .* 2 activations 1 are not finite.* norm is 2 "
     ):
-        halt.check()
+        halt.check(Solo(), site="here")
 
 
 @settings(deadline=None)

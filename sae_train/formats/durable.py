@@ -9,15 +9,15 @@ from sae_train.errors import CheckpointError
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn the file system's refusals while writing under `path` into a message for the user."""
+def explained(path: Path, *, what: str = "written") -> Iterator[None]:
+    """Turn the file system's refusals under `path` into a message for the user: it cannot be `what`."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise CheckpointError(
-            f"{path}: cannot be written: {reason}. Free space there, or choose another directory with runs=DIR."
-        ) from error
+        advice = "Free space there, or choose" if what == "written" else "Choose"
+        message = f"{path}: cannot be {what}: {reason}. {advice} another directory with runs=DIR."
+        raise CheckpointError(message) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -49,9 +49,10 @@ def save(
     Raises:
         CheckpointError: on every rank, if any rank could not write; earlier checkpoints stay as they were.
     """
-    final = directory / f"step_{notes['step']:08d}"
+    final = _place(directory, notes["step"])
     partial = directory / f"tmp-step_{notes['step']:08d}"
-    files, problem = {}, None
+    files: dict[str, Any] = {}
+    problem: CheckpointError | None = None
     try:
         if ranks.is_first:
             with explained(directory):
@@ -59,33 +60,57 @@ def save(
                 partial.mkdir(parents=True)
     except CheckpointError as error:
         problem = error
-    _agree(problem, ranks)
+    ranks.raise_together(problem)
     try:
         files = _write_share(partial, replicated if ranks.is_first else {}, lane_states)
     except CheckpointError as error:
         problem = error
-    shares = ranks.gather_objects((files, str(problem) if problem else None))
-    problem = next((CheckpointError(text) for _, text in shares if text), None)
+    shares = ranks.gather_objects((files, problem))
+    problem = next((found for _, found in shares if found is not None), None)
     if problem is None and ranks.is_first:
         try:
             _publish(partial, final, notes | {"files": {k: v for share, _ in shares for k, v in share.items()}})
-            _prune(directory, keep)
+            _prune(directory, keep=keep, newest=final)
         except CheckpointError as error:
             problem = error
     if problem is not None and ranks.is_first:
         shutil.rmtree(partial, ignore_errors=True)
-    _agree(problem, ranks)
+    ranks.raise_together(problem)
     return final
 
 
-def newest(directory: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest whole checkpoint, or None where there is none; says which ones it passes over, and why."""
-    for path in reversed(_finished(directory)):
+def newest(directory: Path, *, ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest whole checkpoint, or None where there is none; collective.
+
+    The first rank looks, says which ones it passes over and why, and decides for all.
+
+    Raises:
+        CheckpointError: on every rank, if another rank cannot read the one that was chosen.
+    """
+    found = _newest_here(directory, warn) if ranks.is_first else None
+    step = ranks.gather_objects(found.notes["step"] if found else None)[0]
+    problem = None
+    if step is not None and not ranks.is_first:
         try:
-            return load(path)
+            found = load(_place(directory, step))
         except CheckpointError as error:
-            warn(f"{error} Using the checkpoint before it.")
+            problem = error
+    ranks.raise_together(problem)
+    return found
+
+
+def _newest_here(directory: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    paths = _finished(directory)
+    while paths:
+        try:
+            return load(paths.pop())
+        except CheckpointError as error:
+            warn(f"{error} {'Using the checkpoint before it.' if paths else 'None is left: starting over.'}")
     return None
+
+
+def _place(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:08d}"
 
 
 def load(path: Path) -> Checkpoint:
@@ -103,13 +128,6 @@ def load(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, SafetensorError) as error:  # ValueError: not JSON, not UTF-8
         raise CheckpointError(f"{path}: not a whole checkpoint: {error}.") from error
     return Checkpoint(notes, replicated, _lane_reader(path, notes))
-
-
-def _agree(problem: CheckpointError | None, ranks: Ranks) -> None:
-    """Raise on every rank what any rank ran into."""
-    for text in ranks.gather_objects(str(problem) if problem else None):
-        if text:
-            raise CheckpointError(text)
 
 
 def _write_share(partial: Path, replicated: dict[str, Tensor], lanes: dict[int, dict[str, Tensor]]) -> dict[str, Any]:
@@ -141,10 +159,15 @@ def _publish(partial: Path, final: Path, notes: dict[str, Any]) -> None:
         sync_directory(final.parent)
 
 
-def _prune(directory: Path, keep: int) -> None:
-    """Remove what killed writers left and, where `keep` is not 0, all but the newest checkpoints."""
-    old = _finished(directory)[:-keep] if keep else []
-    for path in [*directory.glob("tmp-step_*"), *old]:
+def _prune(directory: Path, *, keep: int, newest: Path) -> None:
+    """Remove what killed writers left, what is later than the newest, and all but `keep` of the rest (0 keeps all).
+
+    A later one is damaged, or this run would have gone on from it; counted as good it would crowd out good ones.
+    """
+    found = _finished(directory)
+    place = found.index(newest) + 1
+    old = found[: max(place - keep, 0)] if keep else []
+    for path in [*directory.glob("tmp-step_*"), *old, *found[place:]]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -47,14 +47,13 @@ class Progress:
 
 
 def verdict(
-    *, name: str, figures: dict[str, Any], tokens: int, tokens_per_second: float, target: float, path: str
+    *, name: str, figures: dict[str, Any], tokens: int, tokens_per_second: float, target: float, k: float, path: str
 ) -> str:
     """Return the last line of a run: what was trained, how good it is, where it lies."""
-    parts = [
-        f"L0 {figures['l0']:.1f} (target {target:.4g})",
-        f"FVU {figures['fvu']:.3f}",
-        f"dead {figures['dead_fraction']:.1%}",
-    ]
+    aim = f"target {target:.4g}"
+    if target < k:
+        aim = f"target {target:.4g} of k {k:g}: positive affinities ran out"
+    parts = [f"L0 {figures['l0']:.1f} ({aim})", f"FVU {figures['fvu']:.3f}", f"dead {figures['dead_fraction']:.1%}"]
     if "ce_recovered" in figures:
         parts.append(f"CE recovered {figures['ce_recovered']:.1%}")
     return f"{name}: {', '.join(parts)}; {tokens:,} tokens at {tokens_per_second:,.0f} tokens/s; {path}"

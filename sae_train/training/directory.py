@@ -45,7 +45,8 @@ class RunDirectory:
 
     @property
     def is_finished(self) -> bool:
-        return self.summary.is_file()
+        with explained(self.path, what="read"):
+            return self.summary.is_file()
 
     def stored(self) -> dict[str, Any] | None:
         """Return config.yaml, or None where there is none yet.
@@ -54,12 +55,14 @@ class RunDirectory:
             CheckpointError: it is not readable.
         """
         path = self.path / "config.yaml"
-        if not path.exists():
-            return None
+        with explained(self.path, what="read"):
+            if not path.exists():
+                return None
+            text = path.read_bytes()
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise CheckpointError(f"{path}: not readable: {error}. Choose another name=.") from error
+            values = yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError) as error:
+            raise CheckpointError(f"{path}: not readable as YAML: {error}. Choose another name=.") from error
         if not isinstance(values, dict) or "identity" not in values or "config" not in values:
             raise CheckpointError(f"{path}: not a sae-train run's config. Choose another name= or runs=.")
         return values
@@ -72,7 +75,7 @@ class RunDirectory:
         """
         stored = self.stored()
         if stored is None:
-            if self.path.exists() and (not self.path.is_dir() or any(p.name != ".lock" for p in self.path.iterdir())):
+            if self._is_anothers():
                 raise ConfigError(f"{self.path}: exists and is not a run's directory. Choose another name=.")
             return
         ours, theirs = _flat(_plain(identity(config))), _flat(stored["identity"])
@@ -84,12 +87,20 @@ class RunDirectory:
         if differ:
             raise ConfigError(f"{self.path} holds another run: {', '.join(differ)}. Choose another name=.")
 
-    def claim(self, resolved: RunConfig, *, identified_as: RunConfig, provenance: dict[str, Any]) -> None:
+    def _is_anothers(self) -> bool:
+        """Return whether something that no run left is there; names with a dot are a killed run's lock and partials."""
+        with explained(self.path, what="read"):
+            if not self.path.exists():
+                return False
+            return not self.path.is_dir() or any(not found.name.startswith(".") for found in self.path.iterdir())
+
+    def claim(self, resolved: RunConfig, *, identified_as: RunConfig, record: dict[str, Any]) -> None:
         """Make the directory, take its lock and write config.yaml if it is new.
 
         Args:
             resolved: what config.yaml holds, every 'auto' decided.
             identified_as: the configuration as composed, whose identity the directory carries.
+            record: what else config.yaml holds: the plan's numbers, the source, what was typed, versions.
 
         Raises:
             CheckpointError: it cannot be written, or another process is training in it.
@@ -103,13 +114,13 @@ class RunDirectory:
                 raise CheckpointError(
                     f"{self.path}: another process is training in it. Wait for it, or choose another name=."
                 ) from None
+        self.check_identity(identified_as)  # another run may have come between the first look and the lock
         if self.stored() is None:
             values = {
                 "config": _plain(as_dict(resolved)),
                 "identity": _plain(identity(identified_as)),
-                "provenance": provenance,
             }
-            write_text(self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+            write_text(self.path / "config.yaml", yaml.safe_dump(values | _plain(record), sort_keys=False))
 
     def release(self) -> None:
         """Let another process have the directory."""

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 import sae_train
-from sae_train.config import LiveHarvestConfig, RunConfig
+from sae_train.config import RunConfig
 from sae_train.errors import DataError
 from sae_train.evaluation.evaluate import evaluate
 from sae_train.formats import native
-from sae_train.harvest.stream import Stream
+from sae_train.harvest.stream import Stream, StreamFacts
 from sae_train.ranks import Ranks
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.sae.calibration import calibrate
@@ -28,12 +28,11 @@ def exported(trainer: Trainer) -> tuple[SparseAutoencoder, dict[str, Any]]:
     Thresholds are set on the calibration half, every figure comes from the other.
     """
     config, stream, ranks = trainer.config, trainer.stream, trainer.ranks
-    assert stream.scaling is not None, "a stream that has trained has its scaling"
     sae = SparseAutoencoder.fold(
         trainer.dictionary,
         centre_D=stream.scaling.centre_D,
         scale=stream.scaling.scale,
-        k=config.k,
+        k=trainer.sparsifier.k_at(trainer.moment()),
         inference=trainer.sparsifier.inference,
     )
     raw_ND = calibration_half(stream, max_tokens=config.evaluation_tokens, ranks=ranks)
@@ -64,33 +63,29 @@ def write_export(
     *,
     config: RunConfig,
     stream: Stream,
-    label: str,
+    facts: StreamFacts,
     figures: dict[str, Any],
     tokens: int,
 ) -> None:
     """Write `saes/NAME/`."""
     scaling = stream.scaling
-    assert scaling is not None, "a stream that has trained has its scaling"
-    live = isinstance(config.harvest, LiveHarvestConfig)
-    facts = {
-        "site": label,
-        "model": {"id": config.model.id, "revision": config.model.revision, "dtype": config.model.dtype}
-        if live
-        else None,
-        "dataset": config.data.id if live else getattr(config.harvest, "path", None),
+    notes = {
+        "site": facts.label,
+        "source": facts.record,
         "tokens": tokens,
         "sparsifier": config.sparsifier.name,
         "seed": config.seed,
         "normalisation": {
             "scale": scaling.scale,
             "centre_norm": float(scaling.centre_D.norm()),
+            "gamma": scaling.gamma,
             "outlier_limit": scaling.limit,
             "folded": True,
         },
         "figures": figures,
         "sae_train_version": sae_train.__version__,
     }
-    native.save(sae, directory, facts=facts)
+    native.save(sae, directory, facts=notes)
 
 
 @torch.no_grad()

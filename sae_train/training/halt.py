@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sae_train.errors import StoppedByNumbers
+from sae_train.ranks import Ranks
 
 FACTS = ("step", "loss", "grad_norm", "bad_activations", "largest_norm", "tokens")
 
@@ -23,29 +24,33 @@ class Halt:
         """Look at a step's loss and gradient norm (scalars, over all ranks) and at this rank's activations."""
         norm_N = x_ND.norm(dim=1).double()
         facts = torch.stack([
-            norm_N.new_tensor(float(step)),
+            torch.full_like(grad_norm, step, dtype=torch.float64),
             loss.double(),
             grad_norm.double(),
             (~norm_N.isfinite()).sum().double(),
             norm_N.nan_to_num(nan=0.0, posinf=0.0).max(),
-            norm_N.new_tensor(float(len(x_ND))),
+            torch.full_like(grad_norm, len(x_ND), dtype=torch.float64),
         ])  # fmt: skip
         bad = ~(loss.isfinite() & grad_norm.isfinite())
         self._facts = torch.where(self.flag | ~bad, self._facts, facts)
         self.flag = self.flag | bad
 
-    def check(self) -> None:
-        """Raise if the flag is set.
+    def check(self, ranks: Ranks, *, site: str) -> None:
+        """Raise on every rank if the flag is set; collective only then, as the flag is the same everywhere.
 
         Raises:
-            StoppedByNumbers: with the step, the loss and what the batch looked like.
+            StoppedByNumbers: with the step, the site, the loss and what the batch looked like.
         """
         if not bool(self.flag):
             return
-        facts = dict(zip(FACTS, self._facts.tolist(), strict=True))
+        facts_R = ranks.gather(self._facts)
+        facts = dict(zip(FACTS, facts_R[0].tolist(), strict=True))
+        bad, tokens = facts_R[:, FACTS.index("bad_activations")], facts_R[:, FACTS.index("tokens")]
+        where = "" if ranks.size == 1 or not bad.any() else f" (most of them on rank {int(bad.argmax())})"
         raise StoppedByNumbers(
-            f"loss is {facts['loss']:g} and the gradient's norm {facts['grad_norm']:g} at step {facts['step']:.0f}: "
-            f"not finite. Of this rank's {facts['tokens']:.0f} activations {facts['bad_activations']:.0f} are not "
-            f"finite; the largest norm is {facts['largest_norm']:.3g} (mean square 1 when scaled). It changed no "
-            "weights, and the last checkpoint is from before it. Lower optimizer.lr, and check the activations."
+            f"{site}: loss is {facts['loss']:g} and the gradient's norm {facts['grad_norm']:g} at step "
+            f"{facts['step']:.0f}: not finite. Of the batch's {float(tokens.sum()):.0f} activations "
+            f"{float(bad.sum()):.0f} are not finite{where}; the largest norm is "
+            f"{float(facts_R[:, FACTS.index('largest_norm')].max()):.3g} (mean square 1 if scaled). That step changed "
+            "no weights, and the last checkpoint is from before it. Lower optimizer.lr, and check the activations."
         )

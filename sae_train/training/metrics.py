@@ -54,7 +54,7 @@ class Totals:
         self.scalars[7] += 1
         self.scalars[8] += grad_norm.double()
         self.sum_D += x_ND.sum(0, dtype=torch.float64)
-        self.l0_histogram += torch.bincount(l0_N.clamp_max(L0_BINS), minlength=L0_BINS + 1)
+        self.l0_histogram.index_add_(0, l0_N.clamp_max(L0_BINS), torch.ones_like(l0_N))  # bincount would ask the device
         smallest = torch.where(value > 0, value, torch.inf).min().double()
         self.least_kept = torch.minimum(self.least_kept, smallest)
 

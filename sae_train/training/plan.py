@@ -1,7 +1,9 @@
 """What a run will do, worked out before anything heavy happens: sizes, steps, schedule, memory, disk, operations."""
 
+import dataclasses
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from sae_train.config import AuxLossConfig, NoAuxLossConfig, RunConfig
 from sae_train.errors import ConfigError, raise_all
@@ -12,6 +14,8 @@ LARGEST_DEAD_WINDOW = 10_000_000
 DEAD_WINDOWS_A_RUN = 25
 """A shorter run's dead window is this part of it: with an eighth, features that no longer fire are noticed too late to
 come back before a short run ends (6.3% dead against 0.5% at 820k tokens, docs/quality.md)."""
+RULED = ("n_features", "dead_window", "peak_lr", "warmup_tokens", "decay_tokens")
+"""Fields of a plan that a rule decides where the configuration does not."""
 LARGEST_CHECKPOINT_INTERVAL = 50_000_000
 
 
@@ -36,6 +40,14 @@ class Plan:
     checkpoint_bytes: int
     flops: float
     """Estimated, of the whole run: language model up to the site, encoder product, matches."""
+
+    def resolved(self) -> dict[str, float]:
+        """Return what the rules of this version decided, as config.yaml keeps it."""
+        return {name: getattr(self, name) for name in RULED}
+
+    def as_begun(self, resolved: dict[str, Any]) -> "Plan":
+        """Return this plan with what the rules decided when the run began: a resume holds to it."""
+        return dataclasses.replace(self, **{name: resolved[name] for name in RULED})
 
     @property
     def total_tokens(self) -> int:

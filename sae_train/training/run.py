@@ -13,10 +13,10 @@ import torch
 
 import sae_train
 from sae_train.config import RunConfig
-from sae_train.errors import UserError
+from sae_train.errors import CheckpointError, UserError
 from sae_train.formats.durable import write_text
-from sae_train.harvest.stream import Stream, build_stream, check_stream
-from sae_train.ranks import Ranks, find_ranks, process_count
+from sae_train.harvest.stream import Stream, StreamFacts, build_stream, check_stream
+from sae_train.ranks import Ranks, find_ranks, process_count, process_index
 from sae_train.sparsifiers import build_sparsifier
 from sae_train.training import checkpoint
 from sae_train.training.console import Progress, say, verdict, warn
@@ -48,7 +48,8 @@ def run(config: RunConfig, *, overrides: list[str]) -> int:
     directory = RunDirectory(Path(config.runs) / run_name(config, label=plan.label, n_features=plan.n_features))
     directory.check_identity(config)
     if config.dry_run:
-        say(describe(plan, config, path=str(directory.path)))
+        if process_index() == 0:
+            say(describe(plan, config, path=str(directory.path)))
         return 0
     ranks = find_ranks()
     if directory.is_finished:
@@ -56,7 +57,7 @@ def run(config: RunConfig, *, overrides: list[str]) -> int:
             say(f"already finished: {_verdict_of(directory, config)}")
     else:
         with ExitStack() as stack:
-            _Run(config, plan, directory=directory, overrides=overrides, ranks=ranks, stack=stack).go()
+            _Run(config, plan, facts, directory=directory, overrides=overrides, ranks=ranks, stack=stack).go()
     return 0
 
 
@@ -76,16 +77,21 @@ class _Run:
         self,
         config: RunConfig,
         plan: Plan,
+        facts: StreamFacts,
         *,
         directory: RunDirectory,
         overrides: list[str],
         ranks: Ranks,
         stack: ExitStack,
     ) -> None:
-        self.config, self.plan, self.directory, self.ranks, self._stack = config, plan, directory, ranks, stack
-        precision = resolve_precision(config, stored=directory.stored(), device=ranks.device)
+        self.config, self.directory, self.ranks, self._stack, self.facts = config, directory, ranks, stack, facts
+        stored = directory.stored()
+        precision = resolve_precision(config, stored=stored, device=ranks.device)
+        self.plan = plan = plan.as_begun(stored["plan"]) if stored else plan
+        check_source(facts.record, stored=stored, path=directory.path)
         resolved = dataclasses.replace(config, precision=precision)
-        self._on_first(lambda: directory.claim(resolved, identified_as=config, provenance=provenance(overrides)))
+        record = {"plan": plan.resolved(), "source": facts.record, "provenance": provenance(overrides)}
+        self._on_first(lambda: directory.claim(resolved, identified_as=config, record=record))
         stack.callback(directory.release)
         dtype = torch.float64 if precision == "float64" else torch.float32
         self.stream: Stream = build_stream(config, ranks=ranks, dtype=dtype)
@@ -118,7 +124,7 @@ class _Run:
 
     def _begin(self) -> None:
         """Load the newest whole checkpoint, or start the stream."""
-        found = checkpoint.newest(self.directory.checkpoints, warn=warn if self.ranks.is_first else lambda _: None)
+        found = checkpoint.newest(self.directory.checkpoints, ranks=self.ranks, warn=warn)
         n_rows = 0
         if found is None:
             self.stream.start()
@@ -169,7 +175,8 @@ class _Run:
         tokens = self.trainer.tokens
         self._log(evaluation_row(figures, step=self.trainer.n_done, tokens=tokens))
         figures |= {
-            "dead_fraction_training": int(self.trainer.firing.dead_F(self.plan.dead_window).sum()) / sae.n_features
+            "filtered_share": self.stream.dropped_share(),
+            "dead_fraction_training": int(self.trainer.firing.dead_F(self.plan.dead_window).sum()) / sae.n_features,
         }
         summary = {
             "run": self.directory.path.name,
@@ -185,7 +192,7 @@ class _Run:
                 self.directory.path / "saes" / self.sae_name,
                 config=self.config,
                 stream=self.stream,
-                label=self.plan.label,
+                facts=self.facts,
                 figures=figures,
                 tokens=tokens,
             )
@@ -211,9 +218,22 @@ class _Run:
                 action()
             except UserError as error:
                 problem = error
-        for found in self.ranks.gather_objects(problem):
-            if found is not None:
-                raise found
+        self.ranks.raise_together(problem)
+
+
+def check_source(record: dict[str, Any], *, stored: dict[str, Any] | None, path: Path) -> None:
+    """Refuse to go on with another model or other data than the run began with.
+
+    Raises:
+        CheckpointError: a fact of the source, such as the commit of a hub model, is not what config.yaml says.
+    """
+    before = stored["source"] if stored else record
+    moved = [f"{key} {before.get(key)!r} -> {value!r}" for key, value in record.items() if before.get(key) != value]
+    if moved:
+        raise CheckpointError(
+            f"{path}: its activations came from elsewhere: {', '.join(moved)}. Bring that back (model.revision= pins a "
+            "model), or choose another name=."
+        )
 
 
 def provenance(overrides: list[str]) -> dict[str, Any]:
@@ -244,5 +264,6 @@ def _verdict_of(directory: RunDirectory, config: RunConfig) -> str:
         tokens=summary["tokens"],
         tokens_per_second=summary["tokens_per_second"],
         target=figures.get("target_l0", config.k),
+        k=config.k,
         path=str(directory.path),
     )

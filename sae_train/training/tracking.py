@@ -4,6 +4,7 @@ import json
 import math
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import numpy as np
 from sae_train.config import RunConfig, TrackingConfig, WandbConfig, as_dict
 from sae_train.evaluation.density import HISTOGRAM_EDGES
 from sae_train.formats.durable import explained, write_text
+
+ANSWER_SECONDS = 20
+"""How long wandb's server may take to answer at the start and at the end."""
 
 
 class MetricsFile:
@@ -49,34 +53,38 @@ class Dashboard:
         """Send the final figures."""
 
     def close(self) -> None:
-        """Finish; waits for nothing that the network may withhold."""
+        """Finish."""
 
 
 class Wandb(Dashboard):
-    """Weights & Biases: online where credentials exist, else offline. Never asks, never blocks."""
+    """Weights & Biases: online where credentials exist, else offline. Never asks; gives up rather than block the run.
+
+    What cannot be sent stays in the run's directory, for `wandb sync`.
+    """
 
     def __init__(self, tracking: WandbConfig, config: RunConfig, directory: Path) -> None:
         import wandb
 
-        identifier = self._identifier(directory)
         options: dict[str, Any] = {
             "project": tracking.project,
             "entity": tracking.entity,
             "name": directory.name,
-            "id": identifier,
+            "id": self._identifier(directory),
             "resume": "allow",
             "dir": str(directory),
             "config": as_dict(config),
-            "settings": wandb.Settings(silent=True, console="off", init_timeout=60),
+            "settings": wandb.Settings(
+                silent=True, console="off", init_timeout=ANSWER_SECONDS, finish_timeout=ANSWER_SECONDS
+            ),
         }
+        self._error, self._histogram = wandb.errors.Error, wandb.Histogram
         asked = os.environ.get("WANDB_MODE", "")
-        mode: Any = asked or ("online" if wandb.api.api_key else "offline")
+        mode: Any = asked if asked in ("offline", "disabled") or wandb.api.api_key else "offline"
         try:
-            self._run = wandb.init(mode=mode, **options)
-        except wandb.errors.CommError:  # the network withholds an answer: the run matters more
+            self._run = wandb.init(mode=mode or "online", **options)
+        except wandb.errors.Error:  # no answer, or a refusal: the run matters more
             mode = "offline"
             self._run = wandb.init(mode=mode, **options)
-        self._histogram = wandb.Histogram
         self._run.define_metric("tokens")
         for group in ("train", "perf", "density", "tokens_l0", "eval"):
             self._run.define_metric(f"{group}/*", step_metric="tokens")
@@ -88,13 +96,16 @@ class Wandb(Dashboard):
         if "density/histogram" in sent:
             counts = np.asarray(sent["density/histogram"])
             sent["density/histogram"] = self._histogram(np_histogram=(counts, HISTOGRAM_EDGES.numpy()))
-        self._run.log(sent)
+        with suppress(self._error):
+            self._run.log(sent)
 
     def summarise(self, figures: dict[str, Any]) -> None:
-        self._run.summary.update(figures)
+        with suppress(self._error):
+            self._run.summary.update(figures)
 
     def close(self) -> None:
-        self._run.finish()
+        with suppress(self._error):
+            self._run.finish()
 
     @staticmethod
     def _identifier(directory: Path) -> str:

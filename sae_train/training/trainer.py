@@ -93,7 +93,7 @@ class Trainer:
             if not last and is_due(self.config.evaluate_every, before=before, after=self.tokens):
                 events.evaluate()
             if last or is_due(self.plan.checkpoint_every, before=before, after=self.tokens):
-                self.halt.check()
+                self.halt.check(self.ranks, site=self.plan.label)
                 events.checkpoint()
 
     def step(self, x_ND: Tensor) -> None:
@@ -128,7 +128,7 @@ class Trainer:
         Raises:
             StoppedByNumbers: see `fit`.
         """
-        self.halt.check()
+        self.halt.check(self.ranks, site=self.plan.label)
         row = self.totals.row(self.ranks) | firing_row(self.firing, self.plan.dead_window)
         if row["train/l0"] == 0:
             raise StoppedByNumbers(
