@@ -14,6 +14,10 @@ from sae_train.errors import raise_all
 
 PRECISIONS = ("auto", "bf16", "float32", "float64")
 DTYPES = ("float32", "bfloat16", "float16")
+LARGEST_NUMBER = 10**15
+"""Of tokens and the like: far above any run, far below what 64 bits hold."""
+LARGEST_EXPONENT = 20.0
+"""Of Zipf's law; measured ones are near 1."""
 ATTENTION_KERNELS = ("eager", "sdpa", "flash_attention_2")
 
 
@@ -230,8 +234,8 @@ class ZipfBudgetConfig(BudgetConfig):
 
     def problems(self) -> list[str]:
         found = BudgetConfig.problems(self)
-        if self.exponent < 0:
-            found.append(f"budget.exponent={self.exponent:g}: must not be negative.")
+        if not 0 <= self.exponent <= LARGEST_EXPONENT:
+            found.append(f"budget.exponent={self.exponent:g}: must be 0 to {LARGEST_EXPONENT:g}.")
         if self.shift is not None and self.shift < 0:
             found.append(f"budget.shift={self.shift:g}: must not be negative.")
         if self.cap is not None and not 0 < self.cap <= 1:
@@ -263,6 +267,9 @@ class AuxKConfig(AuxLossConfig):
     weight: float
     """Factor of the auxiliary loss."""
 
+    def problems(self) -> list[str]:
+        return _weight_problems(self.weight)
+
 
 @dataclass(kw_only=True, slots=True)
 class AuxZipfConfig(AuxLossConfig):
@@ -279,14 +286,20 @@ class AuxZipfConfig(AuxLossConfig):
     """null is 0.004 n_features."""
 
     def problems(self) -> list[str]:
-        found = []
+        found = _weight_problems(self.weight)
         if self.tau < 0:
             found.append(f"aux_loss.tau={self.tau:g}: must not be negative.")
-        if self.exponent < 0:
-            found.append(f"aux_loss.exponent={self.exponent:g}: must not be negative.")
+        if not 0 <= self.exponent <= LARGEST_EXPONENT:
+            found.append(f"aux_loss.exponent={self.exponent:g}: must be 0 to {LARGEST_EXPONENT:g}.")
         if self.shift is not None and self.shift < 0:
             found.append(f"aux_loss.shift={self.shift:g}: must not be negative.")
         return found
+
+
+def _weight_problems(weight: float) -> list[str]:
+    if weight > 0:
+        return []
+    return [f"aux_loss.weight={weight:g}: must be positive. aux_loss=none leaves the auxiliary loss out."]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -416,6 +429,10 @@ class RunConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 found.append(f"{key}={value}: must be at least 1.")
+        for key in ("tokens", "batch_tokens", "n_features", "dead_window", "evaluation_tokens"):
+            value = getattr(self, key)
+            if value is not None and value > LARGEST_NUMBER:
+                found.append(f"{key}={value}: larger than {LARGEST_NUMBER:.0e}. Lower it.")
         for key in ("evaluate_every", "seed"):
             if getattr(self, key) < 0:
                 found.append(f"{key}={getattr(self, key)}: must not be negative.")

@@ -141,6 +141,7 @@ class Processes(Ranks):
         self._state.wait_for_everyone()
 
     def close(self) -> None:
+        self.barrier()  # a rank that leaves while another still speaks makes that one abort
         self._state.destroy_process_group()
 
 

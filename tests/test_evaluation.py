@@ -62,6 +62,20 @@ def test_figures_are_their_definitions(seed: int, offset: float, batches: int) -
     torch.testing.assert_close(totals.density_F(Solo()), fires.double().mean(0))
 
 
+def test_rows_of_zeros_count_for_everything_but_ratios() -> None:
+    sae = random_sae()
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    x[::4] = 0
+    totals = ReconstructionTotals(d_model=6, n_features=10, device=torch.device("cpu"))
+    totals.add(sae, x, torch.arange(20) // 4)
+    got = totals.figures(Solo())
+    some = x.norm(dim=1) > 0
+    with torch.no_grad():
+        error = (x - sae(x)).double().square().sum(1)
+    assert got["nmse"] == pytest.approx(float((error[some] / x[some].double().square().sum(1)).mean()), rel=1e-4)
+    assert got["evaluation_tokens"] == 20
+
+
 def test_percentiles_are_order_statistics() -> None:
     values = torch.tensor([0, 0, 1, 5, 5, 5, 9, 9, 9, 9])
     counts = torch.bincount(values, minlength=12)

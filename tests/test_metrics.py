@@ -88,3 +88,11 @@ def test_metrics_file_keeps_whole_rows(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert rows[2]["train/fvu"] is None
     assert "train/fvu" not in rows[3]
+
+
+def test_a_row_cut_in_half_is_dropped_wherever_it_stands(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.path.write_bytes(b'{"step": 0}\n{"st')
+    file.keep_first(5)
+    file.append({"step": 1})
+    assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [0, 1]

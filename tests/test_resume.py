@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,3 +139,23 @@ def test_finished_is_skipped_and_another_identity_refused(tmp_path: Path, comman
     assert "holds another run: k 8.0 -> 16.0, seed 0 -> 1" in other.stderr
     assert "Traceback" not in other.stderr
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("damage", ["empty", "list", "no_sae", "gone"])
+def test_a_run_that_is_not_whole_is_finished_again(tmp_path: Path, command: Command, damage: str) -> None:
+    arguments = changed(tiny_run(tmp_path), "tokens=2048", "evaluation_tokens=500", "name=mine")
+    assert command(*arguments).status == 0
+    run = tmp_path / "runs" / "mine"
+    before, lines = weights(tmp_path), rows(tmp_path)
+    if damage == "no_sae":
+        shutil.rmtree(run / "saes")
+    elif damage == "gone":
+        (run / "summary.json").unlink()
+    else:
+        (run / "summary.json").write_text("[]" if damage == "list" else "")
+    done = command(*arguments)
+    assert done.status == 0, done.stderr
+    assert "resuming at step" in done.stdout
+    assert weights(tmp_path) == before
+    assert rows(tmp_path) == lines
+    assert command(*arguments).stdout.startswith("already finished")

@@ -121,6 +121,59 @@ def test_a_loss_that_is_not_finite_stops_with_3(tmp_path: Path, command: Command
         assert all(bool(value.isfinite().all()) for key, value in state.items() if key.startswith("dictionary/"))
 
 
+def test_diverging_stops_with_3(tmp_path: Path, command: Command) -> None:
+    source = write_tensors(tmp_path / "acts")
+    done = command(
+        "harvest=tensors", f"harvest.path={source}", "harvest.calibration_tokens=1000", "n_features=128", "k=4",
+        "tokens=40960", "batch_tokens=512", "tracking=none", "log_every=2048", "optimizer.lr=1e6",
+    )  # fmt: skip
+    assert done.status == 3, done.stderr
+    assert "has diverged" in done.stderr
+
+
+def test_refused_data_leaves_nothing_and_its_name_free(tmp_path: Path, command: Command) -> None:
+    source = write_tensors(tmp_path / "acts")
+    (tmp_path / "bad").mkdir()
+    rows = torch.randn(6000, 32)
+    rows[77, 3] = float("nan")
+    save_file({"activations": rows}, str(tmp_path / "bad" / "x.safetensors"))
+    arguments = [
+        "harvest=tensors", "harvest.calibration_tokens=1000", "n_features=128", "k=4", "tokens=2048",
+        "batch_tokens=512", "tracking=none", "name=fix",
+    ]  # fmt: skip
+    refused = command(*arguments, f"harvest.path={tmp_path / 'bad'}")
+    assert refused.status == 2
+    assert "row 77" in refused.stderr
+    assert not (tmp_path / "runs" / "fix").exists()
+    assert command(*arguments, f"harvest.path={source}").status == 0
+
+
+def test_held_out_rows_that_are_all_outliers_are_refused(tmp_path: Path, command: Command) -> None:
+    source, held_out = write_tensors(tmp_path / "acts"), tmp_path / "held_out"
+    held_out.mkdir()
+    save_file({"activations": 1e4 * torch.randn(2000, 32)}, str(held_out / "x.safetensors"))
+    done = command(
+        "harvest=tensors", f"harvest.path={source}", f"harvest.held_out={held_out}", "harvest.calibration_tokens=1000",
+        "n_features=128", "k=4", "tokens=2048", "batch_tokens=512", "tracking=none",
+    )  # fmt: skip
+    assert done.status == 2, done.stderr
+    assert "outlier" in done.stderr
+    assert not list((tmp_path / "runs").glob("*/summary.json"))
+
+
+@pytest.mark.multirank
+@pytest.mark.slow
+def test_two_processes_leave_in_peace(tmp_path: Path, torchrun: Command) -> None:
+    """A rank that tears its group down while another still speaks made four runs in ten exit 1 after their verdict."""
+    source = write_tensors(tmp_path / "acts")
+    for seed in range(8):
+        done = torchrun(
+            2, "harvest=tensors", f"harvest.path={source}", "harvest.calibration_tokens=1000", "n_features=128", "k=4",
+            "tokens=2048", "batch_tokens=512", "tracking=none", f"seed={seed}",
+        )  # fmt: skip
+        assert done.status == 0, (seed, done.stderr)
+
+
 def test_a_full_disk_is_a_message_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     """A file-size limit that checkpoints pass at first refuses writes as a full disk would."""
     folder = tmp_path / "runs"

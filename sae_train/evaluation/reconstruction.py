@@ -19,7 +19,8 @@ class ReconstructionTotals:
 
     def __init__(self, *, d_model: int, n_features: int, device: torch.device) -> None:
         zeros = torch.zeros
-        self.scalars = zeros(6, dtype=torch.float64, device=device)  # n, |e|^2, |x-shift|^2, nmse, cosine, l0
+        # tokens; sums of |e|^2, |x - shift|^2, |e|^2 / |x|^2, cosine, l0; tokens with |x| > 0
+        self.scalars = zeros(7, dtype=torch.float64, device=device)
         self.shifted_sum_D = zeros(d_model, dtype=torch.float64, device=device)
         self.fired_F = zeros(n_features, dtype=torch.int64, device=device)
         self.l0_histogram = zeros(L0_BINS + 1, dtype=torch.int64, device=device)
@@ -39,14 +40,15 @@ class ReconstructionTotals:
         norm_N = x_ND.square().sum(1)
         l0_N = code.start.diff().to(torch.int64)
         cosine_N = torch.nn.functional.cosine_similarity(x_ND, x_hat_ND, dim=1, eps=1e-12)
-        tiny = torch.finfo(torch.float64).tiny
+        some_N = norm_N > 0
         self.scalars += torch.stack([
             torch.tensor(float(len(x_ND)), dtype=torch.float64, device=x_ND.device),
             error_N.sum(),
             (x_ND - shift_D).square().sum(),
-            (error_N / norm_N.clamp_min(tiny)).sum(),
+            torch.where(some_N, error_N / torch.where(some_N, norm_N, 1), 0).sum(),
             cosine_N.sum(),
             l0_N.sum().double(),
+            some_N.sum().double(),
         ])  # fmt: skip
         self.shifted_sum_D += (x_ND - shift_D).sum(0)
         self.fired_F += code.firing_counts()
@@ -59,12 +61,12 @@ class ReconstructionTotals:
     def figures(self, ranks: Ranks) -> dict[str, float]:
         """Return the figures over all ranks' tokens.
 
-        fvu = sum |e|^2 / sum |x - mean|^2; nmse = mean |e|^2 / |x|^2; cosine = mean cos(x, x_hat);
+        fvu = sum |e|^2 / sum |x - mean|^2; nmse = mean |e|^2 / |x|^2 and cosine = mean cos(x, x_hat), where x is not 0;
         l0 = mean number of features that fire on a token, its standard error over contexts (ratio estimator);
         dead_fraction = share of features that fire on none of these tokens. A figure that is not defined (one context
         has no standard error) is left out.
         """
-        n, error, spread, nmse, cosine, l0 = ranks.sum(self.scalars).tolist()
+        n, error, spread, nmse, cosine, l0, n_some = ranks.sum(self.scalars).tolist()
         if n == 0:
             return {}
         mean_D = ranks.sum(self.shifted_sum_D) / n
@@ -73,8 +75,8 @@ class ReconstructionTotals:
         percentiles = histogram_percentiles(ranks.sum(self.l0_histogram), (0.05, 0.5, 0.95))
         figures = {
             "fvu": error / variance if variance > 0 else math.nan,
-            "nmse": nmse / n,
-            "cosine": cosine / n,
+            "nmse": nmse / n_some if n_some else math.nan,
+            "cosine": cosine / n_some if n_some else math.nan,
             "l0": l0 / n,
             "l0_standard_error": self._l0_standard_error(ranks, mean=l0 / n, n_tokens=n),
             "l0_p5": percentiles[0],

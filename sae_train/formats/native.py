@@ -122,5 +122,5 @@ def _check(directory: Path, config: dict[str, Any], tensors: dict[str, torch.Ten
         raise CheckpointError(f"{directory}: shapes do not fit together: {', '.join(wrong)}.")
     if config["inference"] not in ("threshold", "topk"):
         raise CheckpointError(f"{directory}: inference={config['inference']!r}: not a rule this version knows.")
-    if not math.isfinite(float(config["k"])):
-        raise CheckpointError(f"{directory}: k={config['k']!r}: must be finite.")
+    if not isinstance(config["k"], int | float) or not math.isfinite(config["k"]):
+        raise CheckpointError(f"{directory}: k={config['k']!r}: must be a finite number.")

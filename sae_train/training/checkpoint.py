@@ -22,6 +22,7 @@ from sae_train.formats.durable import explained, sync_directory, sync_file, writ
 from sae_train.ranks import Ranks
 
 NOTES = "checkpoint.json"
+NOTED = ("step", "tokens", "files")
 REPLICATED = "replicated.safetensors"
 
 
@@ -125,7 +126,17 @@ def load(path: Path) -> Checkpoint:
             if _fingerprint(path / name) != expected:
                 raise CheckpointError(f"{path / name}: damaged: its size or SHA-256 is not what was written.")
         replicated = load_file(str(path / REPLICATED))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:  # ValueError: not JSON, not UTF-8
+        missing = [name for name in NOTED if name not in notes]
+        if missing:
+            raise CheckpointError(f"{path / NOTES}: damaged: lacks {', '.join(missing)}.")
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        SafetensorError,
+    ) as error:  # ValueError: not JSON, not UTF-8
         raise CheckpointError(f"{path}: not a whole checkpoint: {error}.") from error
     return Checkpoint(notes, replicated, _lane_reader(path, notes))
 

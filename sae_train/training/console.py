@@ -5,6 +5,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+ALL_OF_IT = 0.999
+"""Share of the budget above which it counts as used up."""
+
 
 def say(text: str) -> None:
     """Write a line to stdout, at once."""
@@ -46,13 +49,11 @@ class Progress:
         self._bar.close()
 
 
-def verdict(
-    *, name: str, figures: dict[str, Any], tokens: int, tokens_per_second: float, target: float, k: float, path: str
-) -> str:
+def verdict(*, name: str, figures: dict[str, Any], tokens: int, tokens_per_second: float, k: float, path: str) -> str:
     """Return the last line of a run: what was trained, how good it is, where it lies."""
-    aim = f"target {target:.4g}"
-    if target < k:
-        aim = f"target {target:.4g} of k {k:g}: positive affinities ran out"
+    aim = f"target {figures['target_l0']:.4g}"
+    if figures["used_share"] < ALL_OF_IT:
+        aim += f" of k {k:g}: positive affinities ran out"
     parts = [f"L0 {figures['l0']:.1f} ({aim})", f"FVU {figures['fvu']:.3f}", f"dead {figures['dead_fraction']:.1%}"]
     if "ce_recovered" in figures:
         parts.append(f"CE recovered {figures['ce_recovered']:.1%}")

@@ -6,6 +6,7 @@ The same identity (config.identity) finds its directory again; that is what make
 import fcntl
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,12 +25,17 @@ def run_name(config: RunConfig, *, label: str, n_features: int) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", readable) + f"-{identity_digest(identity(config))}"
 
 
+PARTS = ("config", "identity", "plan", "source")
+"""What every config.yaml holds, each a mapping."""
+
+
 class RunDirectory:
     """`runs/<name>/`, held by this run alone while it trains."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: IO[str] | None = None
+        self._claimed_now = False
 
     @property
     def summary(self) -> Path:
@@ -43,10 +49,19 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    @property
-    def is_finished(self) -> bool:
+    def result(self) -> dict[str, Any] | None:
+        """Return summary.json of a finished run; None unless it and every SAE it names are there and whole."""
         with explained(self.path, what="read"):
-            return self.summary.is_file()
+            if not self.summary.is_file():
+                return None
+            text = self.summary.read_bytes()
+        try:
+            summary: dict[str, Any] = json.loads(text)
+            whole = all({"l0", "fvu"} <= figures.keys() for figures in summary["saes"].values())
+            there = [(self.path / "saes" / name / "sae.json").is_file() for name in summary["saes"]]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return None
+        return summary if whole and there and all(there) else None
 
     def stored(self) -> dict[str, Any] | None:
         """Return config.yaml, or None where there is none yet.
@@ -63,9 +78,11 @@ class RunDirectory:
             values = yaml.safe_load(text)
         except (ValueError, yaml.YAMLError) as error:
             raise CheckpointError(f"{path}: not readable as YAML: {error}. Choose another name=.") from error
-        if not isinstance(values, dict) or "identity" not in values or "config" not in values:
+        parts: list[Any] = [values.get(name) for name in PARTS] if isinstance(values, dict) else []
+        if not parts or not all(isinstance(part, dict) for part in parts):
             raise CheckpointError(f"{path}: not a sae-train run's config. Choose another name= or runs=.")
-        return values
+        checked: dict[str, Any] = values
+        return checked
 
     def check_identity(self, config: RunConfig) -> None:
         """Refuse a directory that holds a run of another identity, listing the keys that differ.
@@ -120,7 +137,16 @@ class RunDirectory:
                 "config": _plain(as_dict(resolved)),
                 "identity": _plain(identity(identified_as)),
             }
+            self._claimed_now = True
             write_text(self.path / "config.yaml", yaml.safe_dump(values | _plain(record), sort_keys=False))
+
+    def abandon(self) -> None:
+        """Leave nothing behind of a run that was refused before its first step."""
+        if self._claimed_now and not any(self.path.glob("checkpoints/step_*")):
+            for name in ("config.yaml", "metrics.jsonl", ".lock"):
+                (self.path / name).unlink(missing_ok=True)
+            with suppress(OSError):  # something else is in there
+                self.path.rmdir()
 
     def release(self) -> None:
         """Let another process have the directory."""

@@ -11,12 +11,15 @@ from sae_train.config import RunConfig
 from sae_train.errors import DataError
 from sae_train.evaluation.evaluate import evaluate
 from sae_train.formats import native
+from sae_train.harvest.held_out import HALVES
 from sae_train.harvest.stream import Stream, StreamFacts
 from sae_train.ranks import Ranks
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.sae.calibration import calibrate
 from sae_train.training.trainer import Trainer
 
+ENOUGH_TOKENS = 10_000
+"""Held-out tokens that are looked at before training."""
 SUMMARY_ONLY = ("l0_p5", "l0_p50", "l0_p95", "l0_standard_error", "evaluation_tokens", "density", "target_l0",
                 "used_share", "ce")  # fmt: skip
 """Figures of summary.json that are not among design.md 10's `eval/` names."""
@@ -46,8 +49,11 @@ def exported(trainer: Trainer) -> tuple[SparseAutoencoder, dict[str, Any]]:
         language_model=stream.language_model,
         ranks=ranks,
     )
-    if not figures:
-        raise DataError("held-out data: no token passes the filters. Give more held-out text or rows.")
+    if "fvu" not in figures:
+        raise DataError(
+            "held-out data: its squared norms overflow or it is constant, so its FVU is not defined. Rescale the "
+            "activations, or give other held-out data."
+        )
     return sae, figures | {"target_l0": calibration.target_l0, "used_share": calibration.used_share}
 
 
@@ -86,6 +92,21 @@ def write_export(
         "sae_train_version": sae_train.__version__,
     }
     native.save(sae, directory, facts=notes)
+
+
+def check_held_out(stream: Stream, *, ranks: Ranks) -> None:
+    """Refuse a stream whose held-out halves keep nothing: all the training would be for a file that cannot be made.
+
+    Raises:
+        DataError: nothing of a half passes the filters.
+    """
+    for half in HALVES:
+        some = any(len(batch.raw_ND) > 0 for batch in stream.held_out.batches(half, max_tokens=ENOUGH_TOKENS))
+        if not int(ranks.max(torch.tensor(int(some), device=ranks.device))):
+            raise DataError(
+                f"held-out data: nothing of its {half} half passes the outlier filter (norms up to "
+                f"{stream.scaling.limit:.3g}). Give other held-out text or rows."
+            )
 
 
 @torch.no_grad()

@@ -123,6 +123,10 @@ def _problems(config: RunConfig, *, n_features: int, n_ranks: int) -> list[str]:
     start_k = config.budget.start_k
     if start_k is not None and start_k > n_features:
         found.append(f"budget.start_k={start_k:g}: larger than n_features={n_features}. Lower it.")
+    for key in ("warmup_tokens", "decay_tokens"):
+        value = getattr(config.optimizer, key)
+        if value is not None and value > config.tokens:
+            found.append(f"optimizer.{key}={value}: longer than the run of tokens={config.tokens}. Lower it.")
     if config.batch_tokens % n_ranks:
         low = max(1, config.batch_tokens // n_ranks) * n_ranks
         found.append(f"batch_tokens={config.batch_tokens} over {n_ranks} ranks: not divisible. "

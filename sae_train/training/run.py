@@ -21,7 +21,7 @@ from sae_train.sparsifiers import build_sparsifier
 from sae_train.training import checkpoint
 from sae_train.training.console import Progress, say, verdict, warn
 from sae_train.training.directory import RunDirectory, run_name
-from sae_train.training.finish import evaluation_row, exported, write_export
+from sae_train.training.finish import check_held_out, evaluation_row, exported, write_export
 from sae_train.training.plan import Plan, describe, make_plan
 from sae_train.training.tracking import Dashboard, MetricsFile, build_dashboard
 from sae_train.training.trainer import Events, Trainer
@@ -45,16 +45,19 @@ def run(config: RunConfig, *, overrides: list[str]) -> int:
     facts = check_stream(config, n_ranks=n_ranks)
     plan = make_plan(config, facts, n_ranks=n_ranks)
     build_sparsifier(config, n_features=plan.n_features)  # refuses infeasible budgets
-    directory = RunDirectory(Path(config.runs) / run_name(config, label=plan.label, n_features=plan.n_features))
+    directory = RunDirectory(
+        Path(config.runs).expanduser() / run_name(config, label=plan.label, n_features=plan.n_features)
+    )
     directory.check_identity(config)
     if config.dry_run:
         if process_index() == 0:
             say(describe(plan, config, path=str(directory.path)))
         return 0
     ranks = find_ranks()
-    if directory.is_finished:
+    result = directory.result()
+    if result is not None:
         if ranks.is_first:
-            say(f"already finished: {_verdict_of(directory, config)}")
+            say(f"already finished: {_verdict_of(result, directory, config)}")
     else:
         with ExitStack() as stack:
             _Run(config, plan, facts, directory=directory, overrides=overrides, ranks=ranks, stack=stack).go()
@@ -66,7 +69,7 @@ def resolve_precision(config: RunConfig, *, stored: dict[str, Any] | None, devic
     if config.precision != "auto":
         return config.precision
     if stored is not None:
-        return str(stored["config"]["precision"])
+        return str(stored["config"].get("precision", "float32"))
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
 
@@ -94,7 +97,11 @@ class _Run:
         self._on_first(lambda: directory.claim(resolved, identified_as=config, record=record))
         stack.callback(directory.release)
         dtype = torch.float64 if precision == "float64" else torch.float32
-        self.stream: Stream = build_stream(config, ranks=ranks, dtype=dtype)
+        try:
+            self.stream: Stream = build_stream(config, ranks=ranks, dtype=dtype)
+        except UserError:
+            self._abandon()
+            raise
         stack.callback(self.stream.close)
         self.trainer = Trainer(config, plan, stream=self.stream, precision=precision, ranks=ranks)
         self.metrics = MetricsFile(directory.metrics)
@@ -106,7 +113,11 @@ class _Run:
 
     def go(self) -> None:
         """Begin or resume, train, finish."""
-        self._begin()
+        try:
+            self._begin()
+        except UserError:
+            self._abandon()
+            raise
         self.dashboard = build_dashboard(self.config, self.directory.path, is_first=self.ranks.is_first)
         self._stack.callback(self.dashboard.close)
         if self.dashboard.notice:
@@ -128,15 +139,20 @@ class _Run:
         n_rows = 0
         if found is None:
             self.stream.start()
+            check_held_out(self.stream, ranks=self.ranks)
         else:
             self.trainer.load_state(found.replicated, found.lane_state)
-            self.seconds_before, n_rows = found.notes["seconds"], found.notes["metrics_rows"]
+            self.seconds_before, n_rows = found.notes.get("seconds", 0.0), found.notes.get("metrics_rows", 0)
             self._say(f"resuming at step {self.trainer.n_done:,} of {self.plan.steps:,} in {self.directory.path}")
-            threads = found.notes["threads"]
+            threads = found.notes.get("threads")
             if threads != torch.get_num_threads() and self.ranks.is_first:
                 warn(f"this run computed with {threads} threads so far and now has {torch.get_num_threads()}: "
                      "it goes on, but not bit for bit.")  # fmt: skip
         self._on_first(lambda: self.metrics.keep_first(n_rows))
+
+    def _abandon(self) -> None:
+        if self.ranks.is_first:
+            self.directory.abandon()
 
     def _log(self, row: dict[str, Any]) -> None:
         row = {"sae": self.sae_name} | row
@@ -200,7 +216,7 @@ class _Run:
 
         self._on_first(write)
         self.dashboard.summarise(figures)
-        self._say(_verdict_of(self.directory, self.config) if self.ranks.is_first else "")
+        self._say(_verdict_of(summary, self.directory, self.config))
 
     def _seconds(self) -> float:
         """Return the seconds of training so far, those before a resume included."""
@@ -254,16 +270,13 @@ def provenance(overrides: list[str]) -> dict[str, Any]:
     }
 
 
-def _verdict_of(directory: RunDirectory, config: RunConfig) -> str:
+def _verdict_of(summary: dict[str, Any], directory: RunDirectory, config: RunConfig) -> str:
     """Return the verdict line of a finished run."""
-    summary = json.loads(directory.summary.read_text(encoding="utf-8"))
-    figures = next(iter(summary["saes"].values()))
     return verdict(
         name=summary["run"],
-        figures=figures,
+        figures=next(iter(summary["saes"].values())),
         tokens=summary["tokens"],
         tokens_per_second=summary["tokens_per_second"],
-        target=figures.get("target_l0", config.k),
         k=config.k,
         path=str(directory.path),
     )

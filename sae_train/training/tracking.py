@@ -27,9 +27,11 @@ class MetricsFile:
 
     def keep_first(self, n_rows: int) -> None:
         """Drop what a killed run wrote after its last checkpoint, so that no row stands twice or in half."""
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
-        write_text(self.path, "".join(lines[:n_rows]))
-        self.n_rows = min(n_rows, len(lines))
+        with explained(self.path, what="read"):
+            text = self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
+        whole = [line for line in text.splitlines(keepends=True)[:n_rows] if line.endswith("\n")]
+        write_text(self.path, "".join(whole))
+        self.n_rows = len(whole)
 
     def append(self, row: dict[str, Any]) -> None:
         """Append one row; a number that JSON cannot hold becomes null."""

@@ -23,6 +23,8 @@ from sae_train.training.optimizer import Adam
 from sae_train.training.plan import Plan
 from sae_train.training.schedule import is_due, learning_rate
 
+DIVERGED = 100.0
+"""FVU at which there is no way back: a reconstruction a hundred times worse than the mean."""
 LONGEST_HALF_LIFE = 2_000_000
 """Tokens after which a firing counts half in a feature's moving density (methods.md 1.6)."""
 
@@ -134,6 +136,11 @@ class Trainer:
             raise StoppedByNumbers(
                 f"no feature fired in the {self.config.log_every:,} tokens before step {self.n_done}: the dictionary "
                 f"has collapsed. Lower optimizer.lr (now {self.plan.peak_lr:.1e}), and check the activations."
+            )
+        if row["train/fvu"] > DIVERGED:
+            raise StoppedByNumbers(
+                f"FVU is {row['train/fvu']:.3g} over the {self.config.log_every:,} tokens before step {self.n_done}: "
+                f"training has diverged. Lower optimizer.lr (now {self.plan.peak_lr:.1e})."
             )
         row["train/learning_rate"] = self._learning_rate(self.tokens - self.plan.batch_tokens)
         self.totals.reset()
