@@ -195,9 +195,9 @@ def check(w: Weights, x_ND: Tensor, expected_ND: Tensor, *, rule: str, k: int) -
     else:
         code_NF = pre_NF * (pre_NF > w["threshold"])
     got_ND = code_NF @ w["W_dec"] + w["b_dec"]
-    # Rounding may flip single pairs at the cut, so rows may differ a little; the whole may not.
-    difference = float((got_ND - expected_ND).norm() / expected_ND.norm())
-    if difference > 1e-3:
+    # Rounding may flip pairs at the cut, which changes their rows by a few percent; a wrong fold changes all rows.
+    difference = float(((got_ND - expected_ND).norm(dim=1) / expected_ND.norm(dim=1)).median())
+    if difference > 1e-4:
         raise SystemExit(f"the folded model differs from the peer's own forward pass by {difference:.2e}")
     return w
 
