@@ -7,7 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-QUIET = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "2"}
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "OMP_NUM_THREADS": "2",
+    "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait take a busy machine from each other
+}
 os.environ.update(QUIET)  # before any of those libraries is imported
 
 import pytest  # noqa: E402

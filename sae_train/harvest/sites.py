@@ -217,6 +217,10 @@ def _without_weights(model: ModelConfig, settings: Any) -> nn.Module:
             raise ConfigError("model.attention=flash_attention_2: flash_attn or its GPU is missing here. "
                               "Choose sdpa or eager.")  # fmt: skip
         kernel = "eager"  # shapes are the same, and flash attention has no storage-free twin
+    if kernel == "sdpa" and getattr(settings, "attn_logit_softcapping", None):
+        # some versions of transformers take it and leave the softcapping out
+        raise ConfigError(f"model.attention=sdpa: not available for {settings.model_type}, whose logits are capped. "
+                          "Choose model.attention=eager.")  # fmt: skip
     try:
         built: nn.Module = loader_of(settings).from_config(settings, attn_implementation=kernel)
     except ValueError as error:

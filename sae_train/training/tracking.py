@@ -1,5 +1,6 @@
 """Where rows go: `metrics.jsonl` always, Weights & Biases when asked; the only importer of wandb."""
 
+import inspect
 import json
 import math
 import os
@@ -81,7 +82,7 @@ class Wandb(Dashboard):
         }
         self._error, self._histogram = wandb.errors.Error, wandb.Histogram
         asked = os.environ.get("WANDB_MODE", "")
-        mode: Any = asked if asked in ("offline", "disabled") or wandb.api.api_key else "offline"
+        mode: Any = asked if asked in ("offline", "disabled") or has_credentials() else "offline"
         try:
             self._run = wandb.init(mode=mode or "online", **options)
         except wandb.errors.Error:  # no answer, or a refusal: the run matters more
@@ -116,6 +117,15 @@ class Wandb(Dashboard):
         if not path.exists():
             write_text(path, secrets.token_hex(4))
         return path.read_text(encoding="utf-8").strip()
+
+
+def has_credentials() -> bool:
+    """Return whether wandb can speak to its server without asking the user anything."""
+    import wandb
+
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False, verify=False))
+    return bool(wandb.api.api_key)  # before 0.31
 
 
 def build_dashboard(config: RunConfig, directory: Path, *, is_first: bool) -> Dashboard:
