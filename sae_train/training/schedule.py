@@ -28,8 +28,8 @@ def learning_rate(
 def peak_learning_rate(config: OptimizerConfig, *, n_features: int, tokens: int) -> float:
     """Return `optimizer.lr`, or the rule 1.7e-3 sqrt(2^14 / n_features) (10^6 / tokens)^0.35 within [5e-5, 1.5e-2].
 
-    The root in width is the one that libraries take from Gao et al. 2024 (arXiv 2406.04093); the level is the largest
-    at 820k tokens and 6144 features that keeps under 1% dead; the power of tokens joins that to the same libraries'
+    The root in width is the one that libraries take from Gao et al. 2024 (arXiv 2406.04093); the level is 3e-3 at
+    820k tokens and 6144 features, where 5e-3 left 10% dead; the power of tokens joins that to the same libraries'
     2e-4 for runs of some 300M tokens (docs/quality.md).
     """
     if config.lr is not None:
