@@ -10,8 +10,8 @@ from sae_train.sae.code import SparseCode
 from sae_train.sae.keyed import keyed_generator
 
 ENCODER_SCALE = 0.2
-"""Norm of an encoder row at the start: better than 1 wherever both were tried (docs/quality.md). A guess at the reason: at 1
-the first reconstructions overshoot, as matched directions overlap, and correcting that silences features."""
+"""Norm of an encoder row at the start: better than 1 wherever both were tried (docs/quality.md). A guess at the reason:
+at 1 the first reconstructions overshoot, as matched directions overlap, and correcting that silences features."""
 
 
 class Dictionary(nn.Module):

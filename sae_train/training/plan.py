@@ -12,8 +12,8 @@ from sae_train.training.schedule import DECAY_SHARE, WARMUP_SHARE, peak_learning
 
 LARGEST_DEAD_WINDOW = 10_000_000
 DEAD_WINDOWS_A_RUN = 25
-"""A shorter run's dead window is this part of it. With an eighth more features ended dead (docs/quality.md, which also says
-what else changed in that comparison)."""
+"""A shorter run's dead window is this part of it. With an eighth more features ended dead (docs/quality.md, which also
+says what else changed in that comparison)."""
 RULED = ("n_features", "dead_window", "peak_lr", "warmup_tokens", "decay_tokens")
 """Fields of a plan that a rule decides where the configuration does not."""
 LARGEST_CHECKPOINT_INTERVAL = 50_000_000
