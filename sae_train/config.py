@@ -353,7 +353,19 @@ class CheckpointConfig:
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     layout: str
-    """Who owns what: 'data' gives each rank all features and its own tokens."""
+    """Who owns what: 'data' gives each rank all features and its own tokens, 'features' a share of the features and all
+    tokens, 'mesh' both."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MeshConfig(ParallelConfig):
+    feature_ranks: int | None
+    """How many ranks share the features of one copy; null: the ranks of one node."""
+
+    def problems(self) -> list[str]:
+        if self.feature_ranks is not None and self.feature_ranks < 1:
+            return [f"parallel.feature_ranks={self.feature_ranks}: must be at least 1."]
+        return []
 
 
 @dataclass(kw_only=True, slots=True)

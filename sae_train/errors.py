@@ -32,6 +32,18 @@ class StoppedByNumbers(UserError):
     status = 3
 
 
+class RankLost(UserError):
+    """Another process of the run is gone; this one cannot go on alone."""
+
+    status = 1
+
+
+class Preempted(UserError):
+    """The run was told to stop, and has saved what it needs to go on."""
+
+    status = 75
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` with at most three near names, else the names there are; starts with a space."""
     names = sorted(set(known))

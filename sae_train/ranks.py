@@ -1,118 +1,64 @@
-"""Who am I among the processes of this run, and the few things they say to each other.
+"""Who am I among the processes of this run, and how they speak: `Ranks` over torch.distributed.
 
-The only file that speaks to torch.distributed and accelerate. Algorithms receive a `Ranks` value and call its
-verbs; `Solo` is the one-process twin whose verbs are the identity, so no algorithm asks whether it is
-distributed. Every verb is a collective: all ranks call it in the same order with equal shapes and dtypes.
+The only file that speaks to torch.distributed and accelerate. Algorithms receive a `Ranks` value (verbs.py) and call
+its verbs, so no algorithm asks whether it is distributed.
 """
 
 import os
-from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae_train.errors import UserError
+from sae_train.errors import RankLost
+from sae_train.place import find_place
+from sae_train.verbs import Pending, Ranks, Solo, Store
+
+__all__ = ["Group", "Pending", "Processes", "Ranks", "Solo", "Store", "find_ranks"]
+
+PATIENCE = timedelta(days=2)
+"""Timeout of a collective. A dead rank is noticed by the launcher and the heartbeat; a slow one is waited for."""
+
+LOST = ("Connection closed", "Connection reset", "Broken pipe", "Socket", "Timed out", "timed out", "unreachable")
+"""What gloo says of a broken connection, in plain RuntimeErrors."""
 
 
-class Ranks(ABC):
-    """The processes of a run, seen from one of them.
+class _TcpStore(Store):
+    """A store in the first rank's process."""
 
-    Attributes:
-        rank: index of this process, from 0.
-        size: number of processes.
-        device: where this process computes.
+    def __init__(self, *, host: str, port: int, is_host: bool) -> None:
+        wait = timedelta(seconds=20)
+        self._store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+            host, port, is_master=is_host, wait_for_workers=False, timeout=wait
+        )
+        self.port = self._store.port
+
+    def set(self, key: str, value: str) -> None:
+        self._store.set(key, value)
+
+    def get(self, key: str) -> str | None:
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+
+class Group(Ranks):
+    """Several processes, through torch.distributed's collectives.
+
+    Args:
+        group: None for all processes.
+        control: a group on the host for what must not wait for the device.
     """
 
-    rank: int
-    size: int
-    device: torch.device
+    def __init__(self, *, device: torch.device, group: Any, control: Any, traffic: "Counter[str]") -> None:
+        self.rank, self.size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+        self.device, self._group, self._control, self.traffic = device, group, control, traffic
+        self.data, self.features = self, Solo(device)
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this process writes files and speaks to the user."""
-        return self.rank == 0
-
-    @abstractmethod
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over ranks of `tensor` (any shape, int or float); the argument is left alone."""
-
-    @abstractmethod
-    def sum_in_place(self, tensor: Tensor) -> None:
-        """Replace a contiguous `tensor` by its sum over ranks (gradients: no second copy)."""
-
-    @abstractmethod
-    def max(self, tensor: Tensor) -> Tensor:
-        """Return the elementwise maximum over ranks of `tensor`."""
-
-    @abstractmethod
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Return all ranks' `tensor` stacked in rank order: [size, *tensor.shape]."""
-
-    @abstractmethod
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Return every rank's picklable `value`, in rank order. Host side and slow: never in a step."""
-
-    @abstractmethod
-    def barrier(self) -> None:
-        """Return once every rank has called this."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Leave the group; the last call of a run that ended well."""
-
-    def raise_together(self, problem: UserError | None) -> None:
-        """Raise on every rank what any rank ran into; the first in rank order wins. Host side, as gather_objects."""
-        for found in self.gather_objects(problem):
-            if found is not None:
-                raise found
-
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """Return all ranks' rows concatenated in rank order; ranks may hold different numbers of rows."""
-        counts = [int(n) for n in self.gather(torch.tensor([len(rows)], device=rows.device)).flatten()]
-        padded = rows.new_zeros((max(counts), *rows.shape[1:]))
-        padded[: len(rows)] = rows
-        parts = self.gather(padded)
-        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
-
-
-class Solo(Ranks):
-    """One process: every verb is the identity."""
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.rank, self.size, self.device = 0, 1, torch.device(device)
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def sum_in_place(self, tensor: Tensor) -> None:
-        return None
-
-    def max(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        return tensor.unsqueeze(0)
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        return [value]
-
-    def barrier(self) -> None:
-        return None
-
-    def close(self) -> None:
-        return None
-
-
-class Processes(Ranks):
-    """Several processes, through accelerate's state and torch.distributed's collectives."""
-
-    def __init__(self) -> None:
-        from accelerate import PartialState
-
-        self._state = PartialState(cpu=not torch.cuda.is_available())
-        self.rank, self.size = self._state.process_index, self._state.num_processes
-        self.device = self._state.device
+    def arranged(self, *, columns: int) -> Ranks:
+        raise TypeError("a row or column is not arranged again")
 
     def sum(self, tensor: Tensor) -> Tensor:
         total = tensor.clone(memory_format=torch.contiguous_format)
@@ -120,59 +66,141 @@ class Processes(Ranks):
         return total
 
     def sum_in_place(self, tensor: Tensor) -> None:
-        torch.distributed.all_reduce(tensor)
+        with self._speaking("sum", 2 * tensor.nbytes * (self.size - 1) // self.size):
+            torch.distributed.all_reduce(tensor, group=self._group)
 
     def max(self, tensor: Tensor) -> Tensor:
         largest = tensor.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        with self._speaking("max", 2 * tensor.nbytes * (self.size - 1) // self.size):
+            torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=self._group)
         return largest
 
     def gather(self, tensor: Tensor) -> Tensor:
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, tensor.contiguous())
-        return torch.stack(parts)
+        parts = tensor.new_empty((self.size, *tensor.shape))
+        with self._speaking("gather", tensor.nbytes * (self.size - 1)):
+            torch.distributed.all_gather(list(parts.unbind(0)), tensor.contiguous(), group=self._group)
+        return parts
+
+    def exchange(self, rows: Tensor, *, send: list[int], receive: list[int]) -> Tensor:
+        received = rows.new_empty((sum(receive), *rows.shape[1:]))
+        a_row = rows[:1].nbytes if len(rows) else 0
+        moved = a_row * max(sum(send) - send[self.rank], sum(receive) - receive[self.rank])
+        with self._speaking("exchange", moved):
+            torch.distributed.all_to_all_single(received, rows.contiguous(), receive, send, group=self._group)
+        return received
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        tensor = tensor.contiguous()
+        with self._speaking("broadcast", tensor.nbytes):
+            torch.distributed.broadcast(tensor, group_src=source, group=self._group)
+        return tensor
+
+    def begin_max(self, value: int) -> Pending:
+        return _Reduction(self, value)
 
     def gather_objects(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(values, value)
+        with self._speaking("objects", 0):
+            torch.distributed.all_gather_object(values, value, group=self._control)
         return values
 
     def barrier(self) -> None:
-        self._state.wait_for_everyone()
+        self.gather_objects(None)
+
+    def open_store(self) -> Store | None:
+        raise TypeError("a row or column has no store of its own")
+
+    def close(self) -> None:
+        return None
+
+    @contextmanager
+    def _speaking(self, verb: str, n_bytes: int) -> Iterator[None]:
+        self.traffic[verb] += n_bytes
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, torch.distributed.DistError) and not any(sign in str(error) for sign in LOST):
+                raise
+            raise RankLost(
+                f"lost touch with another rank while calling `{verb}`: it or its node died, or its own message says "
+                f"why it stopped. The same command goes on from the last checkpoint. ({str(error).splitlines()[0]})"
+            ) from error
+
+
+class _Reduction(Pending):
+    def __init__(self, group: Group, value: int) -> None:
+        self._group, self._value = group, torch.tensor(value)
+        with group._speaking("control", self._value.nbytes):
+            self._work = torch.distributed.all_reduce(
+                self._value, op=torch.distributed.ReduceOp.MAX, group=group._control, async_op=True
+            )
+
+    def result(self) -> int:
+        with self._group._speaking("control", 0):
+            self._work.wait()
+        return int(self._value)
+
+
+class Processes(Group):
+    """All processes of the run, through accelerate's state."""
+
+    def __init__(self) -> None:
+        from accelerate import PartialState
+
+        self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+        control = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        super().__init__(device=self._state.device, group=None, control=control, traffic=Counter())
+        self._grids: dict[int, tuple[Ranks, Ranks]] = {}
+
+    def arranged(self, *, columns: int) -> Ranks:
+        if columns not in self._grids:
+            self._grids[columns] = self._grid(columns)
+        self.data, self.features = self._grids[columns]
+        return self
+
+    def _grid(self, columns: int) -> tuple[Ranks, Ranks]:
+        """Return this rank's column and row; every rank makes every group, in one order."""
+        rows = [list(range(first, first + columns)) for first in range(0, self.size, columns)]
+        splits = [list(range(column, self.size, columns)) for column in range(columns)]
+        return self._one_of(splits), self._one_of(rows)
+
+    def _one_of(self, members: list[list[int]]) -> Ranks:
+        if len(members) == 1:
+            return Group(device=self.device, group=None, control=self._control, traffic=self.traffic)
+        if len(members[0]) == 1:
+            return Solo(self.device)
+        made: Ranks | None = None
+        for ranks in members:
+            group = torch.distributed.new_group(ranks, timeout=PATIENCE)
+            control = torch.distributed.new_group(ranks, timeout=PATIENCE, backend="gloo")
+            if self.rank in ranks:
+                made = Group(device=self.device, group=group, control=control, traffic=self.traffic)
+        assert made is not None, "every rank is in one of the groups"
+        return made
+
+    def open_store(self) -> Store:
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        own = _TcpStore(host=host, port=0, is_host=True) if self.is_first else None
+        port = self.gather_objects(own.port if own else None)[0]
+        return own or _TcpStore(host=host, port=port, is_host=False)
 
     def close(self) -> None:
         self.barrier()  # a rank that leaves while another still speaks makes that one abort
         self._state.destroy_process_group()
 
 
-def process_count() -> int:
-    """Return how many processes the launcher started (torchrun, accelerate, else SLURM); 1 when alone."""
-    _export_slurm()
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def process_index() -> int:
-    """Return this process's index as the launcher gave it; 0 when alone."""
-    _export_slurm()
-    return int(os.environ.get("RANK", "0"))
-
-
-def _export_slurm() -> None:
-    """Give srun's place the names that torchrun uses; torchrun's own come first.
-
-    An sbatch script's shell also carries SLURM_PROCID, so a step of one task stays alone.
-    """
-    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) < 2 or "SLURM_STEP_ID" not in os.environ:
-        return
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+_joined: list[Processes] = []
+"""The processes that were joined: a run of a sweep finds those of the run before it."""
 
 
 def find_ranks() -> Ranks:
     """Join the processes that the launcher started, or be alone; picks the device (CUDA where there is one)."""
-    if process_count() > 1:
+    place = find_place()
+    if place.size > 1:
+        place.export()
         if not torch.cuda.is_available():
             os.environ.setdefault("ACCELERATE_USE_CPU", "1")
-        return Processes()
+        if not _joined or not torch.distributed.is_initialized():
+            _joined[:] = [Processes()]
+        return _joined[0]
     return Solo("cuda" if torch.cuda.is_available() else "cpu")

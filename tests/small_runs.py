@@ -1,6 +1,5 @@
-"""Parts that several tests share: a configuration by hand, oracles by sorting, and ranks that are threads."""
+"""Parts that several tests share: a configuration by hand, and oracles by sorting."""
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from sae_train import config as schema
 from sae_train.config import RunConfig
-from sae_train.ranks import Ranks, Solo
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -94,70 +92,6 @@ def kept_by_sorting(pre_NF: Tensor, *, group: str, budgets: list[int]) -> set[tu
                 which = {"batch": 0, "row": token, "column": feature}[group]
                 entries.setdefault(which, []).append((-value, token, feature))
     return {(t, f) for which, some in entries.items() for _, t, f in sorted(some)[: budgets[which]]}
-
-
-class ThreadRanks(Ranks):
-    """Ranks that are threads of this process: the collectives of ranks.py, without starting processes."""
-
-    def __init__(self, rank: int, size: int, board: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.size, self.device = rank, size, CPU
-        self._board, self._barrier = board, barrier
-
-    def _all(self, value: Any) -> list[Any]:
-        self._board[self.rank] = value
-        self._barrier.wait()
-        values = list(self._board)
-        self._barrier.wait()
-        return values
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        return torch.stack(self._all(tensor)).sum(0)
-
-    def sum_in_place(self, tensor: Tensor) -> None:
-        total = self.sum(tensor)
-        self._barrier.wait()
-        tensor.copy_(total)
-
-    def max(self, tensor: Tensor) -> Tensor:
-        return torch.stack(self._all(tensor)).amax(0)
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        return torch.stack(self._all(tensor))
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        return self._all(value)
-
-    def barrier(self) -> None:
-        self._barrier.wait()
-
-    def close(self) -> None:
-        return None
-
-
-def on_ranks(size: int, work: Callable[[Ranks], T]) -> list[T]:
-    """Return what `work` returns on each of `size` ranks, in rank order."""
-    if size == 1:
-        return [work(Solo())]
-    board: list[Any] = [None] * size
-    barrier = threading.Barrier(size)
-    results: list[Any] = [None] * size
-    errors: list[BaseException] = []
-
-    def one(rank: int) -> None:
-        try:
-            results[rank] = work(ThreadRanks(rank, size, board, barrier))
-        except BaseException as error:
-            errors.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return results
 
 
 @contextmanager

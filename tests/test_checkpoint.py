@@ -11,7 +11,7 @@ import torch
 
 from sae_train.errors import CheckpointError
 from sae_train.ranks import Solo
-from sae_train.training import checkpoint
+from sae_train.training import checkpoint, restore
 
 
 def save(directory: Path, step: int, *, keep: int = 0) -> Path:
@@ -19,6 +19,8 @@ def save(directory: Path, step: int, *, keep: int = 0) -> Path:
         directory,
         notes={"step": step, "tokens": 10 * step},
         replicated={"a/w": torch.full((1000,), float(step)), "n": torch.tensor(step)},
+        features=(0, 5),
+        feature_state={"dictionary/W_enc": torch.arange(10.0).view(5, 2), "firing/since": torch.arange(5)},
         lane_states={
             0: {"pool": torch.arange(6.0).view(2, 3)},
             1: {"pool": torch.ones(0, 3), "epoch": torch.tensor(4)},
@@ -30,10 +32,14 @@ def save(directory: Path, step: int, *, keep: int = 0) -> Path:
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     save(tmp_path, 3)
-    found = checkpoint.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
     assert found is not None
     assert found.notes["step"] == 3
     assert torch.equal(found.replicated["a/w"], torch.full((1000,), 3.0))
+    assert torch.equal(found.features(1, 4)["dictionary/W_enc"], torch.arange(10.0).view(5, 2)[1:4])
+    assert torch.equal(found.features(0, 5)["firing/since"], torch.arange(5))
+    with pytest.raises(CheckpointError, match="does not hold features 3 to 6"):
+        found.features(3, 7)
     assert torch.equal(found.lane_state(0)["pool"], torch.arange(6.0).view(2, 3))
     assert found.lane_state(1)["pool"].shape == (0, 3)
     assert int(found.lane_state(1)["epoch"]) == 4
@@ -46,7 +52,7 @@ def test_the_newest_comes_first_and_old_ones_go(tmp_path: Path) -> None:
         save(tmp_path, step, keep=2)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["step_00000200", "step_100000000"]  # by number, not by name
-    found = checkpoint.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
     assert found is not None
     assert found.notes["step"] == 100_000_000
 
@@ -58,18 +64,26 @@ def test_damaged_ones_crowd_out_no_good_one(tmp_path: Path, keep: int) -> None:
     for step in (200, 300):
         (tmp_path / f"step_{step:08d}" / "replicated.safetensors").write_bytes(b"damaged")
     said: list[str] = []
-    found = checkpoint.newest(tmp_path, ranks=Solo(), warn=said.append)
+    found = restore.newest(tmp_path, ranks=Solo(), warn=said.append)
     assert found is not None
     assert found.notes["step"] == 100
     assert len(said) == 2
     save(tmp_path, 150, keep=keep)
-    found = checkpoint.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
     assert found is not None
     assert found.notes["step"] == 150
     assert len(list(tmp_path.iterdir())) == (keep or 2)
 
 
-@pytest.mark.parametrize("file", ["replicated.safetensors", "lanes_0000_0001.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "replicated.safetensors",
+        "features_00000000_00000005.safetensors",
+        "lanes_0000_0001.safetensors",
+        "checkpoint.json",
+    ],
+)
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
 def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, file: str, damage: str) -> None:
     save(tmp_path, 1)
@@ -82,7 +96,7 @@ def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, file: str,
     else:
         victim.unlink()
     said: list[str] = []
-    found = checkpoint.newest(tmp_path, ranks=Solo(), warn=said.append)
+    found = restore.newest(tmp_path, ranks=Solo(), warn=said.append)
     assert found is not None
     assert found.notes["step"] == 1
     assert len(said) == 1
@@ -93,7 +107,7 @@ def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, file: str,
 def test_all_damaged_means_none(tmp_path: Path) -> None:
     (save(tmp_path, 1) / "checkpoint.json").write_text("{")
     said: list[str] = []
-    assert checkpoint.newest(tmp_path, ranks=Solo(), warn=said.append) is None
+    assert restore.newest(tmp_path, ranks=Solo(), warn=said.append) is None
     assert len(said) == 1
     assert "starting over" in said[0]
 
@@ -103,7 +117,7 @@ def test_what_a_killed_writer_left_is_ignored_and_swept(tmp_path: Path) -> None:
     partial = tmp_path / "tmp-step_00000002"
     partial.mkdir()
     (partial / "replicated.safetensors").write_bytes(b"half")
-    found = checkpoint.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
     assert found is not None
     assert found.notes["step"] == 1
     save(tmp_path, 3)

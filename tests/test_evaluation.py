@@ -12,6 +12,7 @@ from sae_train.evaluation.evaluate import decoder_cosine_max
 from sae_train.evaluation.reconstruction import ReconstructionTotals, histogram_percentiles
 from sae_train.ranks import Solo
 from sae_train.sae.autoencoder import SparseAutoencoder
+from sae_train.sae.sharded import reconstruct
 
 
 def random_sae(d_model: int = 6, n_features: int = 10, seed: int = 0) -> SparseAutoencoder:
@@ -36,10 +37,10 @@ def test_figures_are_their_definitions(seed: int, offset: float, batches: int) -
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(12 * batches, 6, generator=generator) + offset
     context = torch.arange(12 * batches) // 4
-    totals = ReconstructionTotals(d_model=6, n_features=10, device=torch.device("cpu"))
+    totals = ReconstructionTotals(shift_D=sae.b_dec, n_features=10, ranks=Solo())
     for part, where in zip(x.split(12), context.split(12), strict=True):
-        totals.add(sae, part, where)
-    got = totals.figures(Solo())
+        totals.add(part, where, reconstruct(sae, part, n_features=10, ranks=Solo()))
+    got = totals.figures()
     with torch.no_grad():
         codes = sae.encode(x)
         error = (x - sae.decode(codes)).double()
@@ -59,16 +60,16 @@ def test_figures_are_their_definitions(seed: int, offset: float, batches: int) -
         assert got["l0_standard_error"] == pytest.approx(
             float(per_context.std() / math.sqrt(len(per_context))), abs=1e-9
         )
-    torch.testing.assert_close(totals.density_F(Solo()), fires.double().mean(0))
+    torch.testing.assert_close(totals.density(), fires.double().mean(0))
 
 
 def test_rows_of_zeros_count_for_everything_but_ratios() -> None:
     sae = random_sae()
     x = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
     x[::4] = 0
-    totals = ReconstructionTotals(d_model=6, n_features=10, device=torch.device("cpu"))
-    totals.add(sae, x, torch.arange(20) // 4)
-    got = totals.figures(Solo())
+    totals = ReconstructionTotals(shift_D=sae.b_dec, n_features=10, ranks=Solo())
+    totals.add(x, torch.arange(20) // 4, reconstruct(sae, x, n_features=10, ranks=Solo()))
+    got = totals.figures()
     some = x.norm(dim=1) > 0
     with torch.no_grad():
         error = (x - sae(x)).double().square().sum(1)
@@ -105,4 +106,4 @@ def test_decoder_cosine_max_leaves_out_the_feature_itself() -> None:
     W_dec = torch.nn.functional.normalize(torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), dim=1)
     cosine = W_dec @ W_dec.T
     cosine.fill_diagonal_(-1)
-    torch.testing.assert_close(decoder_cosine_max(W_dec), cosine.max(1).values)
+    torch.testing.assert_close(decoder_cosine_max(W_dec, n_features=30, ranks=Solo()), cosine.max(1).values)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from small_runs import CPU, on_ranks
+from grid_of_threads import on_ranks
+from small_runs import CPU
 from torch import Tensor
 
 from sae_train import kernels
@@ -13,7 +14,11 @@ from sae_train.sae.firing import Firing
 
 def code_of(fires_NF: Tensor, *, spare: int = 3) -> SparseCode:
     matches = kernels.select_batch(
-        fires_NF.float(), budget=fires_NF.numel(), capacity=fires_NF.numel() + spare, ranks=Solo()
+        fires_NF.float(),
+        budget=fires_NF.numel(),
+        capacity=fires_NF.numel() + spare,
+        n_features=fires_NF.shape[1],
+        ranks=Solo(),
     )
     return SparseCode(**matches._asdict(), shape=(len(fires_NF),), n_features=fires_NF.shape[1])
 
@@ -90,7 +95,7 @@ def test_state_goes_on_where_it_was() -> None:
     whole = counted(batches, half_life=25.0)
     first = counted(batches[:3], half_life=25.0)
     resumed = Firing(7, half_life_tokens=25.0, device=CPU)
-    resumed.load_state({name: value.clone() for name, value in first.state().items()})
+    resumed.load_state({name: value.clone() for name, value in first.state().items()}, first.token_counts())
     for fires in batches[3:]:
         resumed.update(code_of(fires), n_tokens=10, ranks=Solo())
     for name, value in whole.state().items():

@@ -39,7 +39,9 @@ def problem(n: int, d: int, f: int, *, seed: int, dtype: torch.dtype = torch.flo
     x, W_enc, b_enc, W_dec = draw(n, d), draw(f, d), draw(f), draw(f, d)
     pre = kernels.affine(x, W_enc, b_enc, precision="float64" if dtype == torch.float64 else "float32")
     budget = max(1, n * f // 5)
-    matches = kernels.select_batch(pre, budget=budget, capacity=budget + budget // 3 + 1, ranks=Solo())
+    matches = kernels.select_batch(
+        pre, budget=budget, capacity=budget + budget // 3 + 1, n_features=pre.shape[1], ranks=Solo()
+    )
     used = int(matches.start[-1])
     mask = torch.zeros(n, f, dtype=torch.bool)
     mask[matches.token[:used].long(), matches.feature[:used].long()] = True
@@ -114,7 +116,9 @@ def test_gradient_of_what_was_not_kept_is_zero() -> None:
 
 def test_no_match_at_all() -> None:
     p = problem(4, 3, 5, seed=0)
-    none = kernels.select_batch(-torch.ones(4, 5, dtype=torch.float64), budget=7, capacity=7, ranks=Solo())
+    none = kernels.select_batch(
+        -torch.ones(4, 5, dtype=torch.float64), budget=7, capacity=7, n_features=5, ranks=Solo()
+    )
     value, rows = sparse_reconstruction(p._replace(matches=none))
     assert not value.any()
     assert not rows.any()

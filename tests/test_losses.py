@@ -1,10 +1,12 @@
 """The losses against their formulas, and where their gradients go."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
-from small_runs import CPU, on_ranks, run_config
+from grid_of_threads import on_ranks
+from small_runs import CPU, run_config
 from torch import Tensor
 
 from sae_train.ranks import Ranks, Solo
@@ -12,8 +14,10 @@ from sae_train.sae.allocation import zipf_mass
 from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.firing import Firing
 from sae_train.sae.losses import AuxLoss, build_aux_loss, reconstruction_loss
+from sae_train.sae.moment import Moment
 
 N, D, F, WINDOW = 24, 10, 40, 1000
+START = Moment(step=0, tokens=0, total_tokens=100 * N, batch_tokens=N, seed=0)
 
 
 class Setting(NamedTuple):
@@ -45,7 +49,7 @@ def aux_loss(kind: str = "aux_k", **settings: float | bool) -> AuxLoss:
 
 
 def compute(loss: AuxLoss, s: Setting) -> Tensor:
-    return loss(s.dictionary, s.x, s.pre, s.residual, firing=s.firing, ranks=Solo())
+    return loss(s.dictionary, s.x, s.pre, s.residual, firing=s.firing, moment=START, ranks=Solo())
 
 
 def by_formula(s: Setting, underuse_F: Tensor, *, slots: int, weight: float = 1 / 32) -> Tensor:
@@ -140,6 +144,26 @@ def test_zipf_loss_is_its_formula(hard: bool) -> None:
         assert torch.allclose(found, dense)
 
 
+def test_features_are_ranked_anew_eight_times_a_window() -> None:
+    """Between, the law's densities stay with the features that they were given to; a resumed run keeps them."""
+    s, loss = setting(n_dead=0), aux_loss("aux_zipf", tau=0.9)
+    other = setting(n_dead=0, seed=1).firing
+
+    def at(tokens: int, firing: Firing, which: AuxLoss) -> Tensor:
+        moment = replace(START, tokens=tokens)
+        return which.underuse(firing, moment=moment, ranks=Solo())
+
+    first = at(0, s.firing, loss)
+    held = at(WINDOW // 8 - 2, other, loss)
+    resumed = aux_loss("aux_zipf", tau=0.9)
+    resumed.load_state(loss.state())
+    assert torch.equal(at(WINDOW // 8 - 2, other, resumed), held)
+    renewed = at(WINDOW // 8, other, loss)
+    assert not torch.equal(held, renewed)
+    assert torch.equal(renewed, at(0, other, aux_loss("aux_zipf", tau=0.9)))
+    assert torch.equal(first, at(0, s.firing, aux_loss("aux_zipf", tau=0.9)))
+
+
 def test_shares_of_ranks_sum_to_the_loss() -> None:
     s = setting(n_dead=9)
     whole = compute(aux_loss(), s)
@@ -148,7 +172,13 @@ def test_shares_of_ranks_sum_to_the_loss() -> None:
         own = slice(ranks.rank * N // 2, (ranks.rank + 1) * N // 2)
         twin = setting(n_dead=9)
         loss = aux_loss()(
-            twin.dictionary, twin.x[own], twin.pre[own], twin.residual[own], firing=twin.firing, ranks=ranks
+            twin.dictionary,
+            twin.x[own],
+            twin.pre[own],
+            twin.residual[own],
+            firing=twin.firing,
+            moment=START,
+            ranks=ranks,
         )
         return loss.detach(), gradients(loss, twin)
 
@@ -159,9 +189,9 @@ def test_shares_of_ranks_sum_to_the_loss() -> None:
 
 
 def test_slots_are_at_most_512() -> None:
-    assert AuxLoss(weight=1.0, d_model=4096, dead_window=1).slots == 512
-    assert AuxLoss(weight=1.0, d_model=768, dead_window=1).slots == 384
-    assert AuxLoss(weight=1.0, d_model=1, dead_window=1).slots == 1
+    assert AuxLoss(weight=1.0, d_model=4096, n_features=F, dead_window=1).slots == 512
+    assert AuxLoss(weight=1.0, d_model=768, n_features=F, dead_window=1).slots == 384
+    assert AuxLoss(weight=1.0, d_model=1, n_features=F, dead_window=1).slots == 1
 
 
 def test_none_is_none() -> None:

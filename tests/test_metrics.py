@@ -35,7 +35,16 @@ def add_step(totals: Totals, seed: int) -> tuple[torch.Tensor, torch.Tensor, Spa
     x, error = torch.randn(20, 4, generator=generator) + 3, 0.1 * torch.randn(20, 4, generator=generator)
     code = random_code(20, 8, seed=seed)
     loss = error.square().sum() / 20
-    totals.add(x_ND=x, error_ND=error, code=code, loss=loss, aux=None, grad_norm=torch.tensor(2.0), budget=60.0)
+    totals.add(
+        x_ND=x,
+        error_ND=error,
+        l0_N=code.start.diff().long(),
+        code=code,
+        loss=loss,
+        aux=None,
+        grad_norm=torch.tensor(2.0),
+        budget=60.0,
+    )
     return x, error, code
 
 

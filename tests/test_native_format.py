@@ -10,11 +10,17 @@ from test_evaluation import random_sae
 
 from sae_train.errors import CheckpointError
 from sae_train.formats import native
+from sae_train.ranks import Solo
+from sae_train.sae.autoencoder import SparseAutoencoder
+
+
+def save(sae: SparseAutoencoder, directory: Path, **facts: str) -> None:
+    native.save(sae, directory, facts=facts, n_features=sae.n_features, ranks=Solo())
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
     sae = random_sae()
-    native.save(sae, tmp_path / "saes" / "one", facts={"site": "here"})
+    save(sae, tmp_path / "saes" / "one", site="here")
     for path in (tmp_path, tmp_path / "saes" / "one", str(tmp_path)):
         loaded = native.load(path)
         x = torch.randn(3, 4, 6)
@@ -26,7 +32,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
 
 
 def test_file_holds_the_contract(tmp_path: Path) -> None:
-    native.save(random_sae(), tmp_path, facts={})
+    save(random_sae(), tmp_path)
     tensors = load_file(str(tmp_path / "sae.safetensors"))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert shapes == {"W_enc": (6, 10), "b_enc": (10,), "W_dec": (10, 6), "b_dec": (6,), "threshold": (10,)}
@@ -35,14 +41,14 @@ def test_file_holds_the_contract(tmp_path: Path) -> None:
 
 def test_several_saes_ask_for_one(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        native.save(random_sae(), tmp_path / "saes" / name, facts={})
+        save(random_sae(), tmp_path / "saes" / name)
     with pytest.raises(CheckpointError, match="holds 2 SAEs"):
         native.load(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["cut", "no_threshold", "shape", "rule", "notes", "nothing", "gone"])
 def test_what_is_not_whole_is_refused(tmp_path: Path, damage: str) -> None:
-    native.save(random_sae(), tmp_path / "x", facts={})
+    save(random_sae(), tmp_path / "x")
     file, notes = tmp_path / "x" / "sae.safetensors", tmp_path / "x" / "sae.json"
     tensors = load_file(str(file))
     if damage == "cut":

@@ -38,7 +38,7 @@ def test_adam_is_the_textbooks() -> None:
     second = {name: torch.zeros_like(w) for name, w in weights.items()}
     for step in range(1, 6):
         gradients = set_gradients(dictionary, seed=step)
-        adam.step(lr=0.01 * step, norm=adam.gradient_norm(), halted=torch.tensor(False))
+        adam.step(lr=0.01 * step, norm=adam.gradient_norm(Solo()), halted=torch.tensor(False))
         for name, g in gradients.items():
             first[name] = 0.9 * first[name] + 0.1 * g
             second[name] = 0.99 * second[name] + 0.01 * g * g
@@ -53,12 +53,12 @@ def test_clipping_equals_scaling_the_gradient() -> None:
     scaled, plain = make()
     set_gradients(clipped, seed=1, factor=7.0)
     set_gradients(scaled, seed=1, factor=7.0)
-    norm = plain.gradient_norm()
+    norm = plain.gradient_norm(Solo())
     assert norm > 0.5
     for parameter in scaled.parameters():
         assert parameter.grad is not None
         parameter.grad *= 0.5 / norm
-    adam.step(lr=0.1, norm=adam.gradient_norm(), halted=torch.tensor(False))
+    adam.step(lr=0.1, norm=adam.gradient_norm(Solo()), halted=torch.tensor(False))
     plain.step(lr=0.1, norm=norm, halted=torch.tensor(False))
     for a, b in zip(adam.state().values(), plain.state().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
@@ -67,10 +67,10 @@ def test_clipping_equals_scaling_the_gradient() -> None:
 def test_a_halted_step_changes_nothing() -> None:
     dictionary, adam = make(torch.float32, clip=1.0)
     set_gradients(dictionary, seed=0)
-    adam.step(lr=0.1, norm=adam.gradient_norm(), halted=torch.tensor(False))
+    adam.step(lr=0.1, norm=adam.gradient_norm(Solo()), halted=torch.tensor(False))
     before = {k: v.clone() for k, v in (adam.state() | dict(dictionary.named_parameters())).items()}
     set_gradients(dictionary, seed=1, factor=float("nan"))
-    adam.step(lr=0.1, norm=adam.gradient_norm(), halted=torch.tensor(True))
+    adam.step(lr=0.1, norm=adam.gradient_norm(Solo()), halted=torch.tensor(True))
     after = adam.state() | dict(dictionary.named_parameters())
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -78,13 +78,13 @@ def test_a_halted_step_changes_nothing() -> None:
 def test_state_carries_over_bit_for_bit() -> None:
     dictionary, adam = make(torch.float32)
     set_gradients(dictionary, seed=0)
-    adam.step(lr=0.1, norm=adam.gradient_norm(), halted=torch.tensor(False))
+    adam.step(lr=0.1, norm=adam.gradient_norm(Solo()), halted=torch.tensor(False))
     twin, twin_adam = make(torch.float32)
     twin.load_state_dict(dictionary.state_dict())
     twin_adam.load_state({k: v.clone() for k, v in adam.state().items()})
     for each, optimizer in ((dictionary, adam), (twin, twin_adam)):
         set_gradients(each, seed=1)
-        optimizer.step(lr=0.1, norm=optimizer.gradient_norm(), halted=torch.tensor(False))
+        optimizer.step(lr=0.1, norm=optimizer.gradient_norm(Solo()), halted=torch.tensor(False))
     assert all(torch.equal(a, b) for a, b in zip(dictionary.parameters(), twin.parameters(), strict=True))
 
 

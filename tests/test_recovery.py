@@ -62,10 +62,10 @@ def train(*, seed: int = 0, **choices: object) -> Dictionary:
         moment = Moment(step=step, tokens=step * BATCH, total_tokens=STEPS * BATCH, batch_tokens=BATCH, seed=seed)
         pre = dictionary.pre_activations(x, precision="float32")
         code = dictionary.attach(x, sparsifier.select(pre, moment=moment, firing=firing, ranks=Solo()))
-        x_hat = dictionary.decode(code)
+        x_hat = dictionary.decode(code, ranks=Solo())
         loss = reconstruction_loss(x, x_hat, n_tokens=BATCH)
         if aux is not None:
-            loss = loss + aux(dictionary, x, pre, x - x_hat, firing=firing, ranks=Solo())
+            loss = loss + aux(dictionary, x, pre, x - x_hat, firing=firing, moment=moment, ranks=Solo())
         optimizer.zero_grad()
         loss.backward()
         dictionary.project_gradient()

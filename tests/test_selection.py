@@ -1,4 +1,4 @@
-"""Selection against sorting: every backend, on one and on several ranks, keeps the same pairs."""
+"""Selection against sorting: every backend keeps the same pairs (test_selection_grid.py: on several ranks too)."""
 
 from types import ModuleType
 from typing import Any
@@ -7,27 +7,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_runs import kept_by_sorting, on_ranks
+from small_runs import kept_by_sorting
 from torch import Tensor
 
 from sae_train import kernels
 from sae_train.kernels import Matches, candidates, radix, reference
-from sae_train.ranks import Ranks, Solo
+from sae_train.ranks import Solo
 
 BACKENDS = pytest.mark.parametrize("backend", [candidates, reference], ids=["candidates", "reference"])
 SMALL = settings(deadline=None, max_examples=60)
 
 
-@st.composite
-def batches(draw: Any, *, max_tokens: int = 24, max_features: int = 40) -> Tensor:
-    """Pre-activations with ties, zeros, negatives and infinities; sometimes nothing positive at all."""
-    n, f = draw(st.integers(1, max_tokens)), draw(st.integers(1, max_features))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    kind = draw(st.sampled_from(["normal", "ties", "few", "none", "equal", "wide"]))
+KINDS = ["normal", "ties", "few", "none", "equal", "wide", "nan"]
+
+
+def drawn_batch(kind: str, n: int, f: int, *, seed: int, dtype: torch.dtype) -> Tensor:
+    """Pre-activations with ties, zeros, negatives, infinities and NaN; sometimes nothing positive at all."""
+    generator = torch.Generator().manual_seed(seed)
     pre = torch.randn(n, f, generator=generator)
-    if kind == "ties":
+    if kind in ("ties", "nan"):
         pre = (pre * 2).round()
-    elif kind == "few":
+    if kind == "few":
         pre = torch.where(torch.rand(n, f, generator=generator) < 0.1, pre, -pre.abs())
     elif kind == "none":
         pre = -pre.abs()
@@ -36,12 +36,28 @@ def batches(draw: Any, *, max_tokens: int = 24, max_features: int = 40) -> Tenso
     elif kind == "wide":
         pre = pre * torch.exp2(60 * torch.rand(n, f, generator=generator) - 30)
         pre[torch.rand(n, f, generator=generator) < 0.02] = torch.inf
-    return pre.to(draw(st.sampled_from([torch.float32, torch.float64])))
+    elif kind == "nan":
+        pre[torch.rand(n, f, generator=generator) < torch.rand((), generator=generator)] = torch.nan
+    return pre.to(dtype)
 
 
-def pairs(matches: Matches, *, first_token: int = 0) -> set[tuple[int, int]]:
+@st.composite
+def batches(draw: Any, *, max_tokens: int = 24, max_features: int = 40) -> Tensor:
+    n, f = draw(st.integers(1, max_tokens)), draw(st.integers(1, max_features))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    return drawn_batch(draw(st.sampled_from(KINDS)), n, f, seed=draw(st.integers(0, 2**31)), dtype=dtype)
+
+
+def alone(pre_NF: Tensor) -> dict[str, Any]:
+    """What a process that is alone says of itself."""
+    return {"n_features": pre_NF.shape[1], "ranks": Solo()}
+
+
+def pairs(matches: Matches, *, first: tuple[int, int] = (0, 0)) -> set[tuple[int, int]]:
+    """Return the (token, feature) pairs, counted from `first`."""
     used = int(matches.start[-1])
-    return set(zip((matches.token[:used] + first_token).tolist(), matches.feature[:used].tolist(), strict=True))
+    token, feature = matches.token[:used] + first[0], matches.feature[:used] + first[1]
+    return set(zip(token.tolist(), feature.tolist(), strict=True))
 
 
 def check_layout(matches: Matches, pre_NF: Tensor, *, capacity: int) -> None:
@@ -67,7 +83,7 @@ def check_layout(matches: Matches, pre_NF: Tensor, *, capacity: int) -> None:
 @given(pre=batches(), share=st.floats(0, 1.2), spare=st.integers(0, 5))
 def test_batch_keeps_the_largest(backend: ModuleType, pre: Tensor, share: float, spare: int) -> None:
     budget = max(1, round(share * pre.numel()))
-    matches = backend.select_batch(pre, budget=budget, capacity=budget + spare, ranks=Solo())
+    matches = backend.select_batch(pre, budget=budget, capacity=budget + spare, **alone(pre))
     check_layout(matches, pre, capacity=budget + spare)
     assert pairs(matches) == kept_by_sorting(pre, group="batch", budgets=[budget])
     assert int(matches.start[-1]) == min(budget, int((pre > 0).sum()))
@@ -78,7 +94,7 @@ def test_batch_keeps_the_largest(backend: ModuleType, pre: Tensor, share: float,
 @given(pre=batches(), k=st.integers(1, 45))
 def test_rows_keep_the_largest(backend: ModuleType, pre: Tensor, k: int) -> None:
     capacity = k * len(pre)
-    matches = backend.select_rows(pre, k=k, capacity=capacity)
+    matches = backend.select_rows(pre, k=k, capacity=capacity, **alone(pre))
     check_layout(matches, pre, capacity=capacity)
     assert pairs(matches) == kept_by_sorting(pre, group="row", budgets=[k] * len(pre))
 
@@ -94,28 +110,6 @@ def test_columns_keep_the_largest(backend: ModuleType, pre: Tensor, data: st.Dat
     assert pairs(matches) == kept_by_sorting(pre, group="column", budgets=budgets)
 
 
-@BACKENDS
-@settings(deadline=None, max_examples=30)
-@given(pre=batches(), data=st.data(), size=st.integers(2, 4))
-def test_ranks_keep_what_one_keeps(backend: ModuleType, pre: Tensor, data: st.DataObject, size: int) -> None:
-    whole = pre.repeat(size, 1)[torch.randperm(len(pre) * size, generator=torch.Generator().manual_seed(1))]
-    budget = data.draw(st.integers(1, whole.numel()))
-    drawn = data.draw(st.lists(st.integers(0, len(whole)), min_size=pre.shape[1], max_size=pre.shape[1]))
-    budget_F = torch.tensor(drawn)
-
-    def work(ranks: Ranks) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
-        first = ranks.rank * len(pre)
-        own = whole[first : first + len(pre)]
-        flat = backend.select_batch(own, budget=budget, capacity=budget, ranks=ranks)
-        columns = backend.select_columns(own, budget_F=budget_F, capacity=int(budget_F.sum()) + 1, ranks=ranks)
-        check_layout(flat, own, capacity=budget)
-        return pairs(flat, first_token=first), pairs(columns, first_token=first)
-
-    parts = on_ranks(size, work)
-    assert set().union(*(p[0] for p in parts)) == kept_by_sorting(whole, group="batch", budgets=[budget])
-    assert set().union(*(p[1] for p in parts)) == kept_by_sorting(whole, group="column", budgets=drawn)
-
-
 def test_backends_agree_where_bounds_are_tight() -> None:
     """Sizes at which the candidate lists are short, unlike in the small cases above."""
     generator = torch.Generator().manual_seed(3)
@@ -124,8 +118,8 @@ def test_backends_agree_where_bounds_are_tight() -> None:
     budget_F = torch.randint(0, 40, (1037,), generator=generator)
     budget_F[::50] = 260
     for name, arguments in (
-        ("select_batch", {"budget": 4150, "capacity": 4150, "ranks": Solo()}),
-        ("select_rows", {"k": 8, "capacity": 8 * 519}),
+        ("select_batch", {"budget": 4150, "capacity": 4150, **alone(pre)}),
+        ("select_rows", {"k": 8, "capacity": 8 * 519, **alone(pre)}),
         ("select_columns", {"budget_F": budget_F, "capacity": int(budget_F.sum()), "ranks": Solo()}),
     ):
         for fast, slow in zip(
@@ -139,8 +133,8 @@ def test_reference_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def all_three() -> list[Matches]:
         return [
-            reference.select_batch(pre, budget=100, capacity=100, ranks=Solo()),
-            reference.select_rows(pre, k=4, capacity=120),
+            reference.select_batch(pre, budget=100, capacity=100, **alone(pre)),
+            reference.select_rows(pre, k=4, capacity=120, **alone(pre)),
             reference.select_columns(pre, budget_F=torch.arange(20), capacity=190, ranks=Solo()),
         ]
 
@@ -161,24 +155,24 @@ def test_candidate_lists_are_short() -> None:
 
 @BACKENDS
 @pytest.mark.parametrize("rate", [1e-3, 0.5, 1.0])
-def test_nan_does_not_crash(backend: ModuleType, rate: float) -> None:
+def test_nan_is_not_positive(backend: ModuleType, rate: float) -> None:
     generator = torch.Generator().manual_seed(0)
     pre = torch.randn(64, 96, generator=generator)
     pre[torch.rand(64, 96, generator=generator) < rate] = torch.nan
-    for matches in (
-        backend.select_batch(pre, budget=300, capacity=300, ranks=Solo()),
-        backend.select_rows(pre, k=5, capacity=320),
-        backend.select_columns(pre, budget_F=torch.full((96,), 3), capacity=288, ranks=Solo()),
-    ):
-        assert int(matches.start[-1]) <= len(matches.value)
-        assert not matches.value.isnan().any()
+    batch = backend.select_batch(pre, budget=300, capacity=300, **alone(pre))
+    rows = backend.select_rows(pre, k=5, capacity=320, **alone(pre))
+    columns = backend.select_columns(pre, budget_F=torch.full((96,), 3), capacity=288, ranks=Solo())
+    assert pairs(batch) == kept_by_sorting(pre, group="batch", budgets=[300])
+    assert pairs(rows) == kept_by_sorting(pre, group="row", budgets=[5] * 64)
+    assert pairs(columns) == kept_by_sorting(pre, group="column", budgets=[3] * 96)
 
 
+@BACKENDS
 @SMALL
 @given(pre=batches(), k=st.integers(1, 30), seed=st.integers(0, 99))
-def test_rows_among_allowed_columns(pre: Tensor, k: int, seed: int) -> None:
+def test_rows_among_allowed_columns(backend: ModuleType, pre: Tensor, k: int, seed: int) -> None:
     allowed = torch.rand(pre.shape[1], generator=torch.Generator().manual_seed(seed)) < 0.4
-    matches = kernels.select_rows(pre, k=k, capacity=k * len(pre), allowed_F=allowed)
+    matches = backend.select_rows(pre, k=k, capacity=k * len(pre), allowed_F=allowed, **alone(pre))
     check_layout(matches, pre, capacity=k * len(pre))
     masked = torch.where(allowed, pre, 0)
     assert pairs(matches) == kept_by_sorting(masked, group="row", budgets=[k] * len(pre))
@@ -195,12 +189,10 @@ def test_above_is_strict(pre: Tensor, level: float) -> None:
 
 
 @SMALL
-@given(pre=batches(), k=st.integers(1, 400), size=st.integers(1, 3))
-def test_kth_largest_positive(pre: Tensor, k: int, size: int) -> None:
-    values = sorted([v for v in pre.flatten().tolist() if v > 0] * size, reverse=True)
-    expected = values[k - 1] if k <= len(values) else 0.0
-    found = on_ranks(size, lambda ranks: float(radix.kth_largest(pre, k, ranks)))
-    assert found == [expected] * size
+@given(pre=batches(), k=st.integers(1, 400))
+def test_kth_largest_positive(pre: Tensor, k: int) -> None:
+    values = sorted([v for v in pre.flatten().tolist() if v > 0], reverse=True)
+    assert float(radix.kth_largest(pre, k, Solo())) == (values[k - 1] if k <= len(values) else 0.0)
 
 
 @SMALL

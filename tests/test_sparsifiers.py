@@ -5,9 +5,10 @@ from fractions import Fraction
 
 import pytest
 import torch
+from grid_of_threads import on_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_runs import CPU, kept_by_sorting, on_ranks, run_config
+from small_runs import CPU, kept_by_sorting, run_config
 from torch import Tensor
 
 from sae_train.config import RunConfig

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import on_ranks
+from grid_of_threads import on_ranks
 from tiny_models import live_config, save_model, save_tokenizer, sentences
 from torch import Tensor
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from grid_of_threads import on_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from small_runs import on_ranks
 from tiny_models import tensors_config
 from torch import Tensor
 

@@ -8,10 +8,12 @@ from torch import Tensor
 from sae_train.evaluation.density import density_figures
 from sae_train.evaluation.language_model_loss import LanguageModelTotals
 from sae_train.evaluation.reconstruction import ReconstructionTotals
-from sae_train.harvest.held_out import HeldOut
+from sae_train.evaluation.rounds import rounds
+from sae_train.harvest.held_out import HeldOut, HeldOutBatch
 from sae_train.harvest.language_model import LanguageModel
 from sae_train.ranks import Ranks
 from sae_train.sae.autoencoder import SparseAutoencoder
+from sae_train.sae.sharded import reconstruct
 
 COMPARED_ROWS = 1024  # rows of W_dec compared at a time in decoder_cosine_max
 
@@ -22,37 +24,59 @@ def evaluate(
     *,
     max_tokens: int,
     language_model: LanguageModel | None,
+    n_features: int,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """Return the figures of design.md 10's `eval/` and of summary.json; what does not apply is absent.
+    """Return the figures of design.md 10's `eval/` and of summary.json; what does not apply is absent. Collective.
 
     Args:
+        sae: this rank's features.
         max_tokens: held-out tokens to use, over all ranks.
         language_model: where the reconstruction is spliced back; None, or one without a loss, leaves CE and KL out.
+        n_features: of the whole dictionary.
+        ranks: the grid.
     """
-    totals = ReconstructionTotals(d_model=sae.d_model, n_features=sae.n_features, device=ranks.device)
+    totals = ReconstructionTotals(shift_D=sae.b_dec, n_features=n_features, ranks=ranks)
     spliced = LanguageModelTotals(ranks.device) if language_model is not None and language_model.has_loss else None
-    for batch in held_out.batches("evaluation", max_tokens=max_tokens):
-        totals.add(sae, batch.raw_ND, batch.context_N)
-        if spliced is not None and language_model is not None and batch.ids_BT is not None:
+    nothing = HeldOutBatch(
+        raw_ND=torch.zeros(0, sae.d_model, device=ranks.device),
+        context_N=torch.zeros(0, dtype=torch.int64, device=ranks.device),
+        ids_BT=None,
+        kept_BT=None,
+    )
+    for turn in rounds(held_out.batches("evaluation", max_tokens=max_tokens), ranks):
+        batch = turn.batch or nothing
+        made = reconstruct(sae, batch.raw_ND, n_features=n_features, ranks=ranks)
+        totals.add(batch.raw_ND, batch.context_N, made)
+        if batch.ids_BT is not None and spliced is not None and language_model is not None:
             assert batch.kept_BT is not None, "contexts come with their filter"
-            spliced.add(sae, language_model, batch.ids_BT, batch.kept_BT)
-    figures: dict[str, Any] = dict(totals.figures(ranks))
-    figures["density"] = density_figures(totals.density_F(ranks))
+            spliced.add(language_model, batch.ids_BT, batch.kept_BT, made.x_hat_ND)
+    figures: dict[str, Any] = dict(totals.figures())
+    figures["density"] = density_figures(totals.density())
     if spliced is not None:
         figures |= spliced.figures(ranks)
-    figures["decoder_cosine_max"] = float(decoder_cosine_max(sae.W_dec).mean())
+    cosine_F = decoder_cosine_max(sae.W_dec, n_features=n_features, ranks=ranks)
+    figures["decoder_cosine_max"] = float(ranks.features.sum(cosine_F.double().sum())) / n_features
     return figures
 
 
 @torch.no_grad()
-def decoder_cosine_max(W_dec_FD: Tensor) -> Tensor:
-    """Return [F]: each feature's largest cosine to another feature's decoder row (rows of unit norm)."""
-    n_features = len(W_dec_FD)
-    largest_F = W_dec_FD.new_zeros(n_features)
-    for first in range(0, n_features, COMPARED_ROWS):
-        cosine = W_dec_FD[first : first + COMPARED_ROWS] @ W_dec_FD.T
-        own = torch.arange(first, first + len(cosine), device=cosine.device)
-        cosine[torch.arange(len(cosine), device=cosine.device), own] = -1.0
-        largest_F[first : first + len(cosine)] = cosine.max(1).values
+def decoder_cosine_max(W_dec_FD: Tensor, *, n_features: int, ranks: Ranks) -> Tensor:
+    """Return [F]: the largest cosine of this rank's features to another feature's decoder row (rows of unit norm).
+
+    The row's shards go round one by one, so that two are held at most. Collective.
+    """
+    row = ranks.features
+    largest_F = W_dec_FD.new_full((len(W_dec_FD),), -1.0)
+    for column, (low, high) in enumerate(row.slices(n_features)):
+        own = column == row.rank
+        other_FD = row.broadcast(
+            W_dec_FD.detach() if own else W_dec_FD.new_empty(high - low, W_dec_FD.shape[1]), column
+        )
+        for first in range(0, len(W_dec_FD), COMPARED_ROWS):
+            cosine = W_dec_FD[first : first + COMPARED_ROWS] @ other_FD.T
+            if own:
+                cosine.diagonal(first).fill_(-1.0)
+            compared_F = largest_F[first : first + COMPARED_ROWS]
+            torch.maximum(compared_F, cosine.max(1).values, out=compared_F)
     return largest_F

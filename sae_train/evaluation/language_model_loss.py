@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sae_train.harvest.language_model import LanguageModel
 from sae_train.ranks import Ranks
-from sae_train.sae.autoencoder import SparseAutoencoder
 
 
 class LanguageModelTotals:
@@ -21,20 +20,22 @@ class LanguageModelTotals:
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)  # n, clean, spliced, ablated, kl
 
     @torch.no_grad()
-    def add(self, sae: SparseAutoencoder, model: LanguageModel, ids_BT: Tensor, kept_BT: Tensor) -> None:
-        """Add a batch of contexts: token ids [B, T], and which positions the SAE is responsible for."""
+    def add(self, model: LanguageModel, ids_BT: Tensor, kept_BT: Tensor, x_hat_ND: Tensor) -> None:
+        """Add a batch of contexts.
 
-        def spliced(acts_BTD: Tensor) -> Tensor:
-            x_hat_BTD: Tensor = sae(acts_BTD.float())
-            return x_hat_BTD.to(acts_BTD.dtype)
-
+        Args:
+            ids_BT: token ids.
+            kept_BT: which positions the SAE is responsible for.
+            x_hat_ND: its reconstructions of those, in order.
+        """
         scored_BT = kept_BT[:, :-1]
         clean = _log_probabilities(model, ids_BT, None)
-        with_sae = _log_probabilities(model, ids_BT, _on_kept(spliced, kept_BT))
+        with_sae = _log_probabilities(model, ids_BT, _put(x_hat_ND, kept_BT))
         kl_BT = (clean.exp() * (clean - with_sae)).sum(-1)
         losses = [_cross_entropy(clean, ids_BT), _cross_entropy(with_sae, ids_BT)]
         del clean, with_sae
-        losses.append(_cross_entropy(_log_probabilities(model, ids_BT, _on_kept(torch.zeros_like, kept_BT)), ids_BT))
+        ablated = _log_probabilities(model, ids_BT, _put(torch.zeros_like(x_hat_ND), kept_BT))
+        losses.append(_cross_entropy(ablated, ids_BT))
         parts = [torch.ones_like(kl_BT), *losses, kl_BT]
         self.sums += torch.stack([part[scored_BT].double().sum() for part in parts])
 
@@ -53,9 +54,9 @@ class LanguageModelTotals:
         return figures
 
 
-def _on_kept(change: Callable[[Tensor], Tensor], kept_BT: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return `change` restricted to the kept positions."""
-    return lambda acts_BTD: torch.where(kept_BT.unsqueeze(-1), change(acts_BTD), acts_BTD)
+def _put(x_hat_ND: Tensor, kept_BT: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what replaces the activations at the kept positions by `x_hat_ND`, and leaves the others alone."""
+    return lambda acts_BTD: acts_BTD.masked_scatter(kept_BT.unsqueeze(-1), x_hat_ND.to(acts_BTD.dtype))
 
 
 def _log_probabilities(model: LanguageModel, ids_BT: Tensor, replace: Callable[[Tensor], Tensor] | None) -> Tensor:

@@ -9,62 +9,84 @@ import torch
 from torch import Tensor
 
 from sae_train.kernels.matches import Matches, flat_nonzero, pack
-from sae_train.kernels.radix import kth_largest
-from sae_train.kernels.reference import column_cuts
+from sae_train.kernels.owners import column_cuts, row_cuts, row_slots
+from sae_train.kernels.radix import kth_largest, ties_kept
 from sae_train.ranks import Ranks
 
 
-def select_batch(pre_NF: Tensor, *, budget: int, capacity: int, ranks: Ranks) -> Matches:
-    """Keep the `budget` largest positive entries of all ranks' rows; see selection.select_batch."""
+def select_batch(pre_NF: Tensor, *, budget: int, capacity: int, n_features: int, ranks: Ranks) -> Matches:
+    """Keep the `budget` largest positive entries of the whole grid; see selection.select_batch."""
     group = _group_size(budget / max(1, pre_NF.numel() * ranks.size), pre_NF.numel())
     bound = kth_largest(_group_maxima(pre_NF.reshape(1, -1), group), budget, ranks)
     index, value = _reaching(pre_NF, bound)
     cut = kth_largest(value, budget, ranks)
     above, tied = value > cut, value == cut
-    above_R, tied_R = ranks.gather(torch.stack([above.sum(), tied.sum()])).unbind(1)
-    left = budget - above_R.sum() - tied_R[: ranks.rank].sum()
+    left = ties_kept(
+        above.sum(),
+        tied.sum(),
+        lambda: index[tied],
+        budget=budget,
+        shape=_shape(pre_NF),
+        n_features=n_features,
+        ranks=ranks,
+    )
     keep = above | (tied & (tied.cumsum(0) <= left))
     return pack(index[keep], value[keep], shape=_shape(pre_NF), capacity=capacity)
 
 
-def select_rows(pre_NF: Tensor, *, k: int, capacity: int) -> Matches:
+def select_rows(
+    pre_NF: Tensor, *, k: int, capacity: int, n_features: int, ranks: Ranks, allowed_F: Tensor | None = None
+) -> Matches:
     """Keep each row's `k` largest positive entries; see selection.select_rows."""
-    n_tokens, n_features = pre_NF.shape
-    group = _group_size(k / max(1, n_features), n_features)
-    maxima = _group_maxima(pre_NF, group)
-    bound_N1 = _kth_of_rows(maxima, k)
-    index, value = _reaching(pre_NF, bound_N1)
-    token = torch.div(index, n_features, rounding_mode="floor")
-    keep = _leading(value, token, torch.full((n_tokens,), k))
-    return pack(index[keep], value[keep], shape=_shape(pre_NF), capacity=capacity)
-
-
-def select_columns(pre_NF: Tensor, *, budget_F: Tensor, capacity: int, ranks: Ranks) -> Matches:
-    """Keep each column's `budget_F[j]` largest positive entries of all ranks' rows; see selection.select_columns."""
-    n_tokens, n_features = pre_NF.shape
-    local_F = budget_F.clamp(max=n_tokens)
-    index, value = _reaching(pre_NF, _column_bounds(pre_NF, local_F))
-    column = index.remainder(n_features)
-    keep = _leading(value, column, local_F)
-    index, value, column = index[keep], value[keep], column[keep]
-    if ranks.size > 1:
-        keep = _kept_here(value, column, local_F, budget_F, ranks)
+    if allowed_F is not None:
+        members = allowed_F.nonzero().squeeze(1)
+        few_NF = pre_NF.index_select(1, members)
+        few = select_rows(few_NF, k=k, capacity=capacity, n_features=n_features, ranks=ranks)
+        used = int(few.start[-1])
+        feature = torch.zeros_like(few.feature)
+        feature[:used] = members[few.feature[:used].long()].int()
+        return few._replace(feature=feature)
+    slots = row_slots(k, n_features, ranks.features)
+    n_tokens, width = pre_NF.shape
+    maxima = _group_maxima(pre_NF, _group_size(slots / max(1, width), width))
+    index, value = _reaching(pre_NF, _kth_of_rows(maxima, slots))
+    token = torch.div(index, max(1, width), rounding_mode="floor")
+    keep = _leading(value, token, torch.full((n_tokens,), slots))
+    index, value = index[keep], value[keep]
+    if ranks.features.size > 1:
+        token = token[keep]
+        sent_NK = value.new_zeros(n_tokens, slots)
+        sent_NK[token, _place_in_group(token, n_tokens)] = value
+        keep = _at_least(value, token, *row_cuts(sent_NK, k=k, ranks=ranks.features))
         index, value = index[keep], value[keep]
     return pack(index, value, shape=_shape(pre_NF), capacity=capacity)
 
 
-def _kept_here(value: Tensor, column: Tensor, local_F: Tensor, budget_F: Tensor, ranks: Ranks) -> Tensor:
-    """Return which of this rank's candidates stay when all ranks' are compared."""
-    slot_F = local_F.cumsum(0) - local_F
-    sent = value.new_zeros(int(local_F.sum()))
-    sent[slot_F[column] + _place_in_group(column, len(local_F))] = value
-    columns = torch.arange(len(local_F)).repeat_interleave(local_F)
-    cut_F, left_F = column_cuts(sent, columns, budget_F, ranks)
-    tied = value == cut_F[column]
-    ties = tied.nonzero().squeeze(1)
-    tied_and_kept = torch.zeros_like(tied)
-    tied_and_kept[ties] = _place_in_group(column[ties], len(local_F)) < left_F[column[ties]]
-    return (value > cut_F[column]) | tied_and_kept
+def select_columns(pre_NF: Tensor, *, budget_F: Tensor, capacity: int, ranks: Ranks) -> Matches:
+    """Keep each column's `budget_F[j]` largest positive entries of all tokens; see selection.select_columns."""
+    n_tokens, n_features = pre_NF.shape
+    local_F = budget_F.clamp(max=n_tokens)
+    index, value = _reaching(pre_NF, _column_bounds(pre_NF, local_F))
+    column = index.remainder(max(1, n_features))
+    keep = _leading(value, column, local_F)
+    index, value = index[keep], value[keep]
+    if ranks.data.size > 1:
+        column = column[keep]
+        slot_F = local_F.cumsum(0) - local_F
+        sent_C = value.new_zeros(int(local_F.sum()))
+        sent_C[slot_F[column] + _place_in_group(column, n_features)] = value
+        cuts = column_cuts(sent_C, local_F=local_F, budget_F=budget_F, ranks=ranks.data)
+        keep = _at_least(value, column, *cuts)
+        index, value = index[keep], value[keep]
+    return pack(index, value, shape=_shape(pre_NF), capacity=capacity)
+
+
+def _at_least(value: Tensor, group: Tensor, cut_G: Tensor, left_G: Tensor) -> Tensor:
+    """Return which entries are above their group's cut, or among the first left_G[g] of those that equal it."""
+    keep = value > cut_G[group]
+    ties = (value == cut_G[group]).nonzero().squeeze(1)
+    keep[ties] = _place_in_group(group[ties], len(cut_G)) < left_G[group[ties]]
+    return keep
 
 
 def _reaching(pre_NF: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +137,8 @@ def _kth_of_rows(rows_NL: Tensor, k: int) -> Tensor:
     """Return the k-th largest of each row [N, 1], 0 where it is not positive or there are fewer."""
     if k > rows_NL.shape[1]:
         return rows_NL.new_zeros(len(rows_NL), 1)
-    return rows_NL.topk(k, dim=1, sorted=True).values[:, -1:].clamp(min=0)
+    known_NL = torch.fmax(rows_NL, rows_NL.new_zeros(()))  # topk takes NaN for the largest
+    return known_NL.topk(k, dim=1, sorted=True).values[:, -1:]
 
 
 def _column_bounds(pre_NF: Tensor, local_F: Tensor) -> Tensor:
@@ -132,7 +155,8 @@ def _column_bounds(pre_NF: Tensor, local_F: Tensor) -> Tensor:
         members = (is_member_F & (local_F > 0)).nonzero().squeeze(1)
         if len(members) > 0:
             place = local_F[members] - 1
-            largest = maxima[:, members].topk(int(place.max()) + 1, dim=0).values
+            known = torch.fmax(maxima[:, members], pre_NF.new_zeros(()))  # topk takes NaN for the largest
+            largest = known.topk(int(place.max()) + 1, dim=0).values
             bound_F[members] = largest.gather(0, place.unsqueeze(0)).squeeze(0)
     return bound_F.unsqueeze(0)
 

@@ -1,9 +1,12 @@
-"""The K-th largest number of a set that is spread over ranks, exactly, by histograms over its bits.
+"""The K-th largest of a set that is spread over ranks, exactly, by histograms over its bits.
 
-The bits of positive floats, read as integers, are ordered like the floats. Each pass counts the numbers by one
+The bits of positive floats, read as integers, are ordered like the floats. Each pass counts the keys by one
 digit, from the highest down, among those that agree with the digits found so far: a few all-reduces of 16 KB,
-whatever the size of the set, and no wait for the device.
+whatever the size of the set, and no wait for the device. Values find their cut this way, and what equals the cut
+goes on by its place in the batch.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,24 +27,69 @@ def kth_largest(values: Tensor, k: int, ranks: Ranks) -> Tensor:
         return values.new_full((), torch.inf)
     if ranks.size == 1 and values.device.type == "cpu":
         return _kth_largest_here(values, k)
-    integer, top = INTEGER[values.dtype]
+    integer, n_bits = INTEGER[values.dtype]
     bits = torch.where(values > 0, values, 0).view(integer)
-    prefix = torch.zeros((), dtype=integer, device=values.device)
-    missing = torch.full((), k, dtype=torch.int64, device=values.device)
-    active = bits > 0
-    enough = None
-    for low in reversed(range(0, top, DIGIT_BITS)):
-        digit = ((bits >> low) & ((1 << DIGIT_BITS) - 1)).long()
-        counts = _histogram(digit, active)
-        from_top = ranks.sum(counts).flip(0).cumsum(0)
-        if enough is None:
-            enough = from_top[-1] >= k
+    rank_of_cut = torch.full((), k, dtype=torch.int64, device=values.device)
+    key, is_there = _kth_largest_key(bits, bits > 0, rank_of_cut, n_bits=n_bits, ranks=ranks)
+    return torch.where(is_there, key.view(values.dtype), 0)
+
+
+def ties_kept(
+    n_above: Tensor,
+    n_tied: Tensor,
+    find_tied: Callable[[], Tensor],
+    *,
+    budget: int,
+    shape: tuple[int, int],
+    n_features: int,
+    ranks: Ranks,
+) -> Tensor:
+    """Return how many of this rank's entries at the cut are kept; its first in flat order. May exceed their number.
+
+    Args:
+        n_above: this rank's entries above the cut, a scalar.
+        n_tied: this rank's entries that equal it, a scalar.
+        find_tied: returns their flat indices here, the first `budget` at least; negative in slots without one.
+        budget: entries that all ranks keep together.
+        shape: tokens and features of this rank.
+        n_features: features of the grid's row.
+        ranks: the whole grid.
+    """
+    above_R, tied_R = ranks.gather(torch.stack([n_above, n_tied])).unbind(1)
+    left = budget - above_R.sum()
+    if ranks.features.size == 1:
+        return left - tied_R[: ranks.rank].sum()
+    if n_tied.device.type == "cpu" and bool(left >= tied_R.sum()):
+        return n_tied
+    n_tokens, width = shape
+    here = find_tied()
+    token = torch.div(here, max(1, width), rounding_mode="floor")
+    first_token, first_feature = ranks.data.rank * n_tokens, ranks.features.slice(n_features)[0]
+    index = (token + first_token) * n_features + first_feature + (here - token * width)
+    n_bits = (n_tokens * ranks.data.size * n_features).bit_length()
+    highest = (1 << n_bits) - 1  # the lowest index has the largest key
+    key, _ = _kth_largest_key(highest - index, here >= 0, left, n_bits=n_bits, ranks=ranks)
+    return ((here >= 0) & (index <= highest - key) & (left > 0)).sum()
+
+
+def _kth_largest_key(key: Tensor, active: Tensor, k: Tensor, *, n_bits: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Return the k-th largest of all ranks' integers `key` that are `active`, and whether there are that many.
+
+    It is the least key of `n_bits` where there are not.
+    """
+    found, missing = torch.zeros((), dtype=key.dtype, device=key.device), k
+    is_there = torch.ones((), dtype=torch.bool, device=key.device)
+    for low in reversed(range(0, n_bits, DIGIT_BITS)):
+        digit = ((key >> low) & ((1 << DIGIT_BITS) - 1)).long()
+        from_top = ranks.sum(_histogram(digit, active)).flip(0).cumsum(0)
+        is_there = is_there & (from_top[-1] >= missing)
         skipped = (from_top < missing).sum().clamp(max=(1 << DIGIT_BITS) - 1)
-        missing = missing - torch.where(skipped > 0, from_top[(skipped - 1).clamp(min=0)], 0)
-        found = (1 << DIGIT_BITS) - 1 - skipped
-        active = active & (digit == found)
-        prefix = prefix | (found.to(integer) << low)
-    return torch.where(torch.as_tensor(enough), prefix.view(values.dtype), 0)
+        before = from_top.index_select(0, (skipped - 1).clamp(min=0).view(1)).squeeze(0)  # [scalar] would read it
+        missing = missing - torch.where(skipped > 0, before, 0)
+        found_digit = (1 << DIGIT_BITS) - 1 - skipped
+        active = active & (digit == found_digit)
+        found = found | (found_digit.to(key.dtype) << low)
+    return found, is_there
 
 
 def _kth_largest_here(values: Tensor, k: int) -> Tensor:
@@ -52,6 +100,6 @@ def _kth_largest_here(values: Tensor, k: int) -> Tensor:
 
 
 def _histogram(digit: Tensor, active: Tensor) -> Tensor:
-    """[2^DIGIT_BITS] int64: how many active numbers have each digit."""
+    """[2^DIGIT_BITS] int64: how many active keys have each digit."""
     counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64, device=digit.device)
     return counts.scatter_add_(0, digit, active.long())

@@ -1,12 +1,13 @@
 """The exported sparse autoencoder: raw activations in, codes and reconstructions out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sae_train import kernels
+from sae_train.ranks import Solo
 from sae_train.sae.code import SparseCode
 from sae_train.sae.dictionary import Dictionary
 
@@ -103,23 +104,8 @@ class SparseAutoencoder(nn.Module):
 
     def encode_sparse(self, x: Tensor) -> SparseCode:
         """Return the same codes without the zeros; as many slots as matches (see `encode`)."""
-        values, features, tokens, starts = [], [], [], [torch.zeros(1, dtype=torch.int32, device=x.device)]
-        n_tokens, n_matches = 0, 0
-        for pre_NF in self.pre_activations(x):
-            value, feature, token, start = self._select(pre_NF)
-            values.append(value)
-            features.append(feature)
-            tokens.append(token + n_tokens)
-            starts.append(start[1:] + n_matches)
-            n_tokens, n_matches = n_tokens + len(pre_NF), n_matches + len(value)
-        return SparseCode(
-            value=torch.cat(values),
-            feature=torch.cat(features),
-            token=torch.cat(tokens),
-            start=torch.cat(starts),
-            shape=tuple(x.shape[:-1]),
-            n_features=self.n_features,
-        )
+        parts = (self._select(pre_NF) for pre_NF in self.pre_activations(x))
+        return joined(parts, shape=tuple(x.shape[:-1]), n_features=self.n_features)
 
     def decode(self, codes: Tensor | SparseCode) -> Tensor:
         """Return reconstructions [..., d_model] of dense codes [..., n_features] or of a SparseCode.
@@ -162,7 +148,32 @@ class SparseAutoencoder(nn.Module):
                 matches = kernels.select_above(pre_NF, self.threshold)
             else:
                 k = min(round(self.k), self.n_features)
-                matches = kernels.select_rows(pre_NF, k=k, capacity=k * len(pre_NF))
+                matches = kernels.select_rows(
+                    pre_NF, k=k, capacity=k * len(pre_NF), n_features=self.n_features, ranks=Solo(pre_NF.device)
+                )
             used = int(matches.start[-1])
         token, feature = matches.token[:used], matches.feature[:used]
         return kernels.Matches(pre_NF[token.long(), feature.long()], feature, token, matches.start)
+
+
+def joined(parts: Iterable[kernels.Matches], *, shape: tuple[int, ...], n_features: int) -> SparseCode:
+    """Return the code of tokens [*shape] from the matches of one stretch of them after another, no slot unused."""
+    values: list[Tensor] = []
+    features: list[Tensor] = []
+    tokens: list[Tensor] = []
+    starts: list[Tensor] = []
+    n_tokens, n_matches = 0, 0
+    for part in parts:
+        values.append(part.value)
+        features.append(part.feature)
+        tokens.append(part.token + n_tokens)
+        starts.append(part.start[1 if starts else 0 :] + n_matches)
+        n_tokens, n_matches = n_tokens + len(part.start) - 1, n_matches + len(part.value)
+    return SparseCode(
+        value=torch.cat(values),
+        feature=torch.cat(features),
+        token=torch.cat(tokens),
+        start=torch.cat(starts),
+        shape=shape,
+        n_features=n_features,
+    )

@@ -2,7 +2,8 @@
 
 Training compares the tokens of a batch; the exported autoencoder sees one token at a time and needs a threshold.
 Mutual Choice gets one for all features, Feature Choice one a feature, TopK needs none. Where positive affinities ran
-out the target is k times the share of the budget that training's own selection uses on these tokens.
+out the target is k times the share of the budget that training's own selection uses on these tokens. Features may be
+spread over a row of ranks: every cut and every count is over all of them.
 """
 
 from typing import NamedTuple, Protocol
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from sae_train import kernels
+from sae_train.kernels.radix import kth_largest
+from sae_train.ranks import Ranks
 from sae_train.sae.autoencoder import CHUNK_BYTES, SparseAutoencoder
 from sae_train.sae.moment import Moment
 
@@ -22,7 +25,7 @@ class Calibration(NamedTuple):
     """What calibration found."""
 
     threshold_F: Tensor
-    """[F] fp32, at least 0; +inf for a feature that must never fire."""
+    """[F] fp32 of the own features, at least 0; +inf for a feature that must never fire."""
     target_l0: float
     """Mean active features a token that the thresholds aim at."""
     used_share: float
@@ -40,58 +43,74 @@ class Selector(Protocol):
 
 
 @torch.no_grad()
-def calibrate(sae: SparseAutoencoder, raw_ND: Tensor, *, sparsifier: Selector, moment: Moment) -> Calibration:
-    """Return thresholds for `sae` from held-out activations that no exported figure is computed on.
+def calibrate(
+    sae: SparseAutoencoder,
+    raw_ND: Tensor,
+    *,
+    sparsifier: Selector,
+    moment: Moment,
+    n_features: int,
+    ranks: Ranks,
+) -> Calibration:
+    """Return thresholds for `sae` from held-out activations that no exported figure is computed on. Collective.
 
     Args:
-        sae: the folded autoencoder; its own thresholds are not read.
+        sae: the folded autoencoder with this rank's features; its own thresholds are not read.
         raw_ND: the whole calibration half, in raw units, the same on every rank.
         sparsifier: whose selection the thresholds stand in for.
         moment: where in the run; tells k, the budgets and the batch size.
+        n_features: of the whole dictionary.
+        ranks: the grid; those of a row hold the other features.
     """
     if len(raw_ND) == 0:
         raise ValueError("no tokens to calibrate thresholds on")
     k, shares_F = sparsifier.k_at(moment), sparsifier.shares(moment)
+    row = ranks.features
     if sparsifier.inference == "topk":
-        return _without_threshold(sae, raw_ND, k=round(k))
+        return _without_threshold(sae, raw_ND, k=round(k), row=row)
     if shares_F is None:
-        return _one_threshold(sae, raw_ND, k=k, batch_tokens=moment.batch_tokens)
-    return _threshold_each(sae, raw_ND, k=k, shares_F=shares_F, batch_tokens=moment.batch_tokens)
+        return _one_threshold(sae, raw_ND, k=k, batch_tokens=moment.batch_tokens, n_features=n_features, row=row)
+    return _threshold_each(sae, raw_ND, k=k, shares_F=shares_F, batch_tokens=moment.batch_tokens, row=row)
 
 
-def _without_threshold(sae: SparseAutoencoder, raw_ND: Tensor, *, k: int) -> Calibration:
-    used = sum(int(_positive(pre_NF).clamp(max=k).sum()) for pre_NF in sae.pre_activations(raw_ND))
-    used_share = used / (k * len(raw_ND))
+def _without_threshold(sae: SparseAutoencoder, raw_ND: Tensor, *, k: int, row: Ranks) -> Calibration:
+    positive_N = row.sum(torch.cat([_positive(pre_NF) for pre_NF in sae.pre_activations(raw_ND)]))
+    used_share = int(positive_N.clamp(max=k).sum()) / (k * len(raw_ND))
     return Calibration(torch.zeros_like(sae.threshold), k * used_share, used_share)
 
 
-def _one_threshold(sae: SparseAutoencoder, raw_ND: Tensor, *, k: float, batch_tokens: int) -> Calibration:
+def _one_threshold(
+    sae: SparseAutoencoder, raw_ND: Tensor, *, k: float, batch_tokens: int, n_features: int, row: Ranks
+) -> Calibration:
     n_tokens = len(raw_ND)
     most = max(1, round(k * n_tokens))
-    values, positive_N = _largest(sae, raw_ND, most=most + 1)
+    values, positive_N = _largest(sae, raw_ND, most=most + 1, n_features=n_features, row=row)
     used = budget = 0
-    for batch_N in torch.split(positive_N, batch_tokens):
+    for batch_N in torch.split(row.sum(positive_N), batch_tokens):
         share = round(k * len(batch_N))
         used, budget = used + min(int(batch_N.sum()), share), budget + share
     used_share = used / max(1, budget)
-    count = round(k * n_tokens * used_share)
-    threshold = values.topk(count + 1, sorted=False).values.min() if count < len(values) else values.new_zeros(())
+    threshold = kth_largest(values, round(k * n_tokens * used_share) + 1, row)
     return Calibration(threshold.expand(sae.n_features).float().clone(), k * used_share, used_share)
 
 
-def _largest(sae: SparseAutoencoder, raw_ND: Tensor, *, most: int) -> tuple[Tensor, Tensor]:
-    """Return at least the `most` largest affinities of all tokens (all where fewer), and positives a token [N]."""
-    sample_ND = raw_ND[:: max(1, len(raw_ND) * sae.n_features * 4 // CHUNK_BYTES)]
-    bound, wanted = 0.0, SAMPLE_MARGIN * most * len(sample_ND) / len(raw_ND)
-    for pre_NF in sae.pre_activations(sample_ND):
-        flat = pre_NF.flatten()
-        bound = max(bound, float(flat.topk(min(len(flat), int(wanted) + 64), sorted=False).values.min()))
+def _largest(
+    sae: SparseAutoencoder, raw_ND: Tensor, *, most: int, n_features: int, row: Ranks
+) -> tuple[Tensor, Tensor]:
+    """Return this rank's share of at least the `most` largest affinities of all tokens and features (all where fewer).
+
+    Beside it the own features' positives a token [N].
+    """
+    sample_ND = raw_ND[:: max(1, len(raw_ND) * n_features * 4 // CHUNK_BYTES)]
+    wanted = int(SAMPLE_MARGIN * most * len(sample_ND) / len(raw_ND)) + 64
+    bound = float(kth_largest(torch.cat([pre_NF.flatten() for pre_NF in sae.pre_activations(sample_ND)]), wanted, row))
     while True:
         values, positives = [], []
         for pre_NF in sae.pre_activations(raw_ND):
             positives.append(_positive(pre_NF))
             values.append(pre_NF.flatten()[kernels.flat_nonzero(pre_NF > bound)])
-        if bound <= 0 or sum(map(len, values)) >= most:
+        found = torch.tensor(sum(map(len, values)), device=raw_ND.device)
+        if bound <= 0 or int(row.sum(found)) >= most:
             return torch.cat(values), torch.cat(positives)
         bound = bound / 2 if bound > 1e-6 else 0.0
 
@@ -102,7 +121,7 @@ def _positive(pre_NF: Tensor) -> Tensor:
 
 
 def _threshold_each(
-    sae: SparseAutoencoder, raw_ND: Tensor, *, k: float, shares_F: Tensor, batch_tokens: int
+    sae: SparseAutoencoder, raw_ND: Tensor, *, k: float, shares_F: Tensor, batch_tokens: int, row: Ranks
 ) -> Calibration:
     """Set each feature's threshold at the affinity that as many held-out tokens reach as its budget has matches.
 
@@ -110,15 +129,16 @@ def _threshold_each(
     the sum over many features stays unbiased where a cut below the c-th would add up to a match a feature and half.
     """
     n_tokens = len(raw_ND)
-    thresholds, total = [], 0.0
+    own_F = shares_F[slice(*row.slice(len(shares_F)))]
+    thresholds, total = [], torch.zeros((), dtype=torch.float64, device=raw_ND.device)
     step = max(1, CHUNK_BYTES // (4 * n_tokens))
     for first in range(0, sae.n_features, step):
         columns = slice(first, first + step)
         pre_FN = torch.addmm(sae.b_enc[columns, None], sae.W_enc[:, columns].t(), raw_ND.to(sae.W_enc.dtype).t())
-        matches_F = _expected_matches(pre_FN > 0, shares_F[columns].to(pre_FN.device), batch_tokens)
+        matches_F = _expected_matches(pre_FN > 0, own_F[columns].to(pre_FN.device), batch_tokens)
         thresholds.append(_reached_by(pre_FN, matches_F))
-        total += float(matches_F.sum())
-    used_share = total / (float(shares_F.sum()) * n_tokens)
+        total += matches_F.sum()
+    used_share = float(row.sum(total)) / (float(shares_F.sum()) * n_tokens)
     return Calibration(torch.cat(thresholds).float(), k * used_share, used_share)
 
 

@@ -1,11 +1,13 @@
 """The trainable parameters of a sparse autoencoder, one row a feature."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sae_train import kernels
+from sae_train.ranks import Ranks
 from sae_train.sae.code import SparseCode
 from sae_train.sae.keyed import keyed_generator
 
@@ -13,9 +15,14 @@ ENCODER_SCALE = 0.2
 """Norm of an encoder row at the start: better than 1 wherever both were tried (docs/quality.md). A guess at the reason:
 at 1 the first reconstructions overshoot, as matched directions overlap, and correcting that silences features."""
 
+DRAWN_TOGETHER = 256
+"""Features whose initial directions come from one generator, so that a rank draws little beside its own."""
+REPLICATED = ("b_dec",)
+"""Parameters that every rank holds whole."""
+
 
 class Dictionary(nn.Module):
-    """Encoder and decoder over normalised activations (mean squared norm 1).
+    """Encoder and decoder over normalised activations (mean squared norm 1): all features, or one rank's share.
 
     Attributes:
         W_enc: [F, D] encoder rows.
@@ -31,17 +38,34 @@ class Dictionary(nn.Module):
 
     @classmethod
     def initial(
-        cls, *, d_model: int, n_features: int, seed: int, dtype: torch.dtype, device: torch.device | str
+        cls,
+        *,
+        d_model: int,
+        n_features: int,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        features: tuple[int, int] | None = None,
     ) -> "Dictionary":
-        """Draw random unit directions, the encoder a copy of the decoder; biases zero.
+        """Draw random unit directions, the encoder a scaled copy of the decoder; biases zero.
 
-        The whole dictionary is drawn on the CPU from `seed` alone, so that any device and any sharding starts alike.
+        Directions are drawn on the CPU by feature from `seed` alone, so any device and any sharding starts alike.
+
+        Args:
+            n_features: of the whole dictionary.
+            features: lo, hi of the share to hold; None holds all.
         """
-        generator = keyed_generator(seed, "dictionary")
-        rows = torch.randn(n_features, d_model, generator=generator, dtype=torch.float32).to(dtype)
+        lo, hi = features or (0, n_features)
+        blocks = range(lo // DRAWN_TOGETHER, -(-hi // DRAWN_TOGETHER))
+        drawn = [
+            torch.randn(DRAWN_TOGETHER, d_model, generator=keyed_generator(seed, "dictionary", block))
+            for block in blocks
+        ]
+        first = lo - blocks.start * DRAWN_TOGETHER
+        rows = torch.cat(drawn)[first : first + hi - lo].to(dtype)
         rows = (rows / rows.norm(dim=1, keepdim=True)).to(device)
         zeros = rows.new_zeros
-        return cls(ENCODER_SCALE * rows, zeros(n_features), rows, zeros(d_model))
+        return cls(ENCODER_SCALE * rows, zeros(hi - lo), rows, zeros(d_model))
 
     @property
     def n_features(self) -> int:
@@ -65,9 +89,15 @@ class Dictionary(nn.Module):
         value = kernels.attach(code.value, x_ND, self.W_enc, self.b_enc, code.feature, code.token, code.start)
         return replace(code, value=value)
 
-    def decode(self, code: SparseCode, *, bias: bool = True) -> Tensor:
-        """Return the reconstruction x_hat_ND; differentiable in the code's values, W_dec and b_dec."""
+    def decode(self, code: SparseCode, *, ranks: Ranks, bias: bool = True) -> Tensor:
+        """Return the reconstruction x_hat_ND from all features; differentiable in the code's values, W_dec and b_dec.
+
+        Args:
+            ranks: whose `features` hold the other shares; each rank's gradients are of its own share.
+        """
         rows_ND = kernels.decode(code.value, self.W_dec, code.feature, code.token, code.start)
+        if ranks.features.size > 1:
+            rows_ND = _SumOfShares.apply(rows_ND, ranks.features)  # type: ignore[no-untyped-call]
         return rows_ND + self.b_dec if bias else rows_ND
 
     @torch.no_grad()
@@ -83,3 +113,15 @@ class Dictionary(nn.Module):
         """Give every decoder row unit norm."""
         norm_F1 = self.W_dec.norm(dim=1, keepdim=True)
         self.W_dec.div_(torch.where(norm_F1 > 0, norm_F1, 1))
+
+
+class _SumOfShares(torch.autograd.Function):
+    """Sum partial reconstructions. Every rank goes on to the same loss, so a part's gradient is the sum's."""
+
+    @staticmethod
+    def forward(ctx: Any, part_ND: Tensor, ranks: Ranks) -> Tensor:
+        return ranks.sum(part_ND)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None

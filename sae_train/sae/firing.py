@@ -1,4 +1,4 @@
-"""Which features fire how often: counters over the global batch, equal on every rank."""
+"""Which features fire how often: counters over the global batch, of the features that a rank holds."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from sae_train.sae.code import SparseCode
 
 
 class Firing:
-    """Replicated counters of firings; a feature fires on a token where its code is above 0.
+    """Counters of firings over all ranks' tokens; a feature fires on a token where its code is above 0.
 
     Attributes:
         since_F: int64, tokens since the feature last fired (or since the start).
@@ -28,7 +28,7 @@ class Firing:
 
     def update(self, code: SparseCode, *, n_tokens: int, ranks: Ranks) -> None:
         """Count one step; `code` holds this rank's tokens, `n_tokens` is the number over all ranks."""
-        fired_F = ranks.sum(code.firing_counts())
+        fired_F = ranks.data.sum(code.firing_counts())
         self.since_F = torch.where(fired_F > 0, 0, self.since_F + n_tokens)
         self._tokens += n_tokens
         share = (1 - 0.5 ** (n_tokens / self.half_life_tokens)) / (1 - 0.5 ** (self._tokens / self.half_life_tokens))
@@ -46,19 +46,17 @@ class Firing:
         self.interval_tokens = 0
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything as tensors, for a checkpoint."""
-        return {
-            "since": self.since_F,
-            "density": self.density_F,
-            "interval": self.interval_F,
-            "interval_tokens": torch.tensor(self.interval_tokens),
-            "tokens": torch.tensor(self._tokens),
-        }
+        """Return the counters [F], for a checkpoint."""
+        return {"since": self.since_F, "density": self.density_F, "interval": self.interval_F}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state()`."""
+    def token_counts(self) -> Tensor:
+        """Return the tokens of the interval and of the run [2], for a checkpoint."""
+        return torch.tensor([self.interval_tokens, self._tokens])
+
+    def load_state(self, state: dict[str, Tensor], token_counts: Tensor) -> None:
+        """Continue from `state()` and `token_counts()`."""
         device = self.since_F.device
         self.since_F, self.density_F, self.interval_F = (
             state[key].to(device=device, copy=True) for key in ("since", "density", "interval")
         )
-        self.interval_tokens, self._tokens = int(state["interval_tokens"]), int(state["tokens"])
+        self.interval_tokens, self._tokens = token_counts.tolist()

@@ -1,6 +1,7 @@
 """The reconstruction loss, and the auxiliary losses that keep features in use.
 
-Every loss is a sum over this rank's tokens divided by a figure of the global batch: summed over ranks it is the loss.
+Every loss is a sum over the tokens that this rank holds, divided by a figure of the global batch: summed over the
+ranks that hold other tokens (`ranks.data`) it is the loss.
 """
 
 from dataclasses import replace
@@ -15,6 +16,10 @@ from sae_train.sae.allocation import default_shift, zipf_mass
 from sae_train.sae.code import SparseCode
 from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.firing import Firing
+from sae_train.sae.moment import Moment
+
+RERANKED_A_WINDOW = 8
+"""How often in a dead window aux_zipf ranks the features anew."""
 
 
 def reconstruction_loss(x_ND: Tensor, x_hat_ND: Tensor, *, n_tokens: int) -> Tensor:
@@ -32,13 +37,14 @@ class AuxLoss:
     while fewer features than slots are dead. Gradients reach both encoder and decoder.
     """
 
-    def __init__(self, *, weight: float, d_model: int, dead_window: int) -> None:
+    def __init__(self, *, weight: float, d_model: int, n_features: int, dead_window: int) -> None:
         self.weight = weight
+        self.n_features = n_features
         self.slots = max(1, min(512, d_model // 2))
         self.dead_window = dead_window
 
-    def underuse(self, firing: Firing) -> Tensor:
-        """[F] in [0, 1], float64: how much a feature takes part."""
+    def underuse(self, firing: Firing, *, moment: Moment, ranks: Ranks) -> Tensor:
+        """[F] in [0, 1], float64: how much each of this rank's features takes part."""
         return firing.dead_F(self.dead_window).double()
 
     def __call__(
@@ -49,9 +55,10 @@ class AuxLoss:
         residual_ND: Tensor,
         *,
         firing: Firing,
+        moment: Moment,
         ranks: Ranks,
     ) -> Tensor:
-        """Return this rank's weighted share of the loss, a scalar; 0 where no feature is underused.
+        """Return this rank's tokens' weighted share of the loss, a scalar; 0 where no feature is underused.
 
         Args:
             dictionary: whose W_enc, b_enc and W_dec the loss trains.
@@ -59,24 +66,38 @@ class AuxLoss:
             pre_NF: their pre-activations.
             residual_ND: x - x_hat; no gradient flows into it.
             firing: counters of the steps before this one.
+            moment: where in the run.
             ranks: the residual's variance is over all of them.
         """
-        underuse_F = self.underuse(firing).to(x_ND.dtype)
+        underuse_F = self.underuse(firing, moment=moment, ranks=ranks).to(x_ND.dtype)
         taking_part_F = underuse_F > 0
-        if x_ND.device.type == "cpu" and not bool(taking_part_F.any()):
+        n_taking_part = ranks.features.sum(taking_part_F.sum())
+        if x_ND.device.type == "cpu" and not int(n_taking_part):
             return x_ND.new_zeros(())
         residual_ND = residual_ND.detach()
         matches = kernels.select_rows(
-            pre_NF, k=self.slots, capacity=len(x_ND) * min(self.slots, dictionary.n_features), allowed_F=taking_part_F
+            pre_NF,
+            k=self.slots,
+            capacity=len(x_ND) * min(self.slots, dictionary.n_features),
+            n_features=self.n_features,
+            allowed_F=taking_part_F,
+            ranks=ranks,
         )
         code = SparseCode(**matches._asdict(), shape=(len(x_ND),), n_features=dictionary.n_features)
         code = dictionary.attach(x_ND, code)
         code = replace(code, value=code.value * underuse_F[code.feature.long()])
-        error = (residual_ND - dictionary.decode(code, bias=False)).square().sum()
-        variance = _total_variance(residual_ND, ranks)
-        scale = (taking_part_F.sum() / self.slots).clamp(max=1)
+        error = (residual_ND - dictionary.decode(code, ranks=ranks, bias=False)).square().sum()
+        variance = _total_variance(residual_ND, ranks.data)
+        scale = (n_taking_part / self.slots).clamp(max=1)
         factor = torch.where(variance > 0, self.weight * scale / torch.where(variance > 0, variance, 1), 0)
         return factor.to(x_ND.dtype) * error
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a resumed run must know, one entry a feature, of this rank's features."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state()`."""
 
 
 class AuxZipfLoss(AuxLoss):
@@ -87,22 +108,51 @@ class AuxZipfLoss(AuxLoss):
     """
 
     def __init__(
-        self, *, weight: float, d_model: int, dead_window: int, tau: float, hard: bool, expected_F: Tensor
+        self,
+        *,
+        weight: float,
+        d_model: int,
+        dead_window: int,
+        tau: float,
+        hard: bool,
+        law_F: Tensor,
     ) -> None:
-        super().__init__(weight=weight, d_model=d_model, dead_window=dead_window)
-        self.tau, self.hard, self.expected_F = tau, hard, expected_F
+        super().__init__(weight=weight, d_model=d_model, n_features=len(law_F), dead_window=dead_window)
+        self.tau, self.hard, self._law_F = tau, hard, law_F
+        self._rerank_every = max(1, dead_window // RERANKED_A_WINDOW)
+        self._expected_F: Tensor | None = None
 
-    def underuse(self, firing: Firing) -> Tensor:
-        dead_F = super().underuse(firing)
+    def underuse(self, firing: Firing, *, moment: Moment, ranks: Ranks) -> Tensor:
+        dead_F = super().underuse(firing, moment=moment, ranks=ranks)
         if self.tau == 0:
             return dead_F
-        density_F, order = firing.density_F.sort(descending=True, stable=True)
-        if self.expected_F.device != density_F.device:
-            self.expected_F = self.expected_F.to(density_F.device)  # once: moving it in every step would wait
-        missing_F = torch.zeros_like(dead_F)
-        missing_F[order] = (1 - density_F / (self.tau * self.expected_F)).clamp(0, 1)
+        expected_F = self._expected(firing, moment=moment, ranks=ranks)
+        missing_F = (1 - firing.density_F / (self.tau * expected_F)).clamp(0, 1)
         underuse_F = torch.maximum(dead_F, missing_F)
         return (underuse_F > 0).double() if self.hard else underuse_F
+
+    def _expected(self, firing: Firing, *, moment: Moment, ranks: Ranks) -> Tensor:
+        """[F] float64: the density that the law gives the rank of each of this rank's features.
+
+        Features are ranked by density over all ranks, the lower feature first where two are equal. Ranks move slowly,
+        and their order is the one thing here that every rank's features decide, so it is renewed now and then.
+        """
+        before = moment.tokens - moment.batch_tokens
+        if self._expected_F is None or before // self._rerank_every != moment.tokens // self._rerank_every:
+            density_F = ranks.features.gather_slices(firing.density_F, self.n_features)
+            law_F = self._law_F.to(density_F.device, non_blocking=True)
+            expected_F = torch.empty_like(law_F)
+            expected_F[density_F.sort(descending=True, stable=True).indices] = law_F
+            lo, hi = ranks.features.slice(self.n_features)
+            self._expected_F = expected_F[lo:hi].clone()
+        return self._expected_F
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self._expected_F is None else {"expected": self._expected_F}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if "expected" in state:
+            self._expected_F = state["expected"].to(self._law_F.dtype)
 
 
 def build_aux_loss(config: RunConfig, *, d_model: int, n_features: int, dead_window: int) -> AuxLoss | None:
@@ -111,7 +161,7 @@ def build_aux_loss(config: RunConfig, *, d_model: int, n_features: int, dead_win
         case NoAuxLossConfig():
             return None
         case AuxKConfig(weight=weight):
-            return AuxLoss(weight=weight, d_model=d_model, dead_window=dead_window)
+            return AuxLoss(weight=weight, d_model=d_model, n_features=n_features, dead_window=dead_window)
         case AuxZipfConfig() as aux:
             shift = default_shift(n_features) if aux.shift is None else aux.shift
             mass_F = zipf_mass(n_features, exponent=aux.exponent, shift=shift)
@@ -121,7 +171,7 @@ def build_aux_loss(config: RunConfig, *, d_model: int, n_features: int, dead_win
                 dead_window=dead_window,
                 tau=aux.tau,
                 hard=aux.hard,
-                expected_F=(config.k * mass_F).clamp(max=1),
+                law_F=(config.k * mass_F).clamp(max=1),
             )
     raise TypeError(f"no auxiliary loss is built from {type(config.aux_loss).__name__}")
 

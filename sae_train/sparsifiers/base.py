@@ -57,13 +57,14 @@ class Sparsifier(ABC):
 
     @abstractmethod
     def select(self, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
-        """Return the code of this rank's tokens, its values detached; the choice is over all ranks' tokens.
+        """Return the code of this rank's tokens and features, its values detached; the choice is over all ranks'.
 
         Args:
-            pre_NF: pre-activations of this rank's tokens; every rank holds equally many.
+            pre_NF: pre-activations of the tokens and features that this rank holds; every rank holds equally many
+                tokens.
             moment: where in the run.
-            firing: counters of the steps before this one.
-            ranks: who holds the batch's other tokens.
+            firing: counters of the steps before this one, of this rank's features.
+            ranks: who holds the batch's other tokens, and the other features.
         """
 
     def shares(self, moment: Moment) -> Tensor | None:
@@ -71,7 +72,7 @@ class Sparsifier(ABC):
         return None
 
     def state(self) -> dict[str, Tensor]:
-        """Return what a resumed run must know, for a checkpoint."""
+        """Return what a resumed run must know, the same on every rank, for a checkpoint."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -80,4 +81,4 @@ class Sparsifier(ABC):
 
     def code(self, matches: Matches, pre_NF: Tensor) -> SparseCode:
         """Return matches as a code."""
-        return SparseCode(**matches._asdict(), shape=(len(pre_NF),), n_features=self.n_features)
+        return SparseCode(**matches._asdict(), shape=(len(pre_NF),), n_features=pre_NF.shape[1])

@@ -52,7 +52,7 @@ class FeatureChoice(MutualChoice):
 
     def select(self, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
         if self._rank_F is None and moment.tokens >= self._after * moment.total_tokens:
-            self._rank_F = _ranks_by_density(firing)
+            self._rank_F = _ranks_by_density(ranks.features.gather_slices(firing.density_F, self.n_features))
         if self._rank_F is None:
             return super().select(pre_NF, moment=moment, firing=firing, ranks=ranks)
         budget = self.slots(self.k_at(moment), moment.batch_tokens)
@@ -61,7 +61,8 @@ class FeatureChoice(MutualChoice):
             total=budget,
             u=keyed_uniform(moment.seed, "feature_choice", moment.step),
         )
-        matches = kernels.select_columns(pre_NF, budget_F=budget_F, capacity=self.capacity, ranks=ranks)
+        lo, hi = ranks.features.slice(self.n_features)
+        matches = kernels.select_columns(pre_NF, budget_F=budget_F[lo:hi], capacity=self.capacity, ranks=ranks)
         return self.code(matches, pre_NF)
 
     def shares(self, moment: Moment) -> Tensor | None:
@@ -98,9 +99,9 @@ class FeatureChoice(MutualChoice):
         return water_fill(mass_F, total=budget, floor=min(floor, even), cap=cap)
 
 
-def _ranks_by_density(firing: Firing) -> Tensor:
+def _ranks_by_density(density_F: Tensor) -> Tensor:
     """Return each feature's rank, the densest first, ties to the lower feature: one host read in a whole run."""
-    order = firing.density_F.sort(descending=True, stable=True).indices.cpu()
+    order = density_F.sort(descending=True, stable=True).indices.cpu()
     rank_F = torch.empty_like(order)
     rank_F[order] = torch.arange(len(order))
     return rank_F

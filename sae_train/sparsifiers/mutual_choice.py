@@ -20,5 +20,7 @@ class MutualChoice(Sparsifier):
 
     def select(self, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
         budget = self.slots(self.k_at(moment), moment.batch_tokens)
-        matches = kernels.select_batch(pre_NF, budget=budget, capacity=self.capacity, ranks=ranks)
+        matches = kernels.select_batch(
+            pre_NF, budget=budget, capacity=self.capacity, n_features=self.n_features, ranks=ranks
+        )
         return self.code(matches, pre_NF)

@@ -11,7 +11,7 @@ from sae_train.sparsifiers.base import Sparsifier
 
 
 class TopK(Sparsifier):
-    """Keeps round(k) matches a token; no rank needs another's tokens."""
+    """Keeps round(k) matches a token."""
 
     inference = "topk"
 
@@ -19,5 +19,6 @@ class TopK(Sparsifier):
         return round(k) * n_tokens
 
     def select(self, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
-        matches = kernels.select_rows(pre_NF, k=round(self.k_at(moment)), capacity=self.capacity)
+        k = round(self.k_at(moment))
+        matches = kernels.select_rows(pre_NF, k=k, capacity=self.capacity, n_features=self.n_features, ranks=ranks)
         return self.code(matches, pre_NF)

@@ -1,39 +1,25 @@
-"""Checkpoints: whole or not there.
+"""Writing checkpoints: whole or not there.
 
-`checkpoints/step_00001000/` holds `replicated.safetensors` (what all ranks share), one `lanes_*.safetensors` a rank
-(the lanes that it owns, whole, so that another rank may take any of them) and `checkpoint.json` (step, counts, and the
-size and SHA-256 of every file). It is written under a temporary name, fsynced, and renamed.
+`checkpoints/step_00001000/` holds `replicated.safetensors` (what all ranks share), and from every rank one
+`features_LO_HI.safetensors` (rows of weights, moments and counters of features LO to HI-1) and one
+`lanes_*.safetensors` (the lanes that it owns, whole), so that another number of ranks, in another layout, may each read
+what it needs; `checkpoint.json` says step, counts, and the size and SHA-256 of every file. All ranks write at once,
+under a temporary name; it is fsynced, and renamed.
 """
 
-import hashlib
 import json
-import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_train.errors import CheckpointError
 from sae_train.formats.durable import explained, sync_directory, sync_file, write_text
 from sae_train.ranks import Ranks
-
-NOTES = "checkpoint.json"
-NOTED = ("step", "tokens", "files")
-REPLICATED = "replicated.safetensors"
-
-
-class Checkpoint(NamedTuple):
-    """A checkpoint that was read and found whole."""
-
-    notes: dict[str, Any]
-    """step, tokens, metrics_rows, seconds ... as given to `save`."""
-    replicated: dict[str, Tensor]
-    lane_state: Callable[[int], dict[str, Tensor]]
-    """Returns the state of one lane."""
+from sae_train.training.restore import NOTES, REPLICATED, digest_of, fingerprint, finished, place
 
 
 def save(
@@ -41,16 +27,25 @@ def save(
     *,
     notes: dict[str, Any],
     replicated: dict[str, Tensor],
+    features: tuple[int, int],
+    feature_state: dict[str, Tensor],
     lane_states: dict[int, dict[str, Tensor]],
     ranks: Ranks,
     keep: int,
 ) -> Path:
     """Write a checkpoint, from all ranks at once, then drop all but the newest `keep` (0 keeps all).
 
+    Args:
+        notes: JSON values; `step` names the checkpoint.
+        replicated: what is the same on every rank; the first writes it.
+        features: lo, hi of the features that this rank holds.
+        feature_state: tensors [hi - lo, ...]; the ranks that hold the same features write a share each.
+        lane_states: of this rank's lanes.
+
     Raises:
         CheckpointError: on every rank, if any rank could not write; earlier checkpoints stay as they were.
     """
-    final = _place(directory, notes["step"])
+    final = place(directory, notes["step"])
     partial = directory / f"tmp-step_{notes['step']:08d}"
     files: dict[str, Any] = {}
     problem: CheckpointError | None = None
@@ -63,7 +58,8 @@ def save(
         problem = error
     ranks.raise_together(problem)
     try:
-        files = _write_share(partial, replicated if ranks.is_first else {}, lane_states)
+        share = _own_share(features, feature_state, ranks)
+        files = _write_share(partial, replicated if ranks.is_first else {}, share, lane_states)
     except CheckpointError as error:
         problem = error
     shares = ranks.gather_objects((files, problem))
@@ -80,70 +76,24 @@ def save(
     return final
 
 
-def newest(directory: Path, *, ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest whole checkpoint, or None where there is none; collective.
-
-    The first rank looks, says which ones it passes over and why, and decides for all.
-
-    Raises:
-        CheckpointError: on every rank, if another rank cannot read the one that was chosen.
-    """
-    found = _newest_here(directory, warn) if ranks.is_first else None
-    step = ranks.gather_objects(found.notes["step"] if found else None)[0]
-    problem = None
-    if step is not None and not ranks.is_first:
-        try:
-            found = load(_place(directory, step))
-        except CheckpointError as error:
-            problem = error
-    ranks.raise_together(problem)
-    return found
+def _own_share(features: tuple[int, int], state: dict[str, Tensor], ranks: Ranks) -> tuple[int, int, dict[str, Tensor]]:
+    """Return the features lo, hi that this rank writes, of those that it holds with others, and their state."""
+    lo, hi = features
+    first, last = ranks.data.slice(hi - lo)
+    return lo + first, lo + last, {name: value[first:last] for name, value in state.items()}
 
 
-def _newest_here(directory: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    paths = _finished(directory)
-    while paths:
-        try:
-            return load(paths.pop())
-        except CheckpointError as error:
-            warn(f"{error} {'Using the checkpoint before it.' if paths else 'None is left: starting over.'}")
-    return None
-
-
-def _place(directory: Path, step: int) -> Path:
-    return directory / f"step_{step:08d}"
-
-
-def load(path: Path) -> Checkpoint:
-    """Read one checkpoint.
-
-    Raises:
-        CheckpointError: a file is missing, cut short or altered.
-    """
-    try:
-        notes = json.loads((path / NOTES).read_text(encoding="utf-8"))
-        for name, expected in notes["files"].items():
-            if _fingerprint(path / name) != expected:
-                raise CheckpointError(f"{path / name}: damaged: its size or SHA-256 is not what was written.")
-        replicated = load_file(str(path / REPLICATED))
-        missing = [name for name in NOTED if name not in notes]
-        if missing:
-            raise CheckpointError(f"{path / NOTES}: damaged: lacks {', '.join(missing)}.")
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        SafetensorError,
-    ) as error:  # ValueError: not JSON, not UTF-8
-        raise CheckpointError(f"{path}: not a whole checkpoint: {error}.") from error
-    return Checkpoint(notes, replicated, _lane_reader(path, notes))
-
-
-def _write_share(partial: Path, replicated: dict[str, Tensor], lanes: dict[int, dict[str, Tensor]]) -> dict[str, Any]:
+def _write_share(
+    partial: Path,
+    replicated: dict[str, Tensor],
+    features: tuple[int, int, dict[str, Tensor]],
+    lanes: dict[int, dict[str, Tensor]],
+) -> dict[str, Any]:
     """Write this rank's files; return their fingerprints by name."""
     shares = {REPLICATED: replicated} if replicated else {}
+    lo, hi, state = features
+    if hi > lo:
+        shares[f"features_{lo:08d}_{hi:08d}.safetensors"] = state
     if lanes:
         name = f"lanes_{min(lanes):04d}_{max(lanes):04d}.safetensors"
         shares[name] = {f"{lane}/{key}": value for lane, state in lanes.items() for key, value in state.items()}
@@ -156,13 +106,13 @@ def _write_share(partial: Path, replicated: dict[str, Tensor], lanes: dict[int, 
             except SafetensorError as error:
                 raise CheckpointError(f"{path}: cannot be written: {error}. Free space there.") from error
             sync_file(path)
-            written[name] = _fingerprint(path)
+            written[name] = fingerprint(path)
     return written
 
 
 def _publish(partial: Path, final: Path, notes: dict[str, Any]) -> None:
     """Give a whole checkpoint its name."""
-    write_text(partial / NOTES, json.dumps(notes, indent=2) + "\n")
+    write_text(partial / NOTES, json.dumps(notes | {"sha256": digest_of(notes)}, indent=2) + "\n")
     with explained(final):
         if final.exists():
             shutil.rmtree(final)
@@ -175,35 +125,8 @@ def _prune(directory: Path, *, keep: int, newest: Path) -> None:
 
     A later one is damaged, or this run would have gone on from it; counted as good it would crowd out good ones.
     """
-    found = _finished(directory)
+    found = finished(directory)
     place = found.index(newest) + 1
     old = found[: max(place - keep, 0)] if keep else []
     for path in [*directory.glob("tmp-step_*"), *old, *found[place:]]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _finished(directory: Path) -> list[Path]:
-    """Return the published checkpoints, oldest first."""
-    found = [path for path in directory.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _lane_reader(path: Path, notes: dict[str, Any]) -> Callable[[int], dict[str, Tensor]]:
-    """Return a reader of one lane's state; only the asked-for tensors are read."""
-
-    def read(lane: int) -> dict[str, Tensor]:
-        for name in notes["files"]:
-            matched = re.fullmatch(r"lanes_(\d+)_(\d+)\.safetensors", name)
-            if matched and int(matched[1]) <= lane <= int(matched[2]):
-                with safe_open(str(path / name), framework="pt") as file:
-                    prefix = f"{lane}/"
-                    names = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a dict)
-                    return {key.removeprefix(prefix): file.get_tensor(key) for key in names}
-        raise CheckpointError(f"{path}: holds no lane {lane}; it was written with another harvest.lanes.")
-
-    return read

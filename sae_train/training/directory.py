@@ -3,10 +3,15 @@
 The same identity (config.identity) finds its directory again; that is what makes a resubmitted sweep resume.
 """
 
+import errno
 import fcntl
 import json
+import os
 import re
+import socket
+import time
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +32,12 @@ def run_name(config: RunConfig, *, label: str, n_features: int) -> str:
 
 PARTS = ("config", "identity", "plan", "source")
 """What every config.yaml holds, each a mapping."""
+
+
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
+"""What `flock` says where a file system has none: NFS without its lock service, Lustre mounted without `flock`."""
+REQUEUED_WAITS = 30.0
+"""Seconds that a requeued job gives the job before it to end: SLURM may start the one while the other is dying."""
 
 
 class RunDirectory:
@@ -120,17 +131,9 @@ class RunDirectory:
             record: what else config.yaml holds: the plan's numbers, the source, what was typed, versions.
 
         Raises:
-            CheckpointError: it cannot be written, or another process is training in it.
+            CheckpointError: it cannot be written or locked, or another process is training in it.
         """
-        with explained(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CheckpointError(
-                    f"{self.path}: another process is training in it. Wait for it, or choose another name=."
-                ) from None
+        self._lock = self._locked()
         self.check_identity(identified_as)  # another run may have come between the first look and the lock
         if self.stored() is None:
             values = {
@@ -139,6 +142,43 @@ class RunDirectory:
             }
             self._claimed_now = True
             write_text(self.path / "config.yaml", yaml.safe_dump(values | _plain(record), sort_keys=False))
+
+    def _locked(self) -> IO[str]:
+        """Return the lock file, held by this process until it is closed; the kernel closes a dead holder's."""
+        patience = REQUEUED_WAITS if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.0
+        deadline = time.monotonic() + patience
+        while True:
+            with explained(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock = os.fdopen(os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_current(lock):
+                    with explained(self.path):
+                        _sign(lock)
+                    return lock
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise CheckpointError(
+                        f"{self.path}: another process is training in it{_holder(lock)}. Wait for it, or choose "
+                        "another name=."
+                    ) from None
+                time.sleep(0.5)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise CheckpointError(f"{self.path}: cannot be locked: {error.strerror}.") from error
+                raise CheckpointError(
+                    f"{self.path}: its file system has no file locks ({error.strerror}), so nothing would keep two "
+                    "jobs from writing there at once. Choose another one with runs=DIR, or have it mounted with locks "
+                    "(Lustre: -o flock; NFS: with its lock service)."
+                ) from error
+            lock.close()
+
+    def _is_current(self, lock: IO[str]) -> bool:
+        """Return whether `lock` is still the file of that name: who abandons a directory removes it."""
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(lock.fileno()), (self.path / ".lock").stat())
+        return False
 
     def abandon(self) -> None:
         """Leave nothing behind of a run that was refused before its first step."""
@@ -153,6 +193,31 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def _sign(lock: IO[str]) -> None:
+    """Write who holds a lock into it, for whoever is refused."""
+    facts = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    lock.seek(0)
+    lock.truncate()
+    lock.write(json.dumps(facts) + "\n")
+    lock.flush()
+    os.fsync(lock.fileno())
+
+
+def _holder(lock: IO[str]) -> str:
+    """Return who holds a lock, as it wrote; nothing where it has not written yet."""
+    try:
+        facts = json.loads(lock.read())
+        job = f", SLURM job {facts['job']}" if facts["job"] else ""
+        return f": process {facts['pid']} on {facts['host']}{job}, since {facts['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import sae_train
 from sae_train.config import RunConfig
 from sae_train.errors import DataError
 from sae_train.evaluation.evaluate import evaluate
+from sae_train.evaluation.rounds import rounds
 from sae_train.formats import native
 from sae_train.harvest.held_out import HALVES
 from sae_train.harvest.stream import Stream, StreamFacts
@@ -26,11 +27,12 @@ SUMMARY_ONLY = ("l0_p5", "l0_p50", "l0_p95", "l0_standard_error", "evaluation_to
 
 
 def exported(trainer: Trainer) -> tuple[SparseAutoencoder, dict[str, Any]]:
-    """Return the SAE as it would be exported now, and its figures on held-out data; changes nothing.
+    """Return the SAE as it would be exported now, and its figures on held-out data; changes nothing. Collective.
 
-    Thresholds are set on the calibration half, every figure comes from the other.
+    The SAE holds this rank's features, the figures are of all. Thresholds are set on the calibration half, every figure
+    comes from the other.
     """
-    config, stream, ranks = trainer.config, trainer.stream, trainer.ranks
+    config, stream, ranks, n_features = trainer.config, trainer.stream, trainer.ranks, trainer.plan.n_features
     sae = SparseAutoencoder.fold(
         trainer.dictionary,
         centre_D=stream.scaling.centre_D,
@@ -39,7 +41,9 @@ def exported(trainer: Trainer) -> tuple[SparseAutoencoder, dict[str, Any]]:
         inference=trainer.sparsifier.inference,
     )
     raw_ND = calibration_half(stream, max_tokens=config.evaluation_tokens, ranks=ranks)
-    calibration = calibrate(sae, raw_ND, sparsifier=trainer.sparsifier, moment=trainer.moment())
+    calibration = calibrate(
+        sae, raw_ND, sparsifier=trainer.sparsifier, moment=trainer.moment(), n_features=n_features, ranks=ranks
+    )
     del raw_ND
     sae.threshold.data.copy_(calibration.threshold_F)
     figures = evaluate(
@@ -47,6 +51,7 @@ def exported(trainer: Trainer) -> tuple[SparseAutoencoder, dict[str, Any]]:
         stream.held_out,
         max_tokens=config.evaluation_tokens,
         language_model=stream.language_model,
+        n_features=n_features,
         ranks=ranks,
     )
     if "fvu" not in figures:
@@ -72,8 +77,10 @@ def write_export(
     facts: StreamFacts,
     figures: dict[str, Any],
     tokens: int,
+    n_features: int,
+    ranks: Ranks,
 ) -> None:
-    """Write `saes/NAME/`."""
+    """Write `saes/NAME/`. Collective: every rank brings its features, and learns whether it was written."""
     scaling = stream.scaling
     notes = {
         "site": facts.label,
@@ -91,7 +98,7 @@ def write_export(
         "figures": figures,
         "sae_train_version": sae_train.__version__,
     }
-    native.save(sae, directory, facts=notes)
+    native.save(sae, directory, facts=notes, n_features=n_features, ranks=ranks)
 
 
 def check_held_out(stream: Stream, *, ranks: Ranks) -> None:
@@ -101,8 +108,8 @@ def check_held_out(stream: Stream, *, ranks: Ranks) -> None:
         DataError: nothing of a half passes the filters.
     """
     for half in HALVES:
-        some = any(len(batch.raw_ND) > 0 for batch in stream.held_out.batches(half, max_tokens=ENOUGH_TOKENS))
-        if not int(ranks.max(torch.tensor(int(some), device=ranks.device))):
+        turns = rounds(stream.held_out.batches(half, max_tokens=ENOUGH_TOKENS), ranks)
+        if not any(turn.n_tokens for turn in turns):
             raise DataError(
                 f"held-out data: nothing of its {half} half passes the outlier filter (norms up to "
                 f"{stream.scaling.limit:.3g}). Give other held-out text or rows."
@@ -111,7 +118,8 @@ def check_held_out(stream: Stream, *, ranks: Ranks) -> None:
 
 @torch.no_grad()
 def calibration_half(stream: Stream, *, max_tokens: int, ranks: Ranks) -> Tensor:
-    """Return the calibration half's raw activations [N, d_model], fp32, all of them on every rank."""
-    own = [batch.raw_ND for batch in stream.held_out.batches("calibration", max_tokens=max_tokens)]
-    empty = torch.zeros(0, stream.d_model, device=ranks.device)
-    return ranks.gather_rows(torch.cat([empty, *own]))
+    """Return the calibration half's raw activations [N, d_model], fp32, on every rank all of them in one order."""
+    nothing_ND = torch.zeros(0, stream.d_model, device=ranks.device)
+    turns = rounds(stream.held_out.batches("calibration", max_tokens=max_tokens), ranks)
+    rows = [ranks.gather_rows(nothing_ND if turn.batch is None else turn.batch.raw_ND) for turn in turns]
+    return torch.cat([nothing_ND, *rows])

@@ -32,21 +32,28 @@ class Totals:
         *,
         x_ND: Tensor,
         error_ND: Tensor,
+        l0_N: Tensor,
         code: SparseCode,
         loss: Tensor,
         aux: Tensor | None,
         grad_norm: Tensor,
         budget: float,
     ) -> None:
-        """Add one step. `loss` and `aux` are this rank's shares; `budget` its expected number of matches."""
+        """Add one step.
+
+        Args:
+            x_ND, error_ND, l0_N: of the tokens that this rank harvested.
+            code: of the tokens and features that it holds.
+            loss, aux: its shares; over all ranks they sum to the whole.
+            budget: expected number of matches of its tokens.
+        """
         value = code.value.detach()
-        l0_N = code.start.diff().long()
         device_values = [
             error_ND.square().sum(dtype=torch.float64),
             x_ND.square().sum(dtype=torch.float64),
             loss.detach().double(),
             torch.zeros_like(loss, dtype=torch.float64) if aux is None else aux.detach().double(),
-            code.count.double(),
+            l0_N.sum().double(),
         ]
         self.scalars[0] += len(x_ND)
         self.scalars[1:6] += torch.stack(device_values)
@@ -98,11 +105,11 @@ class Totals:
                 own.copy_(stacked.min(0).values if name == "least_kept" else stacked.sum(0))
 
 
-def firing_row(firing: Firing, dead_window: int) -> dict[str, Any]:
-    """Return the interval's dead features and density figures; firing counts are already over all ranks."""
-    dead = int(firing.dead_F(dead_window).sum())
+def firing_row(firing: Firing, dead_window: int, *, n_features: int, ranks: Ranks) -> dict[str, Any]:
+    """Return the interval's dead features and density figures; firing counts are already over all ranks' tokens."""
+    dead = int(ranks.features.sum(firing.dead_F(dead_window).sum()))
     n_tokens = max(int(firing.interval_tokens), 1)
-    density_F = firing.interval_F.double() / n_tokens
+    density_F = ranks.features.gather_slices(firing.interval_F, n_features).double() / n_tokens
     row: dict[str, Any] = {"train/dead_features": dead, "train/dead_fraction": dead / len(density_F)}
     row |= {f"density/{name}": value for name, value in density_figures(density_F).items()}
     row["density/histogram"] = density_histogram(density_F, n_tokens)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from sae_train.config import OptimizerConfig
-from sae_train.sae.dictionary import Dictionary
+from sae_train.ranks import Ranks
+from sae_train.sae.dictionary import REPLICATED, Dictionary
 
 
 class Adam:
@@ -26,9 +27,16 @@ class Adam:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
 
-    def gradient_norm(self) -> Tensor:
-        """Return the global norm of the gradients, a scalar on the device."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self._named.values() if p.grad is not None])
+    def gradient_norm(self, ranks: Ranks) -> Tensor:
+        """Return the norm of the gradients of the whole dictionary, a scalar on the device."""
+        squares = {
+            name: torch.linalg.vector_norm(parameter.grad).double().square()
+            for name, parameter in self._named.items()
+            if parameter.grad is not None
+        }
+        shared = torch.stack([square for name, square in squares.items() if name not in REPLICATED]).sum()
+        whole = [square for name, square in squares.items() if name in REPLICATED]
+        return torch.stack([ranks.features.sum(shared), *whole]).sum().sqrt()
 
     def step(self, *, lr: float, norm: Tensor, halted: Tensor) -> None:
         """Update every parameter from its gradient and drop the gradients.
@@ -41,13 +49,21 @@ class Adam:
         self._adam.param_groups[0]["lr"] = lr
         # the fused step divides gradients by grad_scale and does nothing where found_inf is set (as for GradScaler)
         if self._clip > 0:
-            setattr(self._adam, "grad_scale", (norm / self._clip).clamp_min(1.0).float())  # noqa: B010 (not in the stubs)
+            self._divide_gradients((norm / self._clip).clamp_min(1.0))
         setattr(self._adam, "found_inf", halted.float())  # noqa: B010 (not in the stubs)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
 
+    def _divide_gradients(self, scale: Tensor) -> None:
+        """Divide by `scale`: in the update's own pass, but for float64, which has no float64 scale there."""
+        gradients = [p.grad for p in self._named.values() if p.grad is not None]
+        if gradients[0].dtype == torch.float64:
+            torch._foreach_div_(gradients, scale)
+        else:
+            setattr(self._adam, "grad_scale", scale.float())  # noqa: B010 (not in the stubs)
+
     def state(self) -> dict[str, Tensor]:
-        """Return step counts and moments by parameter name."""
+        """Return step counts and moments by parameter and name, 'W_enc.exp_avg'."""
         return {
             f"{name}.{key}": value
             for name, parameter in self._named.items()

@@ -8,6 +8,7 @@ from typing import Any
 from sae_train.config import AuxLossConfig, NoAuxLossConfig, RunConfig
 from sae_train.errors import ConfigError, raise_all
 from sae_train.harvest.stream import StreamFacts
+from sae_train.training.layout import feature_columns
 from sae_train.training.schedule import DECAY_SHARE, WARMUP_SHARE, peak_learning_rate
 
 LARGEST_DEAD_WINDOW = 10_000_000
@@ -30,6 +31,8 @@ class Plan:
     steps: int
     batch_tokens: int
     n_ranks: int
+    columns: int
+    """Ranks that share the features of one copy of the dictionary; rank = row * columns + column."""
     dead_window: int
     peak_lr: float
     warmup_tokens: int
@@ -70,8 +73,9 @@ def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
     total = steps * config.batch_tokens
     element = 8 if config.precision == "float64" else 4
     parameters = 2 * n_features * facts.d_model + n_features + facts.d_model
-    local_tokens = config.batch_tokens // n_ranks
-    memory = 4 * element * parameters + 2 * element * local_tokens * n_features + facts.pool_bytes // n_ranks
+    columns = feature_columns(config.parallel, n_ranks=n_ranks, n_features=n_features)
+    pre_activations = config.batch_tokens * n_features // n_ranks  # a row's tokens times a column's features
+    memory = 4 * element * parameters // columns + 2 * element * pre_activations + facts.pool_bytes // n_ranks
     optimizer = config.optimizer
     plan = Plan(
         d_model=facts.d_model,
@@ -80,6 +84,7 @@ def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
         steps=steps,
         batch_tokens=config.batch_tokens,
         n_ranks=n_ranks,
+        columns=columns,
         dead_window=config.dead_window or max(1, min(LARGEST_DEAD_WINDOW, total // DEAD_WINDOWS_A_RUN)),
         peak_lr=peak_learning_rate(optimizer, n_features=n_features, tokens=total),
         warmup_tokens=round(WARMUP_SHARE * total) if optimizer.warmup_tokens is None else optimizer.warmup_tokens,
@@ -104,7 +109,7 @@ def describe(plan: Plan, config: RunConfig, *, path: str) -> str:
         ("budget", config.budget.name),
         ("auxiliary loss", f"{config.aux_loss.name}; dead is {plan.dead_window:,} tokens without firing"),
         ("tokens", f"{plan.total_tokens:,} in {plan.steps:,} steps of {plan.batch_tokens:,}"),
-        ("ranks", f"{plan.n_ranks}, layout {config.parallel.layout}"),
+        ("ranks", _ranks_text(plan, config)),
         ("learning rate", f"{plan.peak_lr:.2e}, warm-up {plan.warmup_tokens:,} tokens, decay {plan.decay_tokens:,}"),
         ("memory a rank", f"{plan.memory_bytes / 1e9:.2f} GB without the language model (estimated)"),
         ("disk", f"{disk / 1e9:.2f} GB, of which {plan.checkpoint_bytes / 1e9:.2f} a checkpoint (estimated)"),
@@ -113,6 +118,14 @@ def describe(plan: Plan, config: RunConfig, *, path: str) -> str:
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _ranks_text(plan: Plan, config: RunConfig) -> str:
+    rows = plan.n_ranks // plan.columns
+    text = f"{plan.n_ranks}, layout {config.parallel.layout}"
+    if plan.n_ranks > 1:
+        text += f": {rows} of tokens x {plan.columns} of features; {plan.batch_tokens // plan.n_ranks:,} tokens a rank"
+    return text
 
 
 def _problems(config: RunConfig, *, n_features: int, n_ranks: int) -> list[str]:

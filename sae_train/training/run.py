@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-import subprocess
+import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,19 @@ import torch
 
 import sae_train
 from sae_train.config import RunConfig
-from sae_train.errors import CheckpointError, UserError
+from sae_train.errors import Preempted, UserError
 from sae_train.formats.durable import write_text
 from sae_train.harvest.stream import Stream, StreamFacts, build_stream, check_stream
-from sae_train.ranks import Ranks, find_ranks, process_count, process_index
+from sae_train.heartbeat import Heartbeat
+from sae_train.place import find_place
+from sae_train.ranks import Ranks, find_ranks
 from sae_train.sparsifiers import build_sparsifier
-from sae_train.training import checkpoint
+from sae_train.training import checkpoint, restore, stop
 from sae_train.training.console import Progress, say, verdict, warn
 from sae_train.training.directory import RunDirectory, run_name
 from sae_train.training.finish import check_held_out, evaluation_row, exported, write_export
 from sae_train.training.plan import Plan, describe, make_plan
+from sae_train.training.provenance import check_source, provenance, resolve_precision
 from sae_train.training.tracking import Dashboard, MetricsFile, build_dashboard
 from sae_train.training.trainer import Events, Trainer
 
@@ -39,9 +42,10 @@ def run(config: RunConfig, *, overrides: list[str]) -> int:
         The exit status, 0.
 
     Raises:
-        UserError: see errors.py; its `status` is the exit status.
+        UserError: see errors.py; its `status` is the exit status. `Preempted` after a signal, once everything is saved.
     """
-    n_ranks = process_count()
+    stop.listen()
+    n_ranks = find_place().size
     facts = check_stream(config, n_ranks=n_ranks)
     plan = make_plan(config, facts, n_ranks=n_ranks)
     build_sparsifier(config, n_features=plan.n_features)  # refuses infeasible budgets
@@ -50,27 +54,41 @@ def run(config: RunConfig, *, overrides: list[str]) -> int:
     )
     directory.check_identity(config)
     if config.dry_run:
-        if process_index() == 0:
+        if find_place().rank == 0:
             say(describe(plan, config, path=str(directory.path)))
         return 0
-    ranks = find_ranks()
+    ranks = find_ranks().arranged(columns=plan.columns)
     result = directory.result()
     if result is not None:
         if ranks.is_first:
             say(f"already finished: {_verdict_of(result, directory, config)}")
     else:
-        with ExitStack() as stack:
-            _Run(config, plan, facts, directory=directory, overrides=overrides, ranks=ranks, stack=stack).go()
+        with _heartbeat(ranks):
+            _train(config, plan, facts, directory=directory, overrides=overrides, ranks=ranks)
     return 0
 
 
-def resolve_precision(config: RunConfig, *, stored: dict[str, Any] | None, device: torch.device) -> str:
-    """Return the precision of matrix products: as typed, else as this run began, else what the hardware gains from."""
-    if config.precision != "auto":
-        return config.precision
-    if stored is not None:
-        return str(stored["config"].get("precision", "float32"))
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+def _heartbeat(ranks: Ranks) -> Heartbeat | nullcontext[None]:
+    store = ranks.open_store()
+    return nullcontext() if store is None else Heartbeat(store, ranks.rank, ranks.size)
+
+
+def _train(
+    config: RunConfig, plan: Plan, facts: StreamFacts, *, directory: RunDirectory, overrides: list[str], ranks: Ranks
+) -> None:
+    """Make the run; after a signal leave once it is saved, its files are closed and SLURM knows."""
+    agreement = stop.Agreement(ranks)
+    try:
+        with ExitStack() as stack:
+            parts: dict[str, Any] = {"directory": directory, "overrides": overrides, "agreement": agreement}
+            _Run(config, plan, facts, **parts, ranks=ranks, stack=stack).go()
+    except Preempted:
+        if ranks.is_first and agreement.wish == stop.REQUEUE:
+            notice = stop.requeue()
+            if notice:
+                warn(notice)
+        ranks.barrier()  # a rank that leaves before may have the launcher end the first one in the middle of this
+        raise
 
 
 class _Run:
@@ -84,9 +102,11 @@ class _Run:
         *,
         directory: RunDirectory,
         overrides: list[str],
+        agreement: stop.Agreement,
         ranks: Ranks,
         stack: ExitStack,
     ) -> None:
+        self._agreement, self._saved_at = agreement, -1
         self.config, self.directory, self.ranks, self._stack, self.facts = config, directory, ranks, stack, facts
         stored = directory.stored()
         precision = resolve_precision(config, stored=stored, device=ranks.device)
@@ -128,22 +148,49 @@ class _Run:
         )
         self._stack.callback(self.progress.close)
         self.trainer.fit(
-            Events(log=self._log, evaluate=self._evaluate, checkpoint=self._checkpoint, advance=self.progress.advance)
+            Events(
+                log=self._log,
+                evaluate=self._evaluate,
+                checkpoint=self._checkpoint,
+                advance=self.progress.advance,
+                stop=self._stop,
+            )
         )
         self.progress.close()
         self._finish()
 
+    def _stop(self) -> None:
+        """Leave once the ranks have agreed that one of them was told to: with a checkpoint of this very step."""
+        if not self._agreement.poll():
+            return
+        self._agreement.settle()
+        if self._saved_at != self.trainer.n_done:
+            self.trainer.halt.check(self.ranks, site=self.plan.label)
+            self._checkpoint()
+        raise self._agreement.preempted(step=self.trainer.n_done)
+
+    def _stop_now(self) -> None:
+        """Leave if a rank was told to, after the last step: its checkpoint is written."""
+        if self._agreement.now():
+            raise self._agreement.preempted(step=self.trainer.n_done)
+
     def _begin(self) -> None:
         """Load the newest whole checkpoint, or start the stream."""
-        found = checkpoint.newest(self.directory.checkpoints, ranks=self.ranks, warn=warn)
+        found = restore.newest(self.directory.checkpoints, ranks=self.ranks, warn=warn)
         n_rows = 0
         if found is None:
             self.stream.start()
             check_held_out(self.stream, ranks=self.ranks)
         else:
-            self.trainer.load_state(found.replicated, found.lane_state)
+            features = found.features(*self.trainer.features)
+            self.trainer.load_state(found.replicated, features, found.lane_state)
             self.seconds_before, n_rows = found.notes.get("seconds", 0.0), found.notes.get("metrics_rows", 0)
-            self._say(f"resuming at step {self.trainer.n_done:,} of {self.plan.steps:,} in {self.directory.path}")
+            self._saved_at = self.trainer.n_done
+            restarts = os.environ.get("SLURM_RESTART_COUNT")
+            again = f", restart {restarts} of the SLURM job" if restarts else ""
+            self._say(
+                f"resuming at step {self.trainer.n_done:,} of {self.plan.steps:,} in {self.directory.path}{again}"
+            )
             threads = found.notes.get("threads")
             if threads != torch.get_num_threads() and self.ranks.is_first:
                 warn(f"this run computed with {threads} threads so far and now has {torch.get_num_threads()}: "
@@ -156,6 +203,8 @@ class _Run:
 
     def _log(self, row: dict[str, Any]) -> None:
         row = {"sae": self.sae_name} | row
+        if "SLURM_RESTART_COUNT" in os.environ:
+            row["perf/slurm_restarts"] = int(os.environ["SLURM_RESTART_COUNT"])
         if "train/fvu" in row:
             self.progress.show(row)
         self._on_first(lambda: self.metrics.append(row))
@@ -179,20 +228,25 @@ class _Run:
             self.directory.checkpoints,
             notes=notes,
             replicated=self.trainer.state(),
+            features=self.trainer.features,
+            feature_state=self.trainer.feature_state(),
             lane_states=self.stream.lane_states(),
             ranks=self.ranks,
             keep=self.config.checkpoint.keep,
         )
+        self._saved_at = self.trainer.n_done
 
     def _finish(self) -> None:
         """Export, and write the summary last: its presence means finished."""
         seconds = self._seconds()
+        self._stop_now()
         sae, figures = exported(self.trainer)
+        self._stop_now()
         tokens = self.trainer.tokens
         self._log(evaluation_row(figures, step=self.trainer.n_done, tokens=tokens))
         figures |= {
             "filtered_share": self.stream.dropped_share(),
-            "dead_fraction_training": int(self.trainer.firing.dead_F(self.plan.dead_window).sum()) / sae.n_features,
+            "dead_fraction_training": self._dead_fraction(),
         }
         summary = {
             "run": self.directory.path.name,
@@ -202,21 +256,24 @@ class _Run:
             "saes": {self.sae_name: figures},
         }
 
-        def write() -> None:
-            write_export(
-                sae,
-                self.directory.path / "saes" / self.sae_name,
-                config=self.config,
-                stream=self.stream,
-                facts=self.facts,
-                figures=figures,
-                tokens=tokens,
-            )
-            write_text(self.directory.summary, json.dumps(summary, indent=2) + "\n")
-
-        self._on_first(write)
+        write_export(
+            sae,
+            self.directory.path / "saes" / self.sae_name,
+            config=self.config,
+            stream=self.stream,
+            facts=self.facts,
+            figures=figures,
+            tokens=tokens,
+            n_features=self.plan.n_features,
+            ranks=self.ranks,
+        )
+        self._on_first(lambda: write_text(self.directory.summary, json.dumps(summary, indent=2) + "\n"))
         self.dashboard.summarise(figures)
         self._say(_verdict_of(summary, self.directory, self.config))
+
+    def _dead_fraction(self) -> float:
+        dead = self.trainer.firing.dead_F(self.plan.dead_window).sum()
+        return int(self.ranks.features.sum(dead)) / self.plan.n_features
 
     def _seconds(self) -> float:
         """Return the seconds of training so far, those before a resume included."""
@@ -235,39 +292,6 @@ class _Run:
             except UserError as error:
                 problem = error
         self.ranks.raise_together(problem)
-
-
-def check_source(record: dict[str, Any], *, stored: dict[str, Any] | None, path: Path) -> None:
-    """Refuse to go on with another model or other data than the run began with.
-
-    Raises:
-        CheckpointError: a fact of the source, such as the commit of a hub model, is not what config.yaml says.
-    """
-    before = stored["source"] if stored else record
-    moved = [f"{key} {before.get(key)!r} -> {value!r}" for key, value in record.items() if before.get(key) != value]
-    if moved:
-        raise CheckpointError(
-            f"{path}: its activations came from elsewhere: {', '.join(moved)}. Bring that back (model.revision= pins a "
-            "model), or choose another name=."
-        )
-
-
-def provenance(overrides: list[str]) -> dict[str, Any]:
-    """Return what was typed, and which version of this program runs: package version, git commit if any."""
-    source = Path(sae_train.__file__).resolve().parent
-    try:
-        asked = subprocess.run(
-            ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
-        )
-        commit = asked.stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
-    return {
-        "version": sae_train.__version__,
-        "git_commit": commit,
-        "torch": str(torch.__version__),
-        "overrides": overrides,
-    }
 
 
 def _verdict_of(summary: dict[str, Any], directory: RunDirectory, config: RunConfig) -> str:

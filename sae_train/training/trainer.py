@@ -12,7 +12,7 @@ from sae_train.config import RunConfig
 from sae_train.errors import StoppedByNumbers
 from sae_train.harvest.stream import Stream
 from sae_train.ranks import Ranks
-from sae_train.sae.dictionary import Dictionary
+from sae_train.sae.dictionary import REPLICATED, Dictionary
 from sae_train.sae.firing import Firing
 from sae_train.sae.losses import build_aux_loss, reconstruction_loss
 from sae_train.sae.moment import Moment
@@ -37,23 +37,38 @@ class Events:
     evaluate: Callable[[], None]
     checkpoint: Callable[[], None]
     advance: Callable[[int], None]
+    stop: Callable[[], None]
+    """Called before every step; does not come back where the run is to stop."""
 
 
 class Trainer:
-    """One SAE learning from one stream. All that it would need to go on is in `state`."""
+    """One SAE learning from one stream. All that it would need to go on is in `state` and `feature_state`.
+
+    A rank holds the tokens of its row of the grid of ranks (all that the row's ranks harvested) and the features of its
+    column.
+
+    Attributes:
+        features: lo, hi of the features that this rank holds.
+    """
 
     def __init__(self, config: RunConfig, plan: Plan, *, stream: Stream, precision: str, ranks: Ranks) -> None:
         dtype = torch.float64 if precision == "float64" else torch.float32
         self.config, self.plan, self.stream, self.ranks, self.precision = config, plan, stream, ranks, precision
+        self.features = ranks.features.slice(plan.n_features)
         self.dictionary = Dictionary.initial(
-            d_model=plan.d_model, n_features=plan.n_features, seed=config.seed, dtype=dtype, device=ranks.device
+            d_model=plan.d_model,
+            n_features=plan.n_features,
+            seed=config.seed,
+            dtype=dtype,
+            device=ranks.device,
+            features=self.features,
         )
         self.sparsifier = build_sparsifier(config, n_features=plan.n_features)
         self.aux_loss = build_aux_loss(
             config, d_model=plan.d_model, n_features=plan.n_features, dead_window=plan.dead_window
         )
         half_life = max(1, min(LONGEST_HALF_LIFE, plan.total_tokens // 8))
-        self.firing = Firing(plan.n_features, half_life_tokens=half_life, device=ranks.device)
+        self.firing = Firing(self.dictionary.n_features, half_life_tokens=half_life, device=ranks.device)
         self.optimizer = Adam(self.dictionary, config.optimizer)
         self.totals = Totals(d_model=plan.d_model, device=ranks.device)
         self.halt = Halt(ranks.device)
@@ -82,11 +97,12 @@ class Trainer:
             StoppedByNumbers: a loss or gradient was not finite, or no feature fires any more.
         """
         while self.n_done < self.plan.steps:
+            events.stop()
             before = self.tokens
             self._clock.start(self.plan.batch_tokens)
-            x_ND = self.stream.batch(self.n_done)
+            own_ND = self.stream.batch(self.n_done)
             self._clock.harvested()
-            self.step(x_ND)
+            self.step(own_ND)
             self._clock.stop()
             events.advance(self.plan.batch_tokens)
             last = self.n_done == self.plan.steps
@@ -98,29 +114,33 @@ class Trainer:
                 self.halt.check(self.ranks, site=self.plan.label)
                 events.checkpoint()
 
-    def step(self, x_ND: Tensor) -> None:
-        """Learn from this rank's rows of one batch; nothing is read back to the host."""
-        moment, dictionary = self.moment(), self.dictionary
+    def step(self, own_ND: Tensor) -> None:
+        """Learn from one batch, of which this rank harvested `own_ND`; nothing is read back to the host."""
+        moment, dictionary, ranks = self.moment(), self.dictionary, self.ranks
+        x_ND = ranks.features.gather(own_ND).flatten(0, 1)
         pre_NF = dictionary.pre_activations(x_ND, precision=self.precision)
-        chosen = self.sparsifier.select(pre_NF, moment=moment, firing=self.firing, ranks=self.ranks)
+        chosen = self.sparsifier.select(pre_NF, moment=moment, firing=self.firing, ranks=ranks)
         code = dictionary.attach(x_ND, chosen)
-        x_hat_ND = dictionary.decode(code)
+        x_hat_ND = dictionary.decode(code, ranks=ranks)
         loss = reconstruction_loss(x_ND, x_hat_ND, n_tokens=self.plan.batch_tokens)
         error_ND = (x_ND - x_hat_ND).detach()
         aux = None
         if self.aux_loss is not None:
-            aux = self.aux_loss(dictionary, x_ND, pre_NF, error_ND, firing=self.firing, ranks=self.ranks)
+            aux = self.aux_loss(dictionary, x_ND, pre_NF, error_ND, firing=self.firing, moment=moment, ranks=ranks)
         (loss if aux is None else loss + aux).backward()
-        grad_norm = self._update(loss.detach(), x_ND)
-        self.firing.update(code, n_tokens=self.plan.batch_tokens, ranks=self.ranks)
+        grad_norm = self._update(loss.detach(), own_ND)
+        self.firing.update(code, n_tokens=self.plan.batch_tokens, ranks=ranks)
+        first = ranks.features.rank * len(own_ND)
+        own = slice(first, first + len(own_ND))
         self.totals.add(
-            x_ND=x_ND,
-            error_ND=error_ND,
+            x_ND=own_ND,
+            error_ND=error_ND[own],
+            l0_N=ranks.features.sum(code.start.diff())[own].long(),
             code=code,
-            loss=loss,
-            aux=aux,
+            loss=loss / ranks.features.size,
+            aux=None if aux is None else aux / ranks.features.size,
             grad_norm=grad_norm,
-            budget=self.sparsifier.k_at(moment) * len(x_ND),
+            budget=self.sparsifier.k_at(moment) * len(own_ND),
         )
         self.n_done += 1
 
@@ -131,7 +151,9 @@ class Trainer:
             StoppedByNumbers: see `fit`.
         """
         self.halt.check(self.ranks, site=self.plan.label)
-        row = self.totals.row(self.ranks) | firing_row(self.firing, self.plan.dead_window)
+        row = self.totals.row(self.ranks) | firing_row(
+            self.firing, self.plan.dead_window, n_features=self.plan.n_features, ranks=self.ranks
+        )
         if row["train/l0"] == 0:
             raise StoppedByNumbers(
                 f"no feature fired in the {self.config.log_every:,} tokens before step {self.n_done}: the dictionary "
@@ -148,30 +170,49 @@ class Trainer:
         return {"step": self.n_done, "tokens": self.tokens} | row | self._clock.row()
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything but the lanes, replicated: weights, moments, counters, the open interval."""
+        """Return what is the same on every rank: what belongs to no feature and no lane. Collective."""
         parts: dict[str, dict[str, Tensor]] = {
-            "dictionary": dict(self.dictionary.named_parameters()),
-            "optimizer": self.optimizer.state(),
+            "dictionary": {name: getattr(self.dictionary, name) for name in REPLICATED},
+            "optimizer": {name: value for name, value in self.optimizer.state().items() if not _has_features(name)},
             "sparsifier": self.sparsifier.state(),
-            "firing": self.firing.state(),
+            "firing": {"token_counts": self.firing.token_counts()},
             "stream": self.stream.replicated_state(),
             "totals": self.totals.state(self.ranks),
             "trainer": {"n_done": torch.tensor(self.n_done)},
         }
-        return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
+        return _joined(parts)
 
-    def load_state(self, state: dict[str, Tensor], lane_state: Callable[[int], dict[str, Tensor]]) -> None:
-        """Go on from `state` and the stream's lanes."""
+    def feature_state(self) -> dict[str, Tensor]:
+        """Return what belongs to the features that this rank holds: tensors [hi - lo, ...] for `features`."""
+        own = dict(self.dictionary.named_parameters())
+        parts: dict[str, dict[str, Tensor]] = {
+            "dictionary": {name: value.detach() for name, value in own.items() if name not in REPLICATED},
+            "optimizer": {name: value for name, value in self.optimizer.state().items() if _has_features(name)},
+            "firing": self.firing.state(),
+            "aux_loss": {} if self.aux_loss is None else self.aux_loss.state(),
+        }
+        return _joined(parts)
+
+    def load_state(
+        self,
+        state: dict[str, Tensor],
+        feature_state: dict[str, Tensor],
+        lane_state: Callable[[int], dict[str, Tensor]],
+    ) -> None:
+        """Go on from `state`, the `feature_state` of the own features and the stream's lanes."""
+        both = state | {name: value.to(self.ranks.device) for name, value in feature_state.items()}
 
         def part(name: str) -> dict[str, Tensor]:
-            return {k.removeprefix(f"{name}/"): v for k, v in state.items() if k.startswith(f"{name}/")}
+            return {k.removeprefix(f"{name}/"): v for k, v in both.items() if k.startswith(f"{name}/")}
 
         with torch.no_grad():
             for name, parameter in self.dictionary.named_parameters():
-                parameter.copy_(state[f"dictionary/{name}"])
+                parameter.copy_(both[f"dictionary/{name}"])
         self.optimizer.load_state(part("optimizer"))
         self.sparsifier.load_state(part("sparsifier"))
-        self.firing.load_state(part("firing"))
+        self.firing.load_state(part("firing"), state["firing/token_counts"])
+        if self.aux_loss is not None:
+            self.aux_loss.load_state(part("aux_loss"))
         self.totals.load_state(part("totals"), self.ranks)
         self.stream.restore(part("stream"), lane_state)
         self.n_done = int(state["trainer/n_done"])
@@ -187,17 +228,30 @@ class Trainer:
             total_tokens=plan.total_tokens,
         )
 
-    def _update(self, loss: Tensor, x_ND: Tensor) -> Tensor:
+    def _update(self, loss: Tensor, own_ND: Tensor) -> Tensor:
         """Sum gradients over ranks, project, clip, step, renormalise (design.md 6); return the gradient's norm."""
         for parameter in self.dictionary.parameters():
             if parameter.grad is not None:
-                self.ranks.sum_in_place(parameter.grad)
+                self.ranks.data.sum_in_place(parameter.grad)
+        for name in REPLICATED:  # equal on the ranks of a row but for rounding, which must not add up
+            parameter = getattr(self.dictionary, name)
+            parameter.grad = self.ranks.features.broadcast(parameter.grad, 0)
         self.dictionary.project_gradient()
-        norm = self.optimizer.gradient_norm()
-        self.halt.watch(step=self.n_done, loss=self.ranks.sum(loss), grad_norm=norm, x_ND=x_ND)
+        norm = self.optimizer.gradient_norm(self.ranks)
+        self.halt.watch(step=self.n_done, loss=self.ranks.data.sum(loss), grad_norm=norm, x_ND=own_ND)
         self.optimizer.step(lr=self._learning_rate(self.tokens), norm=norm, halted=self.halt.flag)
         self.dictionary.normalise()
         return norm
+
+
+def _has_features(name: str) -> bool:
+    """Return whether an entry of the optimizer's state, such as 'W_enc.exp_avg', has a row a feature."""
+    parameter, _, kind = name.partition(".")
+    return parameter not in REPLICATED and kind != "step"
+
+
+def _joined(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
 class _Clock:

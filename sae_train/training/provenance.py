@@ -1,0 +1,53 @@
+"""What a run holds to when it goes on: the precision it began with, its source, and the program that made it."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sae_train
+from sae_train.config import RunConfig
+from sae_train.errors import CheckpointError
+
+
+def resolve_precision(config: RunConfig, *, stored: dict[str, Any] | None, device: torch.device) -> str:
+    """Return the precision of matrix products: as typed, else as this run began, else what the hardware gains from."""
+    if config.precision != "auto":
+        return config.precision
+    if stored is not None:
+        return str(stored["config"].get("precision", "float32"))
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def check_source(record: dict[str, Any], *, stored: dict[str, Any] | None, path: Path) -> None:
+    """Refuse to go on with another model or other data than the run began with.
+
+    Raises:
+        CheckpointError: a fact of the source, such as the commit of a hub model, is not what config.yaml says.
+    """
+    before = stored["source"] if stored else record
+    moved = [f"{key} {before.get(key)!r} -> {value!r}" for key, value in record.items() if before.get(key) != value]
+    if moved:
+        raise CheckpointError(
+            f"{path}: its activations came from elsewhere: {', '.join(moved)}. Bring that back (model.revision= pins a "
+            "model), or choose another name=."
+        )
+
+
+def provenance(overrides: list[str]) -> dict[str, Any]:
+    """Return what was typed, and which version of this program runs: package version, git commit if any."""
+    source = Path(sae_train.__file__).resolve().parent
+    try:
+        asked = subprocess.run(
+            ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+        commit = asked.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {
+        "version": sae_train.__version__,
+        "git_commit": commit,
+        "torch": str(torch.__version__),
+        "overrides": overrides,
+    }

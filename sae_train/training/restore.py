@@ -1,0 +1,172 @@
+"""Reading checkpoints: the newest whole one, and from it what a rank needs, whatever ranks wrote it."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sae_train.errors import CheckpointError
+from sae_train.ranks import Ranks
+
+NOTES = "checkpoint.json"
+NOTED = ("step", "tokens", "files")
+REPLICATED = "replicated.safetensors"
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that was read and found whole."""
+
+    notes: dict[str, Any]
+    """step, tokens, metrics_rows, seconds ... as given to `save`."""
+    replicated: dict[str, Tensor]
+    features: Callable[[int, int], dict[str, Tensor]]
+    """Returns the state [hi - lo, ...] of features lo to hi - 1."""
+    lane_state: Callable[[int], dict[str, Tensor]]
+    """Returns the state of one lane."""
+
+
+def newest(directory: Path, *, ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest whole checkpoint, or None where there is none; collective.
+
+    The ranks share out the reading of the files; the first says which checkpoints are passed over and why.
+
+    Raises:
+        CheckpointError: on every rank, if a rank does not see the files that the first one sees.
+    """
+    steps = [step_of(path) for path in finished(directory)] if ranks.is_first else []
+    steps = ranks.gather_objects(steps)[0]
+    while steps:
+        path = place(directory, steps.pop())
+        faults = ranks.gather_objects(_fault(path, ranks))
+        unseen = [rank for rank, fault in enumerate(faults) if isinstance(fault, FileNotFoundError)]
+        if unseen and len(unseen) < ranks.size:
+            raise CheckpointError(
+                f"{path}: rank {unseen[0]} does not see it and others do. Put runs=DIR on a file system that all "
+                "nodes share."
+            )
+        fault = next((found for found in faults if found is not None), None)
+        if fault is None:
+            return load(path)
+        if ranks.is_first:
+            warn(f"{fault} {'Using the checkpoint before it.' if steps else 'None is left: starting over.'}")
+    return None
+
+
+def _fault(path: Path, ranks: Ranks) -> Exception | None:
+    """Return what is wrong with this rank's share of a checkpoint's files."""
+    if not path.is_dir():
+        return FileNotFoundError(f"{path}: gone.")
+    try:
+        files = sorted(_notes(path)["files"].items())
+        _check(path, dict(files[ranks.rank :: ranks.size]))
+    except CheckpointError as error:
+        return error
+    return None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint's notes and replicated state; the rest is read when asked for.
+
+    Raises:
+        CheckpointError: a file is missing or cannot be read.
+    """
+    notes = _notes(path)
+    with _whole(path):
+        replicated = load_file(str(path / REPLICATED))
+    return Checkpoint(notes, replicated, _feature_reader(path, notes), _lane_reader(path, notes))
+
+
+def _check(path: Path, files: dict[str, Any]) -> None:
+    with _whole(path):
+        for name, expected in files.items():
+            if fingerprint(path / name) != expected:
+                raise CheckpointError(f"{path / name}: damaged: its size or SHA-256 is not what was written.")
+
+
+def _notes(path: Path) -> dict[str, Any]:
+    with _whole(path):
+        notes: dict[str, Any] = json.loads((path / NOTES).read_text(encoding="utf-8"))
+        missing = [name for name in NOTED if name not in notes]
+        if missing:
+            raise CheckpointError(f"{path / NOTES}: damaged: lacks {', '.join(missing)}.")
+        if notes.pop("sha256", None) != digest_of(notes) or notes["step"] != step_of(path):
+            raise CheckpointError(f"{path / NOTES}: damaged: not what was written.")
+    return notes
+
+
+def digest_of(notes: dict[str, Any]) -> str:
+    """Return the SHA-256 of a checkpoint's notes, which they carry themselves."""
+    return hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Turn what reading a broken file raises into a CheckpointError."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:  # ValueError: not JSON
+        raise CheckpointError(f"{path}: not a whole checkpoint: {error}.") from error
+
+
+def place(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:08d}"
+
+
+def finished(directory: Path) -> list[Path]:
+    """Return the published checkpoints, oldest first."""
+    found = [path for path in directory.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _feature_reader(path: Path, notes: dict[str, Any]) -> Callable[[int, int], dict[str, Tensor]]:
+    """Return a reader of some features' state; only the asked-for rows are read."""
+
+    def read(lo: int, hi: int) -> dict[str, Tensor]:
+        parts: dict[str, list[Tensor]] = {}
+        for name in sorted(notes["files"]):
+            matched = re.fullmatch(r"features_(\d+)_(\d+)\.safetensors", name)
+            if matched is None or int(matched[1]) >= hi or int(matched[2]) <= lo:
+                continue
+            first, last = max(lo - int(matched[1]), 0), min(hi, int(matched[2])) - int(matched[1])
+            with safe_open(str(path / name), framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    parts.setdefault(key, []).append(file.get_slice(key)[first:last])
+        state = {key: torch.cat(rows) for key, rows in parts.items()}
+        if not state or any(len(rows) != hi - lo for rows in state.values()):
+            raise CheckpointError(f"{path}: does not hold features {lo} to {hi - 1}.")
+        return state
+
+    return read
+
+
+def _lane_reader(path: Path, notes: dict[str, Any]) -> Callable[[int], dict[str, Tensor]]:
+    """Return a reader of one lane's state; only the asked-for tensors are read."""
+
+    def read(lane: int) -> dict[str, Tensor]:
+        for name in notes["files"]:
+            matched = re.fullmatch(r"lanes_(\d+)_(\d+)\.safetensors", name)
+            if matched and int(matched[1]) <= lane <= int(matched[2]):
+                with safe_open(str(path / name), framework="pt") as file:
+                    prefix = f"{lane}/"
+                    names = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a dict)
+                    return {key.removeprefix(prefix): file.get_tensor(key) for key in names}
+        raise CheckpointError(f"{path}: holds no lane {lane}; it was written with another harvest.lanes.")
+
+    return read

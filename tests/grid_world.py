@@ -1,0 +1,198 @@
+"""What the ranks of a test's world do: real processes, one start a world size, all cases sent through it."""
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from sae_train.compose import compose_config
+from sae_train.config import RunConfig
+from sae_train.harvest.stream import build_stream, check_stream
+from sae_train.ranks import Processes, Ranks, Solo
+from sae_train.sae.code import SparseCode
+from sae_train.training import checkpoint, restore
+from sae_train.training.plan import make_plan
+from sae_train.training.trainer import Trainer
+
+D, F, N = 16, 97, 64
+STEPS = 50
+LAYOUTS = {1: (1,), 2: (1, 2), 4: (1, 4, 2)}
+"""Columns of the grid of ranks (parallel=data, features, mesh) by world size."""
+CASES: dict[str, list[str]] = {
+    "topk": ["sparsifier=topk", "aux_loss=aux_k"],
+    "topk, annealed": ["sparsifier=topk", "aux_loss=none", "budget.start_k=9", "budget.anneal=0.5"],
+    "mutual choice": ["sparsifier=mutual_choice", "aux_loss=none", "optimizer.clip=0.05"],
+    "mutual choice, zipf": ["sparsifier=mutual_choice", "aux_loss=aux_zipf", "aux_loss.tau=0.5"],
+    "feature choice": ["sparsifier=feature_choice", "aux_loss=aux_k", "budget.start_k=7", "budget.anneal=0.5"],
+    "feature choice, zipf": ["sparsifier=feature_choice", "budget=zipf", "sparsifier.after=0.5", "aux_loss=aux_zipf"],
+}
+
+
+def write_activations(folder: Path) -> None:
+    """Rows of a superposition on a coarse grid, so that affinities tie, some of them zero."""
+    generator = torch.Generator().manual_seed(0)
+    codes = (torch.rand(6000, 64, generator=generator) < 0.06).double() * torch.rand(6000, 64, generator=generator)
+    rows = (8 * codes @ torch.randn(64, D, generator=generator, dtype=torch.float64)).round() / 8
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"activations": rows.contiguous()}, str(folder / "rows.safetensors"))
+
+
+def config_of(folder: Path, case: list[str], *, precision: str, steps: int = STEPS, n_features: int = F) -> RunConfig:
+    """Return the configuration of a case."""
+    return compose_config([
+        "harvest=tensors", f"harvest.path={folder}", "harvest.calibration_tokens=512", "tracking=none", "k=5",
+        f"n_features={n_features}", f"batch_tokens={N}", f"tokens={N * steps}", "dead_window=512",
+        f"precision={precision}", *case,
+    ])  # fmt: skip
+
+
+def build(config: RunConfig, ranks: Ranks, *, start: bool = True) -> Trainer:
+    """Return the trainer that a run on these ranks would have."""
+    facts = check_stream(config, n_ranks=ranks.size)
+    plan = make_plan(config, facts, n_ranks=ranks.size)
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    stream = build_stream(config, ranks=ranks, dtype=dtype)
+    if start:
+        stream.start()
+    return Trainer(config, plan, stream=stream, precision=config.precision, ranks=ranks)
+
+
+def watch(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return a list to which every step adds its matches: flat indices over all ranks, ascending, and affinities."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    select, ranks = trainer.sparsifier.select, trainer.ranks
+
+    def watched(pre_NF: torch.Tensor, **parts: Any) -> SparseCode:
+        code = select(pre_NF, **parts)
+        used = int(code.count)
+        token = code.token[:used].long() + ranks.data.rank * len(pre_NF)
+        feature = code.feature[:used].long() + trainer.features[0]
+        assert bool((code.value[:used] > 0).all())
+        index, order = ranks.gather_rows(token * trainer.plan.n_features + feature).sort()
+        seen.append((index, ranks.gather_rows(code.value[:used])[order]))
+        return code
+
+    trainer.sparsifier.select = watched  # type: ignore[method-assign]
+    return seen
+
+
+def whole(trainer: Trainer, name: str) -> torch.Tensor:
+    """Return a parameter of all features."""
+    own = getattr(trainer.dictionary, name).detach()
+    return own if name == "b_dec" else trainer.ranks.features.gather_slices(own, trainer.plan.n_features)
+
+
+def learn(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """Train; return every step's matches, the weights, the counters and the row of the interval."""
+    trainer = build(config, ranks)
+    seen = watch(trainer)
+    for step in range(trainer.plan.steps):
+        trainer.step(trainer.stream.batch(step))
+    row = trainer.row()
+    weights = {name: whole(trainer, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    since = ranks.features.gather_slices(trainer.firing.since_F, trainer.plan.n_features)
+    figures = {key: value for key, value in row.items() if not key.startswith("perf/")}
+    return {"matches": [index for index, _ in seen], "weights": weights, "since": since, "row": figures}
+
+
+def one_step(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """Return the matches and the gradients of the first step, before clipping, from the initial state."""
+    trainer = build(config, ranks)
+    seen = watch(trainer)
+    found: dict[str, torch.Tensor] = {}
+    update = trainer.optimizer.step
+
+    def noted(**parts: Any) -> None:
+        for name, parameter in trainer.dictionary.named_parameters():
+            gradient = parameter.grad
+            assert gradient is not None
+            slices = ranks.features.gather_slices
+            found[name] = gradient.clone() if name == "b_dec" else slices(gradient.clone(), trainer.plan.n_features)
+        update(**parts)
+
+    trainer.optimizer.step = noted  # type: ignore[method-assign]
+    trainer.step(trainer.stream.batch(0))
+    return {"matches": dict(zip(*(part.tolist() for part in seen[0]), strict=True)), "gradients": found}
+
+
+def save(config: RunConfig, ranks: Ranks, folder: Path, *, steps: int) -> None:
+    """Train for some steps and write a checkpoint."""
+    trainer = build(config, ranks)
+    for step in range(steps):
+        trainer.step(trainer.stream.batch(step))
+    checkpoint.save(
+        folder, notes={"step": steps, "tokens": trainer.tokens}, replicated=trainer.state(), features=trainer.features,
+        feature_state=trainer.feature_state(), lane_states=trainer.stream.lane_states(), ranks=ranks, keep=0,
+    )  # fmt: skip
+
+
+def resume(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, torch.Tensor]:
+    """Go on from the newest checkpoint to the end; return the weights."""
+    trainer = build(config, ranks, start=False)
+    found = restore.newest(folder, ranks=ranks, warn=sys.stdout.write)
+    assert found is not None
+    trainer.load_state(found.replicated, found.features(*trainer.features), found.lane_state)
+    while trainer.n_done < trainer.plan.steps:
+        trainer.step(trainer.stream.batch(trainer.n_done))
+    return {name: whole(trainer, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+
+
+def traffic(config: RunConfig, ranks: Ranks) -> dict[str, int]:
+    """Return the bytes of one step by verb; by then features are dead, and the auxiliary loss has work."""
+    trainer = build(config, ranks)
+    before = trainer.plan.dead_window // N + 2
+    for step in range(before):
+        trainer.step(trainer.stream.batch(step))
+    x_ND = trainer.stream.batch(before)
+    ranks.traffic.clear()
+    trainer.step(x_ND)
+    return {verb: count for verb, count in ranks.traffic.items() if count}
+
+
+def join(rank: int, size: int, port: int) -> Ranks:
+    """Join a world of processes on this machine."""
+    if size == 1:
+        return Solo()
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return Processes()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _measure(rank: int, size: int, port: int, folder: str) -> None:
+    """Print the bytes that one step moves on four processes, in a Markdown table."""
+    ranks = join(rank, size, port)
+    if rank == 0:
+        sys.stdout.write("| sparsifier | auxiliary loss | columns | n_features | bytes a step and rank | of which |\n")
+        sys.stdout.write("|---|---|---|---|---|---|\n")
+    for kind in ("topk", "mutual_choice", "feature_choice"):
+        for aux in ("none", "aux_k", "aux_zipf"):
+            for columns in LAYOUTS[size]:
+                for n_features in (256, 1024):
+                    overrides = [f"sparsifier={kind}", f"aux_loss={aux}"]
+                    config = config_of(Path(folder), overrides, precision="float32", n_features=n_features)
+                    moved = traffic(config, ranks.arranged(columns=columns))
+                    if rank == 0:
+                        parts = ", ".join(f"{verb} {count:,}" for verb, count in sorted(moved.items()))
+                        total = sum(moved.values())
+                        sys.stdout.write(f"| {kind} | {aux} | {columns} | {n_features} | {total:,} | {parts} |\n")
+    ranks.close()
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        write_activations(Path(scratch))
+        torch.multiprocessing.spawn(_measure, args=(4, free_port(), scratch), nprocs=4)
