@@ -2,19 +2,23 @@
 
 0 finished, 1 our fault (traceback), 2 the user's (message), 3 stopped by the numbers, 75 preempted and saved,
 130 interrupted. Hydra composes, and answers `--cfg` and the other questions about the configuration; the runs are
-made here, one after another. torch and the other heavy libraries are imported when the first run starts.
+made here, one after another, or sent to SLURM. torch and the other heavy libraries are imported when the first run
+starts. Where SAE_TRAIN_OUTCOME names a file, it says how the run stands.
 """
 
 import argparse
 import os
 import sys
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-from sae_train.errors import UserError, raise_all
+from sae_train.errors import Preempted, UserError, raise_all
+from sae_train.place import find_place
+from sae_train.sweeps import outcome
 
 if TYPE_CHECKING:
-    from sae_train.compose import Point
+    from sae_train.compose import Point, Request
 
 PREEMPTED = 75
 INTERRUPTED = 130
@@ -25,42 +29,69 @@ FIRST_RANK_SPEAKS = 3.0
 def main() -> None:
     """Do what `sys.argv` says and exit with a status."""
     status = run_command(sys.argv[1:])
-    if "RANK" in os.environ:
+    if find_place().size > 1:
         # threads of a group of processes that was left may still end while Python does, and abort it (seen: four runs
         # in ten that had finished well); nothing is left to do but to hand over the status
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        _leave(status)
     sys.exit(status)
+
+
+def run_point(arguments: list[str], outcome_file: str) -> NoReturn:
+    """Be one rank of a job of a sweep: what submitit calls, again after each requeue.
+
+    submitit's own end is left out: it would make every status but 0 into 1, and its result is read by nobody.
+    """
+    os.environ[outcome.VARIABLE] = outcome_file
+    _leave(run_command(arguments))
+
+
+def _leave(status: int) -> NoReturn:
+    """End this process at once."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def run_command(arguments: list[str]) -> int:
     """Do what the arguments say; return the exit status."""
+    record = outcome.Record()
     try:
-        points = _points(arguments)
+        request = _request(arguments)
+        if request is None:
+            return 0
+        if request.launcher is not None and not any(point.config.dry_run for point in request.points):
+            return _submit(request, arguments)
     except UserError as error:
         _complain(str(error), everywhere=True)
+        record.end(error.status, str(error))
         return error.status
-    try:
-        return _run(points)
     except KeyboardInterrupt:
-        _complain("Interrupted. The same command goes on from the last checkpoint.", everywhere=True)
         return INTERRUPTED
+    try:
+        return _run(request.points, record)
+    except KeyboardInterrupt:
+        interrupted = "Interrupted. The same command goes on from the last checkpoint."
+        _complain(interrupted, everywhere=True)
+        record.end(INTERRUPTED, interrupted)
+        return INTERRUPTED
+    except Exception as error:
+        record.end(1, f"{type(error).__name__}: {error}")
+        raise
 
 
-def _points(arguments: list[str]) -> "list[Point]":
-    """Return the runs that are asked for, all of them checked; none where a question was answered instead."""
+def _request(arguments: list[str]) -> "Request | None":
+    """Return the runs that are asked for, all of them checked; None where a question was answered instead."""
     if "--version" in arguments:
         from sae_train import __version__
 
         sys.stdout.write(f"sae-train {__version__}\n")
-        return []
+        return None
     from sae_train import compose
 
     options = _parse(arguments)
     place, name = options.config_dir, options.config_name or compose.CONFIG_NAME
     if not (options.help or options.cfg or options.info or options.hydra_help or options.shell_completion):
-        return compose.compose_points(options.overrides, sweep=options.multirun, config_dir=place, config_name=name)
+        return compose.compose_request(options.overrides, sweep=options.multirun, config_dir=place, config_name=name)
     if options.help:
         from sae_train.usage import usage
 
@@ -69,7 +100,7 @@ def _points(arguments: list[str]) -> "list[Point]":
         if options.cfg:
             compose.offer(options.overrides, config_dir=place, config_name=name)
         _ask_hydra([a for a in arguments if a not in options.overrides] + options.overrides)
-    return []
+    return None
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -99,7 +130,8 @@ def _ask_hydra(arguments: list[str]) -> None:
     """Let Hydra print what it knows: `--cfg`, `--info`, `--hydra-help`, `--shell-completion`."""
     import hydra
 
-    from sae_train.compose import CONFIG_MODULE, CONFIG_NAME, VERSION_BASE, register_schemas
+    from sae_train.compose import CONFIG_MODULE, CONFIG_NAME, VERSION_BASE
+    from sae_train.schemas import register_schemas
 
     register_schemas()
     sys.argv[1:] = arguments  # flags first: Hydra's parser takes no flag between two settings
@@ -111,35 +143,58 @@ def _no_run(_: object) -> None:
     raise AssertionError("Hydra was asked a question and started a run")
 
 
-def _run(points: "list[Point]") -> int:
+def _submit(request: "Request", arguments: list[str]) -> int:
+    """Send the runs of a sweep to SLURM; return the exit status."""
+    from sae_train.sweeps.submit import submit_sweep
+
+    options = _parse(arguments)
+    flags = [f"--config-dir={Path(options.config_dir).resolve()}"] if options.config_dir else []
+    flags += [f"--config-name={options.config_name}"] if options.config_name else []
+    assert request.launcher is not None
+    return submit_sweep(
+        [[*flags, *point.overrides] for point in request.points],
+        runs=Path(request.points[0].config.runs).expanduser(),
+        launcher=request.launcher,
+        task=run_point,
+    )
+
+
+def _run(points: "list[Point]", record: outcome.Record) -> int:
     """Make the runs, one after another; return the gravest exit status.
 
     In a sweep an error that concerns one point is reported and the next point has its turn; several ranks
     stop there, because not all of them may have had the error.
     """
-    if not points:
-        return 0
-    from sae_train.ranks import find_ranks, process_count, process_index
+    from sae_train.ranks import find_ranks
     from sae_train.training.run import run
 
+    place = find_place()
+
+    record.begin()
     statuses: dict[str, int] = {}
+    problem: str | None = None
     names = _names(points)
     for name, point in zip(names, points, strict=True):
-        if name and process_index() == 0:
+        if name and place.rank == 0:
             sys.stderr.write(f"{name}\n")
+        if record.is_kept and len(points) == 1:
+            record.begin(outcome.run_directory(point.config))
         try:
             statuses[name] = run(point.config, overrides=point.overrides)
         except UserError as error:
-            _complain(f"{name}: {error}" if name else str(error), everywhere=False)
+            problem = f"{name}: {error}" if name else str(error)
+            _complain(problem, everywhere=isinstance(error, Preempted))
             statuses[name] = error.status
-        if statuses[name] == PREEMPTED or (statuses[name] and process_count() > 1):
+        if statuses[name] == PREEMPTED or (statuses[name] and place.size > 1):
             break
     unfinished = [name for name in names if statuses.get(name, UserError.status)]
     if len(points) > 1 and unfinished:
         _complain(f"Not finished: {'; '.join(unfinished)}.", everywhere=True)
-    if process_count() > 1 and not unfinished:
+    if place.size > 1 and not unfinished:
         find_ranks().close()  # not earlier: a group of processes that was left cannot be joined again
-    return max(statuses.values())
+    status = max(statuses.values())
+    record.end(status, problem)
+    return status
 
 
 def _names(points: "list[Point]") -> list[str]:
@@ -153,11 +208,7 @@ def _names(points: "list[Point]") -> list[str]:
 
 def _complain(message: str, *, everywhere: bool) -> None:
     """Tell the user what went wrong; `everywhere`: all ranks have the same to say, so one does."""
-    rank = 0
-    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
-        from sae_train.ranks import process_index  # imports torch
-
-        rank = process_index()
+    rank = find_place().rank
     if rank:
         time.sleep(FIRST_RANK_SPEAKS)
         if everywhere:

@@ -1,9 +1,8 @@
-"""From what is typed to checked RunConfigs: schemas, composition, preflight, and the points of a sweep.
+"""From what is typed to checked RunConfigs: composition, preflight, the points of a sweep and where they are sent.
 
-Hydra composes the YAML of `conf/`; the dataclasses of config.py are its schemas, stored under `schema/` so that
-they do not show among the choices. Hydra alone accepts `+typo=1` and stops at the first error; here every
-argument is checked against the composed keys first, and all findings come in one message. Nothing here starts a
-run or writes a file.
+Hydra composes the YAML of `conf/`; the dataclasses of config.py are its schemas (schemas.py). Hydra alone accepts
+`+typo=1` and stops at the first error; here every argument is checked against the composed keys first, and all findings
+come in one message. Nothing here starts a run or writes a file.
 """
 
 import itertools
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
 from hydra import compose, initialize_config_module
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -27,48 +25,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from sae_train import config as schema
 from sae_train import preflight
 from sae_train.config import RunConfig
 from sae_train.errors import ConfigError, raise_all
 from sae_train.preflight import Typed
+from sae_train.schemas import register_schemas
+from sae_train.sweeps import launcher
+from sae_train.sweeps.launcher import SlurmLauncher
 
 CONFIG_MODULE = "sae_train.conf"
 CONFIG_NAME = "train"
 VERSION_BASE = "1.3"
-
-SCHEMAS: dict[str, type] = {
-    "run": schema.RunConfig,
-    "model": schema.ModelConfig,
-    "data": schema.DataConfig,
-    "harvest/live": schema.LiveHarvestConfig,
-    "harvest/tensors": schema.TensorsHarvestConfig,
-    "layer/block": schema.BlockLayerConfig,
-    "layer/module": schema.ModuleLayerConfig,
-    "sparsifier/topk": schema.TopKConfig,
-    "sparsifier/mutual_choice": schema.MutualChoiceConfig,
-    "sparsifier/feature_choice": schema.FeatureChoiceConfig,
-    "budget/pooled": schema.PooledBudgetConfig,
-    "budget/uniform": schema.UniformBudgetConfig,
-    "budget/zipf": schema.ZipfBudgetConfig,
-    "aux_loss/none": schema.NoAuxLossConfig,
-    "aux_loss/aux_k": schema.AuxKConfig,
-    "aux_loss/aux_zipf": schema.AuxZipfConfig,
-    "optimizer": schema.OptimizerConfig,
-    "checkpoint": schema.CheckpointConfig,
-    "parallel": schema.ParallelConfig,
-    "tracking/none": schema.TrackingConfig,
-    "tracking/wandb": schema.WandbConfig,
-}
-"""Where each class of config.py is found by `conf/`: `schema/<key>`."""
-
-
-def register_schemas() -> None:
-    """Make the classes of config.py known to Hydra; may be called again."""
-    store = ConfigStore.instance()
-    for path, node in SCHEMAS.items():
-        *group, name = f"schema/{path}".split("/")
-        store.store(group="/".join(group), name=name, node=node)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,29 +46,43 @@ class Point:
     config: RunConfig
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What the command line asks for."""
+
+    points: list[Point]
+    """The runs, in the order in which a sweep makes them."""
+    launcher: SlurmLauncher | None
+    """Where a sweep's runs are sent; None makes them here."""
+
+
 def compose_config(overrides: list[str]) -> RunConfig:
     """Return the configuration that `sae-train` would run with these overrides; ConfigError lists every problem."""
-    (point,) = compose_points(overrides, sweep=False)
+    (point,) = compose_request(overrides, sweep=False).points
     return point.config
 
 
-def compose_points(
+def compose_request(
     arguments: list[str], *, sweep: bool, config_dir: str | None = None, config_name: str = CONFIG_NAME
-) -> list[Point]:
-    """Return every run that the arguments ask for, in the order in which a sweep makes them.
+) -> Request:
+    """Return every run that the arguments ask for, and where they are to be made.
 
     Raises:
         ConfigError: with the problems of all points, before anything was loaded or written.
     """
     with opened(config_dir=config_dir, config_name=config_name) as library:
         overrides, problems = library.read(arguments, sweep=sweep)
+        sent, overrides = library.split(overrides)
+        where, found = library.launcher(sent, sweep=sweep)
+        problems += found
         configs = []
         for point in library.expand(overrides):
             config, found = library.check(point)
             problems += found
             configs.append((point, config))
         raise_all(list(dict.fromkeys(problems)))
-    return [Point(overrides=[_text(o) for o in point], config=config) for point, config in configs if config]
+    points = [Point(overrides=[_text(o) for o in point], config=config) for point, config in configs if config]
+    return Request(points=points, launcher=where)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,19 +95,22 @@ class Offer:
     """The names of each group."""
     classes: dict[str, type]
     """The class of config.py that each group is set to."""
+    launcher: dict[str, Any]
+    """What hydra/launcher=slurm is set to."""
 
 
 def offer(arguments: list[str], *, config_dir: str | None = None, config_name: str = CONFIG_NAME) -> Offer:
     """Return what can be set once the arguments are; keys that still need a value do not matter."""
     with opened(config_dir=config_dir, config_name=config_name) as library:
         overrides, problems = library.read(arguments, sweep=False)
-        draft = library.draft(overrides)
+        draft = library.draft(library.split(overrides)[1])
         raise_all(problems + draft.problems)
         values = cast(dict[str, Any], OmegaConf.to_container(draft.values))
         return Offer(
             values=values,
             choices={group: library.choices(group) for group in library.groups},
             classes={g: cast(type, OmegaConf.get_type(draft.values, g)) for g in values if g in library.groups},
+            launcher=library.launcher_values("slurm"),
         )
 
 
@@ -179,6 +163,30 @@ class Library:
             else:
                 overrides.append(override)
         return overrides, problems
+
+    @staticmethod
+    def split(overrides: list[Override]) -> tuple[list[Override], list[Override]]:
+        """Return what says how a sweep is launched, and the rest."""
+        said = [launcher.is_launching(override.key_or_group) for override in overrides]
+        parts = list(zip(overrides, said, strict=True))
+        return [o for o, launches in parts if launches], [o for o, launches in parts if not launches]
+
+    def launcher(self, overrides: list[Override], *, sweep: bool) -> tuple[SlurmLauncher | None, list[str]]:
+        """Return where a sweep is sent, None for nowhere, and what is wrong with how that was typed."""
+        typed = [self._typed(override) for override in overrides]
+        swept = [f"{_text(o)}: one launcher submits the whole sweep." for o in overrides if o.is_sweep_override()]
+        choice, problems = launcher.check_launcher(typed, self.choices(launcher.GROUP), sweep=sweep)
+        problems += swept + preflight.check_repeats(typed)
+        if problems or choice == launcher.HERE:
+            return None, problems
+        values = [(e, o.value()) for e, o in zip(typed, overrides, strict=True) if e.key != launcher.GROUP]
+        return launcher.read_launcher(self.launcher_values(choice), values)
+
+    def launcher_values(self, choice: str) -> dict[str, Any]:
+        """Return what a launcher's YAML says."""
+        said = [*self._search, f"{launcher.GROUP}={choice}"]
+        composed = compose(self._config_name, said, return_hydra_config=True)
+        return cast(dict[str, Any], OmegaConf.to_container(composed.hydra.launcher))
 
     def expand(self, overrides: list[Override]) -> list[list[Override]]:
         """Return the points of a sweep, the last of the swept keys changing fastest."""

@@ -38,22 +38,20 @@ NOT_BUILT_KEYS = {
     "parametrisation": "other parametrisations than the free one are not built yet. Remove it.",
     "objective": "other objectives than reconstruction are not built yet. Remove it.",
     "sweep": "sweeps kept in a file are not built yet. Type the values with -m, as in `-m k=16,32`.",
-    "hydra/launcher": "sending a sweep's runs to SLURM is not built yet; they run one after another. Remove it; "
-    "slurm/train.sbatch starts a single run.",
 }
 """Keys and groups that the design promises and this version lacks."""
 
 _SPARSIFIERS = "not built yet. Choose topk, mutual_choice or feature_choice."
-_LAYOUTS = "not built yet. Every rank holds all features: parallel=data."
+_LAYOUTS = "not built yet: it is for several SAEs in one run. Choose parallel=data, features or mesh."
 
 NOT_BUILT_CHOICES = {
     "harvest": {"store": "the activation store is not built yet. Choose harvest=live or harvest=tensors."},
-    "parallel": dict.fromkeys(("features", "mesh", "saes"), _LAYOUTS),
+    "parallel": {"saes": _LAYOUTS},
     "sparsifier": dict.fromkeys(("relu", "gated", "jumprelu", "p_anneal", "temporal_mask", "gradient"), _SPARSIFIERS),
 }
 """Choices that the design promises and this version lacks."""
 
-UNUSED_HYDRA = ("hydra/sweeper", "hydra.sweeper", "hydra.launcher", "hydra.sweep", "hydra.run", "hydra.mode")
+UNUSED_HYDRA = ("hydra/sweeper", "hydra.sweeper", "hydra.sweep", "hydra.run", "hydra.mode")
 """Settings of Hydra's own runner: this program composes with Hydra and makes the runs itself."""
 
 

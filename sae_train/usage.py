@@ -8,6 +8,7 @@ from typing import Any
 from sae_train import config as schema
 from sae_train.compose import Offer
 from sae_train.preflight import NAMES_OF_CHOICES
+from sae_train.sweeps.launcher import GROUP, PREFIX, SlurmLauncher
 
 INTRODUCTION = """\
 sae-train: train sparse autoencoders on the activations of language models.
@@ -15,6 +16,7 @@ sae-train: train sparse autoencoders on the activations of language models.
   sae-train                                            the bundled model and corpus, on a CPU
   sae-train sparsifier=topk k=64                       choose from a group, turn a dial
   sae-train -m sparsifier=topk,mutual_choice k=16,32   a sweep: four runs, one after another
+  sae-train -m hydra/launcher=slurm k=16,32            the same, each run a SLURM job
   sae-train model=gpt2 data=files data.id=PATH         another language model, text of your own
   sae-train harvest=tensors harvest.path=DIR           activations from anywhere
   sae-train dry_run=true                               the plan, and what is wrong with it
@@ -60,6 +62,9 @@ def usage(offer: Offer) -> str:
             for key, value in offer.values[group].items()
             if f"{group}.{key}" not in NAMES_OF_CHOICES
         ]
+    lines = field_lines(SlurmLauncher)
+    text += ["", f"Where a sweep is made: here, or with -m {GROUP}=slurm", "", f"  {GROUP}: slurm"]
+    text += [_entry(f"{PREFIX}{key}", value, lines[key]) for key, value in offer.launcher.items()]
     return "\n".join([*text, "", FLAGS])
 
 

@@ -126,10 +126,10 @@ def test_the_message_says_what_is_wrong_and_what_to_do(complaint: Complaint, typ
 
 @pytest.mark.parametrize(
     "typed",
-    ["variants=['k=16','k=32']", "harvest=store", "parallel=features", "parallel=mesh", "parallel=saes",
+    ["variants=['k=16','k=32']", "harvest=store", "parallel=saes",
      "nesting=matryoshka", "parametrisation=aligned", "objective=transcoder", "sparsifier=relu", "sparsifier=gated",
      "sparsifier=jumprelu", "sparsifier=p_anneal", "sparsifier=temporal_mask", "sparsifier=gradient", "sweep=wide",
-     "hydra/launcher=slurm", "layer.index=[1,2]"],
+     "layer.index=[1,2]"],
 )  # fmt: skip
 def test_what_is_promised_for_later_is_refused_by_name(complaint: Complaint, typed: str) -> None:
     (line,) = complaint(typed)

@@ -10,9 +10,10 @@ from omegaconf import OmegaConf
 
 import sae_train.conf
 from sae_train import config as schema
-from sae_train.compose import SCHEMAS, Library, build, compose_points, offer, opened
+from sae_train.compose import Library, build, compose_request, offer, opened
 from sae_train.config import RunConfig, as_dict, identity, identity_digest
 from sae_train.preflight import REQUIRED
+from sae_train.schemas import SCHEMAS
 from sae_train.usage import field_lines, usage
 
 CONF = Path(sae_train.conf.__file__).parent
@@ -99,7 +100,7 @@ def test_feature_choice_brings_a_uniform_budget_unless_one_is_typed(compose: Com
 
 
 def test_a_sweep_takes_every_combination_the_last_key_fastest() -> None:
-    points = compose_points(["sparsifier=topk,feature_choice", "seed=3", "k=16,32"], sweep=True)
+    points = compose_request(["sparsifier=topk,feature_choice", "seed=3", "k=16,32"], sweep=True).points
     assert [point.overrides for point in points] == [
         [f"sparsifier={name}", "seed=3", f"k={k}"] for name in ("topk", "feature_choice") for k in (16, 32)
     ]
@@ -115,7 +116,7 @@ def test_an_experiment_of_the_users_wins_over_the_defaults_and_loses_to_what_is_
         "# @package _global_\ndefaults:\n  - override /sparsifier: feature_choice\n  - override /budget: zipf\n"
         "k: 7\nseed: 5\n"
     )
-    (point,) = compose_points(["experiment=mine", "seed=6"], sweep=False, config_dir=str(tmp_path))
+    (point,) = compose_request(["experiment=mine", "seed=6"], sweep=False, config_dir=str(tmp_path)).points
     assert (point.config.k, point.config.seed, point.config.budget.name) == (7, 6, "zipf")
 
 

@@ -12,8 +12,10 @@ PACKAGE = ROOT / "sae_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "assets"},
-    {"config", "ranks"},
+    {"errors", "assets", "place", "heartbeat"},
+    {"config", "verbs"},
+    {"ranks"},
+    {"schemas"},
     {"kernels"},
     {"sae"},
     {"sparsifiers"},
@@ -22,6 +24,7 @@ LAYERS = [
     {"formats"},
     {"training"},
     {"preflight"},
+    {"sweeps"},
     {"compose"},
     {"usage"},
     {"cli"},
@@ -33,14 +36,16 @@ OUTSIDE = {
     "accelerate": {"ranks.py"},
     "datasets": {"harvest/text.py"},
     "pyarrow": {"harvest/text.py"},
+    "submitit": {"sweeps/submit.py"},
     "wandb": {"training/tracking.py"},
-    "hydra": {"cli.py", "compose.py"},
+    "hydra": {"cli.py", "compose.py", "schemas.py"},
     "omegaconf": {"compose.py"},
     "yaml": {"compose.py", "training/directory.py"},
     "tqdm": {"training/console.py"},
     "safetensors": {
         "harvest/language_model.py",
         "training/checkpoint.py",
+        "training/restore.py",
         "formats/*",
         "harvest/tensors.py",
         "harvest/tensor_files.py",
@@ -49,7 +54,17 @@ OUTSIDE = {
 }
 """Which files may import each of the heavy libraries."""
 
-LIGHT = ["__init__.py", "__main__.py", "cli.py", "compose.py", "config.py", "errors.py", "preflight.py", "usage.py"]
+LIGHT = [
+    "__init__.py",
+    "__main__.py",
+    "cli.py",
+    "compose.py",
+    "config.py",
+    "errors.py",
+    "place.py",
+    "preflight.py",
+    "usage.py",
+]
 """What runs before it is known that there is anything to run: no import of these leads to torch."""
 
 HEAVY = {"torch", "numpy", *OUTSIDE} - {"hydra", "omegaconf", "yaml"}

@@ -1,0 +1,99 @@
+"""Where the launcher put this process: torchrun's variables, then submitit's, then SLURM's, else alone.
+
+Light: no import of torch, so that an error can be reported by one rank before anything heavy is loaded.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+FIRST_PORT, N_PORTS = 20_000, 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """This process among those that were started together.
+
+    Attributes:
+        launcher: who started it: 'torchrun' (or accelerate), 'submitit', 'slurm', or '' when alone.
+    """
+
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int
+    launcher: str
+
+    def export(self) -> None:
+        """Give this place the names that accelerate and torch read; where all meet, too, if nobody said."""
+        os.environ.update(
+            RANK=str(self.rank),
+            LOCAL_RANK=str(self.local_rank),
+            WORLD_SIZE=str(self.size),
+            LOCAL_WORLD_SIZE=str(self.local_size),
+        )
+        if "MASTER_ADDR" not in os.environ:
+            os.environ["MASTER_ADDR"] = _first_node(os.environ)
+        if "MASTER_PORT" not in os.environ:
+            job = int(os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID") or 0)
+            step = int(os.environ.get("SLURM_STEP_ID", "0"))
+            os.environ["MASTER_PORT"] = str(FIRST_PORT + (job + 997 * step) % N_PORTS)
+
+
+def find_place(environment: Mapping[str, str] = os.environ) -> Place:
+    """Return this process's place.
+
+    An sbatch script's shell carries SLURM_PROCID too, so only a step of several tasks counts as ranks.
+    """
+
+    def number(name: str, default: int) -> int:
+        return int(environment.get(name) or default)
+
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        size = number("WORLD_SIZE", 1)
+        return Place(number("RANK", 0), number("LOCAL_RANK", 0), size, number("LOCAL_WORLD_SIZE", size), "torchrun")
+    if "SUBMITIT_LOCAL_GLOBALID" in environment:
+        size = number("SUBMITIT_LOCAL_NTASKS", 1)
+        return Place(number("SUBMITIT_LOCAL_GLOBALID", 0), number("SUBMITIT_LOCAL_LOCALID", 0), size, size, "submitit")
+    size = number("SLURM_STEP_NUM_TASKS", number("SLURM_NTASKS", 1))
+    if size > 1 and "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+        on_nodes = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE") or str(size))
+        local_size = on_nodes[number("SLURM_NODEID", 0)]
+        return Place(number("SLURM_PROCID", 0), number("SLURM_LOCALID", 0), size, local_size, "slurm")
+    return Place(0, 0, 1, 1, "")
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Return SLURM's `2(x3),1` as [2, 2, 2, 1]: how many tasks each node has."""
+    counts: list[int] = []
+    for part in text.split(","):
+        number, _, times = part.partition("(x")
+        counts += [int(number)] * int(times.rstrip(")") or 1)
+    return counts
+
+
+def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Return the SLURM job this process belongs to, as `squeue` and `scontrol` name it; None outside of one.
+
+    A task of an array is `array_index`: the number of the array's last task names the whole array, too.
+    """
+    if "SLURM_ARRAY_JOB_ID" in environment and "SLURM_ARRAY_TASK_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment.get("SLURM_JOB_ID")
+
+
+def _first_node(environment: Mapping[str, str]) -> str:
+    """Return the address of the node of rank 0, as SLURM itself reaches it; this machine outside SLURM."""
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    if not nodes or shutil.which("scontrol") is None:
+        return "127.0.0.1"
+    first = _asked("scontrol", "show", "hostnames", nodes).split()[0]
+    facts = _asked("scontrol", "--oneliner", "show", "node", first)
+    address = [word.removeprefix("NodeAddr=") for word in facts.split() if word.startswith("NodeAddr=")]
+    return address[0] if address else first
+
+
+def _asked(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout

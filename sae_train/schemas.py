@@ -1,0 +1,39 @@
+"""The classes of config.py as `conf/` finds them in Hydra: under `schema/`, so that they are not shown as choices."""
+
+from hydra.core.config_store import ConfigStore
+
+from sae_train import config as schema
+
+SCHEMAS: dict[str, type] = {
+    "run": schema.RunConfig,
+    "model": schema.ModelConfig,
+    "data": schema.DataConfig,
+    "harvest/live": schema.LiveHarvestConfig,
+    "harvest/tensors": schema.TensorsHarvestConfig,
+    "layer/block": schema.BlockLayerConfig,
+    "layer/module": schema.ModuleLayerConfig,
+    "sparsifier/topk": schema.TopKConfig,
+    "sparsifier/mutual_choice": schema.MutualChoiceConfig,
+    "sparsifier/feature_choice": schema.FeatureChoiceConfig,
+    "budget/pooled": schema.PooledBudgetConfig,
+    "budget/uniform": schema.UniformBudgetConfig,
+    "budget/zipf": schema.ZipfBudgetConfig,
+    "aux_loss/none": schema.NoAuxLossConfig,
+    "aux_loss/aux_k": schema.AuxKConfig,
+    "aux_loss/aux_zipf": schema.AuxZipfConfig,
+    "optimizer": schema.OptimizerConfig,
+    "checkpoint": schema.CheckpointConfig,
+    "parallel/plain": schema.ParallelConfig,
+    "parallel/mesh": schema.MeshConfig,
+    "tracking/none": schema.TrackingConfig,
+    "tracking/wandb": schema.WandbConfig,
+}
+"""Where each class of config.py is found by `conf/`: `schema/<key>`."""
+
+
+def register_schemas() -> None:
+    """Make the classes of config.py known to Hydra; may be called again."""
+    store = ConfigStore.instance()
+    for path, node in SCHEMAS.items():
+        *group, name = f"schema/{path}".split("/")
+        store.store(group="/".join(group), name=name, node=node)

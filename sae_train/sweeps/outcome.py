@@ -1,0 +1,105 @@
+"""How a run of a sweep is going, in one small file that its first rank keeps.
+
+The environment variable SAE_TRAIN_OUTCOME names the file; without it nothing is written. A file that says 'running'
+when its job is gone belongs to a run that was killed: it could not say so itself.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sae_train.config import RunConfig
+from sae_train.errors import UserError
+from sae_train.formats.durable import write_text
+from sae_train.place import find_place, job_id
+
+VARIABLE = "SAE_TRAIN_OUTCOME"
+STATES = {0: "finished", 3: "stopped", 75: "preempted"}
+"""What exit statuses mean; every other one is 'failed'. While a run goes on it is 'running'."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How one run stands."""
+
+    state: str
+    """'running', 'finished', 'failed', 'preempted' or 'stopped'."""
+    status: int | None
+    """Exit status; None while it runs."""
+    message: str | None
+    """What went wrong, as the user saw it."""
+    run: str | None
+    """The run's directory."""
+    job: str | None
+    """The SLURM job, as squeue names it."""
+    restarts: int
+    """How often SLURM has put the job back into the queue."""
+    time: str
+    """When this was written."""
+
+
+def read_outcome(path: Path) -> Outcome | None:
+    """Return what a file of outcomes says; None where there is none that can be read."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Outcome(**{name: values[name] for name in Outcome.__dataclass_fields__})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+class Record:
+    """Keeps the file of this process's outcome, where one is asked for.
+
+    Trouble with it is told and nothing more: a run is worth more than what is said about it.
+    """
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        asked = environment.get(VARIABLE)
+        self._path = Path(asked) if asked and find_place(environment).rank == 0 else None
+        self._job, self._restarts = job_id(environment), int(environment.get("SLURM_RESTART_COUNT") or 0)
+        before = read_outcome(self._path) if self._path else None
+        self._run = before.run if before else None
+
+    @property
+    def is_kept(self) -> bool:
+        return self._path is not None
+
+    def begin(self, run: Path | None = None) -> None:
+        """Write that the run goes on, and where, once that is known."""
+        self._run = str(run.resolve()) if run else self._run
+        self._write("running", status=None, message=None)
+
+    def end(self, status: int, message: str | None = None) -> None:
+        """Write how the run ended."""
+        self._write(STATES.get(status, "failed"), status=status, message=message)
+
+    def _write(self, state: str, *, status: int | None, message: str | None) -> None:
+        if self._path is None:
+            return
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        outcome = Outcome(state=state, status=status, message=message, run=self._run, job=self._job,
+                          restarts=self._restarts, time=now)  # fmt: skip
+        try:
+            write_text(self._path, json.dumps(asdict(outcome)) + "\n")
+        except UserError as error:
+            sys.stderr.write(f"{VARIABLE}={self._path}: {error}\n")
+
+
+def run_directory(config: RunConfig) -> Path | None:
+    """Return where a run will lie; None if it will be refused. Imports torch, reads the model's configuration."""
+    from sae_train.harvest.stream import check_stream
+    from sae_train.training.directory import run_name
+    from sae_train.training.plan import make_plan
+
+    n_ranks = find_place().size
+    try:
+        facts: Any = check_stream(config, n_ranks=n_ranks)
+        plan = make_plan(config, facts, n_ranks=n_ranks)
+    except UserError:
+        return None
+    return Path(config.runs).expanduser() / run_name(config, label=plan.label, n_features=plan.n_features)
