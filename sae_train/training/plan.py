@@ -86,7 +86,7 @@ def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
         n_ranks=n_ranks,
         columns=columns,
         dead_window=config.dead_window or max(1, min(LARGEST_DEAD_WINDOW, total // DEAD_WINDOWS_A_RUN)),
-        peak_lr=peak_learning_rate(optimizer, n_features=n_features, tokens=total),
+        peak_lr=peak_learning_rate(optimizer, n_features=n_features, tokens=total, k=config.k),
         warmup_tokens=round(WARMUP_SHARE * total) if optimizer.warmup_tokens is None else optimizer.warmup_tokens,
         decay_tokens=round(DECAY_SHARE * total) if optimizer.decay_tokens is None else optimizer.decay_tokens,
         checkpoint_every=_checkpoint_every(config.checkpoint.every_tokens, total),

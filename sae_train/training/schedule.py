@@ -6,6 +6,8 @@ from sae_train.config import OptimizerConfig
 
 WARMUP_SHARE = 0.05
 DECAY_SHARE = 0.2
+ENOUGH_FIRINGS = 4000
+"""Firings a feature on average from which on the learning rate does not depend on them."""
 
 
 def learning_rate(
@@ -25,16 +27,18 @@ def learning_rate(
     return rate
 
 
-def peak_learning_rate(config: OptimizerConfig, *, n_features: int, tokens: int) -> float:
-    """Return `optimizer.lr`, or the rule 1.7e-3 sqrt(2^14 / n_features) (10^6 / tokens)^0.35 within [5e-5, 1.5e-2].
+def peak_learning_rate(config: OptimizerConfig, *, n_features: int, tokens: int, k: float) -> float:
+    """Return `optimizer.lr`, or 1.7e-3 sqrt(2^14 / F) (10^6 / tokens)^0.35 max(1, 4000 / n)^0.35 within [5e-5, 1.5e-2].
 
-    The root in width is the one that libraries take from Gao et al. 2024 (arXiv 2406.04093); the level is 3e-3 at
-    820k tokens and 6144 features, where 5e-3 left 10% dead; the power of tokens joins that to the same libraries'
-    2e-4 for runs of some 300M tokens (docs/quality.md).
+    F is n_features and n = tokens k / F how often a feature fires in the run on average: one that fires seldom has few
+    updates to get anywhere, and most stay dead at a lower rate. The root in width is the one that libraries take from
+    Gao et al. 2024 (arXiv 2406.04093); the level is 3e-3 at 820k tokens and 6144 features, where 5e-3 left 10% dead;
+    the power of tokens joins that to the same libraries' 2e-4 for runs of some 300M tokens (docs/quality.md).
     """
     if config.lr is not None:
         return config.lr
     rate: float = 1.7e-3 * math.sqrt(2**14 / n_features) * (1e6 / tokens) ** 0.35
+    rate *= max(1.0, ENOUGH_FIRINGS * n_features / (tokens * k)) ** 0.35
     return min(max(rate, 5e-5), 1.5e-2)
 
 

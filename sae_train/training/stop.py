@@ -39,6 +39,13 @@ def listen() -> None:
             signal.signal(number, _note)
 
 
+def release() -> None:
+    """Let these signals end this process again. For a rank that has failed and only waits for its launcher to end it."""
+    atexit.unregister(_ignore)
+    for number in WISHES:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def _ignore() -> None:
     """Let no late signal change the exit status: while it ends, Python brings back the defaults, but not over this."""
     for number in WISHES:
