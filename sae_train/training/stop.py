@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from sae_train.errors import Preempted
 
 if TYPE_CHECKING:
-    from sae_train.ranks import Pending, Ranks
+    from sae_train.verbs import Pending, Ranks
 
 NONE, SAVE, REQUEUE = 0, 1, 2
 WISHES = {signal.SIGTERM: SAVE, signal.SIGUSR1: REQUEUE, signal.SIGUSR2: REQUEUE}
@@ -40,7 +40,7 @@ def listen() -> None:
 
 
 def release() -> None:
-    """Let these signals end this process again. For a rank that has failed and only waits for its launcher to end it."""
+    """Let these signals end this process again: for a rank that has failed and waits for its launcher to end it."""
     atexit.unregister(_ignore)
     for number in WISHES:
         signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,248 @@
+"""Told to stop, at any moment, once or ten times: one checkpoint, status 75; the same command goes on bit for bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Outcome
+from test_resume import checkpoints, finish, launch, rows, run_directory, weights
+
+from sae_train.errors import Preempted
+from sae_train.training.stop import NONE, REQUEUE, SAVE, WISHES, Agreement, requeue
+from sae_train.verbs import Pending, Solo
+
+PREEMPTED = 75
+Process = subprocess.Popen[str]
+
+LISTENER = """
+import os, signal, sys, time
+signal.signal(signal.SIGUSR2, lambda *_: os._exit(9))  # submitit's, say
+from sae_train.training import stop
+from sae_train.verbs import Solo
+
+assert "wandb" not in sys.modules
+stop.listen()
+stop.listen()
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+agreement = stop.Agreement(Solo())
+seen = [agreement.poll()]
+for name in sys.argv[1:]:
+    os.kill(os.getpid(), getattr(signal, name))
+    seen.append(stop.wish())
+seen += [agreement.poll(), agreement.poll(), agreement.settle(), agreement.now()]
+print(*seen)
+print(agreement.preempted(step=1234) if agreement.wish else "")
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "wishes", "named"),
+    [
+        ([], [], None),
+        (["SIGTERM"], [SAVE], "SIGTERM"),
+        (["SIGUSR1"], [REQUEUE], "SIGUSR1"),
+        (["SIGUSR2", "SIGTERM"], [REQUEUE, REQUEUE], "SIGUSR2"),
+        (["SIGTERM", "SIGTERM", "SIGUSR2"], [SAVE, SAVE, REQUEUE], "SIGUSR2"),
+    ],
+)
+def test_signals_are_noted_and_the_gravest_counts(signals: list[str], wishes: list[int], named: str | None) -> None:
+    done = subprocess.run([sys.executable, "-c", LISTENER, *signals], capture_output=True, text=True, check=True)
+    gravest = max([NONE, *wishes])
+    seen, message = done.stdout.split("\n")[:2]
+    assert [int(word) for word in seen.split()] == [NONE, *wishes, NONE, gravest, gravest, gravest]
+    expected = f"stopped by {named}: saved at step 1,234; the same command goes on." if named else ""
+    assert message == expected
+
+
+def test_a_signal_while_python_ends_changes_nothing() -> None:
+    """Python restores the default handlers on its way out, and SIGTERM comes just then: `scontrol requeue` sends it."""
+    late = """
+import ctypes, os, signal, sys
+from sae_train.training import stop
+stop.listen()
+class Last:
+    def __del__(self, kill=ctypes.CDLL(None).kill, me=os.getpid(), numbers=[int(n) for n in stop.WISHES]):
+        for number in numbers:
+            kill(me, number)
+sys.modules["kept to the end"] = Last()
+sys.exit(75)
+"""
+    assert subprocess.run([sys.executable, "-c", late]).returncode == PREEMPTED
+    released = late.replace("stop.listen()", "stop.listen(); stop.release()")
+    assert subprocess.run([sys.executable, "-c", released]).returncode in [-number for number in WISHES]
+
+
+def test_handlers_are_light() -> None:
+    light = "import sys, sae_train.training.stop; assert not {'torch', 'numpy', 'accelerate'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", light], check=True)
+
+
+class Together(Solo):
+    """Two ranks of one process, whose reductions come to the larger of both."""
+
+    def __init__(self, values: list[int]) -> None:
+        super().__init__()
+        self.values = values
+
+    def begin_max(self, value: int) -> Pending:
+        return super().begin_max(max(value, self.values.pop(0)))
+
+
+def test_all_hear_of_it_one_step_later() -> None:
+    of_another = [NONE, SAVE * 256 + signal.SIGTERM, NONE, NONE]
+    agreement = Agreement(Together(of_another))
+    assert [agreement.poll() for _ in range(3)] == [NONE, NONE, SAVE]
+    assert agreement.settle() == SAVE
+    stopped = agreement.preempted(step=2)
+    assert isinstance(stopped, Preempted)
+    assert stopped.status == PREEMPTED
+    assert str(stopped).startswith("stopped by SIGTERM: saved at step 2;")
+
+
+@pytest.mark.parametrize(
+    ("environment", "job"),
+    [
+        ({"SLURM_JOB_ID": "77"}, "77"),
+        ({"SLURM_JOB_ID": "80", "SLURM_ARRAY_JOB_ID": "80", "SLURM_ARRAY_TASK_ID": "3"}, "80_3"),
+    ],
+)
+def test_requeue_names_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], job: str
+) -> None:
+    tool = tmp_path / "scontrol"
+    tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert requeue(environment) is None
+    assert (tmp_path / "asked").read_text() == f"requeue {job}\n"
+
+
+def test_requeue_without_a_job_or_without_luck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert requeue({}) is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    missing = requeue({"SLURM_JOB_ID": "77"})
+    assert missing is not None
+    assert "scontrol requeue 77` failed: " in missing
+    assert "Submit the job again" in missing
+    tool = tmp_path / "scontrol"
+    tool.write_text("#!/bin/sh\necho 'slurm_requeue error: Requested operation is presently disabled' >&2\nexit 1\n")
+    tool.chmod(0o755)
+    refused = requeue({"SLURM_JOB_ID": "77"})
+    assert refused is not None
+    assert "presently disabled. Submit" in refused
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Return `whole(n_ranks)`: the folder of a run that nobody stopped."""
+    made: dict[int, Path] = {}
+
+    def get(n_ranks: int) -> Path:
+        if n_ranks not in made:
+            made[n_ranks] = tmp_path_factory.mktemp(f"whole{n_ranks}")
+            done = finish(launch(made[n_ranks], n_ranks, []))
+            assert done.status == 0, done.stdout
+        return made[n_ranks]
+
+    return get
+
+
+def wait_until(happened: Callable[[], bool], process: Process, *, within: float = 240) -> None:
+    deadline = time.monotonic() + within
+    while not happened() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def locked(folder: Path) -> bool:
+    """Whether the run has its directory: the first thing it writes, before any activation."""
+    return any(folder.glob("runs/*/config.yaml"))
+
+
+def check_stopped(done: Outcome, folder: Path, name: str) -> int:
+    """Return the step that a stopped run says it saved; that is its newest checkpoint and nothing is half written."""
+    assert done.status == PREEMPTED, done.stdout
+    assert "sae_train/" not in done.stdout  # no traceback but torchrun's own
+    (said,) = [line for line in done.stdout.splitlines() if f"stopped by {name}: saved at step" in line]
+    step = int(said.split("saved at step ")[1].split(";")[0].replace(",", ""))
+    assert checkpoints(folder)[-1] == f"step_{step:08d}"
+    assert not list(folder.glob("runs/*/checkpoints/tmp-*"))
+    return step
+
+
+def check_same_end(torn: Path, whole: Path, n_ranks: int) -> None:
+    last = finish(launch(torn, n_ranks, []))
+    assert last.status == 0, last.stdout
+    assert "resuming at step" in last.stdout
+    assert weights(torn) == weights(whole)
+    assert rows(torn) == rows(whole)
+    assert len(list((run_directory(torn) / "checkpoints").iterdir())) == 2  # checkpoint.keep
+
+
+def test_two_signals_in_quick_succession(tmp_path: Path, whole: Callable[[int], Path]) -> None:
+    chance = random.Random(5)
+    process = launch(tmp_path, 1, [])
+    wait_until(lambda: bool(checkpoints(tmp_path)), process)
+    time.sleep(chance.uniform(0, 0.2))
+    process.send_signal(signal.SIGTERM)
+    time.sleep(chance.uniform(0, 0.05))
+    process.send_signal(signal.SIGUSR2)
+    done = finish(process)
+    check_stopped(done, tmp_path, "SIGUSR2" if "SIGUSR2" in done.stdout else "SIGTERM")
+    check_same_end(tmp_path, whole(1), 1)
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_step(tmp_path: Path, whole: Callable[[int], Path]) -> None:
+    process = launch(tmp_path, 1, [])
+    wait_until(lambda: locked(tmp_path), process)
+    process.send_signal(signal.SIGUSR1)
+    assert check_stopped(finish(process), tmp_path, "SIGUSR1") <= 1
+    check_same_end(tmp_path, whole(1), 1)
+
+
+@pytest.mark.slow
+def test_a_signal_while_evaluating(tmp_path: Path, whole: Callable[[int], Path]) -> None:
+    """`evaluate_every` is 8 steps: the signal comes right after that step's checkpoint or while the next is made."""
+    process = launch(tmp_path, 1, [])
+    wait_until(lambda: any('"step": 8,' in file.read_text() for file in tmp_path.glob("runs/*/metrics.jsonl")), process)
+    process.send_signal(signal.SIGTERM)
+    assert check_stopped(finish(process), tmp_path, "SIGTERM") >= 8
+    check_same_end(tmp_path, whole(1), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.multirank
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_on_one_of_two_ranks(tmp_path: Path, whole: Callable[[int], Path], rank: int) -> None:
+    process = launch(tmp_path, 2, [])
+    wait_until(lambda: bool(checkpoints(tmp_path)), process)
+    os.kill(worker(process, rank), signal.SIGTERM)
+    done = finish(process)
+    assert done.status == 1, done.stdout  # as torchrun reports whatever its workers exit with
+    assert "exitcode  : 75" in done.stdout
+    check_stopped(Outcome(PREEMPTED, done.stdout, ""), tmp_path, "SIGTERM")
+    check_same_end(tmp_path, whole(2), 2)
+
+
+def worker(process: Process, rank: int) -> int:
+    """Return the process id of one of torchrun's ranks."""
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if f"RANK={rank}".encode() in variables:
+            return int(child)
+    raise AssertionError(f"rank {rank} is not there")
+
+
+def test_sigint_still_interrupts(tmp_path: Path) -> None:
+    process = launch(tmp_path, 1, [])
+    wait_until(lambda: locked(tmp_path), process)
+    process.send_signal(signal.SIGINT)
+    done = finish(process)
+    assert done.status == 130
+    assert "Interrupted. The same command goes on" in done.stdout
