@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from sae_train.errors import Preempted, UserError, raise_all
+from sae_train.errors import DirectoryInUse, Preempted, UserError, raise_all
 from sae_train.place import find_place
 from sae_train.sweeps import outcome
 
@@ -165,23 +165,25 @@ def _run(points: "list[Point]", record: outcome.Record) -> int:
     In a sweep an error that concerns one point is reported and the next point has its turn; several ranks
     stop there, because not all of them may have had the error.
     """
-    from sae_train.ranks import find_ranks
+    from sae_train.training import stop
+
+    stop.listen()  # from before the imports that take seconds; replaces submitit's handlers
+    from sae_train.ranks import leave
     from sae_train.training.run import run
 
     place = find_place()
-
     record.begin()
     statuses: dict[str, int] = {}
     problem: str | None = None
+    in_use = False
     names = _names(points)
     for name, point in zip(names, points, strict=True):
         if name and place.rank == 0:
             sys.stderr.write(f"{name}\n")
-        if record.is_kept and len(points) == 1:
-            record.begin(outcome.run_directory(point.config))
         try:
-            statuses[name] = run(point.config, overrides=point.overrides)
+            statuses[name] = run(point.config, overrides=point.overrides, entered=record.begin)
         except UserError as error:
+            in_use = isinstance(error, DirectoryInUse)
             problem = f"{name}: {error}" if name else str(error)
             _complain(problem, everywhere=isinstance(error, Preempted))
             statuses[name] = error.status
@@ -190,10 +192,10 @@ def _run(points: "list[Point]", record: outcome.Record) -> int:
     unfinished = [name for name in names if statuses.get(name, UserError.status)]
     if len(points) > 1 and unfinished:
         _complain(f"Not finished: {'; '.join(unfinished)}.", everywhere=True)
-    if place.size > 1 and not unfinished:
-        find_ranks().close()  # not earlier: a group of processes that was left cannot be joined again
+    if not unfinished:
+        leave()  # not earlier: a group of processes that was left cannot be joined again
     status = max(statuses.values())
-    record.end(status, problem)
+    record.end(status, problem, in_use=in_use)
     return status
 
 
@@ -210,6 +212,10 @@ def _complain(message: str, *, everywhere: bool) -> None:
     """Tell the user what went wrong; `everywhere`: all ranks have the same to say, so one does."""
     rank = find_place().rank
     if rank:
+        if not everywhere:
+            from sae_train.training import stop
+
+            stop.release()  # the launcher ends the ranks that are left by SIGTERM: no longer a wish to save
         time.sleep(FIRST_RANK_SPEAKS)
         if everywhere:
             return

@@ -151,9 +151,11 @@ class ModuleLayerConfig(LayerConfig):
     """Which tensor of the module: output or input."""
 
     def problems(self) -> list[str]:
-        return [] if self.side in ("output", "input") else [
-            f"layer.side={self.side}: not a side of a module. Choose output or input."
-        ]
+        return (
+            []
+            if self.side in ("output", "input")
+            else [f"layer.side={self.side}: not a side of a module. Choose output or input."]
+        )
 
 
 @dataclass(kw_only=True, slots=True)

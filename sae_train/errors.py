@@ -26,6 +26,10 @@ class CheckpointError(UserError):
     """A run's directory or a checkpoint cannot be read or written."""
 
 
+class DirectoryInUse(CheckpointError):
+    """Another process is training in a run's directory."""
+
+
 class StoppedByNumbers(UserError):
     """The loss or a gradient is not finite, or the dictionary collapsed: training cannot go on."""
 

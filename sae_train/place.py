@@ -9,7 +9,9 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-FIRST_PORT, N_PORTS = 20_000, 20_000
+from sae_train.errors import ConfigError
+
+FIRST_PORT, N_PORTS = 20_000, 12_000  # below 32768, where Linux takes ports for outgoing connections
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +87,10 @@ def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def _first_node(environment: Mapping[str, str]) -> str:
-    """Return the address of the node of rank 0, as SLURM itself reaches it; this machine outside SLURM."""
+    """Return the address of the node of rank 0, as SLURM itself reaches it; this machine where there is one node."""
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
-    if not nodes or shutil.which("scontrol") is None:
+    alone = (environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_JOB_NUM_NODES")) == "1"
+    if not nodes or alone or shutil.which("scontrol") is None:
         return "127.0.0.1"
     first = _asked("scontrol", "show", "hostnames", nodes).split()[0]
     facts = _asked("scontrol", "--oneliner", "show", "node", first)
@@ -96,4 +99,10 @@ def _first_node(environment: Mapping[str, str]) -> str:
 
 
 def _asked(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(
+            f"`{' '.join(command)}` failed, so where rank 0 is could not be found: {error}. Set MASTER_ADDR to its "
+            "node, the same for all ranks."
+        ) from error

@@ -15,20 +15,23 @@ import torch
 from torch import Tensor
 
 from sae_train.errors import RankLost
+from sae_train.heartbeat import Heartbeat
 from sae_train.place import find_place
-from sae_train.verbs import Pending, Ranks, Solo, Store
+from sae_train.verbs import Pending, Ranks, Solo
 
-__all__ = ["Group", "Pending", "Processes", "Ranks", "Solo", "Store", "find_ranks"]
+__all__ = ["Group", "Pending", "Processes", "Ranks", "Solo", "find_ranks", "leave"]
 
 PATIENCE = timedelta(days=2)
 """Timeout of a collective. A dead rank is noticed by the launcher and the heartbeat; a slow one is waited for."""
+JOINING = timedelta(minutes=10)
+"""How long ranks that are there wait for those that are not yet."""
 
 LOST = ("Connection closed", "Connection reset", "Broken pipe", "Socket", "Timed out", "timed out", "unreachable")
 """What gloo says of a broken connection, in plain RuntimeErrors."""
 
 
-class _TcpStore(Store):
-    """A store in the first rank's process."""
+class _Store:
+    """Short texts that ranks leave for each other, beside the collectives and from any thread; kept by the first."""
 
     def __init__(self, *, host: str, port: int, is_host: bool) -> None:
         wait = timedelta(seconds=20)
@@ -78,7 +81,7 @@ class Group(Ranks):
     def gather(self, tensor: Tensor) -> Tensor:
         parts = tensor.new_empty((self.size, *tensor.shape))
         with self._speaking("gather", tensor.nbytes * (self.size - 1)):
-            torch.distributed.all_gather(list(parts.unbind(0)), tensor.contiguous(), group=self._group)
+            torch.distributed.all_gather_into_tensor(parts, tensor.contiguous(), group=self._group)
         return parts
 
     def exchange(self, rows: Tensor, *, send: list[int], receive: list[int]) -> Tensor:
@@ -106,12 +109,6 @@ class Group(Ranks):
 
     def barrier(self) -> None:
         self.gather_objects(None)
-
-    def open_store(self) -> Store | None:
-        raise TypeError("a row or column has no store of its own")
-
-    def close(self) -> None:
-        return None
 
     @contextmanager
     def _speaking(self, verb: str, n_bytes: int) -> Iterator[None]:
@@ -142,15 +139,32 @@ class _Reduction(Pending):
 
 
 class Processes(Group):
-    """All processes of the run, through accelerate's state."""
+    """All processes of the run, through accelerate's state, and the heartbeat between them.
+
+    Raises:
+        RankLost: not all of them came.
+    """
 
     def __init__(self) -> None:
         from accelerate import PartialState
 
-        self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+        try:
+            self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=JOINING)
+        except RuntimeError as error:
+            size, minutes = find_place().size, JOINING.seconds // 60
+            raise RankLost(
+                f"not all of {size} ranks have joined within {minutes} minutes; one that failed before says why. "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+        torch.distributed.distributed_c10d._set_pg_timeout(PATIENCE)
         control = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         super().__init__(device=self._state.device, group=None, control=control, traffic=Counter())
         self._grids: dict[int, tuple[Ranks, Ranks]] = {}
+        self.sum(
+            torch.zeros(1, device=self.device)
+        )  # NCCL connects at the first call, and waits as long as for joining
+        self._heartbeat = Heartbeat(self._open_store(), self.rank, self.size)
+        self._heartbeat.__enter__()
 
     def arranged(self, *, columns: int) -> Ranks:
         if columns not in self._grids:
@@ -174,18 +188,21 @@ class Processes(Group):
             group = torch.distributed.new_group(ranks, timeout=PATIENCE)
             control = torch.distributed.new_group(ranks, timeout=PATIENCE, backend="gloo")
             if self.rank in ranks:
+                torch.distributed.all_reduce(torch.zeros(1, device=self.device), group=group)  # connects, as above
                 made = Group(device=self.device, group=group, control=control, traffic=self.traffic)
         assert made is not None, "every rank is in one of the groups"
         return made
 
-    def open_store(self) -> Store:
+    def _open_store(self) -> _Store:
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        own = _TcpStore(host=host, port=0, is_host=True) if self.is_first else None
+        own = _Store(host=host, port=0, is_host=True) if self.is_first else None
         port = self.gather_objects(own.port if own else None)[0]
-        return own or _TcpStore(host=host, port=port, is_host=False)
+        return own or _Store(host=host, port=port, is_host=False)
 
     def close(self) -> None:
+        """Leave the group; the last call of a process whose runs ended well. Collective."""
         self.barrier()  # a rank that leaves while another still speaks makes that one abort
+        self._heartbeat.close()
         self._state.destroy_process_group()
 
 
@@ -204,3 +221,9 @@ def find_ranks() -> Ranks:
             _joined[:] = [Processes()]
         return _joined[0]
     return Solo("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def leave() -> None:
+    """Leave the processes that were joined, if any: the end of runs that ended well. Collective."""
+    while _joined:
+        _joined.pop().close()

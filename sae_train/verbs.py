@@ -34,18 +34,6 @@ class Known(Pending):
         return self._value
 
 
-class Store(ABC):
-    """Short texts that ranks leave for each other, beside the collectives and from any thread."""
-
-    @abstractmethod
-    def set(self, key: str, value: str) -> None:
-        """Leave `value`; raises RuntimeError where the store's process is gone."""
-
-    @abstractmethod
-    def get(self, key: str) -> str | None:
-        """Return what was left, None where nothing was; raises RuntimeError where the store's process is gone."""
-
-
 class Ranks(ABC):
     """The processes of a run, or of a row or column of their grid, seen from one of them.
 
@@ -124,14 +112,6 @@ class Ranks(ABC):
     def barrier(self) -> None:
         """Return once every rank has called this."""
 
-    @abstractmethod
-    def open_store(self) -> "Store | None":
-        """Return a key-value store that all ranks share, None where there is nobody to share it with. Collective."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Leave the group; the last call of a run that ended well."""
-
     def raise_together(self, problem: UserError | None) -> None:
         """Raise on every rank what any rank ran into; the first in rank order wins. Host side, as gather_objects."""
         for found in self.gather_objects(problem):
@@ -192,10 +172,4 @@ class Solo(Ranks):
         return [value]
 
     def barrier(self) -> None:
-        return None
-
-    def open_store(self) -> None:
-        return None
-
-    def close(self) -> None:
         return None

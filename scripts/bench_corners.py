@@ -4,8 +4,8 @@
 
 ACTS holds train/ and held_out/ with *.safetensors files of a tensor `activations` [n, d_model], rows shuffled. Every
 corner is one `sae-train harvest=tensors` run with defaults (an epoch more where tokens exceed the rows), then, up to
---grid-below cost, one run at each --factor of its learning rate. Figures are the run's own summary: held-out FVU, exported L0, dead
-features. What is already in WORK/corners.jsonl is not run again. The table goes to standard output.
+--grid-below cost, one run at each --factor of its learning rate. Figures are the run's own summary: held-out FVU,
+exported L0, dead features. What is already in WORK/corners.jsonl is not run again. The table goes to standard output.
 """
 
 import argparse
@@ -47,8 +47,8 @@ def train(args: argparse.Namespace, corner: tuple[int, int, int, int], lr: float
     (figures,) = json.loads((directory / "summary.json").read_text())["saes"].values()
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     peak = max(row["train/learning_rate"] for row in rows if "train/learning_rate" in row)
-    return {"corner": list(corner), "sparsifier": args.sparsifier, "lr": lr, "peak_lr": peak, "seed": seed, "seconds": round(seconds, 1),
-            **{key: figures[key] for key in ("fvu", "l0", "dead_fraction")}}  # fmt: skip
+    return {"corner": list(corner), "sparsifier": args.sparsifier, "lr": lr, "peak_lr": peak, "seed": seed,
+            "seconds": round(seconds, 1), **{key: figures[key] for key in ("fvu", "l0", "dead_fraction")}}  # fmt: skip
 
 
 def table(rows: list[dict]) -> str:
@@ -74,7 +74,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sparsifier", default="mutual_choice")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--factors", type=float, nargs="*", default=[0.5, 2.0])
-    parser.add_argument("--grid-below", type=float, default=2e12, help="width * n_features * tokens up to which factors are run")
+    parser.add_argument(
+        "--grid-below", type=float, default=2e12, help="width * n_features * tokens up to which factors are run"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     pairs = (text.split("=", 1) for text in args.acts)

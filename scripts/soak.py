@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from test_resume import checkpoints, launch, rows, weights  # noqa: E402
+from test_resume import checkpoints, launch, rows, weights, workers  # noqa: E402
 
 Process = subprocess.Popen[str]
 
@@ -171,14 +171,6 @@ class Reference:
         if process.returncode != 0:
             raise SystemExit(f"the run without a fault failed:\n{text}")
         self.weights, self.rows = weights(folder), rows(folder)
-
-
-def workers(process: Process) -> list[int]:
-    """Return the process ids of torchrun's ranks."""
-    with contextlib.suppress(OSError):
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        return [int(child) for child in children if b"\0LOCAL_RANK=" in Path(f"/proc/{child}/environ").read_bytes()]
-    return []
 
 
 def poke(target: int, number: int) -> None:

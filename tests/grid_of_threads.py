@@ -83,14 +83,8 @@ class ThreadRanks(Ranks):
     def gather_objects(self, value: Any) -> list[Any]:
         return self.meeting.all(self.rank, value)
 
-    def open_store(self) -> None:
-        return None
-
     def barrier(self) -> None:
         self.meeting.barrier.wait()
-
-    def close(self) -> None:
-        return None
 
     def _alike(self, verb: str, tensor: Tensor, n_bytes: int) -> list[Tensor]:
         tensors = self.meeting.all(self.rank, tensor)

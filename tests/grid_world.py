@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from sae_train.compose import compose_config
 from sae_train.config import RunConfig
 from sae_train.harvest.stream import build_stream, check_stream
-from sae_train.ranks import Processes, Ranks, Solo
+from sae_train.ranks import Ranks, Solo, find_ranks, leave
 from sae_train.sae.code import SparseCode
 from sae_train.training import checkpoint, restore
 from sae_train.training.plan import make_plan
@@ -160,7 +160,7 @@ def join(rank: int, size: int, port: int) -> Ranks:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return Processes()
+    return find_ranks()
 
 
 def free_port() -> int:
@@ -187,7 +187,7 @@ def _measure(rank: int, size: int, port: int, folder: str) -> None:
                         parts = ", ".join(f"{verb} {count:,}" for verb, count in sorted(moved.items()))
                         total = sum(moved.values())
                         sys.stdout.write(f"| {kind} | {aux} | {columns} | {n_features} | {total:,} | {parts} |\n")
-    ranks.close()
+    leave()
 
 
 if __name__ == "__main__":

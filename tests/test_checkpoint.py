@@ -17,7 +17,7 @@ from sae_train.training import checkpoint, restore
 def save(directory: Path, step: int, *, keep: int = 0) -> Path:
     return checkpoint.save(
         directory,
-        notes={"step": step, "tokens": 10 * step},
+        notes={"step": step, "tokens": 10 * step, "identity": "3fa9c1", "n_features": 5},
         replicated={"a/w": torch.full((1000,), float(step)), "n": torch.tensor(step)},
         features=(0, 5),
         feature_state={"dictionary/W_enc": torch.arange(10.0).view(5, 2), "firing/since": torch.arange(5)},
@@ -102,6 +102,20 @@ def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, file: str,
     assert len(said) == 1
     assert "step_00000002" in said[0]
     assert "before it" in said[0]
+
+
+def test_what_the_file_system_will_not_give_is_not_damage(tmp_path: Path) -> None:
+    """Passed over, it would be removed by the next checkpoint, and all that was trained since with it."""
+    save(tmp_path, 1)
+    file = save(tmp_path, 2) / "features_00000000_00000005.safetensors"
+    file.rename(tmp_path / "kept")
+    file.symlink_to(file)
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*Too many levels.* Nothing was changed"):
+        restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    (tmp_path / "kept").replace(file)
+    found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    assert found is not None
+    assert found.notes["step"] == 2
 
 
 def test_all_damaged_means_none(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import checkpoints, finish, launch, rows, run_directory, weights
-from test_stop import wait_until, worker
+from test_resume import checkpoints, finish, launch, rows, run_directory, weights, workers
+from test_stop import wait_until
 
 from sae_train.training import restore
 from sae_train.verbs import Solo
@@ -210,7 +210,7 @@ def test_a_slow_rank_is_waited_for(tmp_path: Path, whole: Whole) -> None:
     wait_until(lambda: bool(checkpoints(tmp_path)), process)
     for rank in (1, 0):
         if process.poll() is None:
-            slow = worker(process, rank)
+            slow = workers(process)[rank]
             os.kill(slow, signal.SIGSTOP)
             time.sleep(2)
             os.kill(slow, signal.SIGCONT)
@@ -228,7 +228,7 @@ def test_one_rank_ends_in_the_middle(tmp_path: Path, whole: Whole, rank: int, nu
     """SIGINT makes Python raise wherever it is: an error that one rank has alone."""
     process = launch(tmp_path, 2, KEEP)
     wait_until(lambda: bool(checkpoints(tmp_path)), process)
-    os.kill(worker(process, rank), number)
+    os.kill(workers(process)[rank], number)
     began = time.monotonic()
     torn = finish(process)
     assert time.monotonic() - began < A_MINUTE

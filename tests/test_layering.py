@@ -12,7 +12,8 @@ PACKAGE = ROOT / "sae_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "assets", "place", "heartbeat"},
+    {"errors", "assets", "heartbeat"},
+    {"place"},
     {"config", "verbs"},
     {"ranks"},
     {"schemas"},

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from grid_of_threads import on_ranks
 
-from sae_train.ranks import Solo
+from sae_train.ranks import Ranks, Solo
 from sae_train.sae.code import SparseCode
 from sae_train.training.metrics import Totals
 from sae_train.training.tracking import MetricsFile
@@ -49,7 +50,7 @@ def add_step(totals: Totals, seed: int) -> tuple[torch.Tensor, torch.Tensor, Spa
 
 
 def test_row_is_over_all_tokens_of_the_interval() -> None:
-    totals = Totals(d_model=4, device=torch.device("cpu"))
+    totals = Totals(d_model=4, device=torch.device("cpu"), n_ranks=1)
     steps = [add_step(totals, seed) for seed in range(3)]
     x, error = torch.cat([s[0] for s in steps]).double(), torch.cat([s[1] for s in steps]).double()
     l0 = torch.cat([(s[2].dense() > 0).sum(1) for s in steps])
@@ -63,7 +64,10 @@ def test_row_is_over_all_tokens_of_the_interval() -> None:
 
 
 def test_totals_go_through_a_checkpoint() -> None:
-    totals, twin = Totals(d_model=4, device=torch.device("cpu")), Totals(d_model=4, device=torch.device("cpu"))
+    totals, twin = (
+        Totals(d_model=4, device=torch.device("cpu"), n_ranks=1),
+        Totals(d_model=4, device=torch.device("cpu"), n_ranks=1),
+    )
     add_step(totals, 0)
     twin.load_state({k: v.clone() for k, v in totals.state(Solo()).items()}, Solo())
     for each in (totals, twin):
@@ -71,9 +75,26 @@ def test_totals_go_through_a_checkpoint() -> None:
     assert totals.row(Solo()) == twin.row(Solo())
     totals.reset()
     add_step(totals, 2)
-    fresh = Totals(d_model=4, device=torch.device("cpu"))
+    fresh = Totals(d_model=4, device=torch.device("cpu"), n_ranks=1)
     add_step(fresh, 2)
     assert totals.row(Solo()) == fresh.row(Solo())
+
+
+def test_figures_of_an_interval_that_began_on_two_ranks_and_ends_on_one() -> None:
+    def begin(ranks: Ranks) -> dict[str, torch.Tensor]:
+        totals = Totals(d_model=4, device=torch.device("cpu"), n_ranks=2)
+        add_step(totals, ranks.rank)
+        return totals.state(ranks)
+
+    state = on_ranks(2, begin)[0]
+    totals = Totals(d_model=4, device=torch.device("cpu"), n_ranks=1)
+    totals.load_state(state, Solo())
+    add_step(totals, 2)
+    row = totals.row(Solo())
+    assert row["train/grad_norm"] == pytest.approx(2.0)
+    losses = [float(add_step(Totals(d_model=4, device=torch.device("cpu"), n_ranks=1), seed)[1].square().sum() / 20)
+              for seed in range(3)]  # fmt: skip
+    assert row["train/loss"] == pytest.approx(sum(losses) / 2)  # two steps, of the first of which each rank had a part
 
 
 def test_code_round_trip_and_counts() -> None:

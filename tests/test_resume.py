@@ -1,5 +1,6 @@
 """Killed at any moment, any number of times, a run ends where it would have ended: bit for bit."""
 
+import contextlib
 import json
 import os
 import random
@@ -63,8 +64,20 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in found)
 
 
+def workers(process: "subprocess.Popen[str]") -> list[int]:
+    """Return the process ids of torchrun's ranks, in rank order; each leads a session of its own."""
+    found: dict[int, int] = {}
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            named = [text for text in variables if text.startswith(b"RANK=")]
+            if named:
+                found[int(named[0].removeprefix(b"RANK="))] = int(child)
+    return [found[rank] for rank in sorted(found)]
+
+
 def kill_after_progress(process: "subprocess.Popen[str]", folder: Path, chance: random.Random) -> bool:
-    """kill -9 the whole session a random moment after its next checkpoint appears; False if it finished first."""
+    """kill -9 all processes a random moment after the next checkpoint appears; False if the run finished first."""
     before = checkpoints(folder)
     deadline = time.monotonic() + 240
     while checkpoints(folder) == before and process.poll() is None and time.monotonic() < deadline:
@@ -72,6 +85,8 @@ def kill_after_progress(process: "subprocess.Popen[str]", folder: Path, chance: 
     time.sleep(chance.uniform(0.0, 0.3))
     if process.poll() is not None:
         return False
+    for killed in workers(process):
+        os.kill(killed, signal.SIGKILL)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=60)
     return True
@@ -125,6 +140,22 @@ def test_a_damaged_checkpoint_falls_back_and_ends_alike(tmp_path: Path) -> None:
     assert "Using the checkpoint before it" in done.stdout
     assert weights(torn) == weights(whole)
     assert rows(torn) == rows(whole)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    """Of the same shapes even, as someone has who copies a directory to begin from there."""
+    for name, arguments in (("one", []), ("other", ["seed=3"])):
+        assert kill_after_progress(launch(tmp_path, 1, [f"name={name}", *arguments]), tmp_path, random.Random(0))
+    kept = tmp_path / "runs" / "other" / "checkpoints"
+    shutil.rmtree(kept)
+    shutil.copytree(tmp_path / "runs" / "one" / "checkpoints", kept)
+    before = {path: path.read_bytes() for path in kept.rglob("*.*")}
+    done = finish(launch(tmp_path, 1, ["name=other", "seed=3"]))
+    assert done.status == 2
+    assert "made by another run (identity " in done.stdout
+    assert "Take it away, or choose another name=." in done.stdout
+    assert "Traceback" not in done.stdout
+    assert before == {path: path.read_bytes() for path in kept.rglob("*.*")}
 
 
 def test_finished_is_skipped_and_another_identity_refused(tmp_path: Path, command: Command) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Outcome
-from test_resume import checkpoints, finish, launch, rows, run_directory, weights
+from test_resume import checkpoints, finish, launch, rows, run_directory, weights, workers
 
 from sae_train.errors import Preempted
 from sae_train.training.stop import NONE, REQUEUE, SAVE, WISHES, Agreement, requeue
@@ -47,17 +47,28 @@ print(agreement.preempted(step=1234) if agreement.wish else "")
         ([], [], None),
         (["SIGTERM"], [SAVE], "SIGTERM"),
         (["SIGUSR1"], [REQUEUE], "SIGUSR1"),
-        (["SIGUSR2", "SIGTERM"], [REQUEUE, REQUEUE], "SIGUSR2"),
-        (["SIGTERM", "SIGTERM", "SIGUSR2"], [SAVE, SAVE, REQUEUE], "SIGUSR2"),
+        (["SIGUSR2", "SIGTERM"], [REQUEUE, SAVE], "SIGTERM"),
+        (["SIGTERM", "SIGTERM", "SIGUSR2"], [SAVE, SAVE, SAVE], "SIGTERM"),
     ],
 )
 def test_signals_are_noted_and_the_gravest_counts(signals: list[str], wishes: list[int], named: str | None) -> None:
     done = subprocess.run([sys.executable, "-c", LISTENER, *signals], capture_output=True, text=True, check=True)
-    gravest = max([NONE, *wishes])
+    gravest = wishes[-1] if wishes else NONE
     seen, message = done.stdout.split("\n")[:2]
     assert [int(word) for word in seen.split()] == [NONE, *wishes, NONE, gravest, gravest, gravest]
     expected = f"stopped by {named}: saved at step 1,234; the same command goes on." if named else ""
     assert message == expected
+
+
+@pytest.mark.parametrize(("left", "wish"), [(3600, SAVE), (-1, REQUEUE)])
+def test_only_the_time_limit_takes_no_requeue_back(left: int, wish: int) -> None:
+    """SLURM ends a job whose time is up by SIGTERM, too: what it was told by SIGUSR2 before then still holds."""
+    environment = os.environ | {"SLURM_JOB_END_TIME": str(int(time.time()) + left)}
+    for signals, expected in ((["SIGUSR2", "SIGTERM"], wish), (["SIGTERM", "SIGUSR2"], SAVE)):
+        done = subprocess.run(
+            [sys.executable, "-c", LISTENER, *signals], capture_output=True, text=True, check=True, env=environment
+        )
+        assert int(done.stdout.split()[2]) == expected
 
 
 def test_a_signal_while_python_ends_changes_nothing() -> None:
@@ -193,7 +204,7 @@ def test_two_signals_in_quick_succession(tmp_path: Path, whole: Callable[[int], 
     time.sleep(chance.uniform(0, 0.05))
     process.send_signal(signal.SIGUSR2)
     done = finish(process)
-    check_stopped(done, tmp_path, "SIGUSR2" if "SIGUSR2" in done.stdout else "SIGTERM")
+    check_stopped(done, tmp_path, "SIGTERM")
     check_same_end(tmp_path, whole(1), 1)
 
 
@@ -206,14 +217,30 @@ def test_a_signal_before_the_first_step(tmp_path: Path, whole: Callable[[int], P
     check_same_end(tmp_path, whole(1), 1)
 
 
+def evaluations(folder: Path) -> list[int]:
+    return [row["step"] for row in rows(folder) if "eval/fvu" in row]
+
+
 @pytest.mark.slow
-def test_a_signal_while_evaluating(tmp_path: Path, whole: Callable[[int], Path]) -> None:
-    """`evaluate_every` is 8 steps: the signal comes right after that step's checkpoint or while the next is made."""
-    process = launch(tmp_path, 1, [])
-    wait_until(lambda: any('"step": 8,' in file.read_text() for file in tmp_path.glob("runs/*/metrics.jsonl")), process)
-    process.send_signal(signal.SIGTERM)
-    assert check_stopped(finish(process), tmp_path, "SIGTERM") >= 8
-    check_same_end(tmp_path, whole(1), 1)
+@pytest.mark.parametrize("n_ranks", [1, pytest.param(2, marks=pytest.mark.multirank)])
+def test_a_signal_while_evaluating(tmp_path: Path, n_ranks: int) -> None:
+    """It ends the evaluation, however long that is, and the run that goes on makes it first."""
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    for folder in (whole, torn):
+        folder.mkdir()
+    longer = ["evaluation_tokens=40_000"]
+    assert finish(launch(whole, n_ranks, longer)).status == 0
+    process = launch(torn, n_ranks, longer)
+    wait_until(lambda: any('"step": 8,' in file.read_text() for file in torn.glob("runs/*/metrics.jsonl")), process)
+    os.kill(workers(process)[-1] if n_ranks > 1 else process.pid, signal.SIGTERM)
+    done = finish(process)
+    assert check_stopped(Outcome(PREEMPTED, done.stdout, ""), torn, "SIGTERM") == 8
+    assert evaluations(torn) == []
+    last = finish(launch(torn, n_ranks, longer))
+    assert last.status == 0, last.stdout
+    assert evaluations(torn) == [8, 16]
+    assert rows(torn) == rows(whole)
+    assert weights(torn) == weights(whole)
 
 
 @pytest.mark.slow
@@ -222,21 +249,12 @@ def test_a_signal_while_evaluating(tmp_path: Path, whole: Callable[[int], Path])
 def test_a_signal_on_one_of_two_ranks(tmp_path: Path, whole: Callable[[int], Path], rank: int) -> None:
     process = launch(tmp_path, 2, [])
     wait_until(lambda: bool(checkpoints(tmp_path)), process)
-    os.kill(worker(process, rank), signal.SIGTERM)
+    os.kill(workers(process)[rank], signal.SIGTERM)
     done = finish(process)
     assert done.status == 1, done.stdout  # as torchrun reports whatever its workers exit with
     assert "exitcode  : 75" in done.stdout
     check_stopped(Outcome(PREEMPTED, done.stdout, ""), tmp_path, "SIGTERM")
     check_same_end(tmp_path, whole(2), 2)
-
-
-def worker(process: Process, rank: int) -> int:
-    """Return the process id of one of torchrun's ranks."""
-    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        if f"RANK={rank}".encode() in variables:
-            return int(child)
-    raise AssertionError(f"rank {rank} is not there")
 
 
 def test_sigint_still_interrupts(tmp_path: Path) -> None:

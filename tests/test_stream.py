@@ -135,11 +135,11 @@ torch.set_num_threads(1)
 from pathlib import Path
 from test_stream import batches_of
 from tiny_models import live_config
-from sae_train.ranks import find_ranks
+from sae_train.ranks import find_ranks, leave
 ranks = find_ranks()
 batches = batches_of(live_config({model!r}, {text!r}), ranks, steps=12)
 torch.save(batches, Path({out!r}) / f"{{ranks.rank}}_of_{{ranks.size}}.pt")
-ranks.close()
+leave()
 """
 
 

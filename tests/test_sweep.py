@@ -1,12 +1,14 @@
 """Sweeps: each point its own directory, on one process and on two; the launcher's settings, outcomes and the table."""
 
+import fcntl
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from conftest import Command
+from conftest import Command, changed
 
 from sae_train.cli import run_command
 from sae_train.compose import compose_request
@@ -138,6 +140,29 @@ def test_what_runs_is_what_slurm_says_runs(
 def test_the_same_points_are_the_same_sweep_and_quotes_survive(tmp_path: Path) -> None:
     assert sweep_of(tmp_path, 2) == sweep_of(tmp_path, 2) != sweep_of(tmp_path, 3)
     assert SweepDirectory(sweep_of(tmp_path, 2)).arguments(1) == ["n_features=64", "k=2", "name=of its own"]
+
+
+def test_a_job_that_finds_its_run_held_leaves_the_outcome_to_the_holder(
+    tmp_path: Path, command: Command, tiny: list[str]
+) -> None:
+    """Two jobs for one point: the array's and the launcher's, say."""
+    outcome_file = tmp_path / "0000.json"
+    of_holder = Outcome(state="running", status=None, message=None, run=str(tmp_path / "runs" / "mine"), job="12",
+                        restarts=0, time="then")  # fmt: skip
+    outcome_file.write_text(json.dumps(asdict(of_holder)))
+    lock = tmp_path / "runs" / "mine" / ".lock"
+    lock.parent.mkdir(parents=True)
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = command(*changed(tiny, "name=mine"), SAE_TRAIN_OUTCOME=str(outcome_file), SLURM_JOB_ID="13")
+        assert done.status == 2, done
+        assert "another process is training in it" in done.stderr
+        assert read_outcome(outcome_file) == of_holder
+    done = command(*changed(tiny, "name=mine", "k=400000"), SAE_TRAIN_OUTCOME=str(outcome_file), SLURM_JOB_ID="13")
+    found = read_outcome(outcome_file)
+    assert done.status == 2
+    assert found is not None
+    assert (found.state, found.job) == ("failed", "13")
 
 
 NOT_HERE = (

@@ -1,5 +1,6 @@
 """Every figure of an exported SAE on the evaluation half of the held-out data."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def evaluate(
     language_model: LanguageModel | None,
     n_features: int,
     ranks: Ranks,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Return the figures of design.md 10's `eval/` and of summary.json; what does not apply is absent. Collective.
 
@@ -35,6 +37,7 @@ def evaluate(
         language_model: where the reconstruction is spliced back; None, or one without a loss, leaves CE and KL out.
         n_features: of the whole dictionary.
         ranks: the grid.
+        between: called before each batch, by all ranks together; what it raises ends this.
     """
     totals = ReconstructionTotals(shift_D=sae.b_dec, n_features=n_features, ranks=ranks)
     spliced = LanguageModelTotals(ranks.device) if language_model is not None and language_model.has_loss else None
@@ -45,6 +48,7 @@ def evaluate(
         kept_BT=None,
     )
     for turn in rounds(held_out.batches("evaluation", max_tokens=max_tokens), ranks):
+        between()
         batch = turn.batch or nothing
         made = reconstruct(sae, batch.raw_ND, n_features=n_features, ranks=ranks)
         totals.add(batch.raw_ND, batch.context_N, made)

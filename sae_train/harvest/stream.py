@@ -15,6 +15,7 @@ from sae_train.harvest.sites import SiteFacts, site_facts
 from sae_train.harvest.source import Stream, StreamFacts, run_dtype
 from sae_train.harvest.tensors import TensorStream, plan_rows
 from sae_train.harvest.text import Corpus, check_data, is_local
+from sae_train.place import find_place
 from sae_train.ranks import Ranks
 
 __all__ = ["Stream", "StreamFacts", "build_stream", "check_stream"]
@@ -95,7 +96,8 @@ def _check_batch(batch_tokens: int, n_ranks: int) -> None:
     if batch_tokens % n_ranks:
         nearest = sorted({max(1, batch_tokens // n_ranks) * n_ranks, (batch_tokens // n_ranks + 1) * n_ranks})
         raise ConfigError(f"batch_tokens={batch_tokens} over {n_ranks} ranks: not divisible. "
-                          f"Nearest batch_tokens: {' or '.join(map(str, nearest))}.")  # fmt: skip
+                          f"Nearest batch_tokens: {' or '.join(map(str, nearest))}. "
+                          f"{_other_ranks(batch_tokens, n_ranks)}")  # fmt: skip
 
 
 def _check_lanes(lanes: int, n_ranks: int, batch_tokens: int) -> None:
@@ -106,8 +108,17 @@ def _check_lanes(lanes: int, n_ranks: int, batch_tokens: int) -> None:
     if nearest:
         way_out = f"Nearest harvest.lanes that divide batch_tokens={batch_tokens}: {' or '.join(map(str, nearest))}."
     else:
-        way_out = f"No multiple divides batch_tokens={batch_tokens}: use a number of ranks that does."
-    raise ConfigError(f"harvest.lanes={lanes} over {n_ranks} ranks: not divisible. {way_out}")
+        way_out = f"No multiple divides batch_tokens={batch_tokens}."
+    raise ConfigError(
+        f"harvest.lanes={lanes} over {n_ranks} ranks: not divisible. {way_out} {_other_ranks(lanes, n_ranks)}"
+    )
+
+
+def _other_ranks(n: int, n_ranks: int) -> str:
+    """Return which numbers of ranks divide `n`: all that a run may change that has begun."""
+    below = max(count for count in range(1, n_ranks) if n % count == 0)
+    above = next((count for count in range(n_ranks + 1, n + 1) if n % count == 0), None)
+    return f"A run that has begun keeps its settings: go on with {below}{f' or {above}' if above else ''} ranks."
 
 
 def _check_pool_holds_forwards(config: RunConfig, harvest: LiveHarvestConfig) -> None:
@@ -138,7 +149,7 @@ def _pool_bytes(config: RunConfig, harvest: LiveHarvestConfig, d_model: int) -> 
 
 
 def _check_memory(config: RunConfig, harvest: LiveHarvestConfig, d_model: int, n_ranks: int) -> None:
-    local_ranks = min(n_ranks, int(os.environ.get("LOCAL_WORLD_SIZE", n_ranks)))
+    local_ranks = min(n_ranks, find_place().local_size)
     cuda = torch.cuda.is_available()
     memory = _cuda_memory() if cuda else _host_memory()
     share = 1 / n_ranks if cuda else local_ranks / n_ranks
@@ -153,7 +164,7 @@ def _check_memory(config: RunConfig, harvest: LiveHarvestConfig, d_model: int, n
 
 
 def _cuda_memory() -> int:
-    return torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory
+    return torch.cuda.get_device_properties(find_place().local_rank).total_memory
 
 
 def _host_memory() -> int:

@@ -154,7 +154,8 @@ def _state(
         if submitted is None:
             return stands("waiting", "not submitted", job=None, is_open=False)
         if there is None or is_there(submitted):
-            return stands("waiting", job=submitted, is_open=True)
+            begun = there is not None and there[submitted] != "PENDING"
+            return stands("running" if begun else "waiting", job=submitted, is_open=True)
         return stands("failed", f"job {submitted} ended before the run began; see logs/", job=submitted, is_open=False)
     job = outcome.job
     last_line = (outcome.message or "").strip().rpartition("\n")[2]

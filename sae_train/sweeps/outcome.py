@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from sae_train.config import RunConfig
 from sae_train.errors import UserError
 from sae_train.formats.durable import write_text
 from sae_train.place import find_place, job_id
@@ -64,19 +62,22 @@ class Record:
         self._job, self._restarts = job_id(environment), int(environment.get("SLURM_RESTART_COUNT") or 0)
         before = read_outcome(self._path) if self._path else None
         self._run = before.run if before else None
-
-    @property
-    def is_kept(self) -> bool:
-        return self._path is not None
+        self._is_anothers = before is not None and before.state == "running" and before.job != self._job
 
     def begin(self, run: Path | None = None) -> None:
-        """Write that the run goes on, and where, once that is known."""
+        """Write that the run goes on, and where, once its directory is held.
+
+        Until then another job may be about to be found at it, and the file stays as that one left it.
+        """
+        if run is None and self._is_anothers:
+            return
         self._run = str(run.resolve()) if run else self._run
         self._write("running", status=None, message=None)
 
-    def end(self, status: int, message: str | None = None) -> None:
-        """Write how the run ended."""
-        self._write(STATES.get(status, "failed"), status=status, message=message)
+    def end(self, status: int, message: str | None = None, *, in_use: bool = False) -> None:
+        """Write how the run ended; `in_use`: another process had its directory, which may be the one that writes."""
+        if not (in_use and self._is_anothers):
+            self._write(STATES.get(status, "failed"), status=status, message=message)
 
     def _write(self, state: str, *, status: int | None, message: str | None) -> None:
         if self._path is None:
@@ -88,18 +89,3 @@ class Record:
             write_text(self._path, json.dumps(asdict(outcome)) + "\n")
         except UserError as error:
             sys.stderr.write(f"{VARIABLE}={self._path}: {error}\n")
-
-
-def run_directory(config: RunConfig) -> Path | None:
-    """Return where a run will lie; None if it will be refused. Imports torch, reads the model's configuration."""
-    from sae_train.harvest.stream import check_stream
-    from sae_train.training.directory import run_name
-    from sae_train.training.plan import make_plan
-
-    n_ranks = find_place().size
-    try:
-        facts: Any = check_stream(config, n_ranks=n_ranks)
-        plan = make_plan(config, facts, n_ranks=n_ranks)
-    except UserError:
-        return None
-    return Path(config.runs).expanduser() / run_name(config, label=plan.label, n_features=plan.n_features)

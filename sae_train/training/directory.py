@@ -18,7 +18,7 @@ from typing import IO, Any
 import yaml
 
 from sae_train.config import RunConfig, as_dict, identity, identity_digest
-from sae_train.errors import CheckpointError, ConfigError
+from sae_train.errors import CheckpointError, ConfigError, DirectoryInUse
 from sae_train.formats.durable import explained, write_text
 
 
@@ -36,6 +36,8 @@ PARTS = ("config", "identity", "plan", "source")
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 """What `flock` says where a file system has none: NFS without its lock service, Lustre mounted without `flock`."""
+SEEN_WITHIN = 60.0
+"""Seconds in which a network file system shows one machine what another wrote."""
 REQUEUED_WAITS = 30.0
 """Seconds that a requeued job gives the job before it to end: SLURM may start the one while the other is dying."""
 
@@ -115,6 +117,17 @@ class RunDirectory:
         if differ:
             raise ConfigError(f"{self.path} holds another run: {', '.join(differ)}. Choose another name=.")
 
+    def is_seen(self, *, within: float = SEEN_WITHIN) -> bool:
+        """Return whether this process sees config.yaml, which another one wrote; gives a network time to show it."""
+        deadline = time.monotonic() + within
+        while True:
+            with suppress(OSError):
+                if "config.yaml" in os.listdir(self.path):
+                    return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.5)
+
     def _is_anothers(self) -> bool:
         """Return whether something that no run left is there; names with a dot are a killed run's lock and partials."""
         with explained(self.path, what="read"):
@@ -131,7 +144,8 @@ class RunDirectory:
             record: what else config.yaml holds: the plan's numbers, the source, what was typed, versions.
 
         Raises:
-            CheckpointError: it cannot be written or locked, or another process is training in it.
+            CheckpointError: it cannot be written or locked.
+            DirectoryInUse: another process is training in it.
         """
         self._lock = self._locked()
         self.check_identity(identified_as)  # another run may have come between the first look and the lock
@@ -159,7 +173,7 @@ class RunDirectory:
                     return lock
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    raise CheckpointError(
+                    raise DirectoryInUse(
                         f"{self.path}: another process is training in it{_holder(lock)}. Wait for it, or choose "
                         "another name=."
                     ) from None

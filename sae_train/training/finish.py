@@ -1,5 +1,6 @@
 """From trained weights to an exported SAE that keeps its promise: fold, calibrate, evaluate, write."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ SUMMARY_ONLY = ("l0_p5", "l0_p50", "l0_p95", "l0_standard_error", "evaluation_to
 """Figures of summary.json that are not among design.md 10's `eval/` names."""
 
 
-def exported(trainer: Trainer) -> tuple[SparseAutoencoder, dict[str, Any]]:
+def exported(trainer: Trainer, *, between: Callable[[], None]) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """Return the SAE as it would be exported now, and its figures on held-out data; changes nothing. Collective.
+
+    `between` is called again and again, by all ranks at the same places, and may raise to end this.
 
     The SAE holds this rank's features, the figures are of all. Thresholds are set on the calibration half, every figure
     comes from the other.
@@ -40,16 +43,18 @@ def exported(trainer: Trainer) -> tuple[SparseAutoencoder, dict[str, Any]]:
         k=trainer.sparsifier.k_at(trainer.moment()),
         inference=trainer.sparsifier.inference,
     )
-    raw_ND = calibration_half(stream, max_tokens=config.evaluation_tokens, ranks=ranks)
+    raw_ND = calibration_half(stream, max_tokens=config.evaluation_tokens, between=between, ranks=ranks)
     calibration = calibrate(
         sae, raw_ND, sparsifier=trainer.sparsifier, moment=trainer.moment(), n_features=n_features, ranks=ranks
     )
     del raw_ND
     sae.threshold.data.copy_(calibration.threshold_F)
+    between()
     figures = evaluate(
         sae,
         stream.held_out,
         max_tokens=config.evaluation_tokens,
+        between=between,
         language_model=stream.language_model,
         n_features=n_features,
         ranks=ranks,
@@ -117,9 +122,12 @@ def check_held_out(stream: Stream, *, ranks: Ranks) -> None:
 
 
 @torch.no_grad()
-def calibration_half(stream: Stream, *, max_tokens: int, ranks: Ranks) -> Tensor:
+def calibration_half(stream: Stream, *, max_tokens: int, between: Callable[[], None], ranks: Ranks) -> Tensor:
     """Return the calibration half's raw activations [N, d_model], fp32, on every rank all of them in one order."""
     nothing_ND = torch.zeros(0, stream.d_model, device=ranks.device)
     turns = rounds(stream.held_out.batches("calibration", max_tokens=max_tokens), ranks)
-    rows = [ranks.gather_rows(nothing_ND if turn.batch is None else turn.batch.raw_ND) for turn in turns]
-    return torch.cat([nothing_ND, *rows])
+    rows = [nothing_ND]
+    for turn in turns:
+        between()
+        rows.append(ranks.gather_rows(nothing_ND if turn.batch is None else turn.batch.raw_ND))
+    return torch.cat(rows)

@@ -20,7 +20,8 @@ class Totals:
 
     NAMES = ("tokens", "error", "square", "loss", "aux", "matches", "budget", "steps", "grad_norm")
 
-    def __init__(self, *, d_model: int, device: torch.device) -> None:
+    def __init__(self, *, d_model: int, device: torch.device, n_ranks: int) -> None:
+        self._share = 1 / n_ranks  # of a step: what was added up on another number of ranks stays right
         self.scalars = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
         self.sum_D = torch.zeros(d_model, dtype=torch.float64, device=device)
         self.l0_histogram = torch.zeros(L0_BINS + 1, dtype=torch.int64, device=device)
@@ -58,8 +59,8 @@ class Totals:
         self.scalars[0] += len(x_ND)
         self.scalars[1:6] += torch.stack(device_values)
         self.scalars[6] += budget
-        self.scalars[7] += 1
-        self.scalars[8] += grad_norm.double()
+        self.scalars[7] += self._share
+        self.scalars[8] += grad_norm.double() * self._share
         self.sum_D += x_ND.sum(0, dtype=torch.float64)
         self.l0_histogram.index_add_(0, l0_N.clamp_max(L0_BINS), torch.ones_like(l0_N))  # bincount would ask the device
         smallest = torch.where(value > 0, value, torch.inf).min().double()
@@ -68,7 +69,7 @@ class Totals:
     def row(self, ranks: Ranks) -> dict[str, Any]:
         """Return the interval's `train/` and `tokens_l0/` figures over all ranks."""
         sums = dict(zip(self.NAMES, ranks.sum(self.scalars).tolist(), strict=True))
-        n, steps = sums["tokens"], sums["steps"] / ranks.size
+        n, steps = sums["tokens"], sums["steps"]
         mean_D = ranks.sum(self.sum_D) / n
         variance = sums["square"] - n * float(mean_D.square().sum())
         p5, p50, p95 = histogram_percentiles(ranks.sum(self.l0_histogram), (0.05, 0.5, 0.95))
@@ -79,7 +80,7 @@ class Totals:
             "train/l0": sums["matches"] / n,
             "train/budget_used": sums["matches"] / sums["budget"],
             "train/threshold": -float(ranks.max(-self.least_kept)),
-            "train/grad_norm": sums["grad_norm"] / sums["steps"],
+            "train/grad_norm": sums["grad_norm"] / steps,
             "tokens_l0/p5": p5,
             "tokens_l0/p50": p50,
             "tokens_l0/p95": p95,

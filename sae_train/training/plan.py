@@ -5,9 +5,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from sae_train.config import AuxLossConfig, NoAuxLossConfig, RunConfig
 from sae_train.errors import ConfigError, raise_all
 from sae_train.harvest.stream import StreamFacts
+from sae_train.place import find_place
 from sae_train.training.layout import feature_columns
 from sae_train.training.schedule import DECAY_SHARE, WARMUP_SHARE, peak_learning_rate
 
@@ -68,7 +71,7 @@ def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
         ConfigError: settings that contradict each other once the width of the activations is known.
     """
     n_features = config.n_features or config.expansion * facts.d_model
-    raise_all(_problems(config, n_features=n_features, n_ranks=n_ranks))
+    raise_all(_problems(config, n_features=n_features))
     steps = -(-config.tokens // config.batch_tokens)
     total = steps * config.batch_tokens
     element = 8 if config.precision == "float64" else 4
@@ -128,7 +131,7 @@ def _ranks_text(plan: Plan, config: RunConfig) -> str:
     return text
 
 
-def _problems(config: RunConfig, *, n_features: int, n_ranks: int) -> list[str]:
+def _problems(config: RunConfig, *, n_features: int) -> list[str]:
     found = []
     if config.k > n_features:
         given = "n_features" if config.n_features else f"expansion={config.expansion} times d_model"
@@ -140,10 +143,6 @@ def _problems(config: RunConfig, *, n_features: int, n_ranks: int) -> list[str]:
         value = getattr(config.optimizer, key)
         if value is not None and value > config.tokens:
             found.append(f"optimizer.{key}={value}: longer than the run of tokens={config.tokens}. Lower it.")
-    if config.batch_tokens % n_ranks:
-        low = max(1, config.batch_tokens // n_ranks) * n_ranks
-        found.append(f"batch_tokens={config.batch_tokens} over {n_ranks} ranks: not divisible. "
-                     f"Nearest: {low} or {low + n_ranks}.")  # fmt: skip
     return found
 
 
@@ -158,11 +157,15 @@ def _sae_flops(aux: AuxLossConfig, d_model: int, n_features: int, k: float) -> f
 
 
 def _check_memory(plan: Plan) -> None:
-    """Refuse what cannot fit in this machine's memory."""
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Refuse what cannot fit in this rank's memory: of its device, else its share of the machine's."""
+    place = find_place()
+    if torch.cuda.is_available():
+        available = torch.cuda.get_device_properties(place.local_rank).total_memory
+    else:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // place.local_size
     if plan.memory_bytes > available:
         raise ConfigError(
             f"n_features={plan.n_features}, batch_tokens={plan.batch_tokens}: needs about "
-            f"{plan.memory_bytes / 1e9:.1f} GB a rank, and this machine has {available / 1e9:.1f} GB. "
+            f"{plan.memory_bytes / 1e9:.1f} GB a rank, and there are {available / 1e9:.1f} GB for each. "
             "Lower n_features, batch_tokens or harvest.pool_batches."
         )

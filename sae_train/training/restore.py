@@ -17,15 +17,19 @@ from sae_train.errors import CheckpointError
 from sae_train.ranks import Ranks
 
 NOTES = "checkpoint.json"
-NOTED = ("step", "tokens", "files")
+NOTED = ("step", "tokens", "identity", "n_features", "files")
 REPLICATED = "replicated.safetensors"
+
+
+class _Unreadable(CheckpointError):
+    """The file system would not give a file: that says nothing about the file."""
 
 
 class Checkpoint(NamedTuple):
     """A checkpoint that was read and found whole."""
 
     notes: dict[str, Any]
-    """step, tokens, metrics_rows, seconds ... as given to `save`."""
+    """step, tokens, identity, metrics_rows, seconds ... as given to `save`."""
     replicated: dict[str, Tensor]
     features: Callable[[int, int], dict[str, Tensor]]
     """Returns the state [hi - lo, ...] of features lo to hi - 1."""
@@ -39,7 +43,8 @@ def newest(directory: Path, *, ranks: Ranks, warn: Callable[[str], None]) -> Che
     The ranks share out the reading of the files; the first says which checkpoints are passed over and why.
 
     Raises:
-        CheckpointError: on every rank, if a rank does not see the files that the first one sees.
+        CheckpointError: on every rank, if a rank does not see the files that the first one sees, or cannot read one for
+            a reason that is not in the file: to pass over it then would be to lose what comes after the one before it.
     """
     steps = [step_of(path) for path in finished(directory)] if ranks.is_first else []
     steps = ranks.gather_objects(steps)[0]
@@ -52,6 +57,7 @@ def newest(directory: Path, *, ranks: Ranks, warn: Callable[[str], None]) -> Che
                 f"{path}: rank {unseen[0]} does not see it and others do. Put runs=DIR on a file system that all "
                 "nodes share."
             )
+        ranks.raise_together(next((found for found in faults if isinstance(found, _Unreadable)), None))
         fault = next((found for found in faults if found is not None), None)
         if fault is None:
             return load(path)
@@ -112,7 +118,11 @@ def _whole(path: Path) -> Iterator[None]:
     """Turn what reading a broken file raises into a CheckpointError."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:  # ValueError: not JSON
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+            raise CheckpointError(f"{path}: not a whole checkpoint: {error}.") from error
+        raise _Unreadable(f"{path}: cannot be read: {error}. Nothing was changed; see to it and try again.") from error
+    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:  # ValueError: not JSON
         raise CheckpointError(f"{path}: not a whole checkpoint: {error}.") from error
 
 
@@ -145,7 +155,7 @@ def _feature_reader(path: Path, notes: dict[str, Any]) -> Callable[[int, int], d
             if matched is None or int(matched[1]) >= hi or int(matched[2]) <= lo:
                 continue
             first, last = max(lo - int(matched[1]), 0), min(hi, int(matched[2])) - int(matched[1])
-            with safe_open(str(path / name), framework="pt") as file:
+            with _whole(path), safe_open(str(path / name), framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
                     parts.setdefault(key, []).append(file.get_slice(key)[first:last])
         state = {key: torch.cat(rows) for key, rows in parts.items()}
@@ -163,7 +173,7 @@ def _lane_reader(path: Path, notes: dict[str, Any]) -> Callable[[int], dict[str,
         for name in notes["files"]:
             matched = re.fullmatch(r"lanes_(\d+)_(\d+)\.safetensors", name)
             if matched and int(matched[1]) <= lane <= int(matched[2]):
-                with safe_open(str(path / name), framework="pt") as file:
+                with _whole(path), safe_open(str(path / name), framework="pt") as file:
                     prefix = f"{lane}/"
                     names = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a dict)
                     return {key.removeprefix(prefix): file.get_tensor(key) for key in names}

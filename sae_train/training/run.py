@@ -1,42 +1,31 @@
 """One run from configuration to verdict: plan, claim the directory, train or resume, export, report."""
 
-import dataclasses
-import json
-import os
-import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import sae_train
-from sae_train.config import RunConfig
-from sae_train.errors import Preempted, UserError
-from sae_train.formats.durable import write_text
-from sae_train.harvest.stream import Stream, StreamFacts, build_stream, check_stream
-from sae_train.heartbeat import Heartbeat
+from sae_train.config import RunConfig, as_dict
+from sae_train.errors import ConfigError, Preempted
+from sae_train.harvest.stream import StreamFacts, check_stream
 from sae_train.place import find_place
 from sae_train.ranks import Ranks, find_ranks
 from sae_train.sparsifiers import build_sparsifier
-from sae_train.training import checkpoint, restore, stop
-from sae_train.training.console import Progress, say, verdict, warn
+from sae_train.training import stop
+from sae_train.training.console import say, warn
 from sae_train.training.directory import RunDirectory, run_name
-from sae_train.training.finish import check_held_out, evaluation_row, exported, write_export
 from sae_train.training.plan import Plan, describe, make_plan
-from sae_train.training.provenance import check_source, provenance, resolve_precision
-from sae_train.training.tracking import Dashboard, MetricsFile, build_dashboard
-from sae_train.training.trainer import Events, Trainer
+from sae_train.training.session import Session, verdict_of
 
 
-def run(config: RunConfig, *, overrides: list[str]) -> int:
+def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], None]) -> int:
     """Train what `config` describes, or say that it is done already.
 
-    The ranks stay joined: who makes the last run closes them.
+    The ranks stay joined (`ranks.leave`), and signals are listened to already (`stop.listen`).
 
     Args:
         overrides: what was typed, kept in config.yaml.
+        entered: called with the run's directory once this process holds it, or once the run in it is found finished.
 
     Returns:
         The exit status, 0.
@@ -44,7 +33,6 @@ def run(config: RunConfig, *, overrides: list[str]) -> int:
     Raises:
         UserError: see errors.py; its `status` is the exit status. `Preempted` after a signal, once everything is saved.
     """
-    stop.listen()
     n_ranks = find_place().size
     facts = check_stream(config, n_ranks=n_ranks)
     plan = make_plan(config, facts, n_ranks=n_ranks)
@@ -57,250 +45,50 @@ def run(config: RunConfig, *, overrides: list[str]) -> int:
         if find_place().rank == 0:
             say(describe(plan, config, path=str(directory.path)))
         return 0
-    ranks = find_ranks().arranged(columns=plan.columns)
-    result = directory.result()
-    if result is not None:
-        if ranks.is_first:
-            say(f"already finished: {_verdict_of(result, directory, config)}")
-    else:
-        with _heartbeat(ranks):
-            _train(config, plan, facts, directory=directory, overrides=overrides, ranks=ranks)
+    ranks = find_ranks()
+    _check_alike(config, plan, ranks=ranks)
+    ranks = ranks.arranged(columns=plan.columns)
+    # of what is there the first rank's view counts: others may see a moment later what it has written
+    seen = (directory.result(), directory.stored()) if ranks.is_first else None
+    result, stored = ranks.gather_objects(seen)[0]
+    if result is None:
+        parts: dict[str, Any] = {"directory": directory, "stored": stored, "overrides": overrides, "entered": entered}
+        _train(config, plan, facts, **parts, ranks=ranks)
+    elif ranks.is_first:
+        entered(directory.path)
+        say(f"already finished: {verdict_of(result, directory, config)}")
     return 0
 
 
-def _heartbeat(ranks: Ranks) -> Heartbeat | nullcontext[None]:
-    store = ranks.open_store()
-    return nullcontext() if store is None else Heartbeat(store, ranks.rank, ranks.size)
+def _check_alike(config: RunConfig, plan: Plan, *, ranks: Ranks) -> None:
+    """Refuse ranks that were not started alike: they would wait for each other in different places.
+
+    Raises:
+        ConfigError: on every rank.
+    """
+    facts = ranks.gather_objects((as_dict(config), plan.columns))
+    for rank, other in enumerate(facts):
+        if other[0] == facts[0][0] and other[1] != facts[0][1]:
+            raise ConfigError(
+                f"parallel={config.parallel.layout}: rank {rank} would spread the features over {other[1]} ranks, and "
+                f"rank 0 over {facts[0][1]}: their nodes have different numbers of ranks. Set parallel.feature_ranks."
+            )
+        if other != facts[0]:
+            raise ConfigError(
+                f"rank {rank} was given other settings than rank 0. Start all ranks with the same command."
+            )
 
 
-def _train(
-    config: RunConfig, plan: Plan, facts: StreamFacts, *, directory: RunDirectory, overrides: list[str], ranks: Ranks
-) -> None:
+def _train(config: RunConfig, plan: Plan, facts: StreamFacts, *, ranks: Ranks, **parts: Any) -> None:
     """Make the run; after a signal leave once it is saved, its files are closed and SLURM knows."""
     agreement = stop.Agreement(ranks)
     try:
         with ExitStack() as stack:
-            parts: dict[str, Any] = {"directory": directory, "overrides": overrides, "agreement": agreement}
-            _Run(config, plan, facts, **parts, ranks=ranks, stack=stack).go()
+            Session(config, plan, facts, **parts, agreement=agreement, ranks=ranks, stack=stack).go()
     except Preempted:
-        if ranks.is_first and agreement.wish == stop.REQUEUE:
+        if ranks.is_first and agreement.wish == stop.REQUEUE and stop.wish() != stop.SAVE:
             notice = stop.requeue()
             if notice:
                 warn(notice)
         ranks.barrier()  # a rank that leaves before may have the launcher end the first one in the middle of this
         raise
-
-
-class _Run:
-    """The parts of one run, and what happens at each event."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        plan: Plan,
-        facts: StreamFacts,
-        *,
-        directory: RunDirectory,
-        overrides: list[str],
-        agreement: stop.Agreement,
-        ranks: Ranks,
-        stack: ExitStack,
-    ) -> None:
-        self._agreement, self._saved_at = agreement, -1
-        self.config, self.directory, self.ranks, self._stack, self.facts = config, directory, ranks, stack, facts
-        stored = directory.stored()
-        precision = resolve_precision(config, stored=stored, device=ranks.device)
-        self.plan = plan = plan.as_begun(stored["plan"]) if stored else plan
-        check_source(facts.record, stored=stored, path=directory.path)
-        resolved = dataclasses.replace(config, precision=precision)
-        record = {"plan": plan.resolved(), "source": facts.record, "provenance": provenance(overrides)}
-        self._on_first(lambda: directory.claim(resolved, identified_as=config, record=record))
-        stack.callback(directory.release)
-        dtype = torch.float64 if precision == "float64" else torch.float32
-        try:
-            self.stream: Stream = build_stream(config, ranks=ranks, dtype=dtype)
-        except UserError:
-            self._abandon()
-            raise
-        stack.callback(self.stream.close)
-        self.trainer = Trainer(config, plan, stream=self.stream, precision=precision, ranks=ranks)
-        self.metrics = MetricsFile(directory.metrics)
-        self.dashboard = Dashboard()
-        self.seconds_before = 0.0
-        self.sae_name = run_name(
-            dataclasses.replace(config, name=None), label=plan.label, n_features=plan.n_features
-        ).rsplit("-", 1)[0]
-
-    def go(self) -> None:
-        """Begin or resume, train, finish."""
-        try:
-            self._begin()
-        except UserError:
-            self._abandon()
-            raise
-        self.dashboard = build_dashboard(self.config, self.directory.path, is_first=self.ranks.is_first)
-        self._stack.callback(self.dashboard.close)
-        if self.dashboard.notice:
-            warn(self.dashboard.notice)
-        self._began = time.perf_counter()
-        self.progress = Progress(
-            total_tokens=self.plan.total_tokens, done_tokens=self.trainer.tokens, is_first=self.ranks.is_first
-        )
-        self._stack.callback(self.progress.close)
-        self.trainer.fit(
-            Events(
-                log=self._log,
-                evaluate=self._evaluate,
-                checkpoint=self._checkpoint,
-                advance=self.progress.advance,
-                stop=self._stop,
-            )
-        )
-        self.progress.close()
-        self._finish()
-
-    def _stop(self) -> None:
-        """Leave once the ranks have agreed that one of them was told to: with a checkpoint of this very step."""
-        if not self._agreement.poll():
-            return
-        self._agreement.settle()
-        if self._saved_at != self.trainer.n_done:
-            self.trainer.halt.check(self.ranks, site=self.plan.label)
-            self._checkpoint()
-        raise self._agreement.preempted(step=self.trainer.n_done)
-
-    def _stop_now(self) -> None:
-        """Leave if a rank was told to, after the last step: its checkpoint is written."""
-        if self._agreement.now():
-            raise self._agreement.preempted(step=self.trainer.n_done)
-
-    def _begin(self) -> None:
-        """Load the newest whole checkpoint, or start the stream."""
-        found = restore.newest(self.directory.checkpoints, ranks=self.ranks, warn=warn)
-        n_rows = 0
-        if found is None:
-            self.stream.start()
-            check_held_out(self.stream, ranks=self.ranks)
-        else:
-            features = found.features(*self.trainer.features)
-            self.trainer.load_state(found.replicated, features, found.lane_state)
-            self.seconds_before, n_rows = found.notes.get("seconds", 0.0), found.notes.get("metrics_rows", 0)
-            self._saved_at = self.trainer.n_done
-            restarts = os.environ.get("SLURM_RESTART_COUNT")
-            again = f", restart {restarts} of the SLURM job" if restarts else ""
-            self._say(
-                f"resuming at step {self.trainer.n_done:,} of {self.plan.steps:,} in {self.directory.path}{again}"
-            )
-            threads = found.notes.get("threads")
-            if threads != torch.get_num_threads() and self.ranks.is_first:
-                warn(f"this run computed with {threads} threads so far and now has {torch.get_num_threads()}: "
-                     "it goes on, but not bit for bit.")  # fmt: skip
-        self._on_first(lambda: self.metrics.keep_first(n_rows))
-
-    def _abandon(self) -> None:
-        if self.ranks.is_first:
-            self.directory.abandon()
-
-    def _log(self, row: dict[str, Any]) -> None:
-        row = {"sae": self.sae_name} | row
-        if "SLURM_RESTART_COUNT" in os.environ:
-            row["perf/slurm_restarts"] = int(os.environ["SLURM_RESTART_COUNT"])
-        if "train/fvu" in row:
-            self.progress.show(row)
-        self._on_first(lambda: self.metrics.append(row))
-        self.dashboard.log(row)
-
-    def _evaluate(self) -> None:
-        _, figures = exported(self.trainer)
-        self._log(evaluation_row(figures, step=self.trainer.n_done, tokens=self.trainer.tokens))
-
-    def _checkpoint(self) -> None:
-        notes = {
-            "step": self.trainer.n_done,
-            "tokens": self.trainer.tokens,
-            "metrics_rows": self.metrics.n_rows,
-            "seconds": self._seconds(),
-            "threads": torch.get_num_threads(),
-            "n_ranks": self.ranks.size,
-            "sae_train_version": sae_train.__version__,
-        }
-        checkpoint.save(
-            self.directory.checkpoints,
-            notes=notes,
-            replicated=self.trainer.state(),
-            features=self.trainer.features,
-            feature_state=self.trainer.feature_state(),
-            lane_states=self.stream.lane_states(),
-            ranks=self.ranks,
-            keep=self.config.checkpoint.keep,
-        )
-        self._saved_at = self.trainer.n_done
-
-    def _finish(self) -> None:
-        """Export, and write the summary last: its presence means finished."""
-        seconds = self._seconds()
-        self._stop_now()
-        sae, figures = exported(self.trainer)
-        self._stop_now()
-        tokens = self.trainer.tokens
-        self._log(evaluation_row(figures, step=self.trainer.n_done, tokens=tokens))
-        figures |= {
-            "filtered_share": self.stream.dropped_share(),
-            "dead_fraction_training": self._dead_fraction(),
-        }
-        summary = {
-            "run": self.directory.path.name,
-            "tokens": tokens,
-            "seconds": seconds,
-            "tokens_per_second": tokens / max(seconds, 1e-9),
-            "saes": {self.sae_name: figures},
-        }
-
-        write_export(
-            sae,
-            self.directory.path / "saes" / self.sae_name,
-            config=self.config,
-            stream=self.stream,
-            facts=self.facts,
-            figures=figures,
-            tokens=tokens,
-            n_features=self.plan.n_features,
-            ranks=self.ranks,
-        )
-        self._on_first(lambda: write_text(self.directory.summary, json.dumps(summary, indent=2) + "\n"))
-        self.dashboard.summarise(figures)
-        self._say(_verdict_of(summary, self.directory, self.config))
-
-    def _dead_fraction(self) -> float:
-        dead = self.trainer.firing.dead_F(self.plan.dead_window).sum()
-        return int(self.ranks.features.sum(dead)) / self.plan.n_features
-
-    def _seconds(self) -> float:
-        """Return the seconds of training so far, those before a resume included."""
-        return self.seconds_before + time.perf_counter() - self._began
-
-    def _say(self, text: str) -> None:
-        if self.ranks.is_first:
-            say(text)
-
-    def _on_first(self, action: Callable[[], None]) -> None:
-        """Do `action` on the first rank; raise on every rank what it ran into."""
-        problem: UserError | None = None
-        if self.ranks.is_first:
-            try:
-                action()
-            except UserError as error:
-                problem = error
-        self.ranks.raise_together(problem)
-
-
-def _verdict_of(summary: dict[str, Any], directory: RunDirectory, config: RunConfig) -> str:
-    """Return the verdict line of a finished run."""
-    return verdict(
-        name=summary["run"],
-        figures=next(iter(summary["saes"].values())),
-        tokens=summary["tokens"],
-        tokens_per_second=summary["tokens_per_second"],
-        k=config.k,
-        path=str(directory.path),
-    )

@@ -4,7 +4,8 @@ A handler only takes note. It raises nothing, so it may come at any moment, twic
 done: the ranks agree, finish the step, write one checkpoint and leave with status 75. SIGTERM is how a scheduler takes
 a machine back, or how somebody cancels a job: the run is saved, and whoever sent the signal decides about the rest.
 SIGUSR1 and SIGUSR2 are what `sbatch --signal` sends before the time is up: the run is saved and the job put back into
-the queue. SIGINT stays Python's. Light: imports no torch, so that the handlers can be there before anything heavy is.
+the queue, unless a SIGTERM comes, too: then somebody has cancelled it. Only the SIGTERM of the time that is up takes
+nothing back. SIGINT stays Python's. Light: imports no torch, so that the handlers are there before anything heavy is.
 """
 
 import atexit
@@ -12,18 +13,22 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Mapping
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from sae_train.errors import Preempted
+from sae_train.place import job_id
 
 if TYPE_CHECKING:
     from sae_train.verbs import Pending, Ranks
 
-NONE, SAVE, REQUEUE = 0, 1, 2
+NONE, REQUEUE, SAVE = 0, 1, 2
 WISHES = {signal.SIGTERM: SAVE, signal.SIGUSR1: REQUEUE, signal.SIGUSR2: REQUEUE}
 SLURM_ANSWERS_WITHIN = 60.0
+ABOUT_THE_END = 10.0
+"""Seconds before SLURM_JOB_END_TIME from which on a SIGTERM may be that of the time limit."""
 _SHIFT = 256
 """A wish and the signal that brought it travel as one number, wish * _SHIFT + signal: the gravest is the largest."""
 
@@ -54,11 +59,21 @@ def _ignore() -> None:
 
 def _note(number: int, _: FrameType | None) -> None:
     global _noted
+    if wish() == REQUEUE and number == signal.SIGTERM and _time_is_up():
+        return
     _noted = max(_noted, WISHES[signal.Signals(number)] * _SHIFT + number)
 
 
+def _time_is_up() -> bool:
+    """Whether the SLURM job is at its time limit."""
+    try:
+        return time.time() > int(os.environ["SLURM_JOB_END_TIME"]) - ABOUT_THE_END
+    except (KeyError, ValueError):
+        return False
+
+
 def wish() -> int:
-    """Return the gravest thing that this process was asked so far: NONE, SAVE or REQUEUE."""
+    """Return the gravest thing that this process was asked so far: NONE, REQUEUE or SAVE (and no more)."""
     return _noted // _SHIFT
 
 
@@ -69,7 +84,7 @@ class Agreement:
     step, one step after the first rank noticed it. All ranks call these methods in the same order.
 
     Attributes:
-        wish: the gravest wish that is agreed on, NONE, SAVE or REQUEUE.
+        wish: the gravest wish that is agreed on, NONE, REQUEUE or SAVE.
     """
 
     def __init__(self, ranks: "Ranks") -> None:
@@ -111,7 +126,7 @@ def requeue(environment: Mapping[str, str] = os.environ) -> str | None:
     Returns:
         What went wrong and what to do, for the user; None if it worked or there is no job.
     """
-    job = _job(environment)
+    job = job_id(environment)
     if job is None:
         return None
     try:
@@ -125,9 +140,3 @@ def requeue(environment: Mapping[str, str] = os.environ) -> str | None:
     except (OSError, subprocess.SubprocessError) as error:
         problem = str(error)
     return f"`scontrol requeue {job}` failed: {problem}. Submit the job again: it goes on from the checkpoint."
-
-
-def _job(environment: Mapping[str, str]) -> str | None:
-    """Return the job's name for SLURM: ARRAY_TASK in an array, of which one task's SLURM_JOB_ID means all of it."""
-    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID")

@@ -128,9 +128,9 @@ def has_credentials() -> bool:
     return bool(wandb.api.api_key)  # before 0.31
 
 
-def build_dashboard(config: RunConfig, directory: Path, *, is_first: bool) -> Dashboard:
-    """Return the dashboard that `tracking` names; only the first rank speaks to one."""
+def build_dashboard(config: RunConfig, directory: Path) -> Dashboard:
+    """Return the dashboard that `tracking` names; for the first rank, which alone speaks to one."""
     tracking: TrackingConfig = config.tracking
-    if is_first and isinstance(tracking, WandbConfig):
+    if isinstance(tracking, WandbConfig):
         return Wandb(tracking, config, directory)
     return Dashboard()

@@ -1,0 +1,284 @@
+"""The parts of a run while it trains, what happens at each event, and what is left at the end."""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sae_train
+from sae_train.config import RunConfig, identity, identity_digest
+from sae_train.errors import CheckpointError, Preempted, UserError
+from sae_train.formats.durable import write_text
+from sae_train.harvest.stream import Stream, StreamFacts, build_stream
+from sae_train.ranks import Ranks
+from sae_train.training import checkpoint, restore, stop
+from sae_train.training.console import Progress, say, verdict, warn
+from sae_train.training.directory import RunDirectory, run_name
+from sae_train.training.finish import check_held_out, evaluation_row, exported, write_export
+from sae_train.training.plan import Plan
+from sae_train.training.provenance import check_source, provenance, resolve_precision
+from sae_train.training.tracking import Dashboard, MetricsFile, build_dashboard
+from sae_train.training.trainer import Events, Trainer
+
+
+class Session:
+    """The parts of one run, and what happens at each event."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: Plan,
+        facts: StreamFacts,
+        *,
+        directory: RunDirectory,
+        stored: dict[str, Any] | None,
+        overrides: list[str],
+        entered: Callable[[Path], None],
+        agreement: stop.Agreement,
+        ranks: Ranks,
+        stack: ExitStack,
+    ) -> None:
+        self._agreement, self._saved_at = agreement, -1
+        self.config, self.directory, self.ranks, self._stack, self.facts = config, directory, ranks, stack, facts
+        precision = resolve_precision(config, stored=stored, device=ranks.device)
+        self.plan = plan = plan.as_begun(stored["plan"]) if stored else plan
+        check_source(facts.record, stored=stored, path=directory.path)
+        resolved = dataclasses.replace(config, precision=precision)
+        record = {"plan": plan.resolved(), "source": facts.record, "provenance": provenance(overrides)}
+        self._on_first(lambda: directory.claim(resolved, identified_as=config, record=record))
+        stack.callback(directory.release)
+        if not all(ranks.gather_objects(directory.is_seen())):
+            self._abandon()
+            raise CheckpointError(
+                f"{directory.path}: some ranks do not see what the first one wrote there. Put runs=DIR on a file "
+                "system that all nodes share."
+            )
+        if ranks.is_first:
+            entered(directory.path)
+        dtype = torch.float64 if precision == "float64" else torch.float32
+        try:
+            self.stream: Stream = build_stream(config, ranks=ranks, dtype=dtype)
+        except UserError:
+            self._abandon()
+            raise
+        stack.callback(self.stream.close)
+        self.trainer = Trainer(config, plan, stream=self.stream, precision=precision, ranks=ranks)
+        self.metrics = MetricsFile(directory.metrics)
+        self.dashboard = Dashboard()
+        self.seconds_before = 0.0
+        self.sae_name = run_name(
+            dataclasses.replace(config, name=None), label=plan.label, n_features=plan.n_features
+        ).rsplit("-", 1)[0]
+
+    def go(self) -> None:
+        """Begin or resume, train, finish."""
+        try:
+            self._begin()
+        except UserError:
+            self._abandon()
+            raise
+        self._on_first(self._open_dashboard)
+        self._began = time.perf_counter()
+        if self._evaluation_due:
+            self._evaluate()
+        self.progress = Progress(
+            total_tokens=self.plan.total_tokens, done_tokens=self.trainer.tokens, is_first=self.ranks.is_first
+        )
+        self._stack.callback(self.progress.close)
+        self.trainer.fit(
+            Events(
+                log=self._log,
+                evaluate=self._evaluate,
+                checkpoint=self._checkpoint,
+                advance=self.progress.advance,
+                stop=self._stop,
+            )
+        )
+        self.progress.close()
+        self._finish()
+
+    def _open_dashboard(self) -> None:
+        self.dashboard = build_dashboard(self.config, self.directory.path)
+        self._stack.callback(self.dashboard.close)
+        if self.dashboard.notice:
+            warn(self.dashboard.notice)
+
+    def _stop(self) -> None:
+        """Leave once the ranks have agreed that one of them was told to: with a checkpoint of this very step."""
+        if not self._agreement.poll():
+            return
+        self._agreement.settle()
+        if self._saved_at != self.trainer.n_done:
+            self.trainer.halt.check(self.ranks, site=self.plan.label)
+            self._checkpoint()
+        raise self._agreement.preempted(step=self.trainer.n_done)
+
+    def _stop_now(self) -> None:
+        """Leave if a rank was told to, outside of the steps."""
+        if self._agreement.now():
+            raise self._agreement.preempted(step=self.trainer.n_done)
+
+    def _begin(self) -> None:
+        """Load the newest whole checkpoint, or start the stream."""
+        found = restore.newest(self.directory.checkpoints, ranks=self.ranks, warn=warn)
+        n_rows, self._evaluation_due = 0, False
+        if found is None:
+            self.stream.start()
+            check_held_out(self.stream, ranks=self.ranks)
+        else:
+            self._check_own(found.notes)
+            self._together(lambda: self._load(found))
+            self._evaluation_due = found.notes.get("evaluation_due", False)
+            self.seconds_before, n_rows = found.notes.get("seconds", 0.0), found.notes.get("metrics_rows", 0)
+            self._saved_at = self.trainer.n_done
+            restarts = os.environ.get("SLURM_RESTART_COUNT")
+            again = f", restart {restarts} of the SLURM job" if restarts else ""
+            self._say(
+                f"resuming at step {self.trainer.n_done:,} of {self.plan.steps:,} in {self.directory.path}{again}"
+            )
+            threads = found.notes.get("threads")
+            if threads != torch.get_num_threads() and self.ranks.is_first:
+                warn(f"this run computed with {threads} threads so far and now has {torch.get_num_threads()}: "
+                     "it goes on, but not bit for bit.")  # fmt: skip
+        self._on_first(lambda: self.metrics.keep_first(n_rows))
+
+    def _check_own(self, notes: dict[str, Any]) -> None:
+        """Refuse a checkpoint that another run's directory was copied from."""
+        own = identity_digest(identity(self.config))
+        if (notes["identity"], notes["n_features"]) != (own, self.plan.n_features):
+            raise CheckpointError(
+                f"{restore.place(self.directory.checkpoints, notes['step'])}: made by another run (identity "
+                f"{notes['identity']}, {notes['n_features']} features; this one is {own}, {self.plan.n_features}). "
+                "Take it away, or choose another name=."
+            )
+
+    def _load(self, found: restore.Checkpoint) -> None:
+        features = found.features(*self.trainer.features)
+        self.trainer.load_state(found.replicated, features, found.lane_state)
+
+    def _abandon(self) -> None:
+        if self.ranks.is_first:
+            self.directory.abandon()
+
+    def _log(self, row: dict[str, Any]) -> None:
+        row = {"sae": self.sae_name} | row
+        if "SLURM_RESTART_COUNT" in os.environ:
+            row["perf/slurm_restarts"] = int(os.environ["SLURM_RESTART_COUNT"])
+        if "train/fvu" in row:
+            self.progress.show(row)
+        self._on_first(lambda: self.metrics.append(row))
+        self.dashboard.log(row)
+
+    def _evaluate(self) -> None:
+        """Evaluate between two steps; a signal ends it, and the run goes on with it where it is resumed."""
+        try:
+            _, figures = exported(self.trainer, between=self._stop_now)
+        except Preempted:
+            if self._saved_at != self.trainer.n_done:  # else it says so already
+                self._evaluation_due = True
+                self.trainer.halt.check(self.ranks, site=self.plan.label)
+                self._checkpoint()
+            raise
+        self._evaluation_due = False
+        self._log(evaluation_row(figures, step=self.trainer.n_done, tokens=self.trainer.tokens))
+
+    def _checkpoint(self) -> None:
+        notes = {
+            "step": self.trainer.n_done,
+            "tokens": self.trainer.tokens,
+            "metrics_rows": self.metrics.n_rows,
+            "seconds": self._seconds(),
+            "threads": torch.get_num_threads(),
+            "n_ranks": self.ranks.size,
+            "identity": identity_digest(identity(self.config)),
+            "n_features": self.plan.n_features,
+            "evaluation_due": self._evaluation_due,
+            "sae_train_version": sae_train.__version__,
+        }
+        checkpoint.save(
+            self.directory.checkpoints,
+            notes=notes,
+            replicated=self.trainer.state(),
+            features=self.trainer.features,
+            feature_state=self.trainer.feature_state(),
+            lane_states=self.stream.lane_states(),
+            ranks=self.ranks,
+            keep=self.config.checkpoint.keep,
+        )
+        self._saved_at = self.trainer.n_done
+
+    def _finish(self) -> None:
+        """Export, and write the summary last: its presence means finished."""
+        seconds = self._seconds()
+        sae, figures = exported(self.trainer, between=self._stop_now)
+        tokens = self.trainer.tokens
+        self._log(evaluation_row(figures, step=self.trainer.n_done, tokens=tokens))
+        figures |= {
+            "filtered_share": self.stream.dropped_share(),
+            "dead_fraction_training": self._dead_fraction(),
+        }
+        summary = {
+            "run": self.directory.path.name,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / max(seconds, 1e-9),
+            "saes": {self.sae_name: figures},
+        }
+
+        write_export(
+            sae,
+            self.directory.path / "saes" / self.sae_name,
+            config=self.config,
+            stream=self.stream,
+            facts=self.facts,
+            figures=figures,
+            tokens=tokens,
+            n_features=self.plan.n_features,
+            ranks=self.ranks,
+        )
+        self._on_first(lambda: write_text(self.directory.summary, json.dumps(summary, indent=2) + "\n"))
+        self.dashboard.summarise(figures)
+        self._say(verdict_of(summary, self.directory, self.config))
+
+    def _dead_fraction(self) -> float:
+        dead = self.trainer.firing.dead_F(self.plan.dead_window).sum()
+        return int(self.ranks.features.sum(dead)) / self.plan.n_features
+
+    def _seconds(self) -> float:
+        """Return the seconds of training so far, those before a resume included."""
+        return self.seconds_before + time.perf_counter() - self._began
+
+    def _say(self, text: str) -> None:
+        if self.ranks.is_first:
+            say(text)
+
+    def _on_first(self, action: Callable[[], None]) -> None:
+        """Do `action` on the first rank; raise on every rank what it ran into."""
+        self._together(action if self.ranks.is_first else lambda: None)
+
+    def _together(self, action: Callable[[], None]) -> None:
+        """Do `action`; raise on every rank what any ran into."""
+        problem: UserError | None = None
+        try:
+            action()
+        except UserError as error:
+            problem = error
+        self.ranks.raise_together(problem)
+
+
+def verdict_of(summary: dict[str, Any], directory: RunDirectory, config: RunConfig) -> str:
+    """Return the verdict line of a finished run."""
+    return verdict(
+        name=summary["run"],
+        figures=next(iter(summary["saes"].values())),
+        tokens=summary["tokens"],
+        tokens_per_second=summary["tokens_per_second"],
+        k=config.k,
+        path=str(directory.path),
+    )
