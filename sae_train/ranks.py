@@ -81,7 +81,7 @@ class Group(Ranks):
     def gather(self, tensor: Tensor) -> Tensor:
         parts = tensor.new_empty((self.size, *tensor.shape))
         with self._speaking("gather", tensor.nbytes * (self.size - 1)):
-            torch.distributed.all_gather_into_tensor(parts, tensor.contiguous(), group=self._group)
+            torch.distributed.all_gather(list(parts.unbind(0)), tensor.contiguous(), group=self._group)
         return parts
 
     def exchange(self, rows: Tensor, *, send: list[int], receive: list[int]) -> Tensor:

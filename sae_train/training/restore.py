@@ -17,7 +17,7 @@ from sae_train.errors import CheckpointError
 from sae_train.ranks import Ranks
 
 NOTES = "checkpoint.json"
-NOTED = ("step", "tokens", "identity", "n_features", "files")
+NOTED = ("step", "tokens", "files")
 REPLICATED = "replicated.safetensors"
 
 

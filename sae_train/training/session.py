@@ -151,10 +151,11 @@ class Session:
     def _check_own(self, notes: dict[str, Any]) -> None:
         """Refuse a checkpoint that another run's directory was copied from."""
         own = identity_digest(identity(self.config))
-        if (notes["identity"], notes["n_features"]) != (own, self.plan.n_features):
+        made_by = notes.get("identity"), notes.get("n_features")
+        if made_by != (own, self.plan.n_features):
             raise CheckpointError(
                 f"{restore.place(self.directory.checkpoints, notes['step'])}: made by another run (identity "
-                f"{notes['identity']}, {notes['n_features']} features; this one is {own}, {self.plan.n_features}). "
+                f"{made_by[0]}, {made_by[1]} features; this one is {own}, {self.plan.n_features}). "
                 "Take it away, or choose another name=."
             )
 
