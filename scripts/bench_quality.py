@@ -38,7 +38,8 @@ PEER_METHODS = (
     "dictionary_learning.batch_topk",
 )
 OUR_METHODS = ("ours.mutual_choice", "ours.topk")
-PEER_LR = 1e-3
+RECIPES = {"default": None, "1e-3": 1e-3}
+"""A peer's learning rates; None: its own."""
 
 
 def environment(work: Path, peer: str) -> Path:
@@ -150,6 +151,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", nargs="*", default=None, help=f"of {', '.join(PEER_METHODS + OUR_METHODS)}")
+    parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=RECIPES, help="of the peers")
     parser.add_argument("--override", nargs="*", default=[], help="further key=value for ours")
     args = parser.parse_args()
     for name in ("train", "held_out", "work"):
@@ -168,7 +170,7 @@ def main() -> None:
     rows = [row for row in rows if all(row[key] == value for key, value in setting_of(args).items())]
     methods = args.only if args.only is not None else PEER_METHODS + OUR_METHODS
     for method in methods:
-        for lr in (None,) if method in OUR_METHODS else (None, PEER_LR):
+        for lr in (None,) if method in OUR_METHODS else [RECIPES[name] for name in args.recipes]:
             recipe = recipe_of(args, method, lr)
             if any((row["method"], row["recipe"]) == (method, recipe) for row in rows):
                 continue

@@ -78,7 +78,7 @@ class Torn:
         count["in time"] += time.monotonic() - began < A_MINUTE
         said = any(words in text for words in SAID)
         count["said why"] += said
-        self._check(kind, process.returncode, text, said=said or not listens)
+        self._check(kind, process.returncode, text, said=said, listens=listens)
         return process.returncode != 0
 
     def _wait_for_a_moment(self, process: Process) -> bool:
@@ -126,13 +126,13 @@ class Torn:
         text, _ = process.communicate(timeout=600)
         return text
 
-    def _check(self, kind: str, status: int, text: str, *, said: bool) -> None:
+    def _check(self, kind: str, status: int, text: str, *, said: bool, listens: bool) -> None:
         """Look at what a fault left: a status and a message that fit, and only whole checkpoints."""
         asked = kind.startswith(("SIGTERM", "SIGUSR"))
         possible = {0, 75 if self.n_ranks == 1 else 1} if asked else {0} if kind == "pause" else set(range(-64, 256))
-        if asked and not said:
+        if asked and not listens:
             possible |= {-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGUSR2}
-        spoke = said or status == 0 or kind in ("SIGKILL", "SIGKILL of all")
+        spoke = said or not listens or status == 0 or kind in ("SIGKILL", "SIGKILL of all")
         own_traceback = "sae_train/" in text and "Traceback" in text
         if status not in possible or not spoke or own_traceback or "damaged" in text:
             self.problems.append(f"{kind}: status {status}\n{text}")

@@ -46,7 +46,7 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
             say(describe(plan, config, path=str(directory.path)))
         return 0
     ranks = find_ranks()
-    _check_alike(config, plan, ranks=ranks)
+    check_alike(config, plan, ranks=ranks)
     ranks = ranks.arranged(columns=plan.columns)
     # of what is there the first rank's view counts: others may see a moment later what it has written
     seen = (directory.result(), directory.stored()) if ranks.is_first else None
@@ -60,7 +60,7 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
     return 0
 
 
-def _check_alike(config: RunConfig, plan: Plan, *, ranks: Ranks) -> None:
+def check_alike(config: RunConfig, plan: Plan, *, ranks: Ranks) -> None:
     """Refuse ranks that were not started alike: they would wait for each other in different places.
 
     Raises:

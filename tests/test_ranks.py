@@ -1,0 +1,50 @@
+"""Ranks that were not started alike are told so, all of them, before one waits for another in a different place."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from grid_of_threads import on_ranks
+from small_runs import run_config
+
+from sae_train.errors import ConfigError
+from sae_train.harvest.stream import StreamFacts
+from sae_train.ranks import Ranks
+from sae_train.training.plan import make_plan
+from sae_train.training.run import check_alike
+
+FACTS = StreamFacts(d_model=16, label="tensors", n_blocks=None, pool_bytes=0, flops_per_token=0, record={})
+
+
+def said(*given: dict[str, Any]) -> list[str]:
+    """Return what each rank says, given its settings and `columns`."""
+
+    def one(ranks: Ranks) -> str:
+        settings = dict(given[ranks.rank])
+        columns = settings.pop("columns", 1)
+        plan = dataclasses.replace(make_plan(run_config(), FACTS, n_ranks=ranks.size), columns=columns)
+        try:
+            check_alike(run_config(**settings), plan, ranks=ranks)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    return on_ranks(len(given), one)
+
+
+def test_ranks_that_were_started_alike_pass() -> None:
+    assert said({}, {}, {}) == [""] * 3
+
+
+@pytest.mark.parametrize("other", [{"k": 5.0}, {"log_every": 2048}, {"runs": "elsewhere"}])
+def test_other_settings_are_refused_on_every_rank(other: dict[str, Any]) -> None:
+    """Even one that is not of the run's identity: ranks that log at different steps wait for each other for ever."""
+    expected = "rank 2 was given other settings than rank 0. Start all ranks with the same command."
+    assert said({}, {}, other) == [expected] * 3
+
+
+def test_nodes_of_different_sizes_are_refused_on_every_rank() -> None:
+    messages = said({"columns": 2}, {"columns": 2}, {"columns": 1})
+    assert len(set(messages)) == 1
+    assert "rank 2 would spread the features over 1 ranks, and rank 0 over 2" in messages[0]
+    assert "Set parallel.feature_ranks." in messages[0]
