@@ -118,6 +118,28 @@ def test_what_the_file_system_will_not_give_is_not_damage(tmp_path: Path) -> Non
     assert found.notes["step"] == 2
 
 
+def test_a_kill_while_old_ones_go_leaves_only_whole_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def half(path: Path, ignore_errors: bool = False) -> None:
+        if path.is_dir():
+            next(iter(sorted(path.iterdir()))).unlink()
+            raise Killed
+
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.shutil, "rmtree", half)
+        with pytest.raises(Killed):
+            save(tmp_path, 3, keep=1)
+    for path in tmp_path.glob("step_*"):
+        assert restore.load(path).notes["step"] == int(path.name.removeprefix("step_"))
+    assert restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail) is not None
+    save(tmp_path, 4, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
+
+
 def test_all_damaged_means_none(tmp_path: Path) -> None:
     (save(tmp_path, 1) / "checkpoint.json").write_text("{")
     said: list[str] = []

@@ -9,6 +9,7 @@ under a temporary name; it is fsynced, and renamed.
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def _publish(partial: Path, final: Path, notes: dict[str, Any]) -> None:
     write_text(partial / NOTES, json.dumps(notes | {"sha256": digest_of(notes)}, indent=2) + "\n")
     with explained(final):
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         partial.rename(final)
         sync_directory(final.parent)
 
@@ -128,5 +129,16 @@ def _prune(directory: Path, *, keep: int, newest: Path) -> None:
     found = finished(directory)
     place = found.index(newest) + 1
     old = found[: max(place - keep, 0)] if keep else []
-    for path in [*directory.glob("tmp-step_*"), *old, *found[place:]]:
+    for path in [*old, *found[place:]]:
+        with suppress(OSError):
+            _remove(path)
+    for path in directory.glob("tmp-step_*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Take a checkpoint's name away, then its files: who is killed between them leaves nothing that looks whole."""
+    unnamed = path.with_name(f"tmp-{path.name}-old")
+    shutil.rmtree(unnamed, ignore_errors=True)
+    path.rename(unnamed)
+    shutil.rmtree(unnamed, ignore_errors=True)
