@@ -1,6 +1,7 @@
 """What the tests share: small runs of the real program, its command line, and a clean slate for accelerate."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from hypothesis import settings  # noqa: E402
 
 from sae_train.compose import compose_config  # noqa: E402
 from sae_train.config import RunConfig  # noqa: E402
+from sae_train.training.stop import WISHES  # noqa: E402
 
 settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("tests")
@@ -53,6 +55,15 @@ def _fresh_accelerate() -> Iterator[None]:
         torch.distributed.destroy_process_group()
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    """Let no test leave the handlers of a run behind: whoever ends the tests by SIGTERM would not be heard."""
+    before = {number: signal.getsignal(number) for number in WISHES}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def train(monkeypatch: pytest.MonkeyPatch, run: Callable[..., int]) -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(config: RunConfig, *, overrides: list[str]) -> int:
+    def run(config: RunConfig, *, overrides: list[str], **_: object) -> int:
         raise AssertionError(f"{overrides} was to be refused and started a run")
 
     train(monkeypatch, run)
@@ -205,7 +205,7 @@ class Recorder:
     def __init__(self, **outcomes: object) -> None:
         self.outcomes, self.asked = outcomes, list[float]()
 
-    def run(self, config: RunConfig, *, overrides: list[str]) -> int:
+    def run(self, config: RunConfig, *, overrides: list[str], **_: object) -> int:
         assert f"k={config.k:g}" in overrides
         self.asked.append(config.k)
         outcome = self.outcomes.get(f"k{config.k:g}", 0)
