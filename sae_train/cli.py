@@ -10,12 +10,14 @@ import argparse
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sae_train.errors import DirectoryInUse, Preempted, UserError, raise_all
 from sae_train.place import find_place
 from sae_train.sweeps import outcome
+from sae_train.training import stop
 
 if TYPE_CHECKING:
     from sae_train.compose import Point, Request
@@ -54,6 +56,9 @@ def _leave(status: int) -> NoReturn:
 
 def run_command(arguments: list[str]) -> int:
     """Do what the arguments say; return the exit status."""
+    place = find_place()
+    if place.launcher or "SLURM_JOB_ID" in os.environ:
+        stop.listen(joined=place.size == 1)  # before the imports, which take seconds; replaces submitit's handlers
     record = outcome.Record()
     try:
         request = _request(arguments)
@@ -165,14 +170,10 @@ def _run(points: "list[Point]", record: outcome.Record) -> int:
     In a sweep an error that concerns one point is reported and the next point has its turn; several ranks
     stop there, because not all of them may have had the error.
     """
-    from sae_train.training import stop
-
-    stop.listen()  # from before the imports that take seconds; replaces submitit's handlers
     from sae_train.ranks import leave
     from sae_train.training.run import run
 
     place = find_place()
-    record.begin()
     statuses: dict[str, int] = {}
     problem: str | None = None
     in_use = False
@@ -193,7 +194,8 @@ def _run(points: "list[Point]", record: outcome.Record) -> int:
     if len(points) > 1 and unfinished:
         _complain(f"Not finished: {'; '.join(unfinished)}.", everywhere=True)
     if not unfinished:
-        leave()  # not earlier: a group of processes that was left cannot be joined again
+        with suppress(UserError):  # all is done: who is lost now is not missed
+            leave()  # not earlier: a group of processes that was left cannot be joined again
     status = max(statuses.values())
     record.end(status, problem, in_use=in_use)
     return status
@@ -213,8 +215,6 @@ def _complain(message: str, *, everywhere: bool) -> None:
     rank = find_place().rank
     if rank:
         if not everywhere:
-            from sae_train.training import stop
-
             stop.release()  # the launcher ends the ranks that are left by SIGTERM: no longer a wish to save
         time.sleep(FIRST_RANK_SPEAKS)
         if everywhere:

@@ -150,12 +150,8 @@ class Processes(Group):
 
         try:
             self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=JOINING)
-        except RuntimeError as error:
-            size, minutes = find_place().size, JOINING.seconds // 60
-            raise RankLost(
-                f"not all of {size} ranks have joined within {minutes} minutes; one that failed before says why. "
-                f"({str(error).splitlines()[0]})"
-            ) from error
+        except torch.distributed.DistError as error:
+            raise RankLost(_not_joined(str(error).splitlines()[0])) from error
         torch.distributed.distributed_c10d._set_pg_timeout(PATIENCE)
         control = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         super().__init__(device=self._state.device, group=None, control=control, traffic=Counter())
@@ -204,6 +200,21 @@ class Processes(Group):
         self.barrier()  # a rank that leaves while another still speaks makes that one abort
         self._heartbeat.close()
         self._state.destroy_process_group()
+
+
+def _not_joined(said: str) -> str:
+    """Return what to say where the ranks did not come together."""
+    if "EADDRINUSE" in said or "address already in use" in said:
+        port = os.environ.get("MASTER_PORT")
+        return (
+            f"MASTER_PORT={port}: something else listens there. Choose another port, the same for all ranks. ({said})"
+        )
+    size, minutes = find_place().size, int(JOINING.total_seconds()) // 60
+    if "imed out" in said or "imeout" in said:
+        return (
+            f"not all of {size} ranks have joined within {minutes} minutes; one that failed before says why. ({said})"
+        )
+    return f"the {size} ranks could not join: {said}. Another one may say why. Check MASTER_ADDR and MASTER_PORT."
 
 
 _joined: list[Processes] = []

@@ -35,7 +35,9 @@ Process = subprocess.Popen[str]
 COLUMNS = ("faults", "while starting", "in time", "said why", "right end", "wrong")
 ALONE = ("SIGKILL", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGTERM twice")
 TOGETHER = ("SIGKILL of all", "SIGKILL of a rank", "SIGTERM of a rank", "SIGUSR2 of a rank", "SIGUSR2 of all", "pause")
-SAID = ("saved at step", "lost touch with another rank", "has not been heard of")
+SAVED = "saved at step"
+SAID = (SAVED, "lost touch with another rank", "has not been heard of", "(SIGKILL)")
+"""What tells the user why a run stopped; the last by torchrun, of the rank that was killed."""
 A_MINUTE = 75.0
 """Seconds in which all ranks must have stopped: the promise, and what a busy machine adds."""
 
@@ -75,7 +77,10 @@ class Torn:
         self._send(kind, process)
         began = time.monotonic()
         text = self._ended(process)
-        count["in time"] += time.monotonic() - began < A_MINUTE
+        in_time = time.monotonic() - began < A_MINUTE
+        count["in time"] += in_time
+        if not in_time:
+            self.problems.append(f"{kind}: stopped after {time.monotonic() - began:.0f} s only")
         said = any(words in text for words in SAID)
         count["said why"] += said
         self._check(kind, process.returncode, text, said=said, listens=listens)
@@ -132,6 +137,8 @@ class Torn:
         possible = {0, 75 if self.n_ranks == 1 else 1} if asked else {0} if kind == "pause" else set(range(-64, 256))
         if asked and not listens:
             possible |= {-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGUSR2}
+        if asked:
+            said = SAVED in text
         spoke = said or not listens or status == 0 or kind in ("SIGKILL", "SIGKILL of all")
         own_traceback = "sae_train/" in text and "Traceback" in text
         if status not in possible or not spoke or own_traceback or "damaged" in text:

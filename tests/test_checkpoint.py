@@ -140,6 +140,19 @@ def test_a_kill_while_old_ones_go_leaves_only_whole_ones(tmp_path: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
 
 
+def test_a_directory_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path) -> None:
+    """A scratch that is not mounted, say: to start over would be to write over everything once it is."""
+    place = tmp_path / "checkpoints"
+    assert restore.newest(place, ranks=Solo(), warn=pytest.fail) is None
+    place.symlink_to(tmp_path / "not mounted")
+    with pytest.raises(CheckpointError, match="a link to what is not there"):
+        restore.newest(place, ranks=Solo(), warn=pytest.fail)
+    place.unlink()
+    place.write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*Not a directory"):
+        restore.newest(place, ranks=Solo(), warn=pytest.fail)
+
+
 def test_all_damaged_means_none(tmp_path: Path) -> None:
     (save(tmp_path, 1) / "checkpoint.json").write_text("{")
     said: list[str] = []

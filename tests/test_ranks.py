@@ -7,11 +7,12 @@ import pytest
 from grid_of_threads import on_ranks
 from small_runs import run_config
 
-from sae_train.errors import ConfigError
+from sae_train.errors import ConfigError, DataError
 from sae_train.harvest.stream import StreamFacts
 from sae_train.ranks import Ranks
 from sae_train.training.plan import make_plan
 from sae_train.training.run import check_alike
+from sae_train.training.session import check_same_source
 
 FACTS = StreamFacts(d_model=16, label="tensors", n_blocks=None, pool_bytes=0, flops_per_token=0, record={})
 
@@ -48,3 +49,20 @@ def test_nodes_of_different_sizes_are_refused_on_every_rank() -> None:
     assert len(set(messages)) == 1
     assert "rank 2 would spread the features over 1 ranks, and rank 0 over 2" in messages[0]
     assert "Set parallel.feature_ranks." in messages[0]
+
+
+@pytest.mark.parametrize("other", [({"rows": 5}, [4, 7]), ({"rows": 4}, [4, 8])])
+def test_ranks_that_read_something_else_are_refused_on_every_rank(other: tuple[dict[str, Any], list[int]]) -> None:
+    """The same relative path on nodes with disks of their own: they would train on a mixture."""
+
+    def one(ranks: Ranks) -> str:
+        record, numbers = other if ranks.rank == 1 else ({"rows": 4}, [4, 7])
+        try:
+            check_same_source(record, numbers, ranks=ranks)
+        except DataError as error:
+            return str(error)
+        return ""
+
+    messages = on_ranks(3, one)
+    assert len(set(messages)) == 1
+    assert messages[0].startswith("rank 1 does not see the source of activations that rank 0 sees")

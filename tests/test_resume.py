@@ -15,6 +15,11 @@ from typing import Any
 import pytest
 from conftest import LAUNCHERS, QUIET, Command, Outcome, changed, tiny_run
 
+
+def slow(value: str) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 MORE = [
     "checkpoint.every_tokens=1024",
     "log_every=1024",
@@ -125,6 +130,7 @@ def test_killed_runs_end_bitwise_alike(tmp_path: Path, n_ranks: int, arguments: 
     assert len(kept) == 2  # checkpoint.keep, and nothing half-written
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_falls_back_and_ends_alike(tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     for folder in (whole, torn):
@@ -172,7 +178,7 @@ def test_finished_is_skipped_and_another_identity_refused(tmp_path: Path, comman
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("damage", ["empty", "list", "no_sae", "gone"])
+@pytest.mark.parametrize("damage", [slow("empty"), slow("list"), "no_sae", slow("gone")])
 def test_a_run_that_is_not_whole_is_finished_again(tmp_path: Path, command: Command, damage: str) -> None:
     arguments = changed(tiny_run(tmp_path), "tokens=2048", "evaluation_tokens=500", "name=mine")
     assert command(*arguments).status == 0

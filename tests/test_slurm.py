@@ -226,3 +226,32 @@ def same(run: Path, whole: Outcome, runs: Path) -> None:
     assert whole.status == 0, whole
     assert exported(run) == exported(only(runs, "*-*"))
     assert rows(run) == rows(only(runs, "*-*"))
+
+
+STUB = """
+import os, sys, time
+from sae_train.training import stop
+stop.listen()
+print("restart", os.environ.get("SLURM_RESTART_COUNT", "0"), flush=True)
+while os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and stop.wish() != stop.BOTH:
+    time.sleep(0.1)
+print("notice", stop.requeue(stop.wish()), flush=True)
+"""
+
+
+def test_told_to_save_and_then_ended_by_slurm(cluster: Cluster, tmp_path: Path) -> None:
+    """A save that outlasts the time limit still goes back into the queue; a cancelled one does not."""
+    (tmp_path / "stub.py").write_text(STUB)
+    script = tmp_path / "job.sh"
+    script.write_text(f"#!/bin/bash\nsrun {sys.executable} {tmp_path}/stub.py\n")
+    options = ["--ntasks=1", "--requeue", "--open-mode=append", "--signal=USR2@40"]
+    late = cluster.submit(*options, "--time=1", str(script), cwd=tmp_path)
+    cancelled = cluster.submit(*options, "--time=10", str(script), cwd=tmp_path)
+    cluster.wait_for(lambda: (tmp_path / f"slurm-{cancelled}.out").exists(), "the job did not start")
+    cluster.wait_for(lambda: "restart 0" in (tmp_path / f"slurm-{cancelled}.out").read_text(), "the stub did not start")
+    cluster.ask("scancel", "--signal=USR2", cancelled)
+    cluster.ask("scancel", cancelled)
+    facts = cluster.wait(cancelled, hurry=False)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
+    facts = cluster.wait(late)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), (tmp_path / f"slurm-{late}.out").read_text()

@@ -13,7 +13,7 @@ from conftest import Command, changed
 from sae_train.cli import run_command
 from sae_train.compose import compose_request
 from sae_train.sweeps.directory import SweepDirectory
-from sae_train.sweeps.outcome import Outcome, read_outcome
+from sae_train.sweeps.outcome import Outcome, Record, read_outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 STATUS = ROOT / "scripts" / "sweep_status.py"
@@ -158,6 +158,10 @@ def test_a_job_that_finds_its_run_held_leaves_the_outcome_to_the_holder(
         assert done.status == 2, done
         assert "another process is training in it" in done.stderr
         assert read_outcome(outcome_file) == of_holder
+    assert Record({"SAE_TRAIN_OUTCOME": str(tmp_path / "other.json"), "SLURM_JOB_ID": "13"}).end(2, in_use=True) is None
+    found = read_outcome(tmp_path / "other.json")  # a holder that keeps no file leaves the word to the refused one
+    assert found is not None
+    assert found.state == "failed"
     done = command(*changed(tiny, "name=mine", "k=400000"), SAE_TRAIN_OUTCOME=str(outcome_file), SLURM_JOB_ID="13")
     found = read_outcome(outcome_file)
     assert done.status == 2

@@ -174,14 +174,17 @@ class LiveStream(Stream):
             lane.pool.take(rows_ND)
         return batch_ND
 
+    def fingerprint(self) -> list[int]:
+        return self._corpus.fingerprint()
+
     def replicated_state(self) -> dict[str, Tensor]:
-        return {**self.scaling.state(), "corpus": torch.tensor(self._corpus.fingerprint())}
+        return {**self.scaling.state(), "corpus": torch.tensor(self.fingerprint())}
 
     def lane_states(self) -> dict[int, dict[str, Tensor]]:
         return {lane.text.index: lane.state() for lane in self._lanes}
 
     def restore(self, replicated: dict[str, Tensor], lane_state: Callable[[int], dict[str, Tensor]]) -> None:
-        if replicated["corpus"].tolist() != self._corpus.fingerprint():
+        if replicated["corpus"].tolist() != self.fingerprint():
             raise DataError(f"data.id={self._config.data.id}: not the text that the checkpoint was made from. "
                             "Put the old text back, or start a new run with another name.")  # fmt: skip
         self._set_scaling(Scaling.from_state(replicated, device=self._ranks.device))

@@ -57,6 +57,10 @@ class Stream(ABC):
         """Return [N / ranks, D]: this rank's rows of `step`'s batch, normalised. Steps are asked for in order."""
 
     @abstractmethod
+    def fingerprint(self) -> list[int]:
+        """Return numbers that tell what this process reads from anything else; before `start`, too."""
+
+    @abstractmethod
     def replicated_state(self) -> dict[str, Tensor]:
         """Return what all ranks share, as CPU tensors."""
 

@@ -110,15 +110,18 @@ class TensorStream(Stream):
         rows_ND = self._table.rows(self._indices(first, first + n_local))
         return self.scaling.normalise(rows_ND.to(self._ranks.device))
 
+    def fingerprint(self) -> list[int]:
+        return self._table.fingerprint()
+
     def replicated_state(self) -> dict[str, Tensor]:
-        files = torch.tensor(self._table.fingerprint())
+        files = torch.tensor(self.fingerprint())
         return {**self.scaling.state(), "outliers": self._outliers, "files": files}
 
     def lane_states(self) -> dict[int, dict[str, Tensor]]:
         return {}
 
     def restore(self, replicated: dict[str, Tensor], lane_state: Callable[[int], dict[str, Tensor]]) -> None:
-        if replicated["files"].tolist() != self._table.fingerprint():
+        if replicated["files"].tolist() != self.fingerprint():
             raise DataError(f"harvest.path={self._harvest.path}: not the files that the checkpoint was made from. "
                             "Put the old ones back, or start a new run with another name.")  # fmt: skip
         self._set_scaling(Scaling.from_state(replicated, device=self._ranks.device))

@@ -17,6 +17,8 @@ from sae_train.harvest.text_files import Documents, Joined, JsonLines, Pieces, p
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 HELD_OUT_SHARE = 0.02
+FINGERPRINTED = 16
+"""Documents, spread evenly, whose hashes tell one corpus from another."""
 _HASH_RANGE = 2**64
 
 
@@ -54,8 +56,10 @@ class Corpus:
         return Corpus(self._data, lanes=lanes)
 
     def fingerprint(self) -> list[int]:
-        """Return numbers that change when the corpus does: how many documents, and a hash of the first and last."""
-        return [len(self), *(_hash(self[index]) >> 1 for index in (0, len(self) - 1))]
+        """Return numbers that change when the corpus does: how many documents, and hashes of a few of them."""
+        last = len(self) - 1
+        few = sorted({number * last // FINGERPRINTED for number in range(FINGERPRINTED + 1)})
+        return [len(self), *(_hash(self[index]) >> 1 for index in few)]
 
     def _texts(self) -> Iterator[str]:
         return (self._documents[index] for index in range(len(self._documents)))

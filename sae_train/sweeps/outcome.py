@@ -62,21 +62,18 @@ class Record:
         self._job, self._restarts = job_id(environment), int(environment.get("SLURM_RESTART_COUNT") or 0)
         before = read_outcome(self._path) if self._path else None
         self._run = before.run if before else None
-        self._is_anothers = before is not None and before.state == "running" and before.job != self._job
+        self._has_begun = False
 
-    def begin(self, run: Path | None = None) -> None:
-        """Write that the run goes on, and where, once its directory is held.
-
-        Until then another job may be about to be found at it, and the file stays as that one left it.
-        """
-        if run is None and self._is_anothers:
-            return
-        self._run = str(run.resolve()) if run else self._run
+    def begin(self, run: Path) -> None:
+        """Write that the run goes on, and where. Once its directory is held: before, another job may be at it."""
+        self._has_begun = True
+        self._run = str(run.resolve())
         self._write("running", status=None, message=None)
 
     def end(self, status: int, message: str | None = None, *, in_use: bool = False) -> None:
-        """Write how the run ended; `in_use`: another process had its directory, which may be the one that writes."""
-        if not (in_use and self._is_anothers):
+        """Write how the run ended; `in_use`: another process has its directory, and keeps the file if it keeps one."""
+        there = read_outcome(self._path) if self._path and in_use and not self._has_begun else None
+        if there is None or there.state != "running":
             self._write(STATES.get(status, "failed"), status=status, message=message)
 
     def _write(self, state: str, *, status: int | None, message: str | None) -> None:

@@ -126,7 +126,10 @@ def _prune(directory: Path, *, keep: int, newest: Path) -> None:
 
     A later one is damaged, or this run would have gone on from it; counted as good it would crowd out good ones.
     """
-    found = finished(directory)
+    try:
+        found = finished(directory)
+    except CheckpointError:  # what is too much goes the next time
+        return
     place = found.index(newest) + 1
     old = found[: max(place - keep, 0)] if keep else []
     for path in [*old, *found[place:]]:

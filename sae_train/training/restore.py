@@ -1,7 +1,9 @@
 """Reading checkpoints: the newest whole one, and from it what a rank needs, whatever ranks wrote it."""
 
+import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,7 +48,13 @@ def newest(directory: Path, *, ranks: Ranks, warn: Callable[[str], None]) -> Che
         CheckpointError: on every rank, if a rank does not see the files that the first one sees, or cannot read one for
             a reason that is not in the file: to pass over it then would be to lose what comes after the one before it.
     """
-    steps = [step_of(path) for path in finished(directory)] if ranks.is_first else []
+    steps, problem = [], None
+    if ranks.is_first:
+        try:
+            steps = [step_of(path) for path in finished(directory)]
+        except CheckpointError as error:
+            problem = error
+    ranks.raise_together(problem)
     steps = ranks.gather_objects(steps)[0]
     while steps:
         path = place(directory, steps.pop())
@@ -68,9 +76,10 @@ def newest(directory: Path, *, ranks: Ranks, warn: Callable[[str], None]) -> Che
 
 def _fault(path: Path, ranks: Ranks) -> Exception | None:
     """Return what is wrong with this rank's share of a checkpoint's files."""
-    if not path.is_dir():
-        return FileNotFoundError(f"{path}: gone.")
     try:
+        with _whole(path):
+            if path.name not in _names(path.parent):
+                return FileNotFoundError(f"{path}: gone.")
         files = sorted(_notes(path)["files"].items())
         _check(path, dict(files[ranks.rank :: ranks.size]))
     except CheckpointError as error:
@@ -119,7 +128,7 @@ def _whole(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        if isinstance(error, FileNotFoundError | IsADirectoryError):
             raise CheckpointError(f"{path}: not a whole checkpoint: {error}.") from error
         raise _Unreadable(f"{path}: cannot be read: {error}. Nothing was changed; see to it and try again.") from error
     except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:  # ValueError: not JSON
@@ -131,9 +140,24 @@ def place(directory: Path, step: int) -> Path:
 
 
 def finished(directory: Path) -> list[Path]:
-    """Return the published checkpoints, oldest first."""
-    found = [path for path in directory.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    """Return the published checkpoints, oldest first.
+
+    Raises:
+        CheckpointError: the directory is there and cannot be read: none seen is not none there.
+    """
+    with _whole(directory):
+        found = [directory / name for name in _names(directory) if re.fullmatch(r"step_\d{8,}", name)]
     return sorted(found, key=step_of)
+
+
+def _names(directory: Path) -> list[str]:
+    """Return what lies in a directory, nothing where there is none; a link to nowhere is not none."""
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        if directory.is_symlink():
+            raise OSError(errno.ENXIO, "a link to what is not there") from None
+        return []
 
 
 def step_of(path: Path) -> int:

@@ -21,7 +21,7 @@ from sae_train.training.session import Session, verdict_of
 def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], None]) -> int:
     """Train what `config` describes, or say that it is done already.
 
-    The ranks stay joined (`ranks.leave`), and signals are listened to already (`stop.listen`).
+    The ranks stay joined (`ranks.leave`), and from there on signals are noted (stop.py).
 
     Args:
         overrides: what was typed, kept in config.yaml.
@@ -46,6 +46,7 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
             say(describe(plan, config, path=str(directory.path)))
         return 0
     ranks = find_ranks()
+    stop.listen()
     check_alike(config, plan, ranks=ranks)
     ranks = ranks.arranged(columns=plan.columns)
     # of what is there the first rank's view counts: others may see a moment later what it has written
@@ -86,8 +87,8 @@ def _train(config: RunConfig, plan: Plan, facts: StreamFacts, *, ranks: Ranks, *
         with ExitStack() as stack:
             Session(config, plan, facts, **parts, agreement=agreement, ranks=ranks, stack=stack).go()
     except Preempted:
-        if ranks.is_first and agreement.wish == stop.REQUEUE and stop.wish() != stop.SAVE:
-            notice = stop.requeue()
+        if ranks.is_first:
+            notice = stop.requeue(agreement.wish | stop.wish())
             if notice:
                 warn(notice)
         ranks.barrier()  # a rank that leaves before may have the launcher end the first one in the middle of this

@@ -13,7 +13,7 @@ import torch
 
 import sae_train
 from sae_train.config import RunConfig, identity, identity_digest
-from sae_train.errors import CheckpointError, Preempted, UserError
+from sae_train.errors import CheckpointError, DataError, Preempted, UserError
 from sae_train.formats.durable import write_text
 from sae_train.harvest.stream import Stream, StreamFacts, build_stream
 from sae_train.ranks import Ranks
@@ -25,6 +25,21 @@ from sae_train.training.plan import Plan
 from sae_train.training.provenance import check_source, provenance, resolve_precision
 from sae_train.training.tracking import Dashboard, MetricsFile, build_dashboard
 from sae_train.training.trainer import Events, Trainer
+
+
+def check_same_source(record: dict[str, Any], fingerprint: list[int], *, ranks: Ranks) -> None:
+    """Refuse ranks that see other data or another model under the same name: nodes with disks of their own, say.
+
+    Raises:
+        DataError: on every rank.
+    """
+    sources = ranks.gather_objects((record, fingerprint))
+    for rank, source in enumerate(sources):
+        if source != sources[0]:
+            raise DataError(
+                f"rank {rank} does not see the source of activations that rank 0 sees: files, text or model differ. "
+                "Give all ranks the same one: absolute paths, on a file system that all nodes share."
+            )
 
 
 class Session:
@@ -68,6 +83,11 @@ class Session:
             self._abandon()
             raise
         stack.callback(self.stream.close)
+        try:
+            check_same_source(facts.record, self.stream.fingerprint(), ranks=ranks)
+        except UserError:
+            self._abandon()
+            raise
         self.trainer = Trainer(config, plan, stream=self.stream, precision=precision, ranks=ranks)
         self.metrics = MetricsFile(directory.metrics)
         self.dashboard = Dashboard()

@@ -4,8 +4,8 @@ A handler only takes note. It raises nothing, so it may come at any moment, twic
 done: the ranks agree, finish the step, write one checkpoint and leave with status 75. SIGTERM is how a scheduler takes
 a machine back, or how somebody cancels a job: the run is saved, and whoever sent the signal decides about the rest.
 SIGUSR1 and SIGUSR2 are what `sbatch --signal` sends before the time is up: the run is saved and the job put back into
-the queue, unless a SIGTERM comes, too: then somebody has cancelled it. Only the SIGTERM of the time that is up takes
-nothing back. SIGINT stays Python's. Light: imports no torch, so that the handlers are there before anything heavy is.
+the queue. Where a SIGTERM comes, too, somebody has cancelled the job, or its time was up before it was saved: SLURM is
+asked which. SIGINT stays Python's. Light: imports no torch, so that the handlers are there before anything heavy is.
 """
 
 import atexit
@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Mapping
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -25,23 +24,29 @@ if TYPE_CHECKING:
     from sae_train.verbs import Pending, Ranks
 
 NONE, REQUEUE, SAVE = 0, 1, 2
+BOTH = REQUEUE | SAVE
 WISHES = {signal.SIGTERM: SAVE, signal.SIGUSR1: REQUEUE, signal.SIGUSR2: REQUEUE}
 SLURM_ANSWERS_WITHIN = 60.0
-ABOUT_THE_END = 10.0
-"""Seconds before SLURM_JOB_END_TIME from which on a SIGTERM may be that of the time limit."""
 _SHIFT = 256
 """A wish and the signal that brought it travel as one number, wish * _SHIFT + signal: the gravest is the largest."""
 
 _noted = NONE
 
 
-def listen() -> None:
-    """Take note of SIGTERM, SIGUSR1 and SIGUSR2 from here on, in place of whoever did before. Main thread only."""
+def listen(*, joined: bool = True) -> None:
+    """Take note of SIGTERM, SIGUSR1 and SIGUSR2 from here on, in place of whoever did before. Main thread only.
+
+    Args:
+        joined: false for one of several ranks that waits for the others, which no handler interrupts: SIGTERM then ends
+            it, and nothing is lost yet.
+    """
     if threading.current_thread() is threading.main_thread():
         atexit.unregister(_ignore)
         atexit.register(_ignore)
         for number in WISHES:
             signal.signal(number, _note)
+        if not joined:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def release() -> None:
@@ -59,21 +64,12 @@ def _ignore() -> None:
 
 def _note(number: int, _: FrameType | None) -> None:
     global _noted
-    if wish() == REQUEUE and number == signal.SIGTERM and _time_is_up():
-        return
-    _noted = max(_noted, WISHES[signal.Signals(number)] * _SHIFT + number)
-
-
-def _time_is_up() -> bool:
-    """Whether the SLURM job is at its time limit."""
-    try:
-        return time.time() > int(os.environ["SLURM_JOB_END_TIME"]) - ABOUT_THE_END
-    except (KeyError, ValueError):
-        return False
+    asked = wish() | WISHES[signal.Signals(number)]
+    _noted = asked * _SHIFT + (signal.SIGTERM if asked & SAVE else number)
 
 
 def wish() -> int:
-    """Return the gravest thing that this process was asked so far: NONE, REQUEUE or SAVE (and no more)."""
+    """Return what this process was asked so far: NONE, REQUEUE, SAVE (and no more) or BOTH."""
     return _noted // _SHIFT
 
 
@@ -84,7 +80,7 @@ class Agreement:
     step, one step after the first rank noticed it. All ranks call these methods in the same order.
 
     Attributes:
-        wish: the gravest wish that is agreed on, NONE, REQUEUE or SAVE.
+        wish: the gravest wish that is agreed on: NONE, REQUEUE, SAVE or BOTH.
     """
 
     def __init__(self, ranks: "Ranks") -> None:
@@ -120,23 +116,33 @@ class Agreement:
         return Preempted(f"stopped by {name}: saved at step {step:,}; the same command goes on.")
 
 
-def requeue(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Put this SLURM job back into its queue. The first rank's last act, after REQUEUE; SLURM then ends the job.
+def requeue(asked: int, environment: Mapping[str, str] = os.environ) -> str | None:
+    """Put this SLURM job back into its queue, if that was asked. The first rank's last act: SLURM then ends the job.
+
+    After a SIGTERM it is done only where SLURM says that it was the time limit's: `scancel` is final.
 
     Returns:
-        What went wrong and what to do, for the user; None if it worked or there is no job.
+        What went wrong and what to do, for the user; None if it worked, was not asked, or there is no job.
     """
     job = job_id(environment)
-    if job is None:
+    if job is None or not asked & REQUEUE:
         return None
+    if asked & SAVE and "Reason=TimeLimit" not in _scontrol("--oneliner", "show", "job", job)[1].split():
+        return None
+    done, said = _scontrol("requeue", job)
+    if done:
+        return None
+    return f"`scontrol requeue {job}` failed: {said}. Submit the job again: it goes on from the checkpoint."
+
+
+def _scontrol(*arguments: str) -> tuple[bool, str]:
+    """Return whether SLURM's tool did as told, and what it said."""
     try:
         done = subprocess.run(
-            ["scontrol", "requeue", job],
+            ["scontrol", *arguments],
             capture_output=True, text=True, errors="replace", timeout=SLURM_ANSWERS_WITHIN, check=False,
         )  # fmt: skip
-        problem = (done.stderr or done.stdout).strip().replace("\n", "; ") or f"status {done.returncode}"
-        if done.returncode == 0:
-            return None
     except (OSError, subprocess.SubprocessError) as error:
-        problem = str(error)
-    return f"`scontrol requeue {job}` failed: {problem}. Submit the job again: it goes on from the checkpoint."
+        return False, str(error)
+    said = (done.stdout if done.returncode == 0 else done.stderr or done.stdout).strip()
+    return done.returncode == 0, said.replace("\n", "; ") or f"status {done.returncode}"
