@@ -75,7 +75,15 @@ def run_config(
         budget=budgets[budget](),
         aux_loss=losses[aux](),
         optimizer=schema.OptimizerConfig(
-            name="adam", lr=None, beta1=0.9, beta2=0.999, eps=1e-8, clip=1.0, warmup_tokens=None, decay_tokens=None
+            name="adam",
+            lr=None,
+            bias_lr=1.0,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            clip=1.0,
+            warmup_tokens=None,
+            decay_tokens=None,
         ),
         checkpoint=schema.CheckpointConfig(every_tokens=None, keep=2),
         parallel=schema.ParallelConfig(layout="data"),

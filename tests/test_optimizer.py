@@ -14,11 +14,12 @@ from sae_train.training.optimizer import Adam
 from sae_train.training.schedule import is_due, learning_rate
 
 
-def make(dtype: torch.dtype = torch.float64, clip: float = 0.0) -> tuple[Dictionary, Adam]:
+def make(dtype: torch.dtype = torch.float64, clip: float = 0.0, bias_lr: float = 1.0) -> tuple[Dictionary, Adam]:
     dictionary = Dictionary.initial(d_model=3, n_features=5, seed=0, dtype=dtype, device=torch.device("cpu"))
     config = OptimizerConfig(
-        name="adam", lr=None, beta1=0.9, beta2=0.99, eps=1e-8, clip=clip, warmup_tokens=None, decay_tokens=None
-    )
+        name="adam", lr=None, bias_lr=bias_lr, beta1=0.9, beta2=0.99, eps=1e-8, clip=clip, warmup_tokens=None,
+        decay_tokens=None,
+    )  # fmt: skip
     return dictionary, Adam(dictionary, config)
 
 
@@ -31,8 +32,9 @@ def set_gradients(dictionary: Dictionary, *, seed: int, factor: float = 1.0) -> 
     return gradients
 
 
-def test_adam_is_the_textbooks() -> None:
-    dictionary, adam = make()
+@pytest.mark.parametrize("bias_lr", [1.0, 0.2, 0.0])
+def test_adam_is_the_textbooks(bias_lr: float) -> None:
+    dictionary, adam = make(bias_lr=bias_lr)
     weights = {name: p.detach().clone() for name, p in dictionary.named_parameters()}
     first = {name: torch.zeros_like(w) for name, w in weights.items()}
     second = {name: torch.zeros_like(w) for name, w in weights.items()}
@@ -43,7 +45,8 @@ def test_adam_is_the_textbooks() -> None:
             first[name] = 0.9 * first[name] + 0.1 * g
             second[name] = 0.99 * second[name] + 0.01 * g * g
             mean, square = first[name] / (1 - 0.9**step), second[name] / (1 - 0.99**step)
-            weights[name] -= 0.01 * step * mean / (square.sqrt() + 1e-8)
+            rate = 0.01 * step * (bias_lr if name == "b_enc" else 1)
+            weights[name] -= rate * mean / (square.sqrt() + 1e-8)
     for name, parameter in dictionary.named_parameters():
         torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-12, atol=1e-12)
 

@@ -7,6 +7,10 @@ from sae_train.config import OptimizerConfig
 from sae_train.ranks import Ranks
 from sae_train.sae.dictionary import REPLICATED, Dictionary
 
+BIAS = "b_enc"
+"""The parameter with a learning rate of its own: Adam moves it as far as any weight, whatever its gradient, and a
+feature whose bias has fallen too far stays silent (docs/quality.md)."""
+
 
 class Adam:
     """Adam (arXiv 1412.6980), fused: every parameter and moment moves once a step.
@@ -16,9 +20,14 @@ class Adam:
 
     def __init__(self, dictionary: Dictionary, config: OptimizerConfig) -> None:
         self._named = dict(dictionary.named_parameters())
-        self._clip = config.clip
+        self._clip, self._bias_lr = config.clip, config.bias_lr
+        groups = [[p for name, p in self._named.items() if name != BIAS], [self._named[BIAS]]]
         self._adam = torch.optim.Adam(
-            self._named.values(), lr=config.lr or 0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+            [{"params": group} for group in groups],
+            lr=config.lr or 0.0,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
         )
         for parameter in self._named.values():  # moments exist from the start, so that a checkpoint may hold them
             self._adam.state[parameter] = {
@@ -46,7 +55,7 @@ class Adam:
             norm: global norm of the gradients, scalar.
             halted: scalar bool on the device; where true the step changes nothing.
         """
-        self._adam.param_groups[0]["lr"] = lr
+        self._adam.param_groups[0]["lr"], self._adam.param_groups[1]["lr"] = lr, lr * self._bias_lr
         # the fused step divides gradients by grad_scale and does nothing where found_inf is set (as for GradScaler)
         if self._clip > 0:
             self._divide_gradients((norm / self._clip).clamp_min(1.0))
