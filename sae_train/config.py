@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from sae_train.errors import raise_all
@@ -248,6 +249,34 @@ class ZipfBudgetConfig(BudgetConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class NestingConfig:
+    """Whether prefixes of the dictionary must reconstruct by themselves; see the subclass."""
+
+    name: str
+
+    def problems(self) -> list[str]:
+        return []
+
+
+@dataclass(kw_only=True, slots=True)
+class MatryoshkaConfig(NestingConfig):
+    """The first features reconstruct alone, too, and with more and more of the rest (arXiv 2503.17547)."""
+
+    prefixes: list[float]
+    """Shares of the features in each prefix, ascending; the last is 1."""
+
+    def problems(self) -> list[str]:
+        given = f"nesting.prefixes={[float(f'{share:g}') for share in self.prefixes]}"
+        if not self.prefixes or self.prefixes[-1] != 1:
+            return [f"{given}: the last prefix must be 1, the whole dictionary."]
+        if self.prefixes[0] <= 0 or any(a >= b for a, b in pairwise(self.prefixes)):
+            return [f"{given}: must be above 0 and ascend."]
+        if len(self.prefixes) == 1:
+            return [f"{given}: one prefix nests nothing. Add smaller ones or choose nesting=none."]
+        return []
+
+
+@dataclass(kw_only=True, slots=True)
 class AuxLossConfig:
     """A second loss for features that fire too rarely; see the subclasses."""
 
@@ -424,6 +453,7 @@ class RunConfig:
     layer: LayerConfig
     sparsifier: SparsifierConfig
     budget: BudgetConfig
+    nesting: NestingConfig
     aux_loss: AuxLossConfig
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig
@@ -431,8 +461,8 @@ class RunConfig:
     tracking: TrackingConfig
 
     def __post_init__(self) -> None:
-        parts = (self.model, self.data, self.harvest, self.layer, self.sparsifier, self.budget, self.aux_loss,
-                 self.optimizer, self.checkpoint)  # fmt: skip
+        parts = (self.model, self.data, self.harvest, self.layer, self.sparsifier, self.budget, self.nesting,
+                 self.aux_loss, self.optimizer, self.checkpoint)  # fmt: skip
         raise_all(self.problems() + [problem for part in parts for problem in part.problems()])
 
     def problems(self) -> list[str]:

@@ -18,6 +18,8 @@ SCHEMAS: dict[str, type] = {
     "budget/pooled": schema.PooledBudgetConfig,
     "budget/uniform": schema.UniformBudgetConfig,
     "budget/zipf": schema.ZipfBudgetConfig,
+    "nesting/none": schema.NestingConfig,
+    "nesting/matryoshka": schema.MatryoshkaConfig,
     "aux_loss/none": schema.NoAuxLossConfig,
     "aux_loss/aux_k": schema.AuxKConfig,
     "aux_loss/aux_zipf": schema.AuxZipfConfig,

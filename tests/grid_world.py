@@ -22,9 +22,10 @@ D, F, N = 16, 97, 64
 STEPS = 50
 LAYOUTS = {1: (1,), 2: (1, 2), 4: (1, 4, 2)}
 """Columns of the grid of ranks (parallel=data, features, mesh) by world size."""
+NESTED = ["nesting=matryoshka", f"nesting.prefixes=[{25 / F},{60 / F},1.0]"]
 CASES: dict[str, list[str]] = {
     "topk": ["sparsifier=topk", "aux_loss=aux_k"],
-    "topk, annealed": ["sparsifier=topk", "aux_loss=none", "budget.start_k=9", "budget.anneal=0.5"],
+    "topk, annealed": ["sparsifier=topk", "aux_loss=none", "budget.start_k=9", "budget.anneal=0.5", *NESTED],
     "mutual choice": ["sparsifier=mutual_choice", "aux_loss=none", "optimizer.clip=0.05"],
     "mutual choice, zipf": ["sparsifier=mutual_choice", "aux_loss=aux_zipf", "aux_loss.tau=0.5"],
     "feature choice": ["sparsifier=feature_choice", "aux_loss=aux_k", "budget.start_k=7", "budget.anneal=0.5"],

@@ -29,6 +29,7 @@ def run_config(
     tau: float = 0.5,
     hard: bool = False,
     weight: float = 1 / 32,
+    prefixes: list[float] | None = None,
     **dials: Any,
 ) -> RunConfig:
     """Return a whole configuration; `dials` are RunConfig's own fields."""
@@ -50,6 +51,9 @@ def run_config(
             name="aux_zipf", weight=weight, tau=tau, hard=hard, exponent=exponent, shift=shift
         ),
     }
+    nesting: schema.NestingConfig = schema.NestingConfig(name="none")
+    if prefixes is not None:
+        nesting = schema.MatryoshkaConfig(name="matryoshka", prefixes=prefixes)
     budget = budget or ("uniform" if sparsifier == "feature_choice" else "pooled")
     settings: dict[str, Any] = {
         "k": 4.0, "expansion": 4, "n_features": None, "tokens": 4096, "batch_tokens": 64, "seed": 0,
@@ -73,6 +77,7 @@ def run_config(
         layer=schema.BlockLayerConfig(kind="residual", index="middle"),
         sparsifier=sparsifiers.get(sparsifier, lambda: schema.MutualChoiceConfig(name=sparsifier))(),
         budget=budgets[budget](),
+        nesting=nesting,
         aux_loss=losses[aux](),
         optimizer=schema.OptimizerConfig(
             name="adam",

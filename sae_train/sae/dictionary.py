@@ -96,8 +96,7 @@ class Dictionary(nn.Module):
             ranks: whose `features` hold the other shares; each rank's gradients are of its own share.
         """
         rows_ND = kernels.decode(code.value, self.W_dec, code.feature, code.token, code.start)
-        if ranks.features.size > 1:
-            rows_ND = _SumOfShares.apply(rows_ND, ranks.features)  # type: ignore[no-untyped-call]
+        rows_ND = sum_of_shares(rows_ND, ranks)
         return rows_ND + self.b_dec if bias else rows_ND
 
     @torch.no_grad()
@@ -113,6 +112,14 @@ class Dictionary(nn.Module):
         """Give every decoder row unit norm."""
         norm_F1 = self.W_dec.norm(dim=1, keepdim=True)
         self.W_dec.div_(torch.where(norm_F1 > 0, norm_F1, 1))
+
+
+def sum_of_shares(part_ND: Tensor, ranks: Ranks) -> Tensor:
+    """Return the sum of what the ranks of a row reconstruct from their features; differentiable in the own part."""
+    if ranks.features.size == 1:
+        return part_ND
+    whole_ND: Tensor = _SumOfShares.apply(part_ND, ranks.features)  # type: ignore[no-untyped-call]
+    return whole_ND
 
 
 class _SumOfShares(torch.autograd.Function):

@@ -23,10 +23,14 @@ from sae_train.formats.durable import explained, write_text
 
 
 def run_name(config: RunConfig, *, label: str, n_features: int) -> str:
-    """Return `name` as typed, or `<site>.<sparsifier>.k<k>.f<n_features>.s<seed>-<six hex digits of the identity>`."""
+    """Return `name` as typed, or what tells runs apart and six hex digits of the identity.
+
+    `<site>.<sparsifier>[.<nesting>].k<k>.f<n_features>.s<seed>-<digits>`; no nesting is not named.
+    """
     if config.name is not None:
         return config.name
-    readable = f"{label}.{config.sparsifier.name}.k{config.k:g}.f{n_features}.s{config.seed}"
+    method = config.sparsifier.name + ("" if config.nesting.name == "none" else f".{config.nesting.name}")
+    readable = f"{label}.{method}.k{config.k:g}.f{n_features}.s{config.seed}"
     return re.sub(r"[^A-Za-z0-9._-]+", "_", readable) + f"-{identity_digest(identity(config))}"
 
 

@@ -18,6 +18,7 @@ from sae_train.harvest.stream import Stream, StreamFacts
 from sae_train.ranks import Ranks
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.sae.calibration import calibrate
+from sae_train.sae.nesting import prefix_sizes
 from sae_train.training.trainer import Trainer
 
 ENOUGH_TOKENS = 10_000
@@ -92,6 +93,7 @@ def write_export(
         "source": facts.record,
         "tokens": tokens,
         "sparsifier": config.sparsifier.name,
+        "prefixes": prefix_sizes(config.nesting, n_features=n_features),
         "seed": config.seed,
         "normalisation": {
             "scale": scaling.scale,

@@ -10,6 +10,7 @@ from sae_train.errors import ConfigError, Preempted
 from sae_train.harvest.stream import StreamFacts, check_stream
 from sae_train.place import find_place
 from sae_train.ranks import Ranks, find_ranks
+from sae_train.sae.nesting import prefix_sizes
 from sae_train.sparsifiers import build_sparsifier
 from sae_train.training import stop
 from sae_train.training.console import say, warn
@@ -37,6 +38,7 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
     facts = check_stream(config, n_ranks=n_ranks)
     plan = make_plan(config, facts, n_ranks=n_ranks)
     build_sparsifier(config, n_features=plan.n_features)  # refuses infeasible budgets
+    prefix_sizes(config.nesting, n_features=plan.n_features)  # and prefixes that are not whole
     directory = RunDirectory(
         Path(config.runs).expanduser() / run_name(config, label=plan.label, n_features=plan.n_features)
     )

@@ -12,10 +12,12 @@ from sae_train.config import RunConfig
 from sae_train.errors import StoppedByNumbers
 from sae_train.harvest.stream import Stream
 from sae_train.ranks import Ranks
+from sae_train.sae.code import SparseCode
 from sae_train.sae.dictionary import REPLICATED, Dictionary
 from sae_train.sae.firing import Firing
 from sae_train.sae.losses import build_aux_loss, reconstruction_loss
 from sae_train.sae.moment import Moment
+from sae_train.sae.nesting import decode_prefixes, nested_loss, prefix_sizes
 from sae_train.sparsifiers import build_sparsifier
 from sae_train.training.halt import Halt
 from sae_train.training.metrics import Totals, firing_row
@@ -64,6 +66,7 @@ class Trainer:
             features=self.features,
         )
         self.sparsifier = build_sparsifier(config, n_features=plan.n_features)
+        self.prefixes = prefix_sizes(config.nesting, n_features=plan.n_features)
         self.aux_loss = build_aux_loss(
             config, d_model=plan.d_model, n_features=plan.n_features, dead_window=plan.dead_window
         )
@@ -121,8 +124,7 @@ class Trainer:
         pre_NF = dictionary.pre_activations(x_ND, precision=self.precision)
         chosen = self.sparsifier.select(pre_NF, moment=moment, firing=self.firing, ranks=ranks)
         code = dictionary.attach(x_ND, chosen)
-        x_hat_ND = dictionary.decode(code, ranks=ranks)
-        loss = reconstruction_loss(x_ND, x_hat_ND, n_tokens=self.plan.batch_tokens)
+        x_hat_ND, loss = self._reconstruct(x_ND, code)
         error_ND = (x_ND - x_hat_ND).detach()
         aux = None
         if self.aux_loss is not None:
@@ -143,6 +145,15 @@ class Trainer:
             budget=self.sparsifier.k_at(moment) * len(own_ND),
         )
         self.n_done += 1
+
+    def _reconstruct(self, x_ND: Tensor, code: SparseCode) -> tuple[Tensor, Tensor]:
+        """Return the reconstruction from all features, and the loss."""
+        n_tokens = self.plan.batch_tokens
+        if len(self.prefixes) == 1:
+            x_hat_ND = self.dictionary.decode(code, ranks=self.ranks)
+            return x_hat_ND, reconstruction_loss(x_ND, x_hat_ND, n_tokens=n_tokens)
+        prefixes_GND = decode_prefixes(self.dictionary, code, self.prefixes, ranks=self.ranks)
+        return prefixes_GND[-1], nested_loss(x_ND, prefixes_GND, n_tokens=n_tokens)
 
     def row(self) -> dict[str, Any]:
         """Return the figures since the last row and start the next interval.
