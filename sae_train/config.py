@@ -277,6 +277,13 @@ class MatryoshkaConfig(NestingConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class ParametrisationConfig:
+    """What is trained of the encoder: `free` rows, or `aligned` ones, whose product with the decoder's row is 1."""
+
+    name: str
+
+
+@dataclass(kw_only=True, slots=True)
 class AuxLossConfig:
     """A second loss for features that fire too rarely; see the subclasses."""
 
@@ -454,6 +461,7 @@ class RunConfig:
     sparsifier: SparsifierConfig
     budget: BudgetConfig
     nesting: NestingConfig
+    parametrisation: ParametrisationConfig
     aux_loss: AuxLossConfig
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig

@@ -34,7 +34,6 @@ class Typed:
 
 NOT_BUILT_KEYS = {
     "variants": "several SAEs in one run are not built yet. Start one run for each; `-m` makes a sweep of them.",
-    "parametrisation": "other parametrisations than the free one are not built yet. Remove it.",
     "objective": "other objectives than reconstruction are not built yet. Remove it.",
     "sweep": "sweeps kept in a file are not built yet. Type the values with -m, as in `-m k=16,32`.",
 }

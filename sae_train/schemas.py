@@ -20,6 +20,7 @@ SCHEMAS: dict[str, type] = {
     "budget/zipf": schema.ZipfBudgetConfig,
     "nesting/none": schema.NestingConfig,
     "nesting/matryoshka": schema.MatryoshkaConfig,
+    "parametrisation": schema.ParametrisationConfig,
     "aux_loss/none": schema.NoAuxLossConfig,
     "aux_loss/aux_k": schema.AuxKConfig,
     "aux_loss/aux_zipf": schema.AuxZipfConfig,

@@ -27,7 +27,12 @@ CASES: dict[str, list[str]] = {
     "topk": ["sparsifier=topk", "aux_loss=aux_k"],
     "topk, annealed": ["sparsifier=topk", "aux_loss=none", "budget.start_k=9", "budget.anneal=0.5", *NESTED],
     "mutual choice": ["sparsifier=mutual_choice", "aux_loss=none", "optimizer.clip=0.05"],
-    "mutual choice, zipf": ["sparsifier=mutual_choice", "aux_loss=aux_zipf", "aux_loss.tau=0.5"],
+    "mutual choice, zipf": [
+        "sparsifier=mutual_choice",
+        "aux_loss=aux_zipf",
+        "aux_loss.tau=0.5",
+        "parametrisation=aligned",
+    ],
     "feature choice": ["sparsifier=feature_choice", "aux_loss=aux_k", "budget.start_k=7", "budget.anneal=0.5"],
     "feature choice, zipf": ["sparsifier=feature_choice", "budget=zipf", "sparsifier.after=0.5", "aux_loss=aux_zipf"],
 }

@@ -30,6 +30,7 @@ def run_config(
     hard: bool = False,
     weight: float = 1 / 32,
     prefixes: list[float] | None = None,
+    parametrisation: str = "free",
     **dials: Any,
 ) -> RunConfig:
     """Return a whole configuration; `dials` are RunConfig's own fields."""
@@ -78,6 +79,7 @@ def run_config(
         sparsifier=sparsifiers.get(sparsifier, lambda: schema.MutualChoiceConfig(name=sparsifier))(),
         budget=budgets[budget](),
         nesting=nesting,
+        parametrisation=schema.ParametrisationConfig(name=parametrisation),
         aux_loss=losses[aux](),
         optimizer=schema.OptimizerConfig(
             name="adam",

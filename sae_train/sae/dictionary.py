@@ -25,7 +25,7 @@ class Dictionary(nn.Module):
     """Encoder and decoder over normalised activations (mean squared norm 1): all features, or one rank's share.
 
     Attributes:
-        W_enc: [F, D] encoder rows.
+        W_enc: [F, D] encoder rows, parameters of their own.
         b_enc: [F].
         W_dec: [F, D] decoder rows of unit norm, so that an affinity is a match's contribution.
         b_dec: [D].
@@ -65,7 +65,12 @@ class Dictionary(nn.Module):
         rows = torch.cat(drawn)[first : first + hi - lo].to(dtype)
         rows = (rows / rows.norm(dim=1, keepdim=True)).to(device)
         zeros = rows.new_zeros
-        return cls(ENCODER_SCALE * rows, zeros(hi - lo), rows, zeros(d_model))
+        return cls(cls.start(rows), zeros(hi - lo), rows, zeros(d_model))
+
+    @staticmethod
+    def start(rows_FD: Tensor) -> Tensor:
+        """Return the encoder's parameter [F, D] at the start, given the decoder's rows."""
+        return ENCODER_SCALE * rows_FD
 
     @property
     def n_features(self) -> int:
@@ -112,6 +117,41 @@ class Dictionary(nn.Module):
         """Give every decoder row unit norm."""
         norm_F1 = self.W_dec.norm(dim=1, keepdim=True)
         self.W_dec.div_(torch.where(norm_F1 > 0, norm_F1, 1))
+
+
+class AlignedDictionary(Dictionary):
+    """A dictionary whose encoder and decoder row of a feature have an inner product of one at every step.
+
+    Encoder row = d + (I - d d^T) v with the decoder's unit row d: v is free, 0 at the start, and what of it lies along
+    d has no effect. Our construction after the constraint of arXiv 2605.18629, whose own one is not public. Gradients
+    reach d through both paths.
+
+    Attributes:
+        W_free: [F, D] rows v.
+    """
+
+    def __init__(self, W_free: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.W_free, self.b_enc = nn.Parameter(W_free), nn.Parameter(b_enc)
+        self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
+        self._made: tuple[tuple[int, int], Tensor] | None = None
+
+    @staticmethod
+    def start(rows_FD: Tensor) -> Tensor:
+        return torch.zeros_like(rows_FD)
+
+    @property
+    def W_enc(self) -> Tensor:  # type: ignore[override]
+        """[F, D] encoder rows, with the graph to W_free and W_dec; made once for each state of the two."""
+        versions = self.W_free._version, self.W_dec._version
+        if self._made is None or self._made[0] != versions:
+            with torch.enable_grad():
+                along_F1 = (self.W_free * self.W_dec).sum(1, keepdim=True)
+                self._made = versions, self.W_free + (1 - along_F1) * self.W_dec
+        return self._made[1]
+
+
+PARAMETRISATIONS = {"free": Dictionary, "aligned": AlignedDictionary}
 
 
 def sum_of_shares(part_ND: Tensor, ranks: Ranks) -> Tensor:

@@ -25,11 +25,13 @@ from sae_train.formats.durable import explained, write_text
 def run_name(config: RunConfig, *, label: str, n_features: int) -> str:
     """Return `name` as typed, or what tells runs apart and six hex digits of the identity.
 
-    `<site>.<sparsifier>[.<nesting>].k<k>.f<n_features>.s<seed>-<digits>`; no nesting is not named.
+    `<site>.<sparsifier>[.<nesting>][.<parametrisation>].k<k>.f<n_features>.s<seed>-<digits>`, less what is usual.
     """
     if config.name is not None:
         return config.name
-    method = config.sparsifier.name + ("" if config.nesting.name == "none" else f".{config.nesting.name}")
+    usual = ("none", "free")
+    words = [config.sparsifier.name, config.nesting.name, config.parametrisation.name]
+    method = ".".join(word for word in words if word not in usual)
     readable = f"{label}.{method}.k{config.k:g}.f{n_features}.s{config.seed}"
     return re.sub(r"[^A-Za-z0-9._-]+", "_", readable) + f"-{identity_digest(identity(config))}"
 

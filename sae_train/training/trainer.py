@@ -13,7 +13,7 @@ from sae_train.errors import StoppedByNumbers
 from sae_train.harvest.stream import Stream
 from sae_train.ranks import Ranks
 from sae_train.sae.code import SparseCode
-from sae_train.sae.dictionary import REPLICATED, Dictionary
+from sae_train.sae.dictionary import PARAMETRISATIONS, REPLICATED
 from sae_train.sae.firing import Firing
 from sae_train.sae.losses import build_aux_loss, reconstruction_loss
 from sae_train.sae.moment import Moment
@@ -57,7 +57,7 @@ class Trainer:
         dtype = torch.float64 if precision == "float64" else torch.float32
         self.config, self.plan, self.stream, self.ranks, self.precision = config, plan, stream, ranks, precision
         self.features = ranks.features.slice(plan.n_features)
-        self.dictionary = Dictionary.initial(
+        self.dictionary = PARAMETRISATIONS[config.parametrisation.name].initial(
             d_model=plan.d_model,
             n_features=plan.n_features,
             seed=config.seed,
