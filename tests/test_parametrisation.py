@@ -66,7 +66,7 @@ def test_rows_stay_aligned_through_training(tmp_path: Path, sparsifier: str, pre
         assert float((products(trainer.dictionary) - 1).abs().max()) < bound
     after = trainer.dictionary.W_enc.detach()
     assert float((after - before).abs().max()) > 0.01
-    assert float((after - trainer.dictionary.W_dec).abs().max()) > 0.01
+    assert float((after - trainer.dictionary.W_dec.detach()).abs().max()) > 0.01
     sae = SparseAutoencoder.fold(
         trainer.dictionary, centre_D=torch.zeros(world.D), scale=1.0, k=5.0, inference="threshold"
     )
