@@ -347,8 +347,8 @@ class OptimizerConfig:
     name: str
     lr: float | None
     """Peak learning rate; null is the rule in width and tokens of training/schedule.py."""
-    bias_lr: float
-    """Of the encoder's bias, as a share of the learning rate."""
+    bias_lr: float | None
+    """Of the encoder's bias, as a share of the learning rate; null is a rule in firings, see training/schedule.py."""
     beta1: float
     beta2: float
     eps: float

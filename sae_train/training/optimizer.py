@@ -8,19 +8,21 @@ from sae_train.ranks import Ranks
 from sae_train.sae.dictionary import REPLICATED, Dictionary
 
 BIAS = "b_enc"
-"""The parameter with a learning rate of its own: Adam moves it as far as any weight, whatever its gradient, and a
-feature whose bias has fallen too far stays silent (docs/quality.md)."""
+"""The parameter with a learning rate of its own (`schedule.bias_learning_rate` says why)."""
 
 
 class Adam:
     """Adam (arXiv 1412.6980), fused: every parameter and moment moves once a step.
 
     The gradient is scaled so that its global norm is at most `clip`, inside the same pass.
+
+    Args:
+        bias_lr: of the encoder's bias, as a share of each step's learning rate.
     """
 
-    def __init__(self, dictionary: Dictionary, config: OptimizerConfig) -> None:
+    def __init__(self, dictionary: Dictionary, config: OptimizerConfig, *, bias_lr: float) -> None:
         self._named = dict(dictionary.named_parameters())
-        self._clip, self._bias_lr = config.clip, config.bias_lr
+        self._clip, self._bias_lr = config.clip, bias_lr
         groups = [[p for name, p in self._named.items() if name != BIAS], [self._named[BIAS]]]
         self._adam = torch.optim.Adam(
             [{"params": group} for group in groups],
