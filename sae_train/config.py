@@ -347,7 +347,7 @@ class OptimizerConfig:
     name: str
     lr: float | None
     """Peak learning rate; null is the rule in width and tokens of training/schedule.py."""
-    bias_lr: float | None
+    bias_rate: float | None
     """Of the encoder's bias, as a share of the learning rate; null is a rule in firings, see training/schedule.py."""
     beta1: float
     beta2: float
@@ -368,7 +368,7 @@ class OptimizerConfig:
                 found.append(f"optimizer.{key}={getattr(self, key):g}: must be at least 0 and below 1.")
         if self.eps <= 0:
             found.append(f"optimizer.eps={self.eps:g}: must be positive.")
-        for key in ("bias_lr", "clip", "warmup_tokens", "decay_tokens"):
+        for key in ("bias_rate", "clip", "warmup_tokens", "decay_tokens"):
             value = getattr(self, key)
             if value is not None and value < 0:
                 found.append(f"optimizer.{key}={value:g}: must not be negative.")

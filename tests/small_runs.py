@@ -84,7 +84,7 @@ def run_config(
         optimizer=schema.OptimizerConfig(
             name="adam",
             lr=None,
-            bias_lr=1.0,
+            bias_rate=1.0,
             beta1=0.9,
             beta2=0.999,
             eps=1e-8,

@@ -127,7 +127,7 @@ def test_the_message_says_what_is_wrong_and_what_to_do(complaint: Complaint, typ
 @pytest.mark.parametrize(
     "typed",
     ["variants=['k=16','k=32']", "harvest=store", "parallel=saes",
-     "nesting=matryoshka", "parametrisation=aligned", "objective=transcoder", "sparsifier=relu", "sparsifier=gated",
+     "objective=transcoder", "sparsifier=relu", "sparsifier=gated",
      "sparsifier=jumprelu", "sparsifier=p_anneal", "sparsifier=temporal_mask", "sparsifier=gradient", "sweep=wide",
      "layer.index=[1,2]"],
 )  # fmt: skip

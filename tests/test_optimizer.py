@@ -14,17 +14,17 @@ from sae_train.training.optimizer import Adam
 from sae_train.training.schedule import bias_learning_rate, is_due, learning_rate
 
 
-def schema_of(*, bias_lr: float | None, clip: float = 0.0) -> OptimizerConfig:
+def schema_of(*, bias_rate: float | None, clip: float = 0.0) -> OptimizerConfig:
     return OptimizerConfig(
-        name="adam", lr=None, bias_lr=bias_lr, beta1=0.9, beta2=0.99, eps=1e-8, clip=clip, warmup_tokens=None,
+        name="adam", lr=None, bias_rate=bias_rate, beta1=0.9, beta2=0.99, eps=1e-8, clip=clip, warmup_tokens=None,
         decay_tokens=None,
     )  # fmt: skip
 
 
-def make(dtype: torch.dtype = torch.float64, clip: float = 0.0, bias_lr: float = 1.0) -> tuple[Dictionary, Adam]:
+def make(dtype: torch.dtype = torch.float64, clip: float = 0.0, bias_rate: float = 1.0) -> tuple[Dictionary, Adam]:
     dictionary = Dictionary.initial(d_model=3, n_features=5, seed=0, dtype=dtype, device=torch.device("cpu"))
-    config = schema_of(bias_lr=bias_lr, clip=clip)
-    return dictionary, Adam(dictionary, config, bias_lr=bias_lr)
+    config = schema_of(bias_rate=bias_rate, clip=clip)
+    return dictionary, Adam(dictionary, config, bias_rate=bias_rate)
 
 
 def set_gradients(dictionary: Dictionary, *, seed: int, factor: float = 1.0) -> dict[str, torch.Tensor]:
@@ -36,9 +36,9 @@ def set_gradients(dictionary: Dictionary, *, seed: int, factor: float = 1.0) -> 
     return gradients
 
 
-@pytest.mark.parametrize("bias_lr", [1.0, 0.2, 0.0])
-def test_adam_is_the_textbooks(bias_lr: float) -> None:
-    dictionary, adam = make(bias_lr=bias_lr)
+@pytest.mark.parametrize("bias_rate", [1.0, 0.2, 0.0])
+def test_adam_is_the_textbooks(bias_rate: float) -> None:
+    dictionary, adam = make(bias_rate=bias_rate)
     weights = {name: p.detach().clone() for name, p in dictionary.named_parameters()}
     first = {name: torch.zeros_like(w) for name, w in weights.items()}
     second = {name: torch.zeros_like(w) for name, w in weights.items()}
@@ -49,7 +49,7 @@ def test_adam_is_the_textbooks(bias_lr: float) -> None:
             first[name] = 0.9 * first[name] + 0.1 * g
             second[name] = 0.99 * second[name] + 0.01 * g * g
             mean, square = first[name] / (1 - 0.9**step), second[name] / (1 - 0.99**step)
-            rate = 0.01 * step * (bias_lr if name == "b_enc" else 1)
+            rate = 0.01 * step * (bias_rate if name == "b_enc" else 1)
             weights[name] -= rate * mean / (square.sqrt() + 1e-8)
     for name, parameter in dictionary.named_parameters():
         torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-12, atol=1e-12)
@@ -135,8 +135,8 @@ def test_due_counts_multiples_passed(every: int, batch: int, steps: int) -> None
 
 
 def test_the_bias_learns_slowly_where_features_fire_often() -> None:
-    config = schema_of(bias_lr=None)
+    config = schema_of(bias_rate=None)
     assert bias_learning_rate(config, n_features=6144, tokens=820_000, k=32) == 0.2
     assert bias_learning_rate(config, n_features=12288, tokens=500_000, k=8) == 1.0
     assert 0.2 < bias_learning_rate(config, n_features=6144, tokens=400_000, k=32) < 1
-    assert bias_learning_rate(schema_of(bias_lr=0.5), n_features=12288, tokens=500_000, k=8) == 0.5
+    assert bias_learning_rate(schema_of(bias_rate=0.5), n_features=12288, tokens=500_000, k=8) == 0.5

@@ -17,12 +17,12 @@ class Adam:
     The gradient is scaled so that its global norm is at most `clip`, inside the same pass.
 
     Args:
-        bias_lr: of the encoder's bias, as a share of each step's learning rate.
+        bias_rate: of the encoder's bias, as a share of each step's learning rate.
     """
 
-    def __init__(self, dictionary: Dictionary, config: OptimizerConfig, *, bias_lr: float) -> None:
+    def __init__(self, dictionary: Dictionary, config: OptimizerConfig, *, bias_rate: float) -> None:
         self._named = dict(dictionary.named_parameters())
-        self._clip, self._bias_lr = config.clip, bias_lr
+        self._clip, self._bias_rate = config.clip, bias_rate
         groups = [[p for name, p in self._named.items() if name != BIAS], [self._named[BIAS]]]
         self._adam = torch.optim.Adam(
             [{"params": group} for group in groups],
@@ -57,7 +57,7 @@ class Adam:
             norm: global norm of the gradients, scalar.
             halted: scalar bool on the device; where true the step changes nothing.
         """
-        self._adam.param_groups[0]["lr"], self._adam.param_groups[1]["lr"] = lr, lr * self._bias_lr
+        self._adam.param_groups[0]["lr"], self._adam.param_groups[1]["lr"] = lr, lr * self._bias_rate
         # the fused step divides gradients by grad_scale and does nothing where found_inf is set (as for GradScaler)
         if self._clip > 0:
             self._divide_gradients((norm / self._clip).clamp_min(1.0))

@@ -18,7 +18,7 @@ LARGEST_DEAD_WINDOW = 10_000_000
 DEAD_WINDOWS_A_RUN = 25
 """A shorter run's dead window is this part of it. With an eighth more features ended dead (docs/quality.md, which also
 says what else changed in that comparison)."""
-RULED = ("n_features", "dead_window", "peak_lr", "bias_lr", "warmup_tokens", "decay_tokens")
+RULED = ("n_features", "dead_window", "peak_lr", "bias_rate", "warmup_tokens", "decay_tokens")
 """Fields of a plan that a rule decides where the configuration does not."""
 LARGEST_CHECKPOINT_INTERVAL = 50_000_000
 
@@ -38,7 +38,7 @@ class Plan:
     """Ranks that share the features of one copy of the dictionary; rank = row * columns + column."""
     dead_window: int
     peak_lr: float
-    bias_lr: float
+    bias_rate: float
     """Of the encoder's bias, a share of the learning rate."""
     warmup_tokens: int
     decay_tokens: int
@@ -92,7 +92,7 @@ def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
         columns=columns,
         dead_window=config.dead_window or max(1, min(LARGEST_DEAD_WINDOW, total // DEAD_WINDOWS_A_RUN)),
         peak_lr=peak_learning_rate(optimizer, n_features=n_features, tokens=total, k=config.k),
-        bias_lr=bias_learning_rate(optimizer, n_features=n_features, tokens=total, k=config.k),
+        bias_rate=bias_learning_rate(optimizer, n_features=n_features, tokens=total, k=config.k),
         warmup_tokens=round(WARMUP_SHARE * total) if optimizer.warmup_tokens is None else optimizer.warmup_tokens,
         decay_tokens=round(DECAY_SHARE * total) if optimizer.decay_tokens is None else optimizer.decay_tokens,
         checkpoint_every=_checkpoint_every(config.checkpoint.every_tokens, total),

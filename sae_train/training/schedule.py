@@ -44,14 +44,14 @@ def peak_learning_rate(config: OptimizerConfig, *, n_features: int, tokens: int,
 
 
 def bias_learning_rate(config: OptimizerConfig, *, n_features: int, tokens: int, k: float) -> float:
-    """Return `optimizer.bias_lr`, or 0.2 max(1, 4000 / n) and at most 1: the share for the encoder's bias.
+    """Return `optimizer.bias_rate`, or 0.2 max(1, 4000 / n) and at most 1: the share for the encoder's bias.
 
     n is as in `peak_learning_rate`. Adam moves a bias as far as any weight, whatever its gradient, and a feature whose
     bias has fallen too far stays silent; where features fire seldom, theirs must be as quick as the weights. Found by
     trying (docs/quality.md).
     """
-    if config.bias_lr is not None:
-        return config.bias_lr
+    if config.bias_rate is not None:
+        return config.bias_rate
     return min(1.0, SLOW_BIAS * max(1.0, ENOUGH_FIRINGS * n_features / (tokens * k)))
 
 

@@ -72,7 +72,7 @@ class Trainer:
         )
         half_life = max(1, min(LONGEST_HALF_LIFE, plan.total_tokens // 8))
         self.firing = Firing(self.dictionary.n_features, half_life_tokens=half_life, device=ranks.device)
-        self.optimizer = Adam(self.dictionary, config.optimizer, bias_lr=plan.bias_lr)
+        self.optimizer = Adam(self.dictionary, config.optimizer, bias_rate=plan.bias_rate)
         self.totals = Totals(d_model=plan.d_model, device=ranks.device, n_ranks=ranks.size)
         self.halt = Halt(ranks.device)
         self.n_done = 0
