@@ -65,6 +65,7 @@ def run_command(arguments: list[str]) -> int:
         if request is None:
             return 0
         if request.launcher is not None and not any(point.config.dry_run for point in request.points):
+            stop.release()  # nothing is trained here: who is told to end ends
             return _submit(request, arguments)
     except UserError as error:
         _complain(str(error), everywhere=True)

@@ -176,7 +176,8 @@ FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1
 
 
 @pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not installed (Debian: faketime)")
-@pytest.mark.parametrize("n_ranks", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.multirank])])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_ranks", [1, pytest.param(2, marks=pytest.mark.multirank)])
 def test_a_clock_that_jumps(tmp_path: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch, n_ranks: int) -> None:
     """The wall clock is set forth and back by days, many times a second; the monotonic clock is what it is."""
     whole(n_ranks)

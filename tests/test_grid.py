@@ -7,8 +7,6 @@ import grid_world as world
 import pytest
 import torch
 
-from sae_train.ranks import leave
-
 pytestmark = pytest.mark.multirank
 
 FLOAT32 = {"float32": 1e-4, "bf16": 1e-2}
@@ -56,7 +54,7 @@ def everything(rank: int, size: int, port: int, folder: str, full: bool) -> None
     if rank == 0:
         torch.save(results, Path(folder) / f"found-{size}.pt")
     if size > 1:
-        leave()
+        world.end()
 
 
 @pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["pairs", "product"])

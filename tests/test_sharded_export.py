@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from grid_world import free_port, join
+from grid_world import end, free_port, join
 from safetensors.torch import load_file
 from small_runs import CPU, run_config
 from tiny_models import live_config, save_model, sentences
@@ -18,7 +18,7 @@ from sae_train.evaluation.evaluate import evaluate
 from sae_train.formats import native
 from sae_train.harvest.held_out import Half, HeldOut, HeldOutBatch, TextHeldOut
 from sae_train.harvest.language_model import LanguageModel, Tokenizer
-from sae_train.ranks import Ranks, Solo, leave
+from sae_train.ranks import Ranks, Solo
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.sae.calibration import Calibration, calibrate
 from sae_train.sae.dictionary import Dictionary
@@ -154,7 +154,7 @@ def do_all(rank: int, size: int, port: int, folder: Path) -> None:
     found["refusals"] = refusals(folder, ranks)
     if ranks.is_first:
         torch.save(found, folder / "found.pt")
-    leave()
+    end()
 
 
 @pytest.mark.multirank

@@ -217,6 +217,7 @@ def check_same_end(torn: Path, whole: Path, n_ranks: int) -> None:
     assert len(list((run_directory(torn) / "checkpoints").iterdir())) == 2  # checkpoint.keep
 
 
+@pytest.mark.slow
 def test_two_signals_in_quick_succession(tmp_path: Path, whole: Callable[[int], Path]) -> None:
     chance = random.Random(5)
     process = launch(tmp_path, 1, [])

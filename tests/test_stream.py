@@ -129,7 +129,7 @@ def test_state_is_tensors_on_the_cpu_that_later_steps_leave_alone(config):
 
 
 PROCESSES = """
-import sys, torch
+import os, sys, torch
 sys.path[:0] = {paths!r}
 torch.set_num_threads(1)
 from pathlib import Path
@@ -140,6 +140,7 @@ ranks = find_ranks()
 batches = batches_of(live_config({model!r}, {text!r}), ranks, steps=12)
 torch.save(batches, Path({out!r}) / f"{{ranks.rank}}_of_{{ranks.size}}.pt")
 leave()
+os._exit(0)
 """
 
 
