@@ -45,11 +45,17 @@ def weights(folder: Path) -> bytes:
     return file.read_bytes()
 
 
-def launch(folder: Path, n_ranks: int, arguments: list[str]) -> "subprocess.Popen[str]":
+def launch(
+    folder: Path, n_ranks: int, arguments: list[str], variables: dict[str, str] | None = None
+) -> "subprocess.Popen[str]":
+    """Start a run on so many ranks; `variables` are in the environment of the ranks, not in torchrun's."""
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCHERS} | QUIET | {"OMP_NUM_THREADS": "1"}
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks), "-m"] if n_ranks > 1 else []
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+    launcher = [*launcher, "--nproc-per-node", str(n_ranks)] if n_ranks > 1 else []
+    added = ["env", *(f"{name}={value}" for name, value in (variables or {}).items())] if variables else []
+    run = [sys.executable, "-m", "sae_train", *changed(tiny_run(folder), *MORE, *arguments)]
     return subprocess.Popen(
-        [sys.executable, "-m", *launcher, "sae_train", *changed(tiny_run(folder), *MORE, *arguments)],
+        [*launcher, *added, *run],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
