@@ -19,6 +19,8 @@ LARGEST_NUMBER = 10**15
 """Of tokens and the like: far above any run, far below what 64 bits hold."""
 LARGEST_EXPONENT = 20.0
 """Of Zipf's law; measured ones are near 1."""
+PENALTIES = ("l0", "tanh")
+"""Of sparsifier=jumprelu."""
 ATTENTION_KERNELS = ("eager", "sdpa", "flash_attention_2")
 
 
@@ -188,6 +190,48 @@ class FeatureChoiceConfig(SparsifierConfig):
 
     def problems(self) -> list[str]:
         return [] if 0 <= self.after <= 1 else [f"sparsifier.after={self.after}: a share of the tokens, 0 to 1."]
+
+
+@dataclass(kw_only=True, slots=True)
+class PenalisedConfig(SparsifierConfig):
+    """Sparsity has a price, which is steered so that L0 comes to k."""
+
+    settle: float
+    """Share of the tokens, 0 to 1, over which L0 is led from where it begins to k."""
+
+    def problems(self) -> list[str]:
+        return [] if 0 <= self.settle <= 1 else [f"sparsifier.settle={self.settle}: a share of the tokens, 0 to 1."]
+
+
+@dataclass(kw_only=True, slots=True)
+class JumpReLUConfig(PenalisedConfig):
+    """A feature fires above a threshold that it learns (arXiv 2407.14435)."""
+
+    penalty: str
+    """What the price is of: l0, the number of matches; tanh, a smooth stand-in."""
+    steepness: float | None
+    """c in tanh(c value); null is 4 sqrt(d_model). Read by penalty=tanh alone."""
+    threshold: float
+    """Every threshold at the start, as a share of the activations' root mean square norm."""
+    threshold_rate: float
+    """Of the logarithms of the thresholds, as a share of the learning rate."""
+    bandwidth: float
+    """Width about its threshold in which a feature's threshold learns, in the same unit."""
+
+    def problems(self) -> list[str]:
+        found = PenalisedConfig.problems(self)
+        if self.penalty not in PENALTIES:
+            found.append(f"sparsifier.penalty={self.penalty}: no such penalty. Choose {' or '.join(PENALTIES)}.")
+        elif self.penalty != "tanh" and self.steepness is not None:
+            found.append(
+                f"sparsifier.steepness={self.steepness:g}: sparsifier.penalty={self.penalty} never reads it. Remove "
+                "it, or choose sparsifier.penalty=tanh."
+            )
+        for key in ("steepness", "threshold", "threshold_rate", "bandwidth"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                found.append(f"sparsifier.{key}={value:g}: must be positive.")
+        return found
 
 
 @dataclass(kw_only=True, slots=True)

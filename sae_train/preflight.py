@@ -45,7 +45,7 @@ _LAYOUTS = "not built yet: it is for several SAEs in one run. Choose parallel=da
 NOT_BUILT_CHOICES = {
     "harvest": {"store": "the activation store is not built yet. Choose harvest=live or harvest=tensors."},
     "parallel": {"saes": _LAYOUTS},
-    "sparsifier": dict.fromkeys(("relu", "gated", "jumprelu", "p_anneal", "temporal_mask", "gradient"), _SPARSIFIERS),
+    "sparsifier": dict.fromkeys(("relu", "gated", "p_anneal", "temporal_mask", "gradient"), _SPARSIFIERS),
 }
 """Choices that the design promises and this version lacks."""
 

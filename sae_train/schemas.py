@@ -15,6 +15,7 @@ SCHEMAS: dict[str, type] = {
     "sparsifier/topk": schema.TopKConfig,
     "sparsifier/mutual_choice": schema.MutualChoiceConfig,
     "sparsifier/feature_choice": schema.FeatureChoiceConfig,
+    "sparsifier/jumprelu": schema.JumpReLUConfig,
     "budget/pooled": schema.PooledBudgetConfig,
     "budget/uniform": schema.UniformBudgetConfig,
     "budget/zipf": schema.ZipfBudgetConfig,

@@ -13,7 +13,7 @@ from sae_train.compose import compose_config
 from sae_train.config import RunConfig
 from sae_train.harvest.stream import build_stream, check_stream
 from sae_train.ranks import Ranks, Solo, find_ranks, leave
-from sae_train.sae.code import SparseCode
+from sae_train.sae.code import Code, DenseCode, SparseCode
 from sae_train.training import checkpoint, restore
 from sae_train.training.plan import make_plan
 from sae_train.training.trainer import Trainer
@@ -33,6 +33,8 @@ CASES: dict[str, list[str]] = {
         "aux_loss.tau=0.5",
         "parametrisation=aligned",
     ],
+    "jumprelu": ["sparsifier=jumprelu", "aux_loss=aux_k"],
+    "jumprelu, tanh": ["sparsifier=jumprelu", "sparsifier.penalty=tanh", "aux_loss=none", *NESTED],
     "feature choice": ["sparsifier=feature_choice", "aux_loss=aux_k", "budget.start_k=7", "budget.anneal=0.5"],
     "feature choice, zipf": ["sparsifier=feature_choice", "budget=zipf", "sparsifier.after=0.5", "aux_loss=aux_zipf"],
 }
@@ -67,22 +69,32 @@ def build(config: RunConfig, ranks: Ranks, *, start: bool = True) -> Trainer:
     return Trainer(config, plan, stream=stream, precision=config.precision, ranks=ranks)
 
 
+def places(code: Code) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return token, feature and value of what fires."""
+    if isinstance(code, DenseCode):
+        token, feature = (code.value > 0).nonzero().unbind(1)
+        return token, feature, code.value.detach()[token, feature]
+    fires = code.value > 0
+    return code.token[fires].long(), code.feature[fires].long(), code.value.detach()[fires]
+
+
 def watch(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return a list to which every step adds its matches: flat indices over all ranks, ascending, and affinities."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    select, ranks = trainer.sparsifier.select, trainer.ranks
+    encode, ranks = trainer.sparsifier.encode, trainer.ranks
 
-    def watched(pre_NF: torch.Tensor, **parts: Any) -> SparseCode:
-        code = select(pre_NF, **parts)
-        used = int(code.count)
-        token = code.token[:used].long() + ranks.data.rank * len(pre_NF)
-        feature = code.feature[:used].long() + trainer.features[0]
-        assert bool((code.value[:used] > 0).all())
+    def watched(*parts: Any, **rest: Any) -> tuple[Code, torch.Tensor | None]:
+        code, penalty = encode(*parts, **rest)
+        token, feature, value = places(code)
+        if trainer.sparsifier.thresholds(trainer.dictionary) is None:
+            assert isinstance(code, SparseCode)
+            assert len(value) == int(code.count)
+        token, feature = token + ranks.data.rank * code.n_tokens, feature + trainer.features[0]
         index, order = ranks.gather_rows(token * trainer.plan.n_features + feature).sort()
-        seen.append((index, ranks.gather_rows(code.value[:used])[order]))
-        return code
+        seen.append((index, ranks.gather_rows(value)[order]))
+        return code, penalty
 
-    trainer.sparsifier.select = watched  # type: ignore[method-assign]
+    trainer.sparsifier.encode = watched  # type: ignore[method-assign]
     return seen
 
 
@@ -92,6 +104,11 @@ def whole(trainer: Trainer, name: str) -> torch.Tensor:
     return own if name == "b_dec" else trainer.ranks.features.gather_slices(own, trainer.plan.n_features)
 
 
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Return all that is learned of all features, and the encoder's rows."""
+    return {name: whole(trainer, name) for name in ("W_enc", *dict(trainer.dictionary.named_parameters()))}
+
+
 def learn(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """Train; return every step's matches, the weights, the counters and the row of the interval."""
     trainer = build(config, ranks)
@@ -99,10 +116,9 @@ def learn(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     for step in range(trainer.plan.steps):
         trainer.step(trainer.stream.batch(step))
     row = trainer.row()
-    weights = {name: whole(trainer, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     since = ranks.features.gather_slices(trainer.firing.since_F, trainer.plan.n_features)
     figures = {key: value for key, value in row.items() if not key.startswith("perf/")}
-    return {"matches": [index for index, _ in seen], "weights": weights, "since": since, "row": figures}
+    return {"matches": [index for index, _ in seen], "weights": weights(trainer), "since": since, "row": figures}
 
 
 def one_step(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
@@ -144,7 +160,7 @@ def resume(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, torch.Ten
     trainer.load_state(found.replicated, found.features(*trainer.features), found.lane_state)
     while trainer.n_done < trainer.plan.steps:
         trainer.step(trainer.stream.batch(trainer.n_done))
-    return {name: whole(trainer, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    return weights(trainer)
 
 
 def traffic(config: RunConfig, ranks: Ranks) -> dict[str, int]:

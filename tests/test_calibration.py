@@ -18,7 +18,7 @@ from sae_train.sae.moment import Moment
 from sae_train.sparsifiers import Sparsifier, build_sparsifier
 
 D, F, BATCH = 16, 128, 256
-END = Moment(step=40, tokens=40 * BATCH, total_tokens=40 * BATCH, batch_tokens=BATCH, seed=0)
+END = Moment(step=40, tokens=40 * BATCH, total_tokens=40 * BATCH, batch_tokens=BATCH, learning_rate=1e-3, seed=0)
 
 
 class Case(NamedTuple):
@@ -73,7 +73,7 @@ def matches_of_training(sae: SparseAutoencoder, sparsifier: Sparsifier, raw: Ten
     total = 0
     for draw in range(draws):
         for batch in raw.split(BATCH):
-            moment = Moment(step=draw, tokens=0, total_tokens=1, batch_tokens=len(batch), seed=draw)
+            moment = Moment(step=draw, tokens=0, total_tokens=1, batch_tokens=len(batch), learning_rate=1e-3, seed=draw)
             pre = torch.cat(list(sae.pre_activations(batch))).detach()
             code = sparsifier.select(pre, moment=moment, firing=Firing(F, half_life_tokens=1, device=CPU), ranks=Solo())
             total += int(code.count)

@@ -17,7 +17,7 @@ from sae_train.sae.losses import AuxLoss, build_aux_loss, reconstruction_loss
 from sae_train.sae.moment import Moment
 
 N, D, F, WINDOW = 24, 10, 40, 1000
-START = Moment(step=0, tokens=0, total_tokens=100 * N, batch_tokens=N, seed=0)
+START = Moment(step=0, tokens=0, total_tokens=100 * N, batch_tokens=N, learning_rate=1e-3, seed=0)
 
 
 class Setting(NamedTuple):

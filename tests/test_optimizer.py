@@ -24,7 +24,7 @@ def schema_of(*, bias_rate: float | None, clip: float = 0.0) -> OptimizerConfig:
 def make(dtype: torch.dtype = torch.float64, clip: float = 0.0, bias_rate: float = 1.0) -> tuple[Dictionary, Adam]:
     dictionary = Dictionary.initial(d_model=3, n_features=5, seed=0, dtype=dtype, device=torch.device("cpu"))
     config = schema_of(bias_rate=bias_rate, clip=clip)
-    return dictionary, Adam(dictionary, config, bias_rate=bias_rate)
+    return dictionary, Adam(dictionary, config, rates={"b_enc": bias_rate})
 
 
 def set_gradients(dictionary: Dictionary, *, seed: int, factor: float = 1.0) -> dict[str, torch.Tensor]:

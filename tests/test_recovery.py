@@ -59,7 +59,14 @@ def train(*, seed: int = 0, **choices: object) -> Dictionary:
     firing = Firing(F, half_life_tokens=window, device=CPU)
     optimizer = torch.optim.Adam(dictionary.parameters(), lr=PEAK)
     for step, x in enumerate(stream(seed=seed)):
-        moment = Moment(step=step, tokens=step * BATCH, total_tokens=STEPS * BATCH, batch_tokens=BATCH, seed=seed)
+        moment = Moment(
+            step=step,
+            tokens=step * BATCH,
+            total_tokens=STEPS * BATCH,
+            batch_tokens=BATCH,
+            learning_rate=1e-3,
+            seed=seed,
+        )
         pre = dictionary.pre_activations(x, precision="float32")
         code = dictionary.attach(x, sparsifier.select(pre, moment=moment, firing=firing, ranks=Solo()))
         x_hat = dictionary.decode(code, ranks=Solo())

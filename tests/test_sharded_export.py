@@ -26,7 +26,7 @@ from sae_train.sae.moment import Moment
 from sae_train.sparsifiers import Sparsifier, build_sparsifier
 
 D, F, BATCH = 32, 97, 64
-END = Moment(step=9, tokens=9 * BATCH, total_tokens=9 * BATCH, batch_tokens=BATCH, seed=0)
+END = Moment(step=9, tokens=9 * BATCH, total_tokens=9 * BATCH, batch_tokens=BATCH, learning_rate=1e-3, seed=0)
 SIZES = [37, 5, 0, 64, 11]
 """Tokens of the held-out batches: ragged, one empty, and not as many batches as ranks."""
 

@@ -9,17 +9,20 @@ Letters: N tokens of this rank, D d_model, F n_features, M slots, R ranks.
 """
 
 from sae_train.kernels.matches import Matches, flat_nonzero
-from sae_train.kernels.products import affine, attach, decode
-from sae_train.kernels.selection import select_above, select_batch, select_columns, select_rows
+from sae_train.kernels.products import affine, attach, attach_dense, decode, of_features
+from sae_train.kernels.selection import select_above, select_batch, select_columns, select_rows, select_where
 
 __all__ = [
     "Matches",
     "affine",
     "attach",
+    "attach_dense",
     "decode",
     "flat_nonzero",
+    "of_features",
     "select_above",
     "select_batch",
     "select_columns",
     "select_rows",
+    "select_where",
 ]

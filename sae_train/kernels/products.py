@@ -59,6 +59,18 @@ def attach(
     return torch.cat([attached, value_M[used:].detach()])
 
 
+def attach_dense(pre_NF: Tensor, x_ND: Tensor, W_FD: Tensor, b_F: Tensor) -> Tensor:
+    """Return `pre_NF`, which holds x W^T + b, with the graph of that product for W and b: the dense `attach`."""
+    attached: Tensor = _AttachDense.apply(pre_NF, W_FD, b_F, x_ND)  # type: ignore[no-untyped-call]
+    return attached
+
+
+def of_features(value_F: Tensor, feature_M: Tensor, token_M: Tensor, start_N: Tensor) -> Tensor:
+    """Return each match's feature's value [M]; differentiable, the gradient summed in the order of tokens."""
+    values: Tensor = _OfFeatures.apply(value_F, feature_M, token_M, start_N)  # type: ignore[no-untyped-call]
+    return values
+
+
 def _used_slots(start_N: Tensor, slots: int) -> int:
     """Return how many slots to work on: the matches alone where reading their count costs nothing."""
     return int(start_N[-1]) if start_N.device.type == "cpu" else slots
@@ -109,6 +121,33 @@ class _Attach(torch.autograd.Function):
         ones_N1 = x_ND.new_ones(len(x_ND), 1)
         grad_b = _bags_by_feature(grad, feature, token, ones_N1, n_features=ctx.n_features).squeeze(1)
         return None, grad_W, grad_b, None, None, None, None
+
+
+class _AttachDense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre_NF: Tensor, W_FD: Tensor, b_F: Tensor, x_ND: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND)
+        return pre_NF.view_as(pre_NF)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x_ND,) = ctx.saved_tensors
+        return None, grads[0].t() @ x_ND, grads[0].sum(0), None
+
+
+class _OfFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value_F: Tensor, feature: Tensor, token: Tensor, start_N: Tensor) -> Tensor:
+        ctx.save_for_backward(feature, token, start_N)
+        ctx.n_features = len(value_F)
+        return value_F[feature.long()]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        feature, token, start_N = ctx.saved_tensors
+        grad = torch.where(_is_used(start_N, len(feature)), grads[0], 0)
+        ones_N1 = grad.new_ones(len(start_N) - 1, 1)
+        return _bags_by_feature(grad, feature, token, ones_N1, n_features=ctx.n_features).squeeze(1), None, None, None
 
 
 def _is_used(start_N: Tensor, slots: int) -> Tensor:

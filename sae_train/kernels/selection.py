@@ -66,5 +66,10 @@ def select_columns(pre_NF: Tensor, *, budget_F: Tensor, capacity: int, ranks: Ra
 
 def select_above(pre_NF: Tensor, threshold_F: Tensor) -> Matches:
     """Keep what is above its feature's threshold (strictly); as many slots as matches: one host read."""
-    index = flat_nonzero(pre_NF > threshold_F)
+    return select_where(pre_NF, pre_NF > threshold_F)
+
+
+def select_where(pre_NF: Tensor, keep_NF: Tensor) -> Matches:
+    """Keep the entries where `keep_NF` holds, positive or not; as many slots as matches: one host read."""
+    index = flat_nonzero(keep_NF)
     return pack(index, pre_NF.reshape(-1)[index], shape=(pre_NF.shape[0], pre_NF.shape[1]), capacity=None)

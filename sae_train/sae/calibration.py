@@ -1,11 +1,13 @@
 """Thresholds that keep the promise of k: set so that fresh tokens fire as many features as training let them.
 
 Training compares the tokens of a batch; the exported autoencoder sees one token at a time and needs a threshold.
-Mutual Choice gets one for all features, Feature Choice one a feature, TopK needs none. Where positive affinities ran
+Mutual Choice gets one for all features, Feature Choice one a feature, TopK needs none; thresholds that training has
+learned get one common factor. Where positive affinities ran
 out the target is k times the share of the budget that training's own selection uses on these tokens. Features may be
 spread over a row of ranks: every cut and every count is over all of them.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,6 +23,10 @@ SAMPLE_MARGIN = 1.25
 """How many times the kept affinities are gathered before the exact cut; too few only costs another pass."""
 
 
+LARGEST_CORRECTION = 0.1
+"""Share of k by which training may have missed it for a factor on the learned thresholds to be called a correction."""
+
+
 class Calibration(NamedTuple):
     """What calibration found."""
 
@@ -30,6 +36,8 @@ class Calibration(NamedTuple):
     """Mean active features a token that the thresholds aim at."""
     used_share: float
     """Share of the budget that training's own selection uses on these tokens."""
+    factor: float | None = None
+    """By which the thresholds that training learned are multiplied; None where it learned none."""
 
 
 class Selector(Protocol):
@@ -51,6 +59,7 @@ def calibrate(
     moment: Moment,
     n_features: int,
     ranks: Ranks,
+    learned_F: Tensor | None = None,
 ) -> Calibration:
     """Return thresholds for `sae` from held-out activations that no exported figure is computed on. Collective.
 
@@ -61,11 +70,14 @@ def calibrate(
         moment: where in the run; tells k, the budgets and the batch size.
         n_features: of the whole dictionary.
         ranks: the grid; those of a row hold the other features.
+        learned_F: thresholds of this rank's features that training has learned, in raw units.
     """
     if len(raw_ND) == 0:
         raise ValueError("no tokens to calibrate thresholds on")
     k, shares_F = sparsifier.k_at(moment), sparsifier.shares(moment)
     row = ranks.features
+    if learned_F is not None:
+        return _one_factor(sae, raw_ND, k=k, learned_F=learned_F, n_features=n_features, row=row)
     if sparsifier.inference == "topk":
         return _without_threshold(sae, raw_ND, k=round(k), row=row)
     if shares_F is None:
@@ -94,19 +106,38 @@ def _one_threshold(
     return Calibration(threshold.expand(sae.n_features).float().clone(), k * used_share, used_share)
 
 
+def _one_factor(
+    sae: SparseAutoencoder, raw_ND: Tensor, *, k: float, learned_F: Tensor, n_features: int, row: Ranks
+) -> Calibration:
+    """Multiply learned thresholds so that L0 is k; leave them where L0 is so far from it that they would be others."""
+    fires = sum(int((pre_NF > learned_F).sum()) for pre_NF in sae.pre_activations(raw_ND))
+    l0 = int(row.sum(torch.tensor(fires, device=raw_ND.device))) / len(raw_ND)
+    factor = 1.0
+    if abs(l0 - k) <= LARGEST_CORRECTION * k:
+        keep = max(1, round(k * len(raw_ND)))
+        values, _ = _largest(sae, raw_ND, most=keep + 1, n_features=n_features, row=row, unit_F=learned_F)
+        factor = float(kth_largest(values, keep + 1, row))
+    return Calibration((factor * learned_F).float(), k, 1.0, factor)
+
+
 def _largest(
-    sae: SparseAutoencoder, raw_ND: Tensor, *, most: int, n_features: int, row: Ranks
+    sae: SparseAutoencoder, raw_ND: Tensor, *, most: int, n_features: int, row: Ranks, unit_F: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return this rank's share of at least the `most` largest affinities of all tokens and features (all where fewer).
 
-    Beside it the own features' positives a token [N].
+    Beside it the own features' positives a token [N]. Affinities are measured in `unit_F` where that is given.
     """
+
+    def affinities(rows_ND: Tensor) -> Iterator[Tensor]:
+        for pre_NF in sae.pre_activations(rows_ND):
+            yield pre_NF if unit_F is None else pre_NF / unit_F
+
     sample_ND = raw_ND[:: max(1, len(raw_ND) * n_features * 4 // CHUNK_BYTES)]
     wanted = int(SAMPLE_MARGIN * most * len(sample_ND) / len(raw_ND)) + 64
-    bound = float(kth_largest(torch.cat([pre_NF.flatten() for pre_NF in sae.pre_activations(sample_ND)]), wanted, row))
+    bound = float(kth_largest(torch.cat([pre_NF.flatten() for pre_NF in affinities(sample_ND)]), wanted, row))
     while True:
         values, positives = [], []
-        for pre_NF in sae.pre_activations(raw_ND):
+        for pre_NF in affinities(raw_ND):
             positives.append(_positive(pre_NF))
             values.append(pre_NF.flatten()[kernels.flat_nonzero(pre_NF > bound)])
         found = torch.tensor(sum(map(len, values)), device=raw_ND.device)

@@ -1,4 +1,4 @@
-"""SparseCode: which features a token fires, and how strongly, without the zeros.
+"""Codes: which features a token fires, and how strongly; without the zeros, or with them while few are zero.
 
 Letters: N tokens, F n_features, M slots (the capacity; `start[-1]` of them are used).
 """
@@ -49,9 +49,38 @@ class SparseCode:
         codes = codes.index_add(0, index, self.value)  # unused slots add 0 to entry 0
         return codes.view(*self.shape, self.n_features)
 
+    def l0(self) -> Tensor:
+        """[N] int64: how many features fire on each token (value > 0)."""
+        fires = (self.value.detach() > 0).int()
+        before = torch.cat([fires.new_zeros(1), fires.cumsum(0, dtype=torch.int32)])
+        return before[self.start.long()].diff().long()
+
     def firing_counts(self) -> Tensor:
         """[F] int64: on how many tokens each feature fires (value > 0)."""
         fires = (self.value.detach() > 0).long()
         return torch.zeros(self.n_features, dtype=torch.int64, device=self.value.device).index_add_(
             0, self.feature.long(), fires
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseCode:
+    """The code of a batch with its zeros, for as long as so many features fire that leaving them out costs more."""
+
+    value: Tensor
+    """[N, F] feature values; differentiable in training."""
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.value)
+
+    def l0(self) -> Tensor:
+        """[N] int64: how many features fire on each token (value > 0)."""
+        return (self.value.detach() > 0).sum(1)
+
+    def firing_counts(self) -> Tensor:
+        """[F] int64: on how many tokens each feature fires (value > 0)."""
+        return (self.value.detach() > 0).sum(0)
+
+
+Code = SparseCode | DenseCode

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sae_train import kernels
 from sae_train.ranks import Ranks
-from sae_train.sae.code import SparseCode
+from sae_train.sae.code import Code, DenseCode, SparseCode
 from sae_train.sae.keyed import keyed_generator
 
 ENCODER_SCALE = 0.2
@@ -30,6 +30,9 @@ class Dictionary(nn.Module):
         W_dec: [F, D] decoder rows of unit norm, so that an affinity is a match's contribution.
         b_dec: [D].
     """
+
+    log_threshold: nn.Parameter
+    """[F], where a sparsifier learns thresholds."""
 
     def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
         super().__init__()
@@ -94,13 +97,20 @@ class Dictionary(nn.Module):
         value = kernels.attach(code.value, x_ND, self.W_enc, self.b_enc, code.feature, code.token, code.start)
         return replace(code, value=value)
 
-    def decode(self, code: SparseCode, *, ranks: Ranks, bias: bool = True) -> Tensor:
+    def attach_dense(self, x_ND: Tensor, pre_NF: Tensor) -> Tensor:
+        """Return `pre_NF`, the pre-activations of `x_ND`, with their graph to W_enc and b_enc."""
+        return kernels.attach_dense(pre_NF, x_ND, self.W_enc, self.b_enc)
+
+    def decode(self, code: Code, *, ranks: Ranks, bias: bool = True) -> Tensor:
         """Return the reconstruction x_hat_ND from all features; differentiable in the code's values, W_dec and b_dec.
 
         Args:
             ranks: whose `features` hold the other shares; each rank's gradients are of its own share.
         """
-        rows_ND = kernels.decode(code.value, self.W_dec, code.feature, code.token, code.start)
+        if isinstance(code, DenseCode):
+            rows_ND = code.value @ self.W_dec
+        else:
+            rows_ND = kernels.decode(code.value, self.W_dec, code.feature, code.token, code.start)
         rows_ND = sum_of_shares(rows_ND, ranks)
         return rows_ND + self.b_dec if bias else rows_ND
 

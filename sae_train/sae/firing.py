@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sae_train.ranks import Ranks
-from sae_train.sae.code import SparseCode
+from sae_train.sae.code import Code
 
 
 class Firing:
@@ -26,7 +26,7 @@ class Firing:
         self.interval_tokens = 0
         self._tokens = 0
 
-    def update(self, code: SparseCode, *, n_tokens: int, ranks: Ranks) -> None:
+    def update(self, code: Code, *, n_tokens: int, ranks: Ranks) -> None:
         """Count one step; `code` holds this rank's tokens, `n_tokens` is the number over all ranks."""
         fired_F = ranks.data.sum(code.firing_counts())
         self.since_F = torch.where(fired_F > 0, 0, self.since_F + n_tokens)

@@ -15,5 +15,7 @@ class Moment:
     """Tokens of the whole run."""
     batch_tokens: int
     """Tokens of the global batch."""
+    learning_rate: float
+    """Of this step."""
     seed: int
     """The run's `seed`."""

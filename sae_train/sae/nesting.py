@@ -4,6 +4,8 @@ General features come first, because the smallest prefix has to do with them alo
 autoencoder are those of any other run; only the loss differs: the sum over prefixes, unweighted, as in the paper.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from sae_train import kernels
 from sae_train.config import MatryoshkaConfig, NestingConfig
 from sae_train.errors import ConfigError
 from sae_train.ranks import Ranks
-from sae_train.sae.code import SparseCode
+from sae_train.sae.code import Code, DenseCode
 from sae_train.sae.dictionary import Dictionary, sum_of_shares
 
 SEARCHED = 4096
@@ -45,7 +47,7 @@ def _sizes(shares: list[float], n_features: int) -> tuple[int, ...] | None:
     return tuple(sizes) if whole and sizes[0] > 0 else None
 
 
-def decode_prefixes(dictionary: Dictionary, code: SparseCode, sizes: tuple[int, ...], *, ranks: Ranks) -> Tensor:
+def decode_prefixes(dictionary: Dictionary, code: Code, sizes: tuple[int, ...], *, ranks: Ranks) -> Tensor:
     """Return the reconstructions from the first sizes[g] features [G, N, D], the bias in each; differentiable.
 
     A token's matches are sorted by feature, so those of one group of features between two prefixes stand together: a
@@ -55,17 +57,26 @@ def decode_prefixes(dictionary: Dictionary, code: SparseCode, sizes: tuple[int, 
         sizes: of the prefixes, over all ranks' features.
         ranks: whose `features` hold the other shares.
     """
-    n_tokens, n_groups = len(code.start) - 1, len(sizes)
+    n_tokens, n_groups = code.n_tokens, len(sizes)
     lo, hi = ranks.features.slice(sizes[-1])
     ends = torch.tensor([min(max(size, lo), hi) - lo for size in sizes[:-1]], dtype=torch.int32)
+    if isinstance(code, DenseCode):
+        between = pairwise([0, *ends.tolist(), hi - lo])
+        own = [code.value[:, a:b] @ dictionary.W_dec[a:b] for a, b in between]
+        rows = torch.stack(own, dim=1)
+        return _prefixes(rows, ranks) + dictionary.b_dec
     group_M = torch.bucketize(code.feature, ends.to(code.feature.device), right=True, out_int32=True)
     bag_M = code.token * n_groups + group_M
     used_M = torch.arange(len(bag_M), device=bag_M.device) < code.start[-1]
     bounds = torch.arange(n_tokens * n_groups + 1, dtype=torch.int32, device=bag_M.device)
     start = torch.searchsorted(torch.where(used_M, bag_M, n_tokens * n_groups), bounds, out_int32=True)
     rows = kernels.decode(code.value, dictionary.W_dec, code.feature, torch.where(used_M, bag_M, 0), start)
-    groups = sum_of_shares(rows, ranks).view(n_tokens, n_groups, -1)
-    return groups.cumsum(1).transpose(0, 1) + dictionary.b_dec
+    return _prefixes(rows.view(n_tokens, n_groups, -1), ranks) + dictionary.b_dec
+
+
+def _prefixes(groups_NGD: Tensor, ranks: Ranks) -> Tensor:
+    """Return the running sums over groups, of all ranks' features [G, N, D]."""
+    return sum_of_shares(groups_NGD, ranks).cumsum(1).transpose(0, 1)
 
 
 def nested_loss(x_ND: Tensor, prefixes_GND: Tensor, *, n_tokens: int) -> Tensor:

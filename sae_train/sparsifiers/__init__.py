@@ -4,6 +4,7 @@ from sae_train.config import RunConfig
 from sae_train.errors import ConfigError, suggest
 from sae_train.sparsifiers.base import Sparsifier
 from sae_train.sparsifiers.feature_choice import FeatureChoice
+from sae_train.sparsifiers.jumprelu import JumpReLU
 from sae_train.sparsifiers.mutual_choice import MutualChoice
 from sae_train.sparsifiers.topk import TopK
 
@@ -12,6 +13,7 @@ SPARSIFIERS: dict[str, type[Sparsifier]] = {
     "mutual_choice": MutualChoice,
     "batch_topk": MutualChoice,
     "feature_choice": FeatureChoice,
+    "jumprelu": JumpReLU,
 }
 
 

@@ -8,21 +8,20 @@ from sae_train.config import RunConfig
 from sae_train.errors import raise_all
 from sae_train.kernels import Matches
 from sae_train.ranks import Ranks
-from sae_train.sae.code import SparseCode
+from sae_train.sae.code import Code, SparseCode
+from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.firing import Firing
 from sae_train.sae.moment import Moment
 
 
 class Sparsifier(ABC):
-    """Chooses the matches of a batch, at most k x tokens of them; a batch is what all ranks hold together.
+    """Decides which features of a token fire; their mean number a token is k, over all that the ranks hold together.
 
     Attributes:
         inference: rule of the exported autoencoder, 'threshold' or 'topk'.
-        capacity: slots of every code of the run.
     """
 
     inference: str
-    capacity: int
 
     def __init__(self, config: RunConfig, *, n_features: int) -> None:
         budget = config.budget
@@ -31,22 +30,21 @@ class Sparsifier(ABC):
         self.start_k = config.k if budget.start_k is None else budget.start_k
         self.anneal = budget.anneal if budget.start_k is not None else 0.0
         raise_all(self.problems(config))
-        self.capacity = self.slots(max(self.k, self.start_k), config.batch_tokens)
 
     def problems(self, config: RunConfig) -> list[str]:
         """Return what is wrong now that the dictionary's width is known."""
-        found = []
-        for key, value in (("k", self.k), ("budget.start_k", self.start_k)):
-            if value > self.n_features and (key == "k" or value != self.k):
-                found.append(f"{key}={value:g}: above n_features={self.n_features}. Lower it or raise n_features.")
-        least = min(self.k, self.start_k)
-        if self.slots(least, config.batch_tokens) < 1:
-            found.append(f"k={least:g}: leaves a batch of batch_tokens={config.batch_tokens} without a match. Raise k.")
-        return found
+        return [
+            f"{key}={value:g}: above n_features={self.n_features}. Lower it or raise n_features."
+            for key, value in (("k", self.k), ("budget.start_k", self.start_k))
+            if value > self.n_features and (key == "k" or value != self.k)
+        ]
 
-    def slots(self, k: float, n_tokens: int) -> int:
-        """Return how many matches `n_tokens` tokens may have at `k`."""
-        return round(k * n_tokens)
+    def equip(self, dictionary: Dictionary) -> None:  # noqa: B027 (most learn none)
+        """Give the dictionary the parameters [F] that this sparsifier learns, a value for each of its features."""
+
+    def rates(self) -> dict[str, float]:
+        """Return the learning rates of these parameters by name, as a share of the others'."""
+        return {}
 
     def k_at(self, moment: Moment) -> float:
         """Return the mean number of matches a token at this moment: from start_k linearly to k."""
@@ -56,12 +54,15 @@ class Sparsifier(ABC):
         return self.start_k + (self.k - self.start_k) * moment.tokens / ramp
 
     @abstractmethod
-    def select(self, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
-        """Return the code of this rank's tokens and features, its values detached; the choice is over all ranks'.
+    def encode(
+        self, dictionary: Dictionary, x_ND: Tensor, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks
+    ) -> tuple[Code, Tensor | None]:
+        """Return the differentiable code of this rank's tokens and features, and its share of a penalty, if any.
 
         Args:
-            pre_NF: pre-activations of the tokens and features that this rank holds; every rank holds equally many
-                tokens.
+            dictionary: what the gradients are for.
+            x_ND: normalised activations that this rank holds; every rank holds equally many tokens.
+            pre_NF: their pre-activations, detached.
             moment: where in the run.
             firing: counters of the steps before this one, of this rank's features.
             ranks: who holds the batch's other tokens, and the other features.
@@ -71,6 +72,14 @@ class Sparsifier(ABC):
         """Return the share of a batch's tokens that each feature may fire on [F] float64, None where any may."""
         return None
 
+    def thresholds(self, dictionary: Dictionary) -> Tensor | None:
+        """Return the thresholds [F] that training itself has learned; None where it has none."""
+        return None
+
+    def figures(self) -> dict[str, float]:
+        """Return what a row of metrics says of this sparsifier alone; the only place where it waits for the device."""
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         """Return what a resumed run must know, the same on every rank, for a checkpoint."""
         return {}
@@ -78,6 +87,40 @@ class Sparsifier(ABC):
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from `state()`."""
         assert not state, "a sparsifier with a state of its own loads it"
+
+
+class Allocator(Sparsifier):
+    """Chooses the matches of a batch, at most k x tokens of them; a batch is what all ranks hold together.
+
+    Attributes:
+        capacity: slots of every code of the run.
+    """
+
+    capacity: int
+
+    def __init__(self, config: RunConfig, *, n_features: int) -> None:
+        super().__init__(config, n_features=n_features)
+        self.capacity = self.slots(max(self.k, self.start_k), config.batch_tokens)
+
+    def problems(self, config: RunConfig) -> list[str]:
+        found, least = super().problems(config), min(self.k, self.start_k)
+        if self.slots(least, config.batch_tokens) < 1:
+            found.append(f"k={least:g}: leaves a batch of batch_tokens={config.batch_tokens} without a match. Raise k.")
+        return found
+
+    def slots(self, k: float, n_tokens: int) -> int:
+        """Return how many matches `n_tokens` tokens may have at `k`."""
+        return round(k * n_tokens)
+
+    def encode(
+        self, dictionary: Dictionary, x_ND: Tensor, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks
+    ) -> tuple[Code, Tensor | None]:
+        chosen = self.select(pre_NF, moment=moment, firing=firing, ranks=ranks)
+        return dictionary.attach(x_ND, chosen), None
+
+    @abstractmethod
+    def select(self, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
+        """Return the code of this rank's tokens and features, its values detached; the choice is over all ranks'."""
 
     def code(self, matches: Matches, pre_NF: Tensor) -> SparseCode:
         """Return matches as a code."""

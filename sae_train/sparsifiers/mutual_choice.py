@@ -10,10 +10,10 @@ from sae_train.ranks import Ranks
 from sae_train.sae.code import SparseCode
 from sae_train.sae.firing import Firing
 from sae_train.sae.moment import Moment
-from sae_train.sparsifiers.base import Sparsifier
+from sae_train.sparsifiers.base import Allocator
 
 
-class MutualChoice(Sparsifier):
+class MutualChoice(Allocator):
     """One budget for the batch; neither tokens nor features have one of their own."""
 
     inference = "threshold"

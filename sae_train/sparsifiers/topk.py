@@ -7,10 +7,10 @@ from sae_train.ranks import Ranks
 from sae_train.sae.code import SparseCode
 from sae_train.sae.firing import Firing
 from sae_train.sae.moment import Moment
-from sae_train.sparsifiers.base import Sparsifier
+from sae_train.sparsifiers.base import Allocator
 
 
-class TopK(Sparsifier):
+class TopK(Allocator):
     """Keeps round(k) matches a token."""
 
     inference = "topk"

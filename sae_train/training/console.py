@@ -5,6 +5,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sae_train.sae.calibration import LARGEST_CORRECTION
+
 ALL_OF_IT = 0.999
 """Share of the budget above which it counts as used up."""
 
@@ -52,6 +54,9 @@ class Progress:
 def verdict(*, name: str, figures: dict[str, Any], tokens: int, tokens_per_second: float, k: float, path: str) -> str:
     """Return the last line of a run: what was trained, how good it is, where it lies."""
     aim = f"target {figures['target_l0']:.4g}"
+    missed = abs(figures["l0"] - figures["target_l0"]) / figures["target_l0"]
+    if figures.get("threshold_factor") == 1.0 and missed > LARGEST_CORRECTION:
+        aim += ", missed: thresholds are exported as training left them"
     if figures["used_share"] < ALL_OF_IT:
         aim += f" of k {k:g}: positive affinities ran out"
     parts = [f"L0 {figures['l0']:.1f} ({aim})", f"FVU {figures['fvu']:.3f}", f"dead {figures['dead_fraction']:.1%}"]

@@ -24,7 +24,7 @@ from sae_train.training.trainer import Trainer
 ENOUGH_TOKENS = 10_000
 """Held-out tokens that are looked at before training."""
 SUMMARY_ONLY = ("l0_p5", "l0_p50", "l0_p95", "l0_standard_error", "evaluation_tokens", "density", "target_l0",
-                "used_share", "ce")  # fmt: skip
+                "used_share", "ce", "threshold_factor")  # fmt: skip
 """Figures of summary.json that are not among design.md 10's `eval/` names."""
 
 
@@ -45,8 +45,15 @@ def exported(trainer: Trainer, *, between: Callable[[], None]) -> tuple[SparseAu
         inference=trainer.sparsifier.inference,
     )
     raw_ND = calibration_half(stream, max_tokens=config.evaluation_tokens, between=between, ranks=ranks)
+    learned_F = trainer.sparsifier.thresholds(trainer.dictionary)
     calibration = calibrate(
-        sae, raw_ND, sparsifier=trainer.sparsifier, moment=trainer.moment(), n_features=n_features, ranks=ranks
+        sae,
+        raw_ND,
+        sparsifier=trainer.sparsifier,
+        moment=trainer.moment(),
+        n_features=n_features,
+        ranks=ranks,
+        learned_F=None if learned_F is None else learned_F.detach().double() * stream.scaling.scale,
     )
     del raw_ND
     sae.threshold.data.copy_(calibration.threshold_F)
@@ -65,7 +72,10 @@ def exported(trainer: Trainer, *, between: Callable[[], None]) -> tuple[SparseAu
             "held-out data: its squared norms overflow or it is constant, so its FVU is not defined. Rescale the "
             "activations, or give other held-out data."
         )
-    return sae, figures | {"target_l0": calibration.target_l0, "used_share": calibration.used_share}
+    figures |= {"target_l0": calibration.target_l0, "used_share": calibration.used_share}
+    if calibration.factor is not None:
+        figures["threshold_factor"] = calibration.factor
+    return sae, figures
 
 
 def evaluation_row(figures: dict[str, Any], *, step: int, tokens: int) -> dict[str, Any]:

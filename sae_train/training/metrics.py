@@ -11,7 +11,7 @@ from torch import Tensor
 from sae_train.evaluation.density import density_figures, density_histogram
 from sae_train.evaluation.reconstruction import L0_BINS, histogram_percentiles
 from sae_train.ranks import Ranks
-from sae_train.sae.code import SparseCode
+from sae_train.sae.code import Code
 from sae_train.sae.firing import Firing
 
 
@@ -34,7 +34,7 @@ class Totals:
         x_ND: Tensor,
         error_ND: Tensor,
         l0_N: Tensor,
-        code: SparseCode,
+        code: Code,
         loss: Tensor,
         aux: Tensor | None,
         grad_norm: Tensor,
@@ -48,7 +48,7 @@ class Totals:
             loss, aux: its shares; over all ranks they sum to the whole.
             budget: expected number of matches of its tokens.
         """
-        value = code.value.detach()
+        value = code.value.detach().flatten()
         device_values = [
             error_ND.square().sum(dtype=torch.float64),
             x_ND.square().sum(dtype=torch.float64),
@@ -63,8 +63,9 @@ class Totals:
         self.scalars[8] += grad_norm.double() * self._share
         self.sum_D += x_ND.sum(0, dtype=torch.float64)
         self.l0_histogram.index_add_(0, l0_N.clamp_max(L0_BINS), torch.ones_like(l0_N))  # bincount would ask the device
-        smallest = torch.where(value > 0, value, torch.inf).min().double()
-        self.least_kept = torch.minimum(self.least_kept, smallest)
+        if len(value) > 0:
+            smallest = torch.where(value > 0, value, torch.inf).min().double()
+            self.least_kept = torch.minimum(self.least_kept, smallest)
 
     def row(self, ranks: Ranks) -> dict[str, Any]:
         """Return the interval's `train/` and `tokens_l0/` figures over all ranks."""

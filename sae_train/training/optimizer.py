@@ -7,9 +7,6 @@ from sae_train.config import OptimizerConfig
 from sae_train.ranks import Ranks
 from sae_train.sae.dictionary import REPLICATED, Dictionary
 
-BIAS = "b_enc"
-"""The parameter with a learning rate of its own (`schedule.bias_learning_rate` says why)."""
-
 
 class Adam:
     """Adam (arXiv 1412.6980), fused: every parameter and moment moves once a step.
@@ -17,15 +14,18 @@ class Adam:
     The gradient is scaled so that its global norm is at most `clip`, inside the same pass.
 
     Args:
-        bias_rate: of the encoder's bias, as a share of each step's learning rate.
+        rates: of parameters by name, as a share of each step's learning rate; 1 for those that are not named.
     """
 
-    def __init__(self, dictionary: Dictionary, config: OptimizerConfig, *, bias_rate: float) -> None:
+    def __init__(self, dictionary: Dictionary, config: OptimizerConfig, *, rates: dict[str, float]) -> None:
         self._named = dict(dictionary.named_parameters())
-        self._clip, self._bias_rate = config.clip, bias_rate
-        groups = [[p for name, p in self._named.items() if name != BIAS], [self._named[BIAS]]]
+        self._clip = config.clip
+        by_rate: dict[float, list[Tensor]] = {}
+        for name, parameter in self._named.items():
+            by_rate.setdefault(rates.get(name, 1.0), []).append(parameter)
+        self._rates = list(by_rate)
         self._adam = torch.optim.Adam(
-            [{"params": group} for group in groups],
+            [{"params": group} for group in by_rate.values()],
             lr=config.lr or 0.0,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
@@ -57,7 +57,8 @@ class Adam:
             norm: global norm of the gradients, scalar.
             halted: scalar bool on the device; where true the step changes nothing.
         """
-        self._adam.param_groups[0]["lr"], self._adam.param_groups[1]["lr"] = lr, lr * self._bias_rate
+        for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
+            group["lr"] = lr * rate
         # the fused step divides gradients by grad_scale and does nothing where found_inf is set (as for GradScaler)
         if self._clip > 0:
             self._divide_gradients((norm / self._clip).clamp_min(1.0))

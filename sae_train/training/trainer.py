@@ -12,7 +12,7 @@ from sae_train.config import RunConfig
 from sae_train.errors import StoppedByNumbers
 from sae_train.harvest.stream import Stream
 from sae_train.ranks import Ranks
-from sae_train.sae.code import SparseCode
+from sae_train.sae.code import Code
 from sae_train.sae.dictionary import PARAMETRISATIONS, REPLICATED
 from sae_train.sae.firing import Firing
 from sae_train.sae.losses import build_aux_loss, reconstruction_loss
@@ -66,13 +66,16 @@ class Trainer:
             features=self.features,
         )
         self.sparsifier = build_sparsifier(config, n_features=plan.n_features)
+        self.sparsifier.equip(self.dictionary)
         self.prefixes = prefix_sizes(config.nesting, n_features=plan.n_features)
         self.aux_loss = build_aux_loss(
             config, d_model=plan.d_model, n_features=plan.n_features, dead_window=plan.dead_window
         )
         half_life = max(1, min(LONGEST_HALF_LIFE, plan.total_tokens // 8))
         self.firing = Firing(self.dictionary.n_features, half_life_tokens=half_life, device=ranks.device)
-        self.optimizer = Adam(self.dictionary, config.optimizer, bias_rate=plan.bias_rate)
+        self.optimizer = Adam(
+            self.dictionary, config.optimizer, rates=self.sparsifier.rates() | {"b_enc": plan.bias_rate}
+        )
         self.totals = Totals(d_model=plan.d_model, device=ranks.device, n_ranks=ranks.size)
         self.halt = Halt(ranks.device)
         self.n_done = 0
@@ -90,6 +93,7 @@ class Trainer:
             tokens=self.tokens,
             total_tokens=self.plan.total_tokens,
             batch_tokens=self.plan.batch_tokens,
+            learning_rate=self._learning_rate(self.tokens),
             seed=self.config.seed,
         )
 
@@ -122,14 +126,15 @@ class Trainer:
         moment, dictionary, ranks = self.moment(), self.dictionary, self.ranks
         x_ND = ranks.features.gather(own_ND).flatten(0, 1)
         pre_NF = dictionary.pre_activations(x_ND, precision=self.precision)
-        chosen = self.sparsifier.select(pre_NF, moment=moment, firing=self.firing, ranks=ranks)
-        code = dictionary.attach(x_ND, chosen)
+        code, penalty = self.sparsifier.encode(dictionary, x_ND, pre_NF, moment=moment, firing=self.firing, ranks=ranks)
         x_hat_ND, loss = self._reconstruct(x_ND, code)
         error_ND = (x_ND - x_hat_ND).detach()
-        aux = None
+        aux, total = None, loss
         if self.aux_loss is not None:
             aux = self.aux_loss(dictionary, x_ND, pre_NF, error_ND, firing=self.firing, moment=moment, ranks=ranks)
-        (loss if aux is None else loss + aux).backward()
+        for part in (aux, penalty):
+            total = total if part is None else total + part
+        total.backward()
         grad_norm = self._update(loss.detach(), own_ND)
         self.firing.update(code, n_tokens=self.plan.batch_tokens, ranks=ranks)
         first = ranks.features.rank * len(own_ND)
@@ -137,7 +142,7 @@ class Trainer:
         self.totals.add(
             x_ND=own_ND,
             error_ND=error_ND[own],
-            l0_N=ranks.features.sum(code.start.diff())[own].long(),
+            l0_N=ranks.features.sum(code.l0())[own],
             code=code,
             loss=loss / ranks.features.size,
             aux=None if aux is None else aux / ranks.features.size,
@@ -146,7 +151,7 @@ class Trainer:
         )
         self.n_done += 1
 
-    def _reconstruct(self, x_ND: Tensor, code: SparseCode) -> tuple[Tensor, Tensor]:
+    def _reconstruct(self, x_ND: Tensor, code: Code) -> tuple[Tensor, Tensor]:
         """Return the reconstruction from all features, and the loss."""
         n_tokens = self.plan.batch_tokens
         if len(self.prefixes) == 1:
@@ -176,6 +181,7 @@ class Trainer:
                 f"training has diverged. Lower optimizer.lr (now {self.plan.peak_lr:.1e})."
             )
         row["train/learning_rate"] = self._learning_rate(self.tokens - self.plan.batch_tokens)
+        row |= self.sparsifier.figures()
         self.totals.reset()
         self.firing.reset_interval()
         return {"step": self.n_done, "tokens": self.tokens} | row | self._clock.row()

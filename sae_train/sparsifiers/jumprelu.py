@@ -1,0 +1,62 @@
+"""JumpReLU: a feature fires where its pre-activation is above a threshold that it learns.
+
+From Rajamanoharan et al. 2024 (arXiv 2407.14435): thresholds as exponentials of parameters, straight-through gradients
+on pre-activations, a price on L0. From Anthropic's January 2025 update, as libraries have it: the penalty tanh, a
+smooth stand-in for L0 with gradients to the encoder. Ours: the first threshold and the bandwidth (for runs of millions
+of tokens rather than billions), and the steering of the price.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sae_train import kernels
+from sae_train.config import JumpReLUConfig, RunConfig
+from sae_train.sae.code import Code, SparseCode
+from sae_train.sae.dictionary import Dictionary
+from sae_train.sae.straight_through import jump_relu, reach, step
+from sae_train.sparsifiers.penalised import Penalised
+
+STEEPNESS = 4.0
+"""c of the penalty tanh for activations of mean norm sqrt(d_model), as in the update; ours have mean square 1."""
+
+
+class JumpReLU(Penalised):
+    """The price is of a match (`l0`), or of tanh(c value) (`tanh`)."""
+
+    def __init__(self, config: RunConfig, *, n_features: int) -> None:
+        assert isinstance(config.sparsifier, JumpReLUConfig)
+        self._settings = config.sparsifier
+        super().__init__(config, n_features=n_features)
+
+    def equip(self, dictionary: Dictionary) -> None:
+        super().equip(dictionary)
+        start_F = torch.full_like(dictionary.b_enc, math.log(self._settings.threshold))
+        dictionary.log_threshold = nn.Parameter(start_F)
+        given = self._settings.steepness
+        self._steepness = STEEPNESS * math.sqrt(dictionary.d_model) if given is None else given
+
+    def rates(self) -> dict[str, float]:
+        return {"log_threshold": self._settings.threshold_rate}
+
+    def thresholds(self, dictionary: Dictionary) -> Tensor:
+        threshold_F: Tensor = dictionary.log_threshold.exp()
+        return threshold_F
+
+    def bounds(self, dictionary: Dictionary) -> Tensor:
+        return self.thresholds(dictionary).detach() - reach(self._settings.bandwidth)
+
+    def nudge(self, dictionary: Dictionary, amount: Tensor) -> None:
+        dictionary.log_threshold.add_(amount.to(dictionary.log_threshold.dtype))
+
+    def values(self, dictionary: Dictionary, code: Code) -> tuple[Tensor, Tensor]:
+        threshold, bandwidth = self.thresholds(dictionary), self._settings.bandwidth
+        if isinstance(code, SparseCode):
+            threshold = kernels.of_features(threshold, code.feature, code.token, code.start)
+        else:
+            threshold = threshold.expand_as(code.value)
+        value = jump_relu(code.value, threshold, bandwidth=bandwidth)
+        if self._settings.penalty == "tanh":
+            return value, torch.tanh(self._steepness * value).sum()
+        return value, step(code.value, threshold, bandwidth=bandwidth).sum()
