@@ -235,6 +235,47 @@ class JumpReLUConfig(PenalisedConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class GatedConfig(PenalisedConfig):
+    """A gate decides whether a feature fires, a magnitude how strongly (arXiv 2404.16014)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ReLUConfig(PenalisedConfig):
+    """A feature fires where its pre-activation is positive; values have a price (L1)."""
+
+    norms: str
+    """Of decoder rows: free, and values weigh in with them; or unit."""
+
+    def problems(self) -> list[str]:
+        found = PenalisedConfig.problems(self)
+        if self.norms not in ("free", "unit"):
+            found.append(f"sparsifier.norms={self.norms}: no such norms. Choose free or unit.")
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
+class PAnnealConfig(PenalisedConfig):
+    """As relu with unit norms; the price is of values to the power p, which falls from 1 (arXiv 2408.00113)."""
+
+    start: float
+    """Share of the tokens, 0 to 1, after which p falls."""
+    end: float
+    """p at the end, above 0 and at most 1."""
+    changes: int
+    """In how many equal steps it falls."""
+
+    def problems(self) -> list[str]:
+        found = PenalisedConfig.problems(self)
+        if not 0 <= self.start <= 1:
+            found.append(f"sparsifier.start={self.start}: a share of the tokens, 0 to 1.")
+        if not 0 < self.end <= 1:
+            found.append(f"sparsifier.end={self.end}: must be above 0 and at most 1.")
+        if self.changes < 1:
+            found.append(f"sparsifier.changes={self.changes}: must be at least 1.")
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
 class BudgetConfig:
     """How the budget of k x tokens matches is split; `pooled` does not split it."""
 

@@ -39,13 +39,13 @@ NOT_BUILT_KEYS = {
 }
 """Keys and groups that the design promises and this version lacks."""
 
-_SPARSIFIERS = "not built yet. Choose topk, mutual_choice or feature_choice."
+_SPARSIFIERS = "not built yet. `sae-train --help` lists those that are."
 _LAYOUTS = "not built yet: it is for several SAEs in one run. Choose parallel=data, features or mesh."
 
 NOT_BUILT_CHOICES = {
     "harvest": {"store": "the activation store is not built yet. Choose harvest=live or harvest=tensors."},
     "parallel": {"saes": _LAYOUTS},
-    "sparsifier": dict.fromkeys(("relu", "gated", "p_anneal", "temporal_mask", "gradient"), _SPARSIFIERS),
+    "sparsifier": dict.fromkeys(("temporal_mask", "gradient"), _SPARSIFIERS),
 }
 """Choices that the design promises and this version lacks."""
 

@@ -33,8 +33,10 @@ CASES: dict[str, list[str]] = {
         "aux_loss.tau=0.5",
         "parametrisation=aligned",
     ],
-    "jumprelu": ["sparsifier=jumprelu", "aux_loss=aux_k"],
-    "jumprelu, tanh": ["sparsifier=jumprelu", "sparsifier.penalty=tanh", "aux_loss=none", *NESTED],
+    "jumprelu": ["sparsifier=jumprelu", "aux_loss=none", *NESTED],
+    "gated": ["sparsifier=gated", "aux_loss=aux_k"],
+    "relu": ["sparsifier=relu", "aux_loss=none"],
+    "p_anneal": ["sparsifier=p_anneal", "aux_loss=aux_zipf"],
     "feature choice": ["sparsifier=feature_choice", "aux_loss=aux_k", "budget.start_k=7", "budget.anneal=0.5"],
     "feature choice, zipf": ["sparsifier=feature_choice", "budget=zipf", "sparsifier.after=0.5", "aux_loss=aux_zipf"],
 }

@@ -120,7 +120,7 @@ def swapped(case: str, here: dict[int, float], there: dict[int, float]) -> dict[
     groups: dict[int, list[float]] = {}
     for index in here.keys() ^ there.keys():
         token, feature = divmod(index, world.F)
-        group = {"topk": token, "mutual": 0, "feature": feature, "jumprelu": feature}[case.replace(",", " ").split()[0]]
+        group = {"topk": token, "mutual": 0}.get(case.replace(",", " ").split()[0], feature)
         groups.setdefault(group, []).append(here.get(index, there.get(index, 0.0)))
     return groups
 

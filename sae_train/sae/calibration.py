@@ -36,8 +36,9 @@ class Calibration(NamedTuple):
     """Mean active features a token that the thresholds aim at."""
     used_share: float
     """Share of the budget that training's own selection uses on these tokens."""
-    factor: float | None = None
-    """By which the thresholds that training learned are multiplied; None where it learned none."""
+    correction: dict[str, float] | None = None
+    """What brought a penalised sparsifier's L0 to k: the factor on learned thresholds, or one threshold for all; empty
+    where L0 was too far from k. None for the others."""
 
 
 class Selector(Protocol):
@@ -70,14 +71,14 @@ def calibrate(
         moment: where in the run; tells k, the budgets and the batch size.
         n_features: of the whole dictionary.
         ranks: the grid; those of a row hold the other features.
-        learned_F: thresholds of this rank's features that training has learned, in raw units.
+        learned_F: thresholds of this rank's features that training itself used, in raw units; None where it selects.
     """
     if len(raw_ND) == 0:
         raise ValueError("no tokens to calibrate thresholds on")
     k, shares_F = sparsifier.k_at(moment), sparsifier.shares(moment)
     row = ranks.features
     if learned_F is not None:
-        return _one_factor(sae, raw_ND, k=k, learned_F=learned_F, n_features=n_features, row=row)
+        return _corrected(sae, raw_ND, k=k, learned_F=learned_F, n_features=n_features, row=row)
     if sparsifier.inference == "topk":
         return _without_threshold(sae, raw_ND, k=round(k), row=row)
     if shares_F is None:
@@ -106,18 +107,29 @@ def _one_threshold(
     return Calibration(threshold.expand(sae.n_features).float().clone(), k * used_share, used_share)
 
 
-def _one_factor(
+def _corrected(
     sae: SparseAutoencoder, raw_ND: Tensor, *, k: float, learned_F: Tensor, n_features: int, row: Ranks
 ) -> Calibration:
-    """Multiply learned thresholds so that L0 is k; leave them where L0 is so far from it that they would be others."""
+    """Bring L0 to k where training has come close: by a factor on learned thresholds, else by one threshold for all.
+
+    Where L0 is far from k the autoencoder would become another one, and is left as training made it.
+    """
+    n_tokens, device = len(raw_ND), raw_ND.device
     fires = sum(int((pre_NF > learned_F).sum()) for pre_NF in sae.pre_activations(raw_ND))
-    l0 = int(row.sum(torch.tensor(fires, device=raw_ND.device))) / len(raw_ND)
-    factor = 1.0
-    if abs(l0 - k) <= LARGEST_CORRECTION * k:
-        keep = max(1, round(k * len(raw_ND)))
+    l0 = int(row.sum(torch.tensor(fires, device=device))) / n_tokens
+    if abs(l0 - k) > LARGEST_CORRECTION * k:
+        return Calibration(learned_F.float(), k, 1.0, {})
+    keep = max(1, round(k * n_tokens))
+    if bool(row.max((learned_F > 0).any().long())):
         values, _ = _largest(sae, raw_ND, most=keep + 1, n_features=n_features, row=row, unit_F=learned_F)
         factor = float(kth_largest(values, keep + 1, row))
-    return Calibration((factor * learned_F).float(), k, 1.0, factor)
+        return Calibration((factor * learned_F).float(), k, 1.0, {"factor": factor})
+    values, _ = _largest(sae, raw_ND, most=keep + 1, n_features=n_features, row=row)
+    threshold = float(kth_largest(values, keep + 1, row))
+    used_share = min(1.0, l0 / k)
+    return Calibration(
+        torch.full_like(learned_F, threshold).float(), k * used_share, used_share, {"threshold": threshold}
+    )
 
 
 def _largest(

@@ -50,10 +50,10 @@ class SparseCode:
         return codes.view(*self.shape, self.n_features)
 
     def l0(self) -> Tensor:
-        """[N] int64: how many features fire on each token (value > 0)."""
+        """[N] int32: how many features fire on each token (value > 0)."""
         fires = (self.value.detach() > 0).int()
         before = torch.cat([fires.new_zeros(1), fires.cumsum(0, dtype=torch.int32)])
-        return before[self.start.long()].diff().long()
+        return before[self.start.long()].diff()
 
     def firing_counts(self) -> Tensor:
         """[F] int64: on how many tokens each feature fires (value > 0)."""
@@ -75,8 +75,8 @@ class DenseCode:
         return len(self.value)
 
     def l0(self) -> Tensor:
-        """[N] int64: how many features fire on each token (value > 0)."""
-        return (self.value.detach() > 0).sum(1)
+        """[N] int32: how many features fire on each token (value > 0)."""
+        return (self.value.detach() > 0).sum(1, dtype=torch.int32)
 
     def firing_counts(self) -> Tensor:
         """[F] int64: on how many tokens each feature fires (value > 0)."""

@@ -33,6 +33,12 @@ class Dictionary(nn.Module):
 
     log_threshold: nn.Parameter
     """[F], where a sparsifier learns thresholds."""
+    log_magnitude: nn.Parameter
+    """[F], where a gate and a magnitude share the encoder's row: of the magnitude's factor."""
+    b_magnitude: nn.Parameter
+    """[F], with it: the magnitude's bias; b_enc is the gate's."""
+    has_unit_norms = True
+    """Whether decoder rows are kept at unit norm."""
 
     def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
         super().__init__()
@@ -101,30 +107,34 @@ class Dictionary(nn.Module):
         """Return `pre_NF`, the pre-activations of `x_ND`, with their graph to W_enc and b_enc."""
         return kernels.attach_dense(pre_NF, x_ND, self.W_enc, self.b_enc)
 
-    def decode(self, code: Code, *, ranks: Ranks, bias: bool = True) -> Tensor:
+    def decode(self, code: Code, *, ranks: Ranks, bias: bool = True, frozen: bool = False) -> Tensor:
         """Return the reconstruction x_hat_ND from all features; differentiable in the code's values, W_dec and b_dec.
 
         Args:
             ranks: whose `features` hold the other shares; each rank's gradients are of its own share.
+            frozen: differentiable in the values alone.
         """
+        W_dec, b_dec = (self.W_dec.detach(), self.b_dec.detach()) if frozen else (self.W_dec, self.b_dec)
         if isinstance(code, DenseCode):
-            rows_ND = code.value @ self.W_dec
+            rows_ND = code.value @ W_dec
         else:
-            rows_ND = kernels.decode(code.value, self.W_dec, code.feature, code.token, code.start)
+            rows_ND = kernels.decode(code.value, W_dec, code.feature, code.token, code.start)
         rows_ND = sum_of_shares(rows_ND, ranks)
-        return rows_ND + self.b_dec if bias else rows_ND
+        return rows_ND + b_dec if bias else rows_ND
 
     @torch.no_grad()
     def project_gradient(self) -> None:
-        """Remove from the decoder's gradient its component along each (unit) row."""
+        """Remove from the decoder's gradient its component along each (unit) row; nothing where norms are free."""
         grad = self.W_dec.grad
-        if grad is not None:
+        if grad is not None and self.has_unit_norms:
             along_F1 = (grad * self.W_dec).sum(1, keepdim=True)
             grad.addcmul_(self.W_dec, along_F1, value=-1)
 
     @torch.no_grad()
     def normalise(self) -> None:
-        """Give every decoder row unit norm."""
+        """Give every decoder row unit norm, unless norms are free."""
+        if not self.has_unit_norms:
+            return
         norm_F1 = self.W_dec.norm(dim=1, keepdim=True)
         self.W_dec.div_(torch.where(norm_F1 > 0, norm_F1, 1))
 

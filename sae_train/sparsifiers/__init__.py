@@ -4,7 +4,9 @@ from sae_train.config import RunConfig
 from sae_train.errors import ConfigError, suggest
 from sae_train.sparsifiers.base import Sparsifier
 from sae_train.sparsifiers.feature_choice import FeatureChoice
+from sae_train.sparsifiers.gated import Gated
 from sae_train.sparsifiers.jumprelu import JumpReLU
+from sae_train.sparsifiers.l1 import PAnneal, ReLU
 from sae_train.sparsifiers.mutual_choice import MutualChoice
 from sae_train.sparsifiers.topk import TopK
 
@@ -14,6 +16,9 @@ SPARSIFIERS: dict[str, type[Sparsifier]] = {
     "batch_topk": MutualChoice,
     "feature_choice": FeatureChoice,
     "jumprelu": JumpReLU,
+    "gated": Gated,
+    "relu": ReLU,
+    "p_anneal": PAnneal,
 }
 
 

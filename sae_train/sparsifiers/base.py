@@ -42,6 +42,9 @@ class Sparsifier(ABC):
     def equip(self, dictionary: Dictionary) -> None:  # noqa: B027 (most learn none)
         """Give the dictionary the parameters [F] that this sparsifier learns, a value for each of its features."""
 
+    def prepare(self, dictionary: Dictionary) -> None:  # noqa: B027 (most do nothing)
+        """Do what is to be done to the dictionary before a step's pre-activations are computed."""
+
     def rates(self) -> dict[str, float]:
         """Return the learning rates of these parameters by name, as a share of the others'."""
         return {}
@@ -75,6 +78,10 @@ class Sparsifier(ABC):
     def thresholds(self, dictionary: Dictionary) -> Tensor | None:
         """Return the thresholds [F] that training itself has learned; None where it has none."""
         return None
+
+    def encoder(self, dictionary: Dictionary) -> tuple[Tensor, Tensor]:
+        """Return the encoder of the exported autoencoder: W_enc [F, D], b_enc [F]."""
+        return dictionary.W_enc, dictionary.b_enc
 
     def figures(self) -> dict[str, float]:
         """Return what a row of metrics says of this sparsifier alone; the only place where it waits for the device."""

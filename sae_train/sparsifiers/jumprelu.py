@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from sae_train import kernels
 from sae_train.config import JumpReLUConfig, RunConfig
+from sae_train.ranks import Ranks
 from sae_train.sae.code import Code, SparseCode
 from sae_train.sae.dictionary import Dictionary
+from sae_train.sae.moment import Moment
 from sae_train.sae.straight_through import jump_relu, reach, step
 from sae_train.sparsifiers.penalised import Penalised
 
@@ -24,6 +26,9 @@ STEEPNESS = 4.0
 
 class JumpReLU(Penalised):
     """The price is of a match (`l0`), or of tanh(c value) (`tanh`)."""
+
+    has_thresholds = True
+    first_price = 3e-4
 
     def __init__(self, config: RunConfig, *, n_features: int) -> None:
         assert isinstance(config.sparsifier, JumpReLUConfig)
@@ -50,7 +55,7 @@ class JumpReLU(Penalised):
     def nudge(self, dictionary: Dictionary, amount: Tensor) -> None:
         dictionary.log_threshold.add_(amount.to(dictionary.log_threshold.dtype))
 
-    def values(self, dictionary: Dictionary, code: Code) -> tuple[Tensor, Tensor]:
+    def values(self, dictionary: Dictionary, code: Code, *, moment: Moment, ranks: Ranks) -> tuple[Tensor, Tensor]:
         threshold, bandwidth = self.thresholds(dictionary), self._settings.bandwidth
         if isinstance(code, SparseCode):
             threshold = kernels.of_features(threshold, code.feature, code.token, code.start)

@@ -21,9 +21,17 @@ DENSE_FROM = 16
 
 
 class Penalised(Sparsifier):
-    """A sparsifier with a price; what it decides for a feature needs no other feature, so no other rank."""
+    """A sparsifier with a price; what it decides for a feature needs no other feature, so no other rank.
+
+    Attributes:
+        has_thresholds: whether features learn thresholds of their own.
+        first_price: at the start; activations have a mean squared norm of 1.
+    """
+
+    first_price: float
 
     inference = "threshold"
+    has_thresholds = False
 
     def __init__(self, config: RunConfig, *, n_features: int) -> None:
         assert isinstance(config.sparsifier, PenalisedConfig)
@@ -31,36 +39,50 @@ class Penalised(Sparsifier):
         self._settle = config.sparsifier.settle
 
     def equip(self, dictionary: Dictionary) -> None:
-        self.price = Price(settle=self._settle, device=dictionary.b_enc.device)
+        self.price = Price(self.first_price, settle=self._settle, device=dictionary.b_enc.device)
 
-    @abstractmethod
     def bounds(self, dictionary: Dictionary) -> Tensor:
-        """Return what a pre-activation must exceed to matter to a value or a gradient [F], detached."""
+        """Return what a pre-activation must exceed to matter to a value or a gradient, detached: [F] or a scalar."""
+        return dictionary.b_enc.new_zeros(())
 
     @abstractmethod
-    def values(self, dictionary: Dictionary, code: Code) -> tuple[Tensor, Tensor]:
+    def values(self, dictionary: Dictionary, code: Code, *, moment: Moment, ranks: Ranks) -> tuple[Tensor, Tensor]:
         """Return the values of a code's slots, and what their price is of, summed over them; both differentiable.
 
         Args:
             code: with pre-activations and their graph in the place of values.
         """
 
+    @abstractmethod
     def nudge(self, dictionary: Dictionary, amount: Tensor) -> None:
-        """Move the logarithms of all thresholds by `amount`, a scalar on the device."""
+        """Make all features fire less often by one common step, a scalar on the device (more often if negative).
+
+        Where thresholds are learned it is of their logarithms, else of the biases, in units of the mean value.
+        """
+
+    @torch.no_grad()
+    def prepare(self, dictionary: Dictionary) -> None:
+        self.nudge(dictionary, self.price.nudge if self.has_thresholds else self.price.nudge * self.price.size)
+
+    def extra_loss(
+        self, dictionary: Dictionary, x_ND: Tensor, pre: Code, *, n_tokens: int, ranks: Ranks
+    ) -> Tensor | None:
+        """Return this rank's share of a loss that belongs to the method, if any; `pre` as in `values`."""
+        return None
 
     def encode(
         self, dictionary: Dictionary, x_ND: Tensor, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks
     ) -> tuple[Code, Tensor | None]:
         price = self.price.now()
+        pre = self._attach(dictionary, x_ND, pre_NF, pre_NF > self.bounds(dictionary))
+        value, priced = self.values(dictionary, pre, moment=moment, ranks=ranks)
         with torch.no_grad():
-            self.nudge(dictionary, self.price.nudge)
-            matters_NF = pre_NF > self.bounds(dictionary)
-        pre = self._attach(dictionary, x_ND, pre_NF, matters_NF)
-        value, priced = self.values(dictionary, pre)
-        code = replace(pre, value=value)
-        l0 = ranks.sum((value.detach() > 0).sum()) / moment.batch_tokens
-        self.price.look(l0, k=self.k_at(moment), moment=moment)
-        return code, (price / moment.batch_tokens).to(priced.dtype) * priced
+            counts = torch.stack([(value > 0).sum(), value.sum(dtype=torch.float64)])
+            fires, total = ranks.sum(counts)
+            self.price.look(fires / moment.batch_tokens, size=total / fires, k=self.k_at(moment), moment=moment)
+        penalty = (price / moment.batch_tokens).to(priced.dtype) * priced
+        extra = self.extra_loss(dictionary, x_ND, pre, n_tokens=moment.batch_tokens, ranks=ranks)
+        return replace(pre, value=value), penalty if extra is None else penalty + extra
 
     def _attach(self, dictionary: Dictionary, x_ND: Tensor, pre_NF: Tensor, matters_NF: Tensor) -> Code:
         """Return the pre-activations that matter, with their graph; the same function with its zeros or without."""

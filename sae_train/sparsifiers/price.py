@@ -13,8 +13,6 @@ from torch import Tensor
 
 from sae_train.sae.moment import Moment
 
-START = 3e-4
-"""Price at the start, in shares of the activations' mean squared norm a match."""
 AT_ONCE = 1.0
 """Power of L0 over its aim by which the price answers at once."""
 IN_TIME = 3.0
@@ -32,27 +30,31 @@ class Price:
 
     Attributes:
         nudge: by how much the logarithms of thresholds are to move before the next step, a scalar.
+        size: mean value of what fired in the last step.
     """
 
-    def __init__(self, *, settle: float, device: torch.device) -> None:
+    def __init__(self, first: float, *, settle: float, device: torch.device) -> None:
         self._settle = settle
-        self._log_price = torch.full((), math.log(START), dtype=torch.float64, device=device)
+        self._log_price = torch.full((), math.log(first), dtype=torch.float64, device=device)
         self._deviation = torch.zeros((), dtype=torch.float64, device=device)
         self._log_first = torch.zeros((), dtype=torch.float64, device=device)
         self.nudge = torch.zeros((), dtype=torch.float64, device=device)
+        self.size = torch.zeros((), dtype=torch.float64, device=device)
 
     def now(self) -> Tensor:
         """Return the price that follows from the steps so far, a scalar in float64."""
         return (self._log_price + AT_ONCE * self._deviation).exp()
 
-    def look(self, l0: Tensor, *, k: float, moment: Moment) -> None:
+    def look(self, l0: Tensor, *, size: Tensor, k: float, moment: Moment) -> None:
         """Take notice of a step's L0.
 
         Args:
             l0: mean over the batch of all ranks, scalar.
+            size: mean value of what fires, scalar; not a number if nothing does.
             k: what it is to be at this moment.
             moment: where in the run that step was.
         """
+        self.size = torch.where(size.isfinite(), size, self.size)
         log_l0 = l0.double().clamp_min(LEAST).log()
         if moment.step == 0:
             self._log_first = log_l0.clamp_min(math.log(k))
@@ -73,11 +75,12 @@ class Price:
             "deviation": self._deviation,
             "log_first": self._log_first,
             "nudge": self.nudge,
+            "size": self.size,
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from `state()`."""
         device = self.nudge.device
-        self._log_price, self._deviation, self._log_first, self.nudge = (
-            state[name].to(device) for name in ("log_price", "deviation", "log_first", "nudge")
+        self._log_price, self._deviation, self._log_first, self.nudge, self.size = (
+            state[name].to(device) for name in ("log_price", "deviation", "log_first", "nudge", "size")
         )

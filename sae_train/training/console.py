@@ -55,7 +55,7 @@ def verdict(*, name: str, figures: dict[str, Any], tokens: int, tokens_per_secon
     """Return the last line of a run: what was trained, how good it is, where it lies."""
     aim = f"target {figures['target_l0']:.4g}"
     missed = abs(figures["l0"] - figures["target_l0"]) / figures["target_l0"]
-    if figures.get("threshold_factor") == 1.0 and missed > LARGEST_CORRECTION:
+    if figures.get("correction") == {} and missed > LARGEST_CORRECTION:
         aim += ", missed: thresholds are exported as training left them"
     if figures["used_share"] < ALL_OF_IT:
         aim += f" of k {k:g}: positive affinities ran out"

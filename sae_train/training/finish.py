@@ -24,7 +24,7 @@ from sae_train.training.trainer import Trainer
 ENOUGH_TOKENS = 10_000
 """Held-out tokens that are looked at before training."""
 SUMMARY_ONLY = ("l0_p5", "l0_p50", "l0_p95", "l0_standard_error", "evaluation_tokens", "density", "target_l0",
-                "used_share", "ce", "threshold_factor")  # fmt: skip
+                "used_share", "ce", "correction")  # fmt: skip
 """Figures of summary.json that are not among design.md 10's `eval/` names."""
 
 
@@ -43,6 +43,7 @@ def exported(trainer: Trainer, *, between: Callable[[], None]) -> tuple[SparseAu
         scale=stream.scaling.scale,
         k=trainer.sparsifier.k_at(trainer.moment()),
         inference=trainer.sparsifier.inference,
+        encoder=trainer.sparsifier.encoder(trainer.dictionary),
     )
     raw_ND = calibration_half(stream, max_tokens=config.evaluation_tokens, between=between, ranks=ranks)
     learned_F = trainer.sparsifier.thresholds(trainer.dictionary)
@@ -73,8 +74,8 @@ def exported(trainer: Trainer, *, between: Callable[[], None]) -> tuple[SparseAu
             "activations, or give other held-out data."
         )
     figures |= {"target_l0": calibration.target_l0, "used_share": calibration.used_share}
-    if calibration.factor is not None:
-        figures["threshold_factor"] = calibration.factor
+    if calibration.correction is not None:
+        figures["correction"] = calibration.correction
     return sae, figures
 
 

@@ -125,6 +125,7 @@ class Trainer:
         """Learn from one batch, of which this rank harvested `own_ND`; nothing is read back to the host."""
         moment, dictionary, ranks = self.moment(), self.dictionary, self.ranks
         x_ND = ranks.features.gather(own_ND).flatten(0, 1)
+        self.sparsifier.prepare(dictionary)
         pre_NF = dictionary.pre_activations(x_ND, precision=self.precision)
         code, penalty = self.sparsifier.encode(dictionary, x_ND, pre_NF, moment=moment, firing=self.firing, ranks=ranks)
         x_hat_ND, loss = self._reconstruct(x_ND, code)
@@ -142,7 +143,7 @@ class Trainer:
         self.totals.add(
             x_ND=own_ND,
             error_ND=error_ND[own],
-            l0_N=ranks.features.sum(code.l0())[own],
+            l0_N=ranks.features.sum(code.l0())[own].long(),
             code=code,
             loss=loss / ranks.features.size,
             aux=None if aux is None else aux / ranks.features.size,
