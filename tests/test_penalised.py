@@ -261,7 +261,7 @@ def test_a_gates_own_reconstruction_trains_no_decoder(rows: Path) -> None:
     gated = trainer.sparsifier
     assert isinstance(gated, Gated)
     pre = DenseCode(value=dictionary.attach_dense(x, dictionary.pre_activations(x, precision="float64")))
-    loss = gated.extra_loss(dictionary, x, pre, n_tokens=len(x), ranks=Solo())
+    loss = gated.extra_loss(dictionary, x, pre, n_tokens=len(x), firing=trainer.firing, ranks=Solo())
     x_hat = pre.value.relu() @ dictionary.W_dec + dictionary.b_dec
     torch.testing.assert_close(loss, (x - x_hat).square().sum() / len(x))
     loss.backward()  # type: ignore[no-untyped-call]

@@ -39,8 +39,12 @@ class Sparsifier(ABC):
             if value > self.n_features and (key == "k" or value != self.k)
         ]
 
-    def equip(self, dictionary: Dictionary) -> None:  # noqa: B027 (most learn none)
-        """Give the dictionary the parameters [F] that this sparsifier learns, a value for each of its features."""
+    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:  # noqa: B027 (most learn none)
+        """Give the dictionary the parameters [F] that this sparsifier learns, a value for each of its features.
+
+        Args:
+            dead_window: tokens without firing after which a feature is dead.
+        """
 
     def prepare(self, dictionary: Dictionary) -> None:  # noqa: B027 (most do nothing)
         """Do what is to be done to the dictionary before a step's pre-activations are computed."""

@@ -2,7 +2,7 @@
 
 From Rajamanoharan et al. 2024 (arXiv 2407.14435): thresholds as exponentials of parameters, straight-through gradients
 on pre-activations, a price on L0. From Anthropic's January 2025 update, as libraries have it: the penalty tanh, a
-smooth stand-in for L0 with gradients to the encoder. Ours: the first threshold and the bandwidth (for runs of millions
+smooth stand-in for L0 with gradients to the encoder, and the loss that revives dead features. Ours: its weight, the first threshold and the bandwidth (for runs of millions
 of tokens rather than billions), and the steering of the price.
 """
 
@@ -16,10 +16,13 @@ from sae_train.config import JumpReLUConfig, RunConfig
 from sae_train.ranks import Ranks
 from sae_train.sae.code import Code, SparseCode
 from sae_train.sae.dictionary import Dictionary
+from sae_train.sae.firing import Firing
 from sae_train.sae.moment import Moment
 from sae_train.sae.straight_through import jump_relu, reach, step
 from sae_train.sparsifiers.penalised import Penalised
 
+REVIVAL = 1e-3
+"""Weight of the loss that draws a dead feature's threshold and pre-activations together; the update's 3e-6 did less."""
 STEEPNESS = 4.0
 """c of the penalty tanh for activations of mean norm sqrt(d_model), as in the update; ours have mean square 1."""
 
@@ -35,8 +38,8 @@ class JumpReLU(Penalised):
         self._settings = config.sparsifier
         super().__init__(config, n_features=n_features)
 
-    def equip(self, dictionary: Dictionary) -> None:
-        super().equip(dictionary)
+    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
+        super().equip(dictionary, dead_window=dead_window)
         start_F = torch.full_like(dictionary.b_enc, math.log(self._settings.threshold))
         dictionary.log_threshold = nn.Parameter(start_F)
         given = self._settings.steepness
@@ -51,6 +54,16 @@ class JumpReLU(Penalised):
 
     def bounds(self, dictionary: Dictionary) -> Tensor:
         return self.thresholds(dictionary).detach() - reach(self._settings.bandwidth)
+
+    def extra_loss(
+        self, dictionary: Dictionary, x_ND: Tensor, pre: Code, *, n_tokens: int, firing: Firing, ranks: Ranks
+    ) -> Tensor:
+        """Return what dead features lack to their thresholds, summed over tokens: they are drawn together."""
+        dead_F = firing.dead_F(self.dead_window)
+        mean_D = x_ND.sum(0) / n_tokens
+        share = len(x_ND) / n_tokens
+        lacks_F = share * (self.thresholds(dictionary) - dictionary.b_enc) - dictionary.W_enc @ mean_D
+        return REVIVAL * torch.where(dead_F, lacks_F, 0).sum()
 
     def nudge(self, dictionary: Dictionary, amount: Tensor) -> None:
         dictionary.log_threshold.add_(amount.to(dictionary.log_threshold.dtype))

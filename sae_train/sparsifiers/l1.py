@@ -3,8 +3,8 @@
 `relu`: the price is of the sum of values times the norms of their decoder rows, norms free (Anthropic's April 2024
 update, seen without its equations, and libraries' code), or with unit norms (Towards Monosemanticity, 2023).
 `p_anneal`: the sum of values to the power p, p falling from 1 (Karvonen et al. 2024, arXiv 2408.00113), scaled at each
-change of p so that the penalty stays what it was. Ours: the steering of the price, with a common shift of the biases
-where others have thresholds.
+change of p so that the penalty stays what it was. Ours: a bound on its gradient near 0, and the steering of the price,
+with a common shift of the biases where others have thresholds.
 """
 
 import math
@@ -20,6 +20,9 @@ from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.moment import Moment
 from sae_train.sparsifiers.penalised import Penalised
 
+LEAST = 1e-3
+"""Value, as a share of the activations' root mean square norm, below which p_anneal's gradient stays what it is."""
+
 
 class ReLU(Penalised):
     """A feature fires where its pre-activation is positive; the price is of the sum of contributions' norms."""
@@ -30,8 +33,8 @@ class ReLU(Penalised):
         self._free = isinstance(config.sparsifier, ReLUConfig) and config.sparsifier.norms == "free"
         super().__init__(config, n_features=n_features)
 
-    def equip(self, dictionary: Dictionary) -> None:
-        super().equip(dictionary)
+    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
+        super().equip(dictionary, dead_window=dead_window)
         dictionary.has_unit_norms = not self._free
 
     def thresholds(self, dictionary: Dictionary) -> Tensor:
@@ -58,8 +61,8 @@ class PAnneal(ReLU):
         self._settings = config.sparsifier
         super().__init__(config, n_features=n_features)
 
-    def equip(self, dictionary: Dictionary) -> None:
-        super().equip(dictionary)
+    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
+        super().equip(dictionary, dead_window=dead_window)
         self._factor = torch.ones((), dtype=torch.float64, device=dictionary.b_enc.device)
 
     def p_at(self, tokens: int, total_tokens: int) -> float:
@@ -90,6 +93,12 @@ class PAnneal(ReLU):
 
 
 def _power(value: Tensor, p: float) -> Tensor:
-    """Return the sum of the positive values to the power p; its gradient is 0 where a value is, not infinite."""
-    fires = value > 0
-    return (torch.where(fires, value, 1).pow(p) * fires).sum()
+    """Return the sum of the positive values to the power p, continued by its tangent below `LEAST`.
+
+    The power's own gradient has no bound near 0: there rounding would decide what is learned.
+    """
+    value = value.relu()
+    least = torch.full_like(value, LEAST)
+    powers = torch.maximum(value, least).pow(p)
+    tangent = p * LEAST ** (p - 1) * (value - least)
+    return (torch.where(value > LEAST, powers, LEAST**p + tangent) * (value > 0)).sum()

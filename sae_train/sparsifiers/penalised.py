@@ -38,7 +38,8 @@ class Penalised(Sparsifier):
         super().__init__(config, n_features=n_features)
         self._settle = config.sparsifier.settle
 
-    def equip(self, dictionary: Dictionary) -> None:
+    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
+        self.dead_window = dead_window
         self.price = Price(self.first_price, settle=self._settle, device=dictionary.b_enc.device)
 
     def bounds(self, dictionary: Dictionary) -> Tensor:
@@ -65,7 +66,7 @@ class Penalised(Sparsifier):
         self.nudge(dictionary, self.price.nudge if self.has_thresholds else self.price.nudge * self.price.size)
 
     def extra_loss(
-        self, dictionary: Dictionary, x_ND: Tensor, pre: Code, *, n_tokens: int, ranks: Ranks
+        self, dictionary: Dictionary, x_ND: Tensor, pre: Code, *, n_tokens: int, firing: Firing, ranks: Ranks
     ) -> Tensor | None:
         """Return this rank's share of a loss that belongs to the method, if any; `pre` as in `values`."""
         return None
@@ -81,7 +82,7 @@ class Penalised(Sparsifier):
             fires, total = ranks.sum(counts)
             self.price.look(fires / moment.batch_tokens, size=total / fires, k=self.k_at(moment), moment=moment)
         penalty = (price / moment.batch_tokens).to(priced.dtype) * priced
-        extra = self.extra_loss(dictionary, x_ND, pre, n_tokens=moment.batch_tokens, ranks=ranks)
+        extra = self.extra_loss(dictionary, x_ND, pre, n_tokens=moment.batch_tokens, firing=firing, ranks=ranks)
         return replace(pre, value=value), penalty if extra is None else penalty + extra
 
     def _attach(self, dictionary: Dictionary, x_ND: Tensor, pre_NF: Tensor, matters_NF: Tensor) -> Code:

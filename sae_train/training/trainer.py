@@ -66,7 +66,7 @@ class Trainer:
             features=self.features,
         )
         self.sparsifier = build_sparsifier(config, n_features=plan.n_features)
-        self.sparsifier.equip(self.dictionary)
+        self.sparsifier.equip(self.dictionary, dead_window=plan.dead_window)
         self.prefixes = prefix_sizes(config.nesting, n_features=plan.n_features)
         self.aux_loss = build_aux_loss(
             config, d_model=plan.d_model, n_features=plan.n_features, dead_window=plan.dead_window
