@@ -234,6 +234,7 @@ class Library:
                 draft.refuse(entry.key, preflight.signed(entry, known=[*_flat(values), *self.groups]))
             elif not (entry.is_group or override.is_hydra_override() or entry.key in bad or entry.group in bad):
                 self._apply(draft, entry, override.value())
+        draft.leave_out_k(is_typed=any(entry.key == "k" for entry in entries))
         used = [entry for entry in entries if entry.key not in bad]
         width = None if "n_features" in bad else _flat(draft.values)["n_features"]
         problems += preflight.never_read(used, tensors=draft.reads_tensors, choices=choices, n_features=width)
@@ -268,7 +269,7 @@ class Library:
             return
         parent, _, field = entry.key.rpartition(".")
         hint = get_type_hints(OmegaConf.get_type(draft.values, parent or None))[field]
-        expected = get_args(hint) or (hint,)
+        expected = (float,) if entry.key == "k" else get_args(hint) or (hint,)  # a coefficient makes k null by itself
         try:
             OmegaConf.update(draft.values, entry.key, value)
         except OmegaConfBaseException:
@@ -298,6 +299,11 @@ class Draft:
     @property
     def reads_tensors(self) -> bool:
         return "harvest" not in self.bad and str(self.values.harvest.source) == "tensors"
+
+    def leave_out_k(self, *, is_typed: bool) -> None:
+        """Take away the default k where a coefficient is given instead."""
+        if not is_typed and _flat(self.values).get("sparsifier.coefficient") is not None:
+            self.values.k = None
 
     def refuse(self, key: str, problem: str) -> None:
         self.problems.append(problem)

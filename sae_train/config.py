@@ -19,6 +19,10 @@ LARGEST_NUMBER = 10**15
 """Of tokens and the like: far above any run, far below what 64 bits hold."""
 LARGEST_EXPONENT = 20.0
 """Of Zipf's law; measured ones are near 1."""
+USUAL_K = 32.0
+"""What rules in k assume where there is none."""
+LARGEST_THRESHOLD = 10.0
+"""Of sparsifier=jumprelu at the start."""
 PENALTIES = ("l0", "tanh")
 """Of sparsifier=jumprelu."""
 ATTENTION_KERNELS = ("eager", "sdpa", "flash_attention_2")
@@ -196,11 +200,18 @@ class FeatureChoiceConfig(SparsifierConfig):
 class PenalisedConfig(SparsifierConfig):
     """Sparsity has a price, which is steered so that L0 comes to k."""
 
+    coefficient: float | None
+    """The price; null steers it so that L0 comes to k. Where it is given there is no k."""
     settle: float
-    """Share of the tokens, 0 to 1, over which L0 is led from where it begins to k."""
+    """Share of the tokens, 0 to 1, over which L0 is led from where it begins to k (the price from 0 to coefficient)."""
 
     def problems(self) -> list[str]:
-        return [] if 0 <= self.settle <= 1 else [f"sparsifier.settle={self.settle}: a share of the tokens, 0 to 1."]
+        found = []
+        if not 0 <= self.settle <= 1:
+            found.append(f"sparsifier.settle={self.settle}: a share of the tokens, 0 to 1.")
+        if self.coefficient is not None and self.coefficient <= 0:
+            found.append(f"sparsifier.coefficient={self.coefficient:g}: must be positive.")
+        return found
 
 
 @dataclass(kw_only=True, slots=True)
@@ -231,6 +242,11 @@ class JumpReLUConfig(PenalisedConfig):
             value = getattr(self, key)
             if value is not None and value <= 0:
                 found.append(f"sparsifier.{key}={value:g}: must be positive.")
+        if self.threshold > LARGEST_THRESHOLD:
+            found.append(
+                f"sparsifier.threshold={self.threshold:g}: no pre-activation is that large, their unit is the "
+                f"activations' root mean square norm. Give at most {LARGEST_THRESHOLD:g}."
+            )
         return found
 
 
@@ -511,8 +527,8 @@ class WandbConfig(TrackingConfig):
 class RunConfig:
     """Everything a run is told; the dials first."""
 
-    k: float
-    """Mean number of active features a token, for every sparsifier."""
+    k: float | None
+    """Mean number of active features a token, for every sparsifier; null where sparsifier.coefficient is given."""
     expansion: int
     """n_features over d_model; read when n_features is null."""
     n_features: int | None
@@ -561,8 +577,35 @@ class RunConfig:
     def problems(self) -> list[str]:
         """Return what is wrong with the dials, and between the groups, as far as no model is needed."""
         found = []
-        if self.k <= 0:
+        coefficient = self.sparsifier.coefficient if isinstance(self.sparsifier, PenalisedConfig) else None
+        if self.k is None and coefficient is None:
+            found.append(f"k=null: sparsifier={self.sparsifier.name} needs a k. Give a number.")
+        elif self.k is not None and coefficient is not None:
+            found.append(
+                f"k={self.k:g} and sparsifier.coefficient={coefficient:g}: the one follows from the other. Keep one."
+            )
+        elif self.k is not None and self.k <= 0:
             found.append(f"k={self.k:g}: must be positive.")
+        if coefficient is not None and self.budget.start_k is not None:
+            found.append(f"budget.start_k={self.budget.start_k:g}: sparsifier.coefficient leads to no k. Remove one.")
+        if coefficient is not None and isinstance(self.aux_loss, AuxZipfConfig):
+            found.append(
+                "aux_loss=aux_zipf: its law is of densities that sum to k, and sparsifier.coefficient leads to no k. "
+                "Choose another, or give k."
+            )
+        if isinstance(self.aux_loss, AuxKConfig) and isinstance(
+            self.sparsifier, GatedConfig | ReLUConfig | PAnnealConfig
+        ):
+            found.append(
+                f"aux_loss=aux_k: a dead feature of sparsifier={self.sparsifier.name} has no positive pre-activation "
+                "for it to work on (a loss of its own revives it). Choose aux_loss=none or aux_zipf."
+            )
+        free = isinstance(self.sparsifier, ReLUConfig) and self.sparsifier.norms == "free"
+        if free and self.parametrisation.name == "aligned":
+            found.append(
+                "parametrisation=aligned: is made of decoder rows of unit norm, and sparsifier.norms=free leaves them. "
+                "Add sparsifier.norms=unit, or choose parametrisation=free."
+            )
         for key in ("tokens", "batch_tokens", "expansion", "n_features", "evaluation_tokens", "log_every",
                     "dead_window"):  # fmt: skip
             value = getattr(self, key)
@@ -581,11 +624,24 @@ class RunConfig:
             found.append(f"tokens={self.tokens}: fewer than one batch of batch_tokens={self.batch_tokens}.")
         if self.precision not in PRECISIONS:
             found.append(f"precision={self.precision}: no such precision. Choose {', '.join(PRECISIONS)}.")
-        if self.n_features is not None and self.k > self.n_features:
+        if self.n_features is not None and self.k is not None and self.k > self.n_features:
             found.append(f"k={self.k:g}: larger than n_features={self.n_features}. Lower k or raise n_features.")
         if isinstance(self.harvest, LiveHarvestConfig) and self.harvest.lanes > 0:
             found += self._lane_problems(self.harvest)
         return found + self._budget_problems()
+
+    @property
+    def usual_k(self) -> float:
+        """k, or what rules that need one assume where a coefficient takes its place."""
+        return USUAL_K if self.k is None else self.k
+
+    @property
+    def sparsity(self) -> str:
+        """How sparse the codes are to be, as it was told: 'k 32' or 'coefficient 0.001'."""
+        if self.k is not None:
+            return f"k {self.k:g}"
+        assert isinstance(self.sparsifier, PenalisedConfig)
+        return f"coefficient {self.sparsifier.coefficient:g}"
 
     def _lane_problems(self, harvest: LiveHarvestConfig) -> list[str]:
         batch, lanes = self.batch_tokens, harvest.lanes

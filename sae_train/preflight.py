@@ -39,7 +39,7 @@ NOT_BUILT_KEYS = {
 }
 """Keys and groups that the design promises and this version lacks."""
 
-_SPARSIFIERS = "not built yet. `sae-train --help` lists those that are."
+_SPARSIFIERS = "not built yet. Choose topk, mutual_choice, feature_choice, jumprelu, gated, relu or p_anneal."
 _LAYOUTS = "not built yet: it is for several SAEs in one run. Choose parallel=data, features or mesh."
 
 NOT_BUILT_CHOICES = {

@@ -58,7 +58,8 @@ MESSAGES = {
     "sparsifer=topk": "sparsifer=topk: no such key. Did you mean 'sparsifier'?",
     "sparsifier@x=topk": "sparsifier@x=topk: no such key. Did you mean 'sparsifier'?",
     "aux_loss=null": "aux_loss=null: no such aux_loss. Known: aux_k, aux_zipf, none.",
-    "sparsifier={a:1}": "sparsifier={a:1}: no such sparsifier. Known: batch_topk, feature_choice, mutual_choice, topk.",
+    "sparsifier={a:1}": "sparsifier={a:1}: no such sparsifier. Known: batch_topk, feature_choice, gated, jumprelu, "
+    "mutual_choice, p_anneal, relu, topk.",
     "experiment=mine": "experiment=mine: there are no experiments here. Put mine.yaml into DIR/experiment/ and add "
     "--config-dir=DIR.",
     "+k=3": "+k=3: '+' cannot add keys here. Write k=3.",
@@ -69,7 +70,7 @@ MESSAGES = {
     "k": "k: not of the form key=value.",
     "k=": "k=: not a finite number.",
     "k=abc": "k=abc: not a finite number.",
-    "k=null": "k=null: not a finite number.",
+    "k=null": "k=null: sparsifier=mutual_choice needs a k. Give a number.",
     "k=nan": "k=nan: not a finite number.",
     "k=true": "k=true: not a finite number.",
     "tokens=5e6": "tokens=5e6: not a whole number. Write tokens=5000000.",
@@ -127,8 +128,7 @@ def test_the_message_says_what_is_wrong_and_what_to_do(complaint: Complaint, typ
 @pytest.mark.parametrize(
     "typed",
     ["variants=['k=16','k=32']", "harvest=store", "parallel=saes",
-     "objective=transcoder", "sparsifier=relu", "sparsifier=gated",
-     "sparsifier=jumprelu", "sparsifier=p_anneal", "sparsifier=temporal_mask", "sparsifier=gradient", "sweep=wide",
+     "objective=transcoder", "sparsifier=temporal_mask", "sparsifier=gradient", "sweep=wide",
      "layer.index=[1,2]"],
 )  # fmt: skip
 def test_what_is_promised_for_later_is_refused_by_name(complaint: Complaint, typed: str) -> None:

@@ -37,11 +37,11 @@ KINDS = {
     "jumprelu, tanh": [*WIDE, "sparsifier.penalty=tanh", "sparsifier.steepness=9", "aux_loss=none"],
     "jumprelu, nested": [*WIDE, *NESTED, "aux_loss=none"],
     "jumprelu, aligned": [*WIDE, "parametrisation=aligned", "aux_loss=aux_zipf"],
-    "gated": ["sparsifier=gated", "aux_loss=aux_k"],
+    "gated": ["sparsifier=gated"],
     "gated, nested": ["sparsifier=gated", *NESTED, "aux_loss=none"],
-    "relu": ["sparsifier=relu", "aux_loss=none"],
-    "relu, unit norms": ["sparsifier=relu", "sparsifier.norms=unit", "aux_loss=aux_k"],
-    "p_anneal": ["sparsifier=p_anneal", "aux_loss=aux_k"],
+    "relu": ["sparsifier=relu", "aux_loss=aux_zipf"],
+    "relu, unit norms": ["sparsifier=relu", "sparsifier.norms=unit", "parametrisation=aligned"],
+    "p_anneal": ["sparsifier=p_anneal"],
 }
 PENALISED = [name for name, kind in SPARSIFIERS.items() if issubclass(kind, penalised.Penalised)]
 
@@ -153,10 +153,11 @@ def world_close(a: Tensor, b: Tensor) -> bool:
 
 
 def test_no_feature_above_its_threshold_is_a_step_like_any_other(rows: Path) -> None:
-    trainer = trainer_of(rows, "sparsifier=jumprelu", "sparsifier.threshold=50")
+    trainer = trainer_of(rows, "sparsifier=jumprelu", "sparsifier.threshold=9")
     learn(trainer, 3)
+    assert trainer.row()["train/l0"] == 0
     assert all(bool(p.isfinite().all()) for p in trainer.dictionary.parameters())
-    assert bool((trainer.dictionary.log_threshold < math.log(50) - 0.5).all())  # they come down
+    assert bool((trainer.dictionary.log_threshold < math.log(9) - 0.5).all())  # they come down
 
 
 @pytest.mark.parametrize(
@@ -184,10 +185,10 @@ class Plant:
     def __init__(self, *, slope: float, right_price: float) -> None:
         self.slope, self.right, self.log_threshold = slope, math.log(right_price), 0.0
 
-    def step(self, price: Price, *, lr: float) -> Tensor:
+    def step(self, price: Price, moment: Moment) -> Tensor:
         self.log_threshold += float(price.nudge)
         l0 = torch.tensor(200 * math.exp(-self.slope * self.log_threshold))
-        self.log_threshold += lr * math.tanh(math.log(float(price.now())) - self.right)
+        self.log_threshold += moment.learning_rate * math.tanh(math.log(float(price.now(moment))) - self.right)
         return l0
 
 
@@ -198,8 +199,8 @@ def test_the_price_holds_l0_through_a_change_of_learning_rate(slope: float, righ
     found = []
     for number in range(total):
         lr = 3e-3 if number < total // 2 else 3e-4
-        l0 = plant.step(price, lr=lr)
         moment = Moment(step=number, tokens=number, total_tokens=total, batch_tokens=1, learning_rate=lr, seed=0)
+        l0 = plant.step(price, moment)
         price.look(l0, size=torch.ones(()), k=32, moment=moment)
         found.append(float(l0))
         if number == total // 3:  # a resumed run
@@ -207,7 +208,7 @@ def test_the_price_holds_l0_through_a_change_of_learning_rate(slope: float, righ
             again.load_state(price.state())
             price = again
     assert all(abs(l0 / 32 - 1) < 0.05 for l0 in found[total // 5 :])
-    assert abs(math.log(float(price.now()) / right_price)) < 1
+    assert abs(math.log(float(price.now(moment)) / right_price)) < 1
 
 
 @pytest.mark.parametrize("name", PENALISED)
@@ -261,7 +262,7 @@ def test_a_gates_own_reconstruction_trains_no_decoder(rows: Path) -> None:
     gated = trainer.sparsifier
     assert isinstance(gated, Gated)
     pre = DenseCode(value=dictionary.attach_dense(x, dictionary.pre_activations(x, precision="float64")))
-    loss = gated.extra_loss(dictionary, x, pre, n_tokens=len(x), firing=trainer.firing, ranks=Solo())
+    loss = gated.extra_loss(dictionary, x, pre, n_tokens=len(x), ranks=Solo())
     x_hat = pre.value.relu() @ dictionary.W_dec + dictionary.b_dec
     torch.testing.assert_close(loss, (x - x_hat).square().sum() / len(x))
     loss.backward()  # type: ignore[no-untyped-call]
@@ -340,6 +341,88 @@ def test_one_factor_brings_l0_to_k_unless_it_would_be_another_sae(rows: Path, ti
         assert abs(fires / len(raw) / 5 - 1) > 0.1
 
 
+def small_sae(learned: list[float]) -> tuple[SparseAutoencoder, Tensor, Tensor]:
+    """Return an autoencoder of as many features as thresholds, that reads its affinities off the activations."""
+    eye = torch.eye(len(learned))
+    zeros = torch.zeros(len(learned))
+    sae = SparseAutoencoder(
+        W_enc=eye, b_enc=zeros, W_dec=eye, b_dec=zeros, threshold=zeros.clone(), k=1.0, inference="threshold"
+    )
+    rows = torch.rand(400, len(learned), generator=torch.Generator().manual_seed(1)) - 0.25
+    return sae.eval(), rows, torch.tensor(learned, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("learned", "k", "said"),
+    [
+        ([0.5, 0.6, 0.4, 0.5], 1.0, "factor"),
+        ([0.0, 0.0, 0.7, 0.74], 1.45, ""),  # those without a threshold alone fire more often than k
+        ([1e-6, 1e-6, 1e-6, 1e-6], 3.2, "factor"),  # fewer are positive than k
+        ([0.0, 0.0, 0.0, 0.0], 2.9, "threshold"),
+        ([0.0, 0.0, 0.0, 0.0], 3.2, "threshold"),
+    ],
+)
+def test_a_correction_meets_its_target_or_is_none(learned: list[float], k: float, said: str) -> None:
+    sae, rows, learned_F = small_sae(learned)
+    config = compose_config(["sparsifier=jumprelu", f"k={k}", "n_features=4"])
+    sparsifier = JumpReLU(config, n_features=4)
+    when = Moment(step=9, tokens=90, total_tokens=90, batch_tokens=10, learning_rate=0.0, seed=0)
+    found = calibrate(sae, rows, sparsifier=sparsifier, moment=when, n_features=4, ranks=Solo(), learned_F=learned_F)
+    assert list(found.correction or {}) == ([said] if said else [])
+    assert bool(found.threshold_F.isfinite().all())
+    sae.threshold.copy_(found.threshold_F)
+    l0 = float((sae.encode(rows) > 0).sum()) / len(rows)
+    if said:
+        assert abs(l0 - found.target_l0) <= 2 / len(rows)
+        assert found.target_l0 == pytest.approx(k * found.used_share)
+    else:
+        assert torch.equal(found.threshold_F, learned_F.float())
+    assert (found.used_share < 1) == (k == 3.2)
+
+
+@pytest.mark.parametrize("name", PENALISED)
+@pytest.mark.parametrize("steps", [120, 1000])
+def test_l0_comes_to_k_in_few_steps_and_at_a_small_rate(rows: Path, name: str, steps: int) -> None:
+    trainer = trainer_of(rows, f"sparsifier={name}", "optimizer.lr=0.0013", steps=steps, precision="float32")
+    learn(trainer, steps - steps // 10)
+    trainer.row()
+    learn(trainer, steps // 10)
+    assert abs(trainer.row()["train/l0"] / 5 - 1) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "gated", "relu"])
+def test_what_dead_features_lack_to_fire_is_learned(rows: Path, kind: str) -> None:
+    trainer = trainer_of(rows, *KINDS[kind])
+    shake(trainer)
+    dictionary, x, sparsifier = trainer.dictionary, trainer.stream.batch(0), trainer.sparsifier
+    assert isinstance(sparsifier, penalised.Penalised)
+    trainer.firing.since_F[:40] = trainer.plan.dead_window
+    pre = dictionary.pre_activations(x, precision="float64")
+    loss = sparsifier.revival(dictionary, x, n_tokens=2 * len(x), firing=trainer.firing)
+    lacks = (dictionary.log_threshold.exp() if kind == "jumprelu" else 0) - pre
+    torch.testing.assert_close(loss, 1e-3 * lacks[:, :40].sum() / (2 * len(x)))
+    loss.backward()  # type: ignore[no-untyped-call]
+    learned = [dictionary.W_enc, dictionary.b_enc] + ([dictionary.log_threshold] if kind == "jumprelu" else [])
+    for parameter in learned:
+        assert parameter.grad is not None
+        assert bool(parameter.grad[:40].any())
+        assert not bool(parameter.grad[40:].any())
+
+
+def test_a_run_that_ends_far_from_k_is_exported_as_it_is_and_says_so(
+    rows: Path, tmp_path: Path, command: Command
+) -> None:
+    done = command(
+        "harvest=tensors", f"harvest.path={rows}", "harvest.calibration_tokens=512", "tracking=none", "k=2",
+        "sparsifier=relu", "n_features=128", "batch_tokens=64", "tokens=256", "log_every=64", "name=far",
+    )  # fmt: skip
+    assert done.status == 0, done.stdout
+    assert "(target 2, missed: thresholds are exported as training left them)" in done.stdout
+    sae = sae_train.load(tmp_path / "runs" / "far")
+    assert sae.config["figures"]["correction"] == {}
+    assert not bool(sae.threshold.any())
+
+
 def test_a_finished_run_says_its_factor_and_loads(rows: Path, tmp_path: Path, command: Command) -> None:
     done = command(
         "harvest=tensors", f"harvest.path={rows}", "harvest.calibration_tokens=512", "tracking=none", "k=8",
@@ -354,6 +437,59 @@ def test_a_finished_run_says_its_factor_and_loads(rows: Path, tmp_path: Path, co
     assert len(set(sae.threshold.tolist())) > 64
     metrics = (tmp_path / "runs" / "j" / "metrics.jsonl").read_text()
     assert "train/coefficient" in metrics
+
+
+@pytest.mark.parametrize("name", PENALISED)
+def test_a_coefficient_takes_the_place_of_k(name: str) -> None:
+    config = compose_config([f"sparsifier={name}", "sparsifier.coefficient=0.001"])
+    assert config.k is None
+    assert config.sparsity == "coefficient 0.001"
+    for typed, said in (
+        ("k=8", "k=8 and sparsifier.coefficient=0.001: the one follows from the other"),
+        ("aux_loss=aux_zipf", "aux_loss=aux_zipf: its law is of densities that sum to k"),
+        ("budget.start_k=9", "budget.start_k=9: sparsifier.coefficient leads to no k"),
+        ("sparsifier.coefficient=0", "given 2 times"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            compose_config([f"sparsifier={name}", "sparsifier.coefficient=0.001", typed])
+    with pytest.raises(ConfigError, match=f"k=null: sparsifier={name} needs a k"):
+        compose_config([f"sparsifier={name}", "k=null"])
+    with pytest.raises(ConfigError, match="must be positive"):
+        compose_config([f"sparsifier={name}", "sparsifier.coefficient=-1"])
+
+
+def test_a_fixed_price_rises_to_what_was_typed_and_nothing_is_steered(rows: Path) -> None:
+    config = world.config_of(rows, [], precision="float64", steps=40, n_features=128)
+    assert config.k is not None
+    overrides = ["harvest=tensors", f"harvest.path={rows}", "harvest.calibration_tokens=512", "tracking=none"]
+    overrides += ["n_features=128", "batch_tokens=64", f"tokens={64 * 40}", "precision=float64"]
+    trainer = world.build(
+        compose_config([*overrides, "sparsifier=relu", "sparsifier.coefficient=0.01", "sparsifier.settle=0.5"]), Solo()
+    )
+    prices = []
+    for _ in range(40):
+        prices.append(trainer.sparsifier.figures(trainer.moment())["train/coefficient"])
+        learn(trainer, 1)
+        assert isinstance(trainer.sparsifier, ReLU)
+        assert float(trainer.sparsifier.price.nudge) == 0
+    assert prices == pytest.approx([0.01 * min(1, step / 20) for step in range(40)])
+    assert "train/budget_used" not in trainer.row()
+    sae, figures = exported(trainer, between=lambda: None)
+    assert "correction" not in figures
+    assert not bool(sae.threshold.any())
+    assert sae.k == figures["target_l0"] > 0
+
+
+def test_the_verdict_names_the_coefficient(rows: Path, tmp_path: Path, command: Command) -> None:
+    done = command(
+        "harvest=tensors", f"harvest.path={rows}", "harvest.calibration_tokens=512", "tracking=none", "log_every=640",
+        "sparsifier=jumprelu", "sparsifier.coefficient=0.002", "n_features=128", "batch_tokens=64", "tokens=2560",
+    )  # fmt: skip
+    assert done.status == 0, done.stderr
+    assert "(coefficient 0.002)" in done.stdout
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert ".jumprelu.c0.002.f128" in directory.name
+    assert sae_train.load(directory).k > 0
 
 
 @pytest.mark.parametrize(
@@ -371,6 +507,9 @@ def test_a_finished_run_says_its_factor_and_loads(rows: Path, tmp_path: Path, co
         ("p_anneal", "sparsifier.changes=0", "must be at least 1"),
         ("p_anneal", "sparsifier.start=1.5", "a share of the tokens"),
         ("gated", "budget=uniform", "only feature_choice"),
+        ("gated", "aux_loss=aux_k", "Choose aux_loss=none or aux_zipf"),
+        ("relu", "parametrisation=aligned", "Add sparsifier.norms=unit"),
+        ("jumprelu", "sparsifier.threshold=1e30", "Give at most 10"),
     ],
 )
 def test_what_means_nothing_is_refused(name: str, typed: str, said: str) -> None:

@@ -70,6 +70,6 @@ def select_above(pre_NF: Tensor, threshold_F: Tensor) -> Matches:
 
 
 def select_where(pre_NF: Tensor, keep_NF: Tensor) -> Matches:
-    """Keep the entries where `keep_NF` holds, positive or not; as many slots as matches: one host read."""
+    """Keep the entries where `keep_NF` holds, positive or not; as many slots as matches: waits for the device."""
     index = flat_nonzero(keep_NF)
     return pack(index, pre_NF.reshape(-1)[index], shape=(pre_NF.shape[0], pre_NF.shape[1]), capacity=None)

@@ -7,6 +7,7 @@ out the target is k times the share of the budget that training's own selection 
 spread over a row of ranks: every cut and every count is over all of them.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -61,6 +62,7 @@ def calibrate(
     n_features: int,
     ranks: Ranks,
     learned_F: Tensor | None = None,
+    is_steered: bool = True,
 ) -> Calibration:
     """Return thresholds for `sae` from held-out activations that no exported figure is computed on. Collective.
 
@@ -71,6 +73,7 @@ def calibrate(
         moment: where in the run; tells k, the budgets and the batch size.
         n_features: of the whole dictionary.
         ranks: the grid; those of a row hold the other features.
+        is_steered: whether there is a k at all; without one L0 is what it is.
         learned_F: thresholds of this rank's features that training itself used, in raw units; None where it selects.
     """
     if len(raw_ND) == 0:
@@ -78,7 +81,8 @@ def calibrate(
     k, shares_F = sparsifier.k_at(moment), sparsifier.shares(moment)
     row = ranks.features
     if learned_F is not None:
-        return _corrected(sae, raw_ND, k=k, learned_F=learned_F, n_features=n_features, row=row)
+        aim = k if is_steered else None
+        return _corrected(sae, raw_ND, k=aim, learned_F=learned_F, n_features=n_features, row=row)
     if sparsifier.inference == "topk":
         return _without_threshold(sae, raw_ND, k=round(k), row=row)
     if shares_F is None:
@@ -108,7 +112,7 @@ def _one_threshold(
 
 
 def _corrected(
-    sae: SparseAutoencoder, raw_ND: Tensor, *, k: float, learned_F: Tensor, n_features: int, row: Ranks
+    sae: SparseAutoencoder, raw_ND: Tensor, *, k: float | None, learned_F: Tensor, n_features: int, row: Ranks
 ) -> Calibration:
     """Bring L0 to k where training has come close: by a factor on learned thresholds, else by one threshold for all.
 
@@ -117,19 +121,21 @@ def _corrected(
     n_tokens, device = len(raw_ND), raw_ND.device
     fires = sum(int((pre_NF > learned_F).sum()) for pre_NF in sae.pre_activations(raw_ND))
     l0 = int(row.sum(torch.tensor(fires, device=device))) / n_tokens
+    if k is None:
+        return Calibration(learned_F.float(), l0, 1.0)
     if abs(l0 - k) > LARGEST_CORRECTION * k:
         return Calibration(learned_F.float(), k, 1.0, {})
     keep = max(1, round(k * n_tokens))
-    if bool(row.max((learned_F > 0).any().long())):
-        values, _ = _largest(sae, raw_ND, most=keep + 1, n_features=n_features, row=row, unit_F=learned_F)
-        factor = float(kth_largest(values, keep + 1, row))
-        return Calibration((factor * learned_F).float(), k, 1.0, {"factor": factor})
-    values, _ = _largest(sae, raw_ND, most=keep + 1, n_features=n_features, row=row)
-    threshold = float(kth_largest(values, keep + 1, row))
-    used_share = min(1.0, l0 / k)
-    return Calibration(
-        torch.full_like(learned_F, threshold).float(), k * used_share, used_share, {"threshold": threshold}
-    )
+    has_thresholds = bool(row.max((learned_F > 0).any().long()))
+    unit_F = learned_F if has_thresholds else None
+    values, positive_N = _largest(sae, raw_ND, most=keep + 1, n_features=n_features, row=row, unit_F=unit_F)
+    used_share = min(1.0, int(row.sum(positive_N.sum())) / keep)
+    cut = float(kth_largest(values, keep + 1, row))
+    if not has_thresholds:
+        return Calibration(torch.full_like(learned_F, cut).float(), k * used_share, used_share, {"threshold": cut})
+    if not math.isfinite(cut):  # features whose threshold is 0 fire more than k times a token by themselves
+        return Calibration(learned_F.float(), k, 1.0, {})
+    return Calibration((cut * learned_F).float(), k * used_share, used_share, {"factor": cut})
 
 
 def _largest(

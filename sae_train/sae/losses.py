@@ -171,7 +171,7 @@ def build_aux_loss(config: RunConfig, *, d_model: int, n_features: int, dead_win
                 dead_window=dead_window,
                 tau=aux.tau,
                 hard=aux.hard,
-                law_F=(config.k * mass_F).clamp(max=1),
+                law_F=(config.usual_k * mass_F).clamp(max=1),
             )
     raise TypeError(f"no auxiliary loss is built from {type(config.aux_loss).__name__}")
 

@@ -19,15 +19,17 @@ class Sparsifier(ABC):
 
     Attributes:
         inference: rule of the exported autoencoder, 'threshold' or 'topk'.
+        cure: what else may help where no feature fires any more, for a message.
     """
 
     inference: str
+    cure = ""
 
     def __init__(self, config: RunConfig, *, n_features: int) -> None:
         budget = config.budget
         self.n_features = n_features
-        self.k = config.k
-        self.start_k = config.k if budget.start_k is None else budget.start_k
+        self.k = config.usual_k
+        self.start_k = self.k if budget.start_k is None else budget.start_k
         self.anneal = budget.anneal if budget.start_k is not None else 0.0
         raise_all(self.problems(config))
 
@@ -46,8 +48,16 @@ class Sparsifier(ABC):
             dead_window: tokens without firing after which a feature is dead.
         """
 
-    def prepare(self, dictionary: Dictionary) -> None:  # noqa: B027 (most do nothing)
-        """Do what is to be done to the dictionary before a step's pre-activations are computed."""
+    def prepare(self, dictionary: Dictionary, *, halted: Tensor) -> None:  # noqa: B027 (most do nothing)
+        """Do what is to be done to the dictionary before a step's pre-activations are computed.
+
+        Args:
+            halted: scalar bool on the device; where true nothing may change any more.
+        """
+
+    def is_settling(self, moment: Moment) -> bool:
+        """Return whether no feature may have fired yet without this being the end."""
+        return False
 
     def rates(self) -> dict[str, float]:
         """Return the learning rates of these parameters by name, as a share of the others'."""
@@ -87,8 +97,8 @@ class Sparsifier(ABC):
         """Return the encoder of the exported autoencoder: W_enc [F, D], b_enc [F]."""
         return dictionary.W_enc, dictionary.b_enc
 
-    def figures(self) -> dict[str, float]:
-        """Return what a row of metrics says of this sparsifier alone; the only place where it waits for the device."""
+    def figures(self, moment: Moment) -> dict[str, float]:
+        """Return what a row of metrics says of this sparsifier alone, of the next step; it may wait for the device."""
         return {}
 
     def state(self) -> dict[str, Tensor]:

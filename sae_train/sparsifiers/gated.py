@@ -15,7 +15,6 @@ from sae_train import kernels
 from sae_train.ranks import Ranks
 from sae_train.sae.code import Code, SparseCode
 from sae_train.sae.dictionary import Dictionary
-from sae_train.sae.firing import Firing
 from sae_train.sae.losses import reconstruction_loss
 from sae_train.sae.moment import Moment
 from sae_train.sparsifiers.penalised import Penalised
@@ -43,9 +42,7 @@ class Gated(Penalised):
         magnitude = scale * (code.value - b_gate) + b_magnitude
         return torch.where(code.value > 0, magnitude.relu(), 0), code.value.relu().sum()
 
-    def extra_loss(
-        self, dictionary: Dictionary, x_ND: Tensor, pre: Code, *, n_tokens: int, firing: Firing, ranks: Ranks
-    ) -> Tensor:
+    def extra_loss(self, dictionary: Dictionary, x_ND: Tensor, pre: Code, *, n_tokens: int, ranks: Ranks) -> Tensor:
         gates = replace(pre, value=pre.value.relu())
         x_hat_ND = dictionary.decode(gates, ranks=ranks, frozen=True)
         return reconstruction_loss(x_ND, x_hat_ND, n_tokens=n_tokens)

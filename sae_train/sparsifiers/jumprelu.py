@@ -2,8 +2,8 @@
 
 From Rajamanoharan et al. 2024 (arXiv 2407.14435): thresholds as exponentials of parameters, straight-through gradients
 on pre-activations, a price on L0. From Anthropic's January 2025 update, as libraries have it: the penalty tanh, a
-smooth stand-in for L0 with gradients to the encoder, and the loss that revives dead features. Ours: its weight, the first threshold and the bandwidth (for runs of millions
-of tokens rather than billions), and the steering of the price.
+smooth stand-in for L0 with gradients to the encoder. Ours: the first threshold and the bandwidth (for millions of
+tokens rather than billions), and the steering of the price.
 """
 
 import math
@@ -16,13 +16,12 @@ from sae_train.config import JumpReLUConfig, RunConfig
 from sae_train.ranks import Ranks
 from sae_train.sae.code import Code, SparseCode
 from sae_train.sae.dictionary import Dictionary
-from sae_train.sae.firing import Firing
 from sae_train.sae.moment import Moment
 from sae_train.sae.straight_through import jump_relu, reach, step
 from sae_train.sparsifiers.penalised import Penalised
 
-REVIVAL = 1e-3
-"""Weight of the loss that draws a dead feature's threshold and pre-activations together; the update's 3e-6 did less."""
+FARTHEST = 20.0
+"""Where the logarithms of thresholds are held if L0 cannot be reached: beyond it exponentials would end as 0."""
 STEEPNESS = 4.0
 """c of the penalty tanh for activations of mean norm sqrt(d_model), as in the update; ours have mean square 1."""
 
@@ -32,6 +31,7 @@ class JumpReLU(Penalised):
 
     has_thresholds = True
     first_price = 3e-4
+    cure = " or sparsifier.threshold"
 
     def __init__(self, config: RunConfig, *, n_features: int) -> None:
         assert isinstance(config.sparsifier, JumpReLUConfig)
@@ -55,18 +55,8 @@ class JumpReLU(Penalised):
     def bounds(self, dictionary: Dictionary) -> Tensor:
         return self.thresholds(dictionary).detach() - reach(self._settings.bandwidth)
 
-    def extra_loss(
-        self, dictionary: Dictionary, x_ND: Tensor, pre: Code, *, n_tokens: int, firing: Firing, ranks: Ranks
-    ) -> Tensor:
-        """Return what dead features lack to their thresholds, summed over tokens: they are drawn together."""
-        dead_F = firing.dead_F(self.dead_window)
-        mean_D = x_ND.sum(0) / n_tokens
-        share = len(x_ND) / n_tokens
-        lacks_F = share * (self.thresholds(dictionary) - dictionary.b_enc) - dictionary.W_enc @ mean_D
-        return REVIVAL * torch.where(dead_F, lacks_F, 0).sum()
-
     def nudge(self, dictionary: Dictionary, amount: Tensor) -> None:
-        dictionary.log_threshold.add_(amount.to(dictionary.log_threshold.dtype))
+        dictionary.log_threshold.add_(amount.to(dictionary.log_threshold.dtype)).clamp_(-FARTHEST, FARTHEST)
 
     def values(self, dictionary: Dictionary, code: Code, *, moment: Moment, ranks: Ranks) -> tuple[Tensor, Tensor]:
         threshold, bandwidth = self.thresholds(dictionary), self._settings.bandwidth

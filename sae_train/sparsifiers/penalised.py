@@ -16,6 +16,8 @@ from sae_train.sae.moment import Moment
 from sae_train.sparsifiers.base import Sparsifier
 from sae_train.sparsifiers.price import Price
 
+REVIVAL = 1e-3
+"""Weight of the loss that revives dead features; with the update's 3e-6 twice as many stayed dead."""
 DENSE_FROM = 16
 """A batch in which more than a 16th of all pairs matter is computed with its zeros: without them it would cost more."""
 
@@ -36,11 +38,13 @@ class Penalised(Sparsifier):
     def __init__(self, config: RunConfig, *, n_features: int) -> None:
         assert isinstance(config.sparsifier, PenalisedConfig)
         super().__init__(config, n_features=n_features)
-        self._settle = config.sparsifier.settle
+        self._settle, self._coefficient = config.sparsifier.settle, config.sparsifier.coefficient
 
     def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
         self.dead_window = dead_window
-        self.price = Price(self.first_price, settle=self._settle, device=dictionary.b_enc.device)
+        self.price = Price(
+            self.first_price, settle=self._settle, device=dictionary.b_enc.device, fixed=self._coefficient
+        )
 
     def bounds(self, dictionary: Dictionary) -> Tensor:
         """Return what a pre-activation must exceed to matter to a value or a gradient, detached: [F] or a scalar."""
@@ -62,11 +66,27 @@ class Penalised(Sparsifier):
         """
 
     @torch.no_grad()
-    def prepare(self, dictionary: Dictionary) -> None:
-        self.nudge(dictionary, self.price.nudge if self.has_thresholds else self.price.nudge * self.price.size)
+    def prepare(self, dictionary: Dictionary, *, halted: Tensor) -> None:
+        amount = torch.where(halted, 0, self.price.nudge)
+        self.nudge(dictionary, amount if self.has_thresholds else amount * self.price.size)
+
+    def is_settling(self, moment: Moment) -> bool:
+        return moment.tokens <= self._settle * moment.total_tokens
+
+    def revival(self, dictionary: Dictionary, x_ND: Tensor, *, n_tokens: int, firing: Firing) -> Tensor:
+        """Return what this rank's dead features lack to fire, summed over tokens and weighted, a scalar.
+
+        A feature that fires nowhere has no gradient of the reconstruction, and a penalised one nothing to compete with.
+        From Anthropic's January 2025 update, whose loss draws a dead JumpReLU feature's pre-activations and its
+        threshold together; for gates and biases, and the weight, ours.
+        """
+        learned_F = self.thresholds(dictionary) if self.has_thresholds else None
+        bound_F = torch.zeros_like(dictionary.b_enc) if learned_F is None else learned_F
+        lacks_F = (bound_F - dictionary.b_enc) * (len(x_ND) / n_tokens) - dictionary.W_enc @ (x_ND.sum(0) / n_tokens)
+        return REVIVAL * torch.where(firing.dead_F(self.dead_window), lacks_F, 0).sum()
 
     def extra_loss(
-        self, dictionary: Dictionary, x_ND: Tensor, pre: Code, *, n_tokens: int, firing: Firing, ranks: Ranks
+        self, dictionary: Dictionary, x_ND: Tensor, pre: Code, *, n_tokens: int, ranks: Ranks
     ) -> Tensor | None:
         """Return this rank's share of a loss that belongs to the method, if any; `pre` as in `values`."""
         return None
@@ -74,7 +94,7 @@ class Penalised(Sparsifier):
     def encode(
         self, dictionary: Dictionary, x_ND: Tensor, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks
     ) -> tuple[Code, Tensor | None]:
-        price = self.price.now()
+        price = self.price.now(moment)
         pre = self._attach(dictionary, x_ND, pre_NF, pre_NF > self.bounds(dictionary))
         value, priced = self.values(dictionary, pre, moment=moment, ranks=ranks)
         with torch.no_grad():
@@ -82,7 +102,8 @@ class Penalised(Sparsifier):
             fires, total = ranks.sum(counts)
             self.price.look(fires / moment.batch_tokens, size=total / fires, k=self.k_at(moment), moment=moment)
         penalty = (price / moment.batch_tokens).to(priced.dtype) * priced
-        extra = self.extra_loss(dictionary, x_ND, pre, n_tokens=moment.batch_tokens, firing=firing, ranks=ranks)
+        penalty = penalty + self.revival(dictionary, x_ND, n_tokens=moment.batch_tokens, firing=firing)
+        extra = self.extra_loss(dictionary, x_ND, pre, n_tokens=moment.batch_tokens, ranks=ranks)
         return replace(pre, value=value), penalty if extra is None else penalty + extra
 
     def _attach(self, dictionary: Dictionary, x_ND: Tensor, pre_NF: Tensor, matters_NF: Tensor) -> Code:
@@ -93,8 +114,8 @@ class Penalised(Sparsifier):
         places = SparseCode(**matches._asdict(), shape=(len(pre_NF),), n_features=pre_NF.shape[1])
         return dictionary.attach(x_ND, places)
 
-    def figures(self) -> dict[str, float]:
-        return {"train/coefficient": float(self.price.now())}
+    def figures(self, moment: Moment) -> dict[str, float]:
+        return {"train/coefficient": float(self.price.now(moment))}
 
     def state(self) -> dict[str, Tensor]:
         return self.price.state()

@@ -1,9 +1,9 @@
 """The price of a match: what penalised sparsifiers weigh sparsity with, steered so that L0 comes to k.
 
 Ours. L0 is compared, as a logarithm, with an aim: k, or what falls to k from a larger L0 of the first batch over the
-first part of the run. Two things answer a deviation. The thresholds move together, at any pace while the aim moves and
-afterwards no faster than the learning rate lets the optimizer move them; and the price changes until that is not needed
-any more: in the end the price alone holds L0. Both act in units of the learning rate, and slow down with it.
+first part of the run. Two things answer a deviation. The thresholds move together, at any pace in that first part and
+afterwards about as fast as the optimizer could move them; and the price changes until that is not needed any more: in
+the end the price alone holds L0.
 """
 
 import math
@@ -16,9 +16,13 @@ from sae_train.sae.moment import Moment
 AT_ONCE = 1.0
 """Power of L0 over its aim by which the price answers at once."""
 IN_TIME = 3.0
-"""By how much the price's logarithm grows in 1 / learning rate steps in which thresholds are pushed all the way."""
+"""By how much the price's logarithm grows while thresholds' logarithms are pushed by 1."""
 NUDGE = 0.3
 """Step of the thresholds' logarithms in answer to a deviation of 1 while the aim moves."""
+SLOWEST = 3.0
+"""Steps of thresholds' logarithms may add up to this over a run however small the learning rate."""
+FARTHEST = 15.0
+"""How far the price's logarithm may go from where it began, where L0 cannot be reached."""
 WORST = 1.0
 """Largest deviation, as a logarithm, that is answered."""
 LEAST = 1e-3
@@ -31,18 +35,26 @@ class Price:
     Attributes:
         nudge: by how much the logarithms of thresholds are to move before the next step, a scalar.
         size: mean value of what fired in the last step.
+
+    Args:
+        first: price at the start.
+        settle: share of the run over which the aim moves.
+        fixed: a price that is not steered; it rises from 0 over that share.
     """
 
-    def __init__(self, first: float, *, settle: float, device: torch.device) -> None:
-        self._settle = settle
+    def __init__(self, first: float, *, settle: float, device: torch.device, fixed: float | None = None) -> None:
+        self._settle, self._fixed, self._first = settle, fixed, math.log(first)
         self._log_price = torch.full((), math.log(first), dtype=torch.float64, device=device)
         self._deviation = torch.zeros((), dtype=torch.float64, device=device)
         self._log_first = torch.zeros((), dtype=torch.float64, device=device)
         self.nudge = torch.zeros((), dtype=torch.float64, device=device)
         self.size = torch.zeros((), dtype=torch.float64, device=device)
 
-    def now(self) -> Tensor:
-        """Return the price that follows from the steps so far, a scalar in float64."""
+    def now(self, moment: Moment) -> Tensor:
+        """Return the price of a step, from the steps before it, a scalar in float64."""
+        if self._fixed is not None:
+            rise = 1.0 - self._left(moment)
+            return torch.full_like(self._log_price, self._fixed * rise)
         return (self._log_price + AT_ONCE * self._deviation).exp()
 
     def look(self, l0: Tensor, *, size: Tensor, k: float, moment: Moment) -> None:
@@ -55,18 +67,24 @@ class Price:
             moment: where in the run that step was.
         """
         self.size = torch.where(size.isfinite(), size, self.size)
+        if self._fixed is not None:
+            return
         log_l0 = l0.double().clamp_min(LEAST).log()
         if moment.step == 0:
             self._log_first = log_l0.clamp_min(math.log(k))
-        done = moment.tokens / moment.total_tokens
-        left = max(0.0, 1 - done / self._settle) if self._settle > 0 else 0.0
+        left = self._left(moment)
         aim = math.log(k) + left * (self._log_first - math.log(k))
         self._deviation = (log_l0 - aim).clamp(-WORST, WORST)
-        pace = moment.learning_rate
+        pace = max(moment.learning_rate, SLOWEST * moment.batch_tokens / moment.total_tokens)
         wanted = NUDGE * self._deviation
         allowed = wanted.clamp(-pace, pace)
         self.nudge = wanted if left > 0 else allowed
-        self._log_price = self._log_price + IN_TIME * allowed
+        self._log_price = (self._log_price + IN_TIME * allowed).clamp(self._first - FARTHEST, self._first + FARTHEST)
+
+    def _left(self, moment: Moment) -> float:
+        """Return which share of the time to settle is left."""
+        done = moment.tokens / moment.total_tokens
+        return max(0.0, 1 - done / self._settle) if self._settle > 0 else 0.0
 
     def state(self) -> dict[str, Tensor]:
         """Return what a resumed run must know, for a checkpoint."""

@@ -5,8 +5,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sae_train.sae.calibration import LARGEST_CORRECTION
-
 ALL_OF_IT = 0.999
 """Share of the budget above which it counts as used up."""
 
@@ -51,14 +49,15 @@ class Progress:
         self._bar.close()
 
 
-def verdict(*, name: str, figures: dict[str, Any], tokens: int, tokens_per_second: float, k: float, path: str) -> str:
+def verdict(
+    *, name: str, figures: dict[str, Any], tokens: int, tokens_per_second: float, sparsity: str, path: str
+) -> str:
     """Return the last line of a run: what was trained, how good it is, where it lies."""
-    aim = f"target {figures['target_l0']:.4g}"
-    missed = abs(figures["l0"] - figures["target_l0"]) / figures["target_l0"]
-    if figures.get("correction") == {} and missed > LARGEST_CORRECTION:
+    aim = f"target {figures['target_l0']:.4g}" if sparsity.startswith("k") else sparsity
+    if figures.get("correction") == {}:
         aim += ", missed: thresholds are exported as training left them"
     if figures["used_share"] < ALL_OF_IT:
-        aim += f" of k {k:g}: positive affinities ran out"
+        aim += f" of {sparsity}: positive affinities ran out"
     parts = [f"L0 {figures['l0']:.1f} ({aim})", f"FVU {figures['fvu']:.3f}", f"dead {figures['dead_fraction']:.1%}"]
     if "ce_recovered" in figures:
         parts.append(f"CE recovered {figures['ce_recovered']:.1%}")

@@ -32,7 +32,8 @@ def run_name(config: RunConfig, *, label: str, n_features: int) -> str:
     usual = ("none", "free")
     words = [config.sparsifier.name, config.nesting.name, config.parametrisation.name]
     method = ".".join(word for word in words if word not in usual)
-    readable = f"{label}.{method}.k{config.k:g}.f{n_features}.s{config.seed}"
+    sparsity = config.sparsity.replace("coefficient ", "c").replace("k ", "k")
+    readable = f"{label}.{method}.{sparsity}.f{n_features}.s{config.seed}"
     return re.sub(r"[^A-Za-z0-9._-]+", "_", readable) + f"-{identity_digest(identity(config))}"
 
 

@@ -54,9 +54,12 @@ def exported(trainer: Trainer, *, between: Callable[[], None]) -> tuple[SparseAu
         moment=trainer.moment(),
         n_features=n_features,
         ranks=ranks,
+        is_steered=config.k is not None,
         learned_F=None if learned_F is None else learned_F.detach().double() * stream.scaling.scale,
     )
     del raw_ND
+    if config.k is None:
+        sae.k = calibration.target_l0
     sae.threshold.data.copy_(calibration.threshold_F)
     between()
     figures = evaluate(

@@ -74,18 +74,20 @@ class Totals:
         mean_D = ranks.sum(self.sum_D) / n
         variance = sums["square"] - n * float(mean_D.square().sum())
         p5, p50, p95 = histogram_percentiles(ranks.sum(self.l0_histogram), (0.05, 0.5, 0.95))
-        return {
+        row = {
             "train/loss": sums["loss"] / steps,
             "train/fvu": sums["error"] / variance if variance > 0 else float("nan"),
             "train/aux": sums["aux"] / steps,
             "train/l0": sums["matches"] / n,
-            "train/budget_used": sums["matches"] / sums["budget"],
             "train/threshold": -float(ranks.max(-self.least_kept)),
             "train/grad_norm": sums["grad_norm"] / steps,
             "tokens_l0/p5": p5,
             "tokens_l0/p50": p50,
             "tokens_l0/p95": p95,
         }
+        if sums["budget"] > 0:
+            row["train/budget_used"] = sums["matches"] / sums["budget"]
+        return row
 
     def reset(self) -> None:
         """Start the next interval."""

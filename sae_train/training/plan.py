@@ -95,14 +95,14 @@ def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
         n_ranks=n_ranks,
         columns=columns,
         dead_window=config.dead_window or max(1, min(LARGEST_DEAD_WINDOW, total // DEAD_WINDOWS_A_RUN)),
-        peak_lr=peak_learning_rate(optimizer, n_features=n_features, tokens=total, k=config.k),
-        bias_rate=bias_learning_rate(optimizer, n_features=n_features, tokens=total, k=config.k),
+        peak_lr=peak_learning_rate(optimizer, n_features=n_features, tokens=total, k=config.usual_k),
+        bias_rate=bias_learning_rate(optimizer, n_features=n_features, tokens=total, k=config.usual_k),
         warmup_tokens=round(WARMUP_SHARE * total) if optimizer.warmup_tokens is None else optimizer.warmup_tokens,
         decay_tokens=round(DECAY_SHARE * total) if optimizer.decay_tokens is None else optimizer.decay_tokens,
         checkpoint_every=_checkpoint_every(config.checkpoint.every_tokens, total),
         memory_bytes=memory,
         checkpoint_bytes=3 * element * parameters + facts.pool_bytes,
-        flops=total * (facts.flops_per_token + _sae_flops(config.aux_loss, facts.d_model, n_features, config.k)),
+        flops=total * (facts.flops_per_token + _sae_flops(config.aux_loss, facts.d_model, n_features, config.usual_k)),
     )
     _check_memory(plan)
     return plan
@@ -114,7 +114,7 @@ def describe(plan: Plan, config: RunConfig, *, path: str) -> str:
     disk = 2 * 4 * plan.parameters + (kept + 1) * plan.checkpoint_bytes
     rows = [
         ("site", f"{plan.label}, d_model {plan.d_model}"),
-        ("SAE", f"{config.sparsifier.name}, k {config.k:g}, {plan.n_features} features"),
+        ("SAE", f"{config.sparsifier.name}, {config.sparsity}, {plan.n_features} features"),
         ("parameters", f"{plan.parameters:,}"),
         ("budget", config.budget.name),
         ("auxiliary loss", f"{config.aux_loss.name}; dead is {plan.dead_window:,} tokens without firing"),
@@ -140,7 +140,7 @@ def _ranks_text(plan: Plan, config: RunConfig) -> str:
 
 def _problems(config: RunConfig, *, n_features: int) -> list[str]:
     found = []
-    if config.k > n_features:
+    if config.k is not None and config.k > n_features:
         given = "n_features" if config.n_features else f"expansion={config.expansion} times d_model"
         found.append(f"k={config.k:g}: larger than {given}={n_features}. Lower k or raise {given.split('=')[0]}.")
     start_k = config.budget.start_k

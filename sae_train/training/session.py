@@ -300,6 +300,6 @@ def verdict_of(summary: dict[str, Any], directory: RunDirectory, config: RunConf
         figures=next(iter(summary["saes"].values())),
         tokens=summary["tokens"],
         tokens_per_second=summary["tokens_per_second"],
-        k=config.k,
+        sparsity=config.sparsity,
         path=str(directory.path),
     )

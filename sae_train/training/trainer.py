@@ -122,10 +122,13 @@ class Trainer:
                 events.checkpoint()
 
     def step(self, own_ND: Tensor) -> None:
-        """Learn from one batch, of which this rank harvested `own_ND`; nothing is read back to the host."""
+        """Learn from one batch, of which this rank harvested `own_ND`.
+
+        Nothing is read back to the host, but for the number of pairs that matter to a penalised sparsifier.
+        """
         moment, dictionary, ranks = self.moment(), self.dictionary, self.ranks
         x_ND = ranks.features.gather(own_ND).flatten(0, 1)
-        self.sparsifier.prepare(dictionary)
+        self.sparsifier.prepare(dictionary, halted=self.halt.flag)
         pre_NF = dictionary.pre_activations(x_ND, precision=self.precision)
         code, penalty = self.sparsifier.encode(dictionary, x_ND, pre_NF, moment=moment, firing=self.firing, ranks=ranks)
         x_hat_ND, loss = self._reconstruct(x_ND, code)
@@ -148,7 +151,7 @@ class Trainer:
             loss=loss / ranks.features.size,
             aux=None if aux is None else aux / ranks.features.size,
             grad_norm=grad_norm,
-            budget=self.sparsifier.k_at(moment) * len(own_ND),
+            budget=0.0 if self.config.k is None else self.sparsifier.k_at(moment) * len(own_ND),
         )
         self.n_done += 1
 
@@ -171,10 +174,11 @@ class Trainer:
         row = self.totals.row(self.ranks) | firing_row(
             self.firing, self.plan.dead_window, n_features=self.plan.n_features, ranks=self.ranks
         )
-        if row["train/l0"] == 0:
+        if row["train/l0"] == 0 and not self.sparsifier.is_settling(self.moment()):
             raise StoppedByNumbers(
                 f"no feature fired in the {self.config.log_every:,} tokens before step {self.n_done}: the dictionary "
-                f"has collapsed. Lower optimizer.lr (now {self.plan.peak_lr:.1e}), and check the activations."
+                f"has collapsed. Lower optimizer.lr (now {self.plan.peak_lr:.1e}){self.sparsifier.cure}, and check the "
+                "activations."
             )
         if row["train/fvu"] > DIVERGED:
             raise StoppedByNumbers(
@@ -182,7 +186,7 @@ class Trainer:
                 f"training has diverged. Lower optimizer.lr (now {self.plan.peak_lr:.1e})."
             )
         row["train/learning_rate"] = self._learning_rate(self.tokens - self.plan.batch_tokens)
-        row |= self.sparsifier.figures()
+        row |= self.sparsifier.figures(self.moment())
         self.totals.reset()
         self.firing.reset_interval()
         return {"step": self.n_done, "tokens": self.tokens} | row | self._clock.row()
