@@ -137,6 +137,7 @@ def test_due_counts_multiples_passed(every: int, batch: int, steps: int) -> None
 def test_the_bias_learns_slowly_where_features_fire_often() -> None:
     config = schema_of(bias_rate=None)
     assert bias_learning_rate(config, n_features=6144, tokens=820_000, k=32) == 0.2
+    assert bias_learning_rate(config, n_features=6144, tokens=820_000, k=32, is_topk=True) == 0.4
     assert bias_learning_rate(config, n_features=12288, tokens=500_000, k=8) == 1.0
     assert 0.2 < bias_learning_rate(config, n_features=6144, tokens=400_000, k=32) < 1
     assert bias_learning_rate(schema_of(bias_rate=0.5), n_features=12288, tokens=500_000, k=8) == 0.5

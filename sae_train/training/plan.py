@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sae_train.config import AuxLossConfig, NoAuxLossConfig, PenalisedConfig, RunConfig
+from sae_train.config import AuxLossConfig, NoAuxLossConfig, PenalisedConfig, RunConfig, TopKConfig
 from sae_train.errors import ConfigError, raise_all
 from sae_train.harvest.stream import StreamFacts
 from sae_train.place import find_place
@@ -96,7 +96,13 @@ def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
         columns=columns,
         dead_window=config.dead_window or max(1, min(LARGEST_DEAD_WINDOW, total // DEAD_WINDOWS_A_RUN)),
         peak_lr=peak_learning_rate(optimizer, n_features=n_features, tokens=total, k=config.usual_k),
-        bias_rate=bias_learning_rate(optimizer, n_features=n_features, tokens=total, k=config.usual_k),
+        bias_rate=bias_learning_rate(
+            optimizer,
+            n_features=n_features,
+            tokens=total,
+            k=config.usual_k,
+            is_topk=isinstance(config.sparsifier, TopKConfig),
+        ),
         warmup_tokens=round(WARMUP_SHARE * total) if optimizer.warmup_tokens is None else optimizer.warmup_tokens,
         decay_tokens=round(DECAY_SHARE * total) if optimizer.decay_tokens is None else optimizer.decay_tokens,
         checkpoint_every=_checkpoint_every(config.checkpoint.every_tokens, total),
