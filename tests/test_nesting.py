@@ -136,7 +136,10 @@ def test_prefixes_that_mean_nothing_are_refused(prefixes: list[float], said: str
         run_config(prefixes=prefixes)
 
 
-@pytest.mark.parametrize("sparsifier", ["topk", "mutual_choice", "feature_choice"])
+@pytest.mark.parametrize(
+    "sparsifier",
+    ["mutual_choice", *(pytest.param(name, marks=pytest.mark.slow) for name in ("topk", "feature_choice"))],
+)
 def test_a_nested_run_is_made_and_loads(tmp_path: Path, command: Command, tiny: list[str], sparsifier: str) -> None:
     import sae_train
 
