@@ -1,1 +1,1 @@
-"""The values behind every choice; installed as sae_train.conf. Types and documentation: sae_train/config.py."""
+"""The values behind every choice; installed as sae_train.conf. Types and documentation: sae_train/config/."""

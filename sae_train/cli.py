@@ -1,8 +1,8 @@
 """The command line: arguments to runs, errors to messages, outcomes to exit statuses.
 
-0 finished, 1 our fault (traceback), 2 the user's (message), 3 stopped by the numbers, 75 preempted and saved,
-130 interrupted. Hydra composes, and answers `--cfg` and the other questions about the configuration; the runs are
-made here, one after another, or sent to SLURM. torch and the other heavy libraries are imported when the first run
+0 finished, 1 our fault (traceback) or a lost rank, 2 the user's (message), 3 stopped by the numbers, 75 preempted and
+saved, 130 interrupted. Hydra composes, and answers `--cfg` and the other questions about the configuration; the runs
+are made here, one after another, or sent to SLURM. torch and the other heavy libraries are imported when the first run
 starts. Where SAE_TRAIN_OUTCOME names a file, it says how the run stands.
 """
 
@@ -82,7 +82,7 @@ def run_command(arguments: list[str]) -> int:
         return INTERRUPTED
     except Exception as error:
         record.end(1, f"{type(error).__name__}: {error}")
-        raise
+        raise  # what we broke keeps its traceback
 
 
 def _request(arguments: list[str]) -> "Request | None":

@@ -1,6 +1,6 @@
 """From what is typed to checked RunConfigs: composition, preflight, the points of a sweep and where they are sent.
 
-Hydra composes the YAML of `conf/`; the dataclasses of config.py are its schemas (schemas.py). Hydra alone accepts
+Hydra composes the YAML of `conf/`; the dataclasses of config/ are its schemas (schemas.py). Hydra alone accepts
 `+typo=1` and stops at the first error; here every argument is checked against the composed keys first, and all findings
 come in one message. Nothing here starts a run or writes a file.
 """
@@ -27,6 +27,7 @@ from yaml import YAMLError
 
 from sae_train import preflight
 from sae_train.config import RunConfig
+from sae_train.draft import Draft, flat
 from sae_train.errors import ConfigError, raise_all
 from sae_train.preflight import Typed
 from sae_train.schemas import register_schemas
@@ -94,7 +95,7 @@ class Offer:
     choices: dict[str, list[str]]
     """The names of each group."""
     classes: dict[str, type]
-    """The class of config.py that each group is set to."""
+    """The class of config/ that each group is set to."""
     launcher: dict[str, Any]
     """What hydra/launcher=slurm is set to."""
 
@@ -205,7 +206,7 @@ class Library:
         stands in for a wrong one is left out.
         """
         draft = self.draft(point)
-        for key in [key for key, value in _flat(draft.values).items() if value == "???"]:
+        for key in [key for key, value in flat(draft.values).items() if value == "???"]:
             group = key.partition(".")[0]
             if not draft.reads_tensors or group == "harvest":
                 draft.refuse(key, preflight.missing(key, choice=draft.choices.get(group)))
@@ -217,7 +218,7 @@ class Library:
             return None, draft.problems + [p for p in str(error).splitlines() if not _mentions(p, draft.bad)]
         return (None if draft.problems else run), draft.problems
 
-    def draft(self, point: list[Override]) -> "Draft":
+    def draft(self, point: list[Override]) -> Draft:
         """Return what the usable arguments of a point compose to, and the problems of the others."""
         entries = [self._typed(override) for override in point]
         problems, bad, selections = preflight.check_repeats(entries), set(), []
@@ -231,18 +232,20 @@ class Library:
         draft = Draft(values=values, choices=choices, problems=problems, bad=bad)
         for override, entry in zip(point, entries, strict=True):
             if entry.sign:
-                draft.refuse(entry.key, preflight.signed(entry, known=[*_flat(values), *self.groups]))
+                draft.refuse(entry.key, preflight.signed(entry, known=[*flat(values), *self.groups]))
             elif not (entry.is_group or override.is_hydra_override() or entry.key in bad or entry.group in bad):
                 self._apply(draft, entry, override.value())
         draft.leave_out_k(is_typed=any(entry.key == "k" for entry in entries))
-        used = [entry for entry in entries if entry.key not in bad]
-        width = None if "n_features" in bad else _flat(draft.values)["n_features"]
-        problems += preflight.never_read(used, tensors=draft.reads_tensors, choices=choices, n_features=width)
+        draft.take_law()
+        used = [entry for entry in entries if not bad & {entry.key, entry.group}]
+        known = {key: value for key, value in flat(draft.values).items() if key not in bad}
+        problems += preflight.never_read(used, tensors=draft.reads_tensors, choices=choices, values=known)
         return draft
 
     def _typed(self, override: Override) -> Typed:
-        sign, key, value = re.fullmatch(r"([+~]*)([^=]*)=?(.*)", _text(override), re.DOTALL).groups()  # type: ignore[union-attr]
-        return Typed(sign=sign, key=key, value=value, is_group=key in self.groups)
+        signed, _, value = _text(override).partition("=")
+        key = signed.lstrip("+~")
+        return Typed(sign=signed.removesuffix(key), key=key, value=value, is_group=key in self.groups)
 
     def _compose(self, selections: list[str]) -> tuple[DictConfig, dict[str, str]]:
         """Return a copy of what these choices compose to, and what each group is then set to."""
@@ -259,9 +262,9 @@ class Library:
         values, choices = self._composed[key]
         return deepcopy(values), choices
 
-    def _apply(self, draft: "Draft", entry: Typed, value: Any) -> None:
+    def _apply(self, draft: Draft, entry: Typed, value: Any) -> None:
         """Set one value, or note why it cannot be set."""
-        keys = _flat(draft.values)
+        keys = flat(draft.values)
         if entry.key not in keys:
             known, choice = [*keys, *self.groups], draft.choices.get(entry.group)
             homes = [] if choice is None else self._homes(entry.key)
@@ -283,31 +286,7 @@ class Library:
     def _homes(self, key: str) -> list[str]:
         """Return the choices of the key's group under which the key exists."""
         group = key.partition(".")[0]
-        return [choice for choice in self.choices(group) if key in _flat(self._compose([f"{group}={choice}"])[0])]
-
-
-@dataclass(kw_only=True, slots=True)
-class Draft:
-    """A point that is being checked."""
-
-    values: DictConfig
-    choices: dict[str, str]
-    problems: list[str]
-    bad: set[str]
-    """Keys whose arguments were refused, so that their values say nothing."""
-
-    @property
-    def reads_tensors(self) -> bool:
-        return "harvest" not in self.bad and str(self.values.harvest.source) == "tensors"
-
-    def leave_out_k(self, *, is_typed: bool) -> None:
-        """Take away the default k where a coefficient is given instead."""
-        if not is_typed and _flat(self.values).get("sparsifier.coefficient") is not None:
-            self.values.k = None
-
-    def refuse(self, key: str, problem: str) -> None:
-        self.problems.append(problem)
-        self.bad.add(key)
+        return [choice for choice in self.choices(group) if key in flat(self._compose([f"{group}={choice}"])[0])]
 
 
 def build(config: DictConfig) -> RunConfig:
@@ -323,14 +302,6 @@ def build(config: DictConfig) -> RunConfig:
 def _text(override: Override) -> str:
     assert override.input_line is not None
     return override.input_line
-
-
-def _flat(config: DictConfig) -> dict[str, Any]:
-    """Return every value under its dotted key, interpolations as they are written."""
-    found: dict[str, Any] = {}
-    for name, value in cast(dict[str, Any], OmegaConf.to_container(config)).items():
-        found |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
-    return found
 
 
 def _mentions(problem: str, keys: set[str]) -> bool:

@@ -39,13 +39,11 @@ NOT_BUILT_KEYS = {
 }
 """Keys and groups that the design promises and this version lacks."""
 
-_SPARSIFIERS = "not built yet. Choose topk, mutual_choice, feature_choice, jumprelu, gated, relu or p_anneal."
 _LAYOUTS = "not built yet: it is for several SAEs in one run. Choose parallel=data, features or mesh."
 
 NOT_BUILT_CHOICES = {
     "harvest": {"store": "the activation store is not built yet. Choose harvest=live or harvest=tensors."},
     "parallel": {"saes": _LAYOUTS},
-    "sparsifier": dict.fromkeys(("temporal_mask", "gradient"), _SPARSIFIERS),
 }
 """Choices that the design promises and this version lacks."""
 
@@ -131,6 +129,7 @@ def suggest_key(word: str, known: Iterable[str]) -> str:
     near = near or difflib.get_close_matches(word, [name for name in names if "." in name or not dot], n=3)
     if inside:
         near = [f"{group}.{n}" for n in difflib.get_close_matches(last, [n.rpartition(".")[2] for n in inside], n=3)]
+    near = [name for name in near if name.partition(".")[0] == name or name.partition(".")[0] not in near]
     if near:
         return f" Did you mean {' or '.join(map(repr, near[:3]))}?"
     return f" Known: {', '.join(inside)}." if inside else " `sae-train --help` lists the keys."
@@ -180,18 +179,28 @@ def _bare_word(word: str, groups: Mapping[str, Sequence[str]]) -> str:
     return f"{word}: not of the form key=value.{hint}"
 
 
-def never_read(typed: Sequence[Typed], *, tensors: bool, choices: Mapping[str, str], n_features: object) -> list[str]:
+def never_read(
+    typed: Sequence[Typed], *, tensors: bool, choices: Mapping[str, str], values: Mapping[str, object]
+) -> list[str]:
     """Return a problem for every setting that exists but that this run would never read.
 
-    `tensors`: whether activations are read from files; `choices`: what each group is set to; `n_features`: the
-    composed width, None where expansion gives it.
+    `tensors`: whether activations are read from files; `choices`: what each group is set to; `values`: the composed
+    values by dotted key, without those that were refused.
     """
     found = [problem for entry in typed if (problem := _never_read(entry, tensors=tensors, choices=choices))]
-    return found + [
-        f"{entry.text}: n_features={n_features} is the width already, so this would change nothing. Keep one."
+    found += [
+        f"{entry.text}: n_features={values['n_features']} is the width already, so this would change nothing. Keep one."
         for entry in typed
-        if entry.key == "expansion" and n_features is not None
+        if entry.key == "expansion" and values.get("n_features") is not None
     ]
+    found += [
+        f"{entry.text}: {why} {other}={value}, so this would change nothing. Remove it, or "
+        f"{'lower' if value else 'raise'} {other}."
+        for entry in typed
+        for key, other, value, why in READ_UNLESS
+        if entry.key == key and values.get(other) == value
+    ]
+    return found
 
 
 def _never_read(entry: Typed, *, tensors: bool, choices: Mapping[str, str]) -> str | None:
@@ -225,6 +234,22 @@ FIXED_BY_CHOICE = {
     ),
 }
 """Fields of a group that a choice fixes or does not have, and what to do instead."""
+
+_LAW = "says which features are underused, and only dead ones count at"
+
+_FALL = "says how p falls, and it never does at"
+
+READ_UNLESS = (
+    ("aux_loss.exponent", "aux_loss.tau", 0, _LAW),
+    ("aux_loss.shift", "aux_loss.tau", 0, _LAW),
+    ("sparsifier.revival", "optimizer.decay_tokens", 0, "acts while the learning rate decays, and it never does at"),
+    ("sparsifier.start", "sparsifier.end", 1, _FALL),
+    ("sparsifier.changes", "sparsifier.end", 1, _FALL),
+    ("sparsifier.end", "sparsifier.start", 1, _FALL),
+    ("sparsifier.changes", "sparsifier.start", 1, _FALL),
+)
+"""Fields that nothing reads where another has a value: key, that other, the value, and why. aux_loss.hard may be given:
+at tau 0 every weight is hard."""
 
 NAMES_OF_CHOICES = (
     "aux_loss.name",

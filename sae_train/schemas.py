@@ -1,4 +1,4 @@
-"""The classes of config.py as `conf/` finds them in Hydra: under `schema/`, so that they are not shown as choices."""
+"""The classes of config/ as `conf/` finds them in Hydra: under `schema/`, so that they are not shown as choices."""
 
 from hydra.core.config_store import ConfigStore
 
@@ -13,12 +13,14 @@ SCHEMAS: dict[str, type] = {
     "layer/block": schema.BlockLayerConfig,
     "layer/module": schema.ModuleLayerConfig,
     "sparsifier/topk": schema.TopKConfig,
+    "sparsifier/gradient": schema.GradientConfig,
     "sparsifier/mutual_choice": schema.MutualChoiceConfig,
     "sparsifier/feature_choice": schema.FeatureChoiceConfig,
     "sparsifier/jumprelu": schema.JumpReLUConfig,
     "sparsifier/gated": schema.GatedConfig,
     "sparsifier/relu": schema.ReLUConfig,
     "sparsifier/p_anneal": schema.PAnnealConfig,
+    "sparsifier/temporal_mask": schema.TemporalMaskConfig,
     "budget/pooled": schema.PooledBudgetConfig,
     "budget/uniform": schema.UniformBudgetConfig,
     "budget/zipf": schema.ZipfBudgetConfig,
@@ -35,11 +37,11 @@ SCHEMAS: dict[str, type] = {
     "tracking/none": schema.TrackingConfig,
     "tracking/wandb": schema.WandbConfig,
 }
-"""Where each class of config.py is found by `conf/`: `schema/<key>`."""
+"""Where each class of config/ is found by `conf/`: `schema/<key>`."""
 
 
 def register_schemas() -> None:
-    """Make the classes of config.py known to Hydra; may be called again."""
+    """Make the classes of config/ known to Hydra; may be called again."""
     store = ConfigStore.instance()
     for path, node in SCHEMAS.items():
         *group, name = f"schema/{path}".split("/")

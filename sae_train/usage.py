@@ -1,4 +1,4 @@
-"""The text of `sae-train --help`: commands, groups and keys, with the lines that config.py says about each."""
+"""The text of `sae-train --help`: commands, groups and keys, with the lines that config/ says about each."""
 
 import ast
 import inspect
@@ -22,7 +22,7 @@ sae-train: train sparse autoencoders on the activations of language models.
   sae-train dry_run=true                               the plan, and what is wrong with it
 
 The same command again goes on where a run stopped, and says so when it is finished.
-Exit status: 0 finished, 1 our fault, 2 yours, 3 stopped by the numbers, 75 preempted and saved.
+Exit status: 0 finished, 1 our fault or a lost rank, 2 yours, 3 stopped by the numbers, 75 preempted and saved.
 """
 
 FLAGS = """\

@@ -8,6 +8,7 @@ import torch
 from conftest import tiny_run
 from safetensors.torch import save_file
 
+from sae_train.assets import model_directory
 from sae_train.cli import run_command
 
 Rows = dict[str, torch.Tensor]
@@ -44,6 +45,10 @@ SETTINGS: dict[str, tuple[list[str], str]] = {
     "a block the model lacks": (["layer.index=99"], "layer.index=99"),
     "a module the model lacks": (["layer=module", "layer.path=nowhere.1"], "layer.path=nowhere.1"),
     "a model that is not there": (["model=huggingface", "model.id=./no/model"], "model.id=./no/model"),
+    "a revision of a directory": (
+        ["model=huggingface", f"model.id={model_directory()}", "model.revision=abc"],
+        "model.revision=abc: of models on the hub",
+    ),
     "text that is not there": (["data=files", "data.id=no/such/text.txt"], "data.id=no/such/text.txt"),
     "an infeasible floor": (["sparsifier=feature_choice", "budget=zipf", "budget.floor=400"], "budget.floor=400"),
     "activations that are not there": (["harvest=tensors", "harvest.path=./no/tensors"], "harvest.path=./no/tensors"),

@@ -19,7 +19,7 @@ Complaint = Callable[..., list[str]]
 def train(monkeypatch: pytest.MonkeyPatch, run: Callable[..., int]) -> None:
     """Put `run` in the place of training.run.run."""
     module = types.ModuleType("sae_train.training.run")
-    module.run = run  # type: ignore[attr-defined]
+    module.run = run
     monkeypatch.setitem(sys.modules, "sae_train.training.run", module)
 
 
@@ -52,14 +52,14 @@ MESSAGES = {
     "batch_size=3": "batch_size=3: no such key. Did you mean 'batch_tokens'?",
     "foo.bar=3": "foo.bar=3: no such key. `sae-train --help` lists the keys.",
     "harvest.x=3": "harvest.x=3: no such key. Known: harvest.calibration_tokens, harvest.context_length, "
-    "harvest.contexts_per_forward, harvest.lanes, harvest.pool_batches.",
+    "harvest.contexts_per_forward, harvest.lanes, harvest.pool_batches, harvest.prefetch.",
     "k.deep=3": "k.deep=3: no such key. `sae-train --help` lists the keys.",
     "sparsifier=mutual_chioce": "sparsifier=mutual_chioce: no such sparsifier. Did you mean 'mutual_choice'?",
     "sparsifer=topk": "sparsifer=topk: no such key. Did you mean 'sparsifier'?",
     "sparsifier@x=topk": "sparsifier@x=topk: no such key. Did you mean 'sparsifier'?",
     "aux_loss=null": "aux_loss=null: no such aux_loss. Known: aux_k, aux_zipf, none.",
-    "sparsifier={a:1}": "sparsifier={a:1}: no such sparsifier. Known: batch_topk, feature_choice, gated, jumprelu, "
-    "mutual_choice, p_anneal, relu, topk.",
+    "sparsifier={a:1}": "sparsifier={a:1}: no such sparsifier. Known: batch_topk, feature_choice, gated, gradient, "
+    "jumprelu, mutual_choice, p_anneal, relu, temporal_mask, topk.",
     "experiment=mine": "experiment=mine: there are no experiments here. Put mine.yaml into DIR/experiment/ and add "
     "--config-dir=DIR.",
     "+k=3": "+k=3: '+' cannot add keys here. Write k=3.",
@@ -87,6 +87,19 @@ MESSAGES = {
     "batch_tokens=1000": "batch_tokens=1000 over harvest.lanes=64: not divisible. Nearest batch_tokens: 960 or 1024.",
     "expansion=3 n_features=100": "expansion=3: n_features=100 is the width already, so this would change nothing. "
     "Keep one.",
+    "aux_loss=aux_zipf aux_loss.tau=0 aux_loss.exponent=2": "aux_loss.exponent=2: says which features are underused, "
+    "and only dead ones count at aux_loss.tau=0, so this would change nothing. Remove it, or raise aux_loss.tau.",
+    "aux_loss=aux_zipf aux_loss.tau=0.0 aux_loss.shift=3": "aux_loss.shift=3: says which features are underused, "
+    "and only dead ones count at aux_loss.tau=0, so this would change nothing. Remove it, or raise aux_loss.tau.",
+    "sparsifier.revival=0.5 optimizer.decay_tokens=0": "sparsifier.revival=0.5: acts while the learning rate decays, "
+    "and it never does at optimizer.decay_tokens=0, so this would change nothing. Remove it, or raise "
+    "optimizer.decay_tokens.",
+    "sparsifier=p_anneal sparsifier.end=1 sparsifier.changes=5": "sparsifier.changes=5: says how p falls, and it never "
+    "does at sparsifier.end=1, so this would change nothing. Remove it, or lower sparsifier.end.",
+    "sparsifier=p_anneal sparsifier.start=1 sparsifier.end=0.5": "sparsifier.end=0.5: says how p falls, and it never "
+    "does at sparsifier.start=1, so this would change nothing. Remove it, or lower sparsifier.start.",
+    "sparsifier=feature_choice sparsifier.after=1": "sparsifier.after=1: leaves no tokens to budget=uniform, so "
+    "nothing would read it. Lower it, or choose sparsifier=mutual_choice.",
     "sparsifier=topk sparsifier.after=0.5": "sparsifier.after=0.5: sparsifier=topk has no 'after', so this would "
     "change nothing. Remove it, or choose sparsifier=feature_choice.",
     "sparsifier.name=topk": "sparsifier.name=topk: says which choice this is and does not change it. "
@@ -128,7 +141,7 @@ def test_the_message_says_what_is_wrong_and_what_to_do(complaint: Complaint, typ
 @pytest.mark.parametrize(
     "typed",
     ["variants=['k=16','k=32']", "harvest=store", "parallel=saes",
-     "objective=transcoder", "sparsifier=temporal_mask", "sparsifier=gradient", "sweep=wide",
+     "objective=transcoder", "sweep=wide",
      "layer.index=[1,2]"],
 )  # fmt: skip
 def test_what_is_promised_for_later_is_refused_by_name(complaint: Complaint, typed: str) -> None:

@@ -155,7 +155,7 @@ def test_identity_holds_exactly_what_can_change_the_exported_sae(compose: Compos
         else:
             object.__setattr__(other, key, "another")
         changed = identity_digest(identity(other)) != before
-        assert changed == ((group or key) not in FREE), f"{group}.{key}"
+        assert changed == ((group or key) not in FREE and key not in ("zipf_from", "prefetch")), f"{group}.{key}"
 
 
 def test_a_run_on_tensors_is_not_another_one_because_of_a_model_it_never_reads(compose: Compose) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from conftest import Command, changed
+from conftest import Command, changed, rows_run
 
 from sae_train.cli import run_command
 from sae_train.compose import compose_request
@@ -53,18 +53,17 @@ def recorded(path: Path) -> Outcome:
     return outcome
 
 
-def test_a_run_keeps_the_file_of_its_outcome(command: Command, tiny: list[str], tmp_path: Path) -> None:
-    path = tmp_path / "0000.json"
+def test_a_run_keeps_the_file_of_its_outcome(command: Command, tmp_path: Path) -> None:
+    path, arguments = tmp_path / "0000.json", rows_run(tmp_path)
     job = {"SAE_TRAIN_OUTCOME": str(path), "SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "2"}
-    assert command(*tiny, **job).status == 0
+    assert command(*arguments, **job).status == 0
     outcome = recorded(path)
     assert (outcome.state, outcome.status, outcome.message) == ("finished", 0, None)
     assert (outcome.job, outcome.restarts) == ("12", 2)
     assert outcome.run is not None
     assert (Path(outcome.run) / "summary.json").exists()
 
-    broken = [text for text in tiny if not text.startswith("harvest")]
-    assert command(*broken, "harvest=tensors", "harvest.path=nowhere", SAE_TRAIN_OUTCOME=str(path)).status == 2
+    assert command(*changed(arguments, "harvest.path=nowhere"), SAE_TRAIN_OUTCOME=str(path)).status == 2
     outcome = recorded(path)
     assert (outcome.state, outcome.status, outcome.job, outcome.restarts) == ("failed", 2, None, 0)
     assert "nowhere" in (outcome.message or "")
@@ -142,11 +141,9 @@ def test_the_same_points_are_the_same_sweep_and_quotes_survive(tmp_path: Path) -
     assert SweepDirectory(sweep_of(tmp_path, 2)).arguments(1) == ["n_features=64", "k=2", "name=of its own"]
 
 
-def test_a_job_that_finds_its_run_held_leaves_the_outcome_to_the_holder(
-    tmp_path: Path, command: Command, tiny: list[str]
-) -> None:
+def test_a_job_that_finds_its_run_held_leaves_the_outcome_to_the_holder(tmp_path: Path, command: Command) -> None:
     """Two jobs for one point: the array's and the launcher's, say."""
-    outcome_file = tmp_path / "0000.json"
+    outcome_file, arguments = tmp_path / "0000.json", [*rows_run(tmp_path), "name=mine"]
     of_holder = Outcome(state="running", status=None, message=None, run=str(tmp_path / "runs" / "mine"), job="12",
                         restarts=0, time="then")  # fmt: skip
     outcome_file.write_text(json.dumps(asdict(of_holder)))
@@ -154,7 +151,7 @@ def test_a_job_that_finds_its_run_held_leaves_the_outcome_to_the_holder(
     lock.parent.mkdir(parents=True)
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        done = command(*changed(tiny, "name=mine"), SAE_TRAIN_OUTCOME=str(outcome_file), SLURM_JOB_ID="13")
+        done = command(*arguments, SAE_TRAIN_OUTCOME=str(outcome_file), SLURM_JOB_ID="13")
         assert done.status == 2, done
         assert "another process is training in it" in done.stderr
         assert read_outcome(outcome_file) == of_holder
@@ -162,7 +159,7 @@ def test_a_job_that_finds_its_run_held_leaves_the_outcome_to_the_holder(
     found = read_outcome(tmp_path / "other.json")  # a holder that keeps no file leaves the word to the refused one
     assert found is not None
     assert found.state == "failed"
-    done = command(*changed(tiny, "name=mine", "k=400000"), SAE_TRAIN_OUTCOME=str(outcome_file), SLURM_JOB_ID="13")
+    done = command(*changed(arguments, "k=400000"), SAE_TRAIN_OUTCOME=str(outcome_file), SLURM_JOB_ID="13")
     found = read_outcome(outcome_file)
     assert done.status == 2
     assert found is not None

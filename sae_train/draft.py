@@ -1,0 +1,63 @@
+"""One point of a sweep while it is checked: its composed values, and what is wrong with them."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sae_train.errors import ConfigError
+from sae_train.training.earlier import zipf_law
+
+
+@dataclass(kw_only=True, slots=True)
+class Draft:
+    """A point that is being checked."""
+
+    values: DictConfig
+    choices: dict[str, str]
+    problems: list[str]
+    bad: set[str]
+    """Keys whose arguments were refused, so that their values say nothing."""
+
+    @property
+    def reads_tensors(self) -> bool:
+        return "harvest" not in self.bad and str(self.values.harvest.source) == "tensors"
+
+    def leave_out_k(self, *, is_typed: bool) -> None:
+        """Take away the default k where a coefficient is given instead."""
+        if not is_typed and flat(self.values).get("sparsifier.coefficient") is not None:
+            self.values.k = None
+
+    def take_law(self) -> None:
+        """Set exponent and shift to what the run that budget.zipf_from names has found."""
+        if "budget.zipf_from" in self.bad or "zipf_from" not in self.values.budget:
+            return
+        try:
+            budget = cast(dict[str, Any], OmegaConf.to_container(self.values.budget, resolve=True))
+        except OmegaConfBaseException:  # said when the values are built
+            return
+        run, given = budget["zipf_from"], [key for key in ("exponent", "shift") if budget[key] is not None]
+        if run is None:
+            return
+        for key in given:
+            self.refuse("budget.zipf_from", f"budget.{key}={budget[key]:g}: budget.zipf_from={run} gives it. Keep one.")
+        try:
+            law = zipf_law(run)
+        except ConfigError as error:
+            self.refuse("budget.zipf_from", str(error))
+            return
+        if not given:
+            self.values.budget.exponent, self.values.budget.shift = law
+
+    def refuse(self, key: str, problem: str) -> None:
+        self.problems.append(problem)
+        self.bad.add(key)
+
+
+def flat(config: DictConfig) -> dict[str, Any]:
+    """Return every value under its dotted key, interpolations as they are written."""
+    found: dict[str, Any] = {}
+    for name, value in cast(dict[str, Any], OmegaConf.to_container(config)).items():
+        found |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return found
