@@ -42,7 +42,7 @@ def setting(*, n_dead: int, seed: int = 0) -> Setting:
 
 
 def aux_loss(kind: str = "aux_k", **settings: float | bool) -> AuxLoss:
-    config = run_config(aux=kind, k=4, **settings)  # type: ignore[arg-type]
+    config = run_config(aux=kind, k=4, **settings)
     loss = build_aux_loss(config, d_model=D, n_features=F, dead_window=WINDOW)
     assert loss is not None
     return loss

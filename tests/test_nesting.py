@@ -138,7 +138,7 @@ def test_prefixes_that_mean_nothing_are_refused(prefixes: list[float], said: str
 
 @pytest.mark.parametrize(
     "sparsifier",
-    ["mutual_choice", *(pytest.param(name, marks=pytest.mark.slow) for name in ("topk", "feature_choice"))],
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("mutual_choice", "topk", "feature_choice")],
 )
 def test_a_nested_run_is_made_and_loads(tmp_path: Path, command: Command, tiny: list[str], sparsifier: str) -> None:
     import sae_train

@@ -73,6 +73,7 @@ def test_rows_stay_aligned_through_training(tmp_path: Path, sparsifier: str, pre
     torch.testing.assert_close(sae.W_enc, after.t().float(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_aligned_run_is_made_and_resumes_its_name(tmp_path: Path, command: Command, tiny: list[str]) -> None:
     typed = changed(tiny, "parametrisation=aligned", "nesting=matryoshka", "tokens=4096")
     done = command(*typed)

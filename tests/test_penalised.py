@@ -121,7 +121,7 @@ def test_with_its_zeros_or_without_is_one_function(
         assert type(code) is expected
         assert penalty is not None
         _, loss = trainer._reconstruct(batch, code)
-        (penalty if penalty_alone else loss + penalty).backward()  # type: ignore[no-untyped-call]
+        (penalty if penalty_alone else loss + penalty).backward()
         grads = {n: p.grad for n, p in dictionary.named_parameters() if p.grad is not None}
         dense = code.value.detach() if isinstance(code, DenseCode) else code.dense().detach()
         found[expected] = grads, dense, (code.l0().tolist(), code.firing_counts().tolist(), float(penalty.detach()))
@@ -152,6 +152,33 @@ def world_close(a: Tensor, b: Tensor) -> bool:
     return float((a - b).abs().max()) <= 1e-9 * float(a.abs().max())
 
 
+def test_nothing_moves_after_a_halt(rows: Path) -> None:
+    trainer = trainer_of(rows, "sparsifier=jumprelu", "sparsifier.threshold=5")
+    learn(trainer, 2)
+    assert float(trainer.sparsifier.state()["nudge"]) != 0
+    before = {name: p.detach().clone() for name, p in trainer.dictionary.named_parameters()}
+    for halted in (True, False):
+        trainer.sparsifier.prepare(trainer.dictionary, halted=torch.tensor(halted))
+        same = [torch.equal(p, before[name]) for name, p in trainer.dictionary.named_parameters()]
+        assert all(same) == halted
+
+
+@pytest.mark.parametrize("far", [-300.0, 300.0])
+def test_price_and_thresholds_stay_finite_where_l0_cannot_be_reached(rows: Path, far: float) -> None:
+    trainer = trainer_of(rows, "sparsifier=jumprelu", precision="float32")
+    jump = trainer.sparsifier
+    assert isinstance(jump, JumpReLU)
+    with torch.no_grad():
+        jump.nudge(trainer.dictionary, torch.tensor(far))
+    threshold_F = jump.thresholds(trainer.dictionary)
+    assert bool((threshold_F.isfinite() & (threshold_F > 0)).all())
+    price = Price(3e-4, settle=0.0, device=CPU)
+    for number in range(3000):
+        when = Moment(step=number, tokens=number, total_tokens=3000, batch_tokens=1, learning_rate=1.0, seed=0)
+        price.look(torch.tensor(1e-9 if far < 0 else 1e9), size=torch.ones(()), k=32, moment=when)
+    assert 0 < float(price.now(when)) < math.inf
+
+
 def test_no_feature_above_its_threshold_is_a_step_like_any_other(rows: Path) -> None:
     trainer = trainer_of(rows, "sparsifier=jumprelu", "sparsifier.threshold=9")
     learn(trainer, 3)
@@ -165,12 +192,17 @@ def test_no_feature_above_its_threshold_is_a_step_like_any_other(rows: Path) -> 
     [["sparsifier=jumprelu", "sparsifier.threshold=5"], ["sparsifier=p_anneal"]]
     + [
         pytest.param(typed, marks=pytest.mark.slow)
-        for typed in (["sparsifier=jumprelu", "sparsifier.threshold=0.001"], ["sparsifier=gated"], ["sparsifier=relu"])
+        for typed in (
+            ["sparsifier=jumprelu", "sparsifier.threshold=0.001"],
+            ["sparsifier=jumprelu", "sparsifier.threshold=0.03"],
+            ["sparsifier=gated"],
+            ["sparsifier=relu"],
+        )
     ],
     ids=" ".join,
 )
 def test_l0_comes_to_k_from_above_and_below_and_stays(rows: Path, typed: list[str]) -> None:
-    trainer = trainer_of(rows, *typed, steps=400, precision="float32")
+    trainer = trainer_of(rows, *typed, f"harvest.held_out={rows}", steps=600, precision="float32")
     l0 = []
     for _ in range(trainer.plan.steps):
         learn(trainer, 1)
@@ -179,7 +211,7 @@ def test_l0_comes_to_k_from_above_and_below_and_stays(rows: Path, typed: list[st
     assert all(abs(value / 5 - 1) < 0.1 for value in l0[3:]), l0
     _, figures = exported(trainer, between=lambda: None)
     assert figures["correction"] != {}
-    assert abs(figures["l0"] / 5 - 1) < 0.1  # of some 150 held-out rows
+    assert abs(figures["l0"] / 5 - 1) < 0.05  # of some 3000 rows, calibrated on as many others
 
 
 class Plant:
@@ -195,10 +227,10 @@ class Plant:
         return l0
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=20)
 @given(slope=st.floats(0.5, 3), right_price=st.floats(1e-5, 1e-2))
 def test_the_price_holds_l0_through_a_change_of_learning_rate(slope: float, right_price: float) -> None:
-    price, plant, total = Price(3e-4, settle=0.1, device=CPU), Plant(slope=slope, right_price=right_price), 2000
+    price, plant, total = Price(3e-4, settle=0.1, device=CPU), Plant(slope=slope, right_price=right_price), 4000
     found = []
     for number in range(total):
         lr = 3e-3 if number < total // 2 else 3e-4
@@ -268,10 +300,10 @@ def test_a_gates_own_reconstruction_trains_no_decoder(rows: Path) -> None:
     loss = gated.extra_loss(dictionary, x, pre, n_tokens=len(x), ranks=Solo())
     x_hat = pre.value.relu() @ dictionary.W_dec + dictionary.b_dec
     torch.testing.assert_close(loss, (x - x_hat).square().sum() / len(x))
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert dictionary.W_dec.grad is None
     assert dictionary.b_dec.grad is None
-    assert bool(dictionary.W_enc.grad.any())  # type: ignore[union-attr]
+    assert bool(dictionary.W_enc.grad.any())
 
 
 def test_p_falls_in_equal_steps_and_the_penalty_stays(rows: Path) -> None:
@@ -287,7 +319,7 @@ def test_p_falls_in_equal_steps_and_the_penalty_stays(rows: Path) -> None:
         when = Moment(step=number, tokens=number * 64, total_tokens=6400, batch_tokens=64, learning_rate=1e-3, seed=0)
         code = DenseCode(value=value.clone().requires_grad_())
         _, one = sparsifier.values(trainer.dictionary, code, moment=when, ranks=Solo())
-        one.backward()  # type: ignore[no-untyped-call]
+        one.backward()
         assert code.value.grad is not None
         assert bool(code.value.grad.isfinite().all())
         assert not bool(code.value.grad[value <= 0].any())
@@ -404,7 +436,7 @@ def test_what_dead_features_lack_to_fire_is_learned(rows: Path, kind: str) -> No
     loss = sparsifier.revival(dictionary, x, n_tokens=2 * len(x), firing=trainer.firing)
     lacks = (dictionary.log_threshold.exp() if kind == "jumprelu" else 0) - pre
     torch.testing.assert_close(loss, 1e-3 * lacks[:, :40].sum() / (2 * len(x)))
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     learned = [dictionary.W_enc, dictionary.b_enc] + ([dictionary.log_threshold] if kind == "jumprelu" else [])
     for parameter in learned:
         assert parameter.grad is not None

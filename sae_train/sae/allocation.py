@@ -7,12 +7,22 @@ and rounding are our reconstruction. All of it runs on the host in float64, so e
 import torch
 from torch import Tensor
 
+from sae_train.config import ZipfBudgetConfig
+
 BISECTIONS = 200
+DEFAULT_EXPONENT = 1.0
+"""Of Zipf's law where none is given."""
 
 
 def default_shift(n_features: int) -> float:
     """Return the shift of Zipf's law where none is given."""
     return 0.004 * n_features
+
+
+def law_of(budget: ZipfBudgetConfig, *, n_features: int) -> tuple[float, float]:
+    """Return exponent and shift as they are given, else by default."""
+    exponent = DEFAULT_EXPONENT if budget.exponent is None else budget.exponent
+    return exponent, default_shift(n_features) if budget.shift is None else budget.shift
 
 
 def zipf_mass(n_features: int, *, exponent: float, shift: float) -> Tensor:

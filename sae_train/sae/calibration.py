@@ -2,9 +2,9 @@
 
 Training compares the tokens of a batch; the exported autoencoder sees one token at a time and needs a threshold.
 Mutual Choice gets one for all features, Feature Choice one a feature, TopK needs none; thresholds that training has
-learned get one common factor. Where positive affinities ran
-out the target is k times the share of the budget that training's own selection uses on these tokens. Features may be
-spread over a row of ranks: every cut and every count is over all of them.
+learned get one common factor. Where positive affinities ran out the target is k times the share of the budget that
+training's own selection uses on these tokens. Features may be spread over a row of ranks: every cut and every count is
+over all of them.
 """
 
 import math
@@ -74,7 +74,8 @@ def calibrate(
         n_features: of the whole dictionary.
         ranks: the grid; those of a row hold the other features.
         is_steered: whether there is a k at all; without one L0 is what it is.
-        learned_F: thresholds of this rank's features that training itself used, in raw units; None where it selects.
+        learned_F: thresholds of this rank's features that training itself used, in raw units, +inf for a feature that
+            is never to fire; None where it selects.
     """
     if len(raw_ND) == 0:
         raise ValueError("no tokens to calibrate thresholds on")
@@ -116,7 +117,8 @@ def _corrected(
 ) -> Calibration:
     """Bring L0 to k where training has come close: by a factor on learned thresholds, else by one threshold for all.
 
-    Where L0 is far from k the autoencoder would become another one, and is left as training made it.
+    Where L0 is far from k the autoencoder would become another one, and is left as training made it. Features that are
+    never to fire (a threshold of +inf) stay so, and L0 comes to k without them.
     """
     n_tokens, device = len(raw_ND), raw_ND.device
     fires = sum(int((pre_NF > learned_F).sum()) for pre_NF in sae.pre_activations(raw_ND))
@@ -126,16 +128,19 @@ def _corrected(
     if abs(l0 - k) > LARGEST_CORRECTION * k:
         return Calibration(learned_F.float(), k, 1.0, {})
     keep = max(1, round(k * n_tokens))
-    has_thresholds = bool(row.max((learned_F > 0).any().long()))
-    unit_F = learned_F if has_thresholds else None
+    never_F = learned_F.isinf()
+    has_thresholds = bool(row.max(((learned_F > 0) & ~never_F).any().long()))
+    unit_F = learned_F if has_thresholds else torch.where(never_F, torch.inf, torch.ones_like(sae.threshold))
     values, positive_N = _largest(sae, raw_ND, most=keep + 1, n_features=n_features, row=row, unit_F=unit_F)
     used_share = min(1.0, int(row.sum(positive_N.sum())) / keep)
     cut = float(kth_largest(values, keep + 1, row))
     if not has_thresholds:
-        return Calibration(torch.full_like(learned_F, cut).float(), k * used_share, used_share, {"threshold": cut})
+        threshold_F = torch.where(never_F, torch.inf, cut).float()
+        return Calibration(threshold_F, k * used_share, used_share, {"threshold": cut})
     if not math.isfinite(cut):  # features whose threshold is 0 fire more than k times a token by themselves
         return Calibration(learned_F.float(), k, 1.0, {})
-    return Calibration((cut * learned_F).float(), k * used_share, used_share, {"factor": cut})
+    threshold_F = torch.where(never_F, torch.inf, cut * learned_F).float()
+    return Calibration(threshold_F, k * used_share, used_share, {"factor": cut})
 
 
 def _largest(

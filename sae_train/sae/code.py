@@ -3,10 +3,12 @@
 Letters: N tokens, F n_features, M slots (the capacity; `start[-1]` of them are used).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from sae_train.kernels import FeatureOrder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,8 @@ class SparseCode:
     """Leading shape of the activations that were encoded; its product is N."""
     n_features: int
     """Width F of the dictionary."""
+    order: FeatureOrder = field(default_factory=FeatureOrder, repr=False, compare=False)
+    """The matches by feature, for products; a code made by `dataclasses.replace` with other values shares it."""
 
     @property
     def count(self) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_train import kernels
+from sae_train.kernels.function import applied
 from sae_train.ranks import Ranks
 from sae_train.sae.code import Code, DenseCode, SparseCode
 from sae_train.sae.keyed import keyed_generator
@@ -89,18 +90,29 @@ class Dictionary(nn.Module):
     def d_model(self) -> int:
         return self.W_dec.shape[1]
 
-    def pre_activations(self, x_ND: Tensor, *, precision: str) -> Tensor:
+    def pre_activations(self, x_ND: Tensor, *, precision: str, out: Tensor | None = None) -> Tensor:
         """Return pre_NF = x W_enc^T + b_enc from fp32 accumulators, without a graph.
 
         Args:
             x_ND: normalised activations in the dictionary's dtype.
             precision: of the product's factors: bf16, float32 or float64.
+            out: where to, [N, F] in the dictionary's dtype.
         """
-        return kernels.affine(x_ND, self.W_enc, self.b_enc, precision=precision)
+        return kernels.affine(x_ND, self.W_enc, self.b_enc, precision=precision, out=out)
+
+    def slopes(self, gradient_ND: Tensor, *, precision: str) -> Tensor:
+        """Return slope_NF = g W_dec^T: how fast a loss changes with the value of each feature, without a graph.
+
+        Args:
+            gradient_ND: of that loss with respect to the normalised activations, in the dictionary's dtype.
+            precision: as in `pre_activations`.
+        """
+        return kernels.affine(gradient_ND, self.W_dec, self.b_enc.new_zeros(self.n_features), precision=precision)
 
     def attach(self, x_ND: Tensor, code: SparseCode) -> SparseCode:
         """Return `code` with values that are differentiable in W_enc and b_enc, at the cost of the matches only."""
-        value = kernels.attach(code.value, x_ND, self.W_enc, self.b_enc, code.feature, code.token, code.start)
+        places = code.feature, code.token, code.start
+        value = kernels.attach(code.value, x_ND, self.W_enc, self.b_enc, *places, order=code.order)
         return replace(code, value=value)
 
     def attach_dense(self, x_ND: Tensor, pre_NF: Tensor) -> Tensor:
@@ -118,7 +130,7 @@ class Dictionary(nn.Module):
         if isinstance(code, DenseCode):
             rows_ND = code.value @ W_dec
         else:
-            rows_ND = kernels.decode(code.value, W_dec, code.feature, code.token, code.start)
+            rows_ND = kernels.decode(code.value, W_dec, code.feature, code.token, code.start, order=code.order)
         rows_ND = sum_of_shares(rows_ND, ranks)
         return rows_ND + b_dec if bias else rows_ND
 
@@ -161,7 +173,7 @@ class AlignedDictionary(Dictionary):
         return torch.zeros_like(rows_FD)
 
     @property
-    def W_enc(self) -> Tensor:  # type: ignore[override]
+    def W_enc(self) -> Tensor:  # type: ignore[override]  # made of parameters here, a parameter elsewhere
         """[F, D] encoder rows, with the graph to W_free and W_dec; made once for each state of the two."""
         versions = self.W_free._version, self.W_dec._version
         if self._made is None or self._made[0] != versions:
@@ -178,8 +190,7 @@ def sum_of_shares(part_ND: Tensor, ranks: Ranks) -> Tensor:
     """Return the sum of what the ranks of a row reconstruct from their features; differentiable in the own part."""
     if ranks.features.size == 1:
         return part_ND
-    whole_ND: Tensor = _SumOfShares.apply(part_ND, ranks.features)  # type: ignore[no-untyped-call]
-    return whole_ND
+    return applied(_SumOfShares, part_ND, ranks.features)
 
 
 class _SumOfShares(torch.autograd.Function):

@@ -15,6 +15,7 @@ from sae_train.errors import ConfigError
 from sae_train.ranks import Ranks
 from sae_train.sae.code import Code, DenseCode
 from sae_train.sae.dictionary import Dictionary, sum_of_shares
+from sae_train.sae.losses import reconstruction_loss
 
 SEARCHED = 4096
 """How far from the given n_features one that all prefixes divide is looked for."""
@@ -47,6 +48,22 @@ def _sizes(shares: list[float], n_features: int) -> tuple[int, ...] | None:
     return tuple(sizes) if whole and sizes[0] > 0 else None
 
 
+def reconstruct(
+    dictionary: Dictionary, x_ND: Tensor, code: Code, *, sizes: tuple[int, ...], n_tokens: int, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """Return the reconstruction from all features [N, D], and the loss: the sum over prefixes, a scalar.
+
+    Args:
+        sizes: of the prefixes, as `prefix_sizes` gives them.
+        n_tokens: of the global batch.
+    """
+    if len(sizes) == 1:
+        x_hat_ND = dictionary.decode(code, ranks=ranks)
+        return x_hat_ND, reconstruction_loss(x_ND, x_hat_ND, n_tokens=n_tokens)
+    prefixes_GND = decode_prefixes(dictionary, code, sizes, ranks=ranks)
+    return prefixes_GND[-1], nested_loss(x_ND, prefixes_GND, n_tokens=n_tokens)
+
+
 def decode_prefixes(dictionary: Dictionary, code: Code, sizes: tuple[int, ...], *, ranks: Ranks) -> Tensor:
     """Return the reconstructions from the first sizes[g] features [G, N, D], the bias in each; differentiable.
 
@@ -70,7 +87,8 @@ def decode_prefixes(dictionary: Dictionary, code: Code, sizes: tuple[int, ...], 
     used_M = torch.arange(len(bag_M), device=bag_M.device) < code.start[-1]
     bounds = torch.arange(n_tokens * n_groups + 1, dtype=torch.int32, device=bag_M.device)
     start = torch.searchsorted(torch.where(used_M, bag_M, n_tokens * n_groups), bounds, out_int32=True)
-    rows = kernels.decode(code.value, dictionary.W_dec, code.feature, torch.where(used_M, bag_M, 0), start)
+    places = code.feature, torch.where(used_M, bag_M, 0), start
+    rows = kernels.decode(code.value, dictionary.W_dec, *places, order=code.order)
     return _prefixes(rows.view(n_tokens, n_groups, -1), ranks) + dictionary.b_dec
 
 

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_train.kernels.function import applied
+
 
 def jump_relu(pre: Tensor, threshold: Tensor, *, bandwidth: float) -> Tensor:
     """Return `pre` where it is above `threshold`, else 0; differentiable in both, which have one shape."""
-    value: Tensor = _JumpReLU.apply(pre, threshold, bandwidth)  # type: ignore[no-untyped-call]
-    return value
+    return applied(_JumpReLU, pre, threshold, bandwidth)
 
 
 def step(pre: Tensor, threshold: Tensor, *, bandwidth: float) -> Tensor:
     """Return 1 where `pre` is above `threshold`, else 0; differentiable in the threshold alone."""
-    value: Tensor = _Step.apply(pre, threshold, bandwidth)  # type: ignore[no-untyped-call]
-    return value
+    return applied(_Step, pre, threshold, bandwidth)
 
 
 def reach(bandwidth: float) -> float:

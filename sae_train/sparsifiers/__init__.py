@@ -5,13 +5,16 @@ from sae_train.errors import ConfigError, suggest
 from sae_train.sparsifiers.base import Sparsifier
 from sae_train.sparsifiers.feature_choice import FeatureChoice
 from sae_train.sparsifiers.gated import Gated
+from sae_train.sparsifiers.gradient import Gradient
 from sae_train.sparsifiers.jumprelu import JumpReLU
 from sae_train.sparsifiers.l1 import PAnneal, ReLU
 from sae_train.sparsifiers.mutual_choice import MutualChoice
+from sae_train.sparsifiers.temporal_mask import TemporalMask
 from sae_train.sparsifiers.topk import TopK
 
 SPARSIFIERS: dict[str, type[Sparsifier]] = {
     "topk": TopK,
+    "gradient": Gradient,
     "mutual_choice": MutualChoice,
     "batch_topk": MutualChoice,
     "feature_choice": FeatureChoice,
@@ -19,6 +22,7 @@ SPARSIFIERS: dict[str, type[Sparsifier]] = {
     "gated": Gated,
     "relu": ReLU,
     "p_anneal": PAnneal,
+    "temporal_mask": TemporalMask,
 }
 
 

@@ -1,10 +1,12 @@
 """What every sparsifier is: how the pre-activations of a batch become a code."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from sae_train.config import RunConfig
+from sae_train.config import AllocatorConfig, RunConfig
 from sae_train.errors import raise_all
 from sae_train.kernels import Matches
 from sae_train.ranks import Ranks
@@ -12,6 +14,10 @@ from sae_train.sae.code import Code, SparseCode
 from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.firing import Firing
 from sae_train.sae.moment import Moment
+
+SILENT_SHARE, SILENT_GAPS = 4, 20
+"""A feature is silent that has not fired for a quarter of what makes it dead, and for twenty times the mean gap between
+an allocator's firings of a feature: where those are few most features are silent for so long now and then."""
 
 
 class Sparsifier(ABC):
@@ -55,6 +61,28 @@ class Sparsifier(ABC):
             halted: scalar bool on the device; where true nothing may change any more.
         """
 
+    def revive(  # noqa: B027 (most need no help)
+        self, dictionary: Dictionary, *, firing: Firing, lost_rate: float, halted: Tensor
+    ) -> None:
+        """Help silent features after a step.
+
+        Args:
+            dictionary: whose parameters may be moved, with no graph.
+            firing: counters of the steps up to this one, of this rank's features.
+            lost_rate: what the learning rate has lost to its decay.
+            halted: scalar bool on the device; where true nothing may change any more.
+        """
+
+    def heed(self, slope_NF: Tensor) -> None:
+        """Take how fast the language model's loss changes with each feature of each token into the next `encode`.
+
+        Called where the configuration asks for gradients, and only there.
+
+        Args:
+            slope_NF: `Dictionary.slopes` of this rank's tokens and features; may be written to.
+        """
+        raise TypeError(f"{type(self).__name__} does not ask for gradients")
+
     def is_settling(self, moment: Moment) -> bool:
         """Return whether no feature may have fired yet without this being the end."""
         return False
@@ -85,6 +113,20 @@ class Sparsifier(ABC):
             ranks: who holds the batch's other tokens, and the other features.
         """
 
+    def kept(self, code: Code) -> Code:
+        """Return what of a step's code, as `encode` gave it, reconstructs: all, unless features are left out of it."""
+        return code
+
+    def observe(  # noqa: B027 (most do not look)
+        self, dictionary: Dictionary, code: Code, error_ND: Tensor, *, moment: Moment, ranks: Ranks
+    ) -> None:
+        """Take notice of how a step's code reconstructs, before anything is updated.
+
+        Args:
+            code: as `encode` gave it.
+            error_ND: x - x_hat of what was `kept` of it, detached.
+        """
+
     def shares(self, moment: Moment) -> Tensor | None:
         """Return the share of a batch's tokens that each feature may fire on [F] float64, None where any may."""
         return None
@@ -101,12 +143,20 @@ class Sparsifier(ABC):
         """Return what a row of metrics says of this sparsifier alone, of the next step; it may wait for the device."""
         return {}
 
+    def notes(self) -> dict[str, Any]:
+        """Return what summary.json and sae.json say of this sparsifier alone, beside the figures: JSON values."""
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         """Return what a resumed run must know, the same on every rank, for a checkpoint."""
         return {}
 
+    def feature_state(self) -> dict[str, Tensor]:
+        """Return what a resumed run must know of this rank's features, tensors [F, ...], for a checkpoint."""
+        return {}
+
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state()`."""
+        """Continue from `state()` and `feature_state()` together."""
         assert not state, "a sparsifier with a state of its own loads it"
 
 
@@ -122,6 +172,11 @@ class Allocator(Sparsifier):
     def __init__(self, config: RunConfig, *, n_features: int) -> None:
         super().__init__(config, n_features=n_features)
         self.capacity = self.slots(max(self.k, self.start_k), config.batch_tokens)
+        assert isinstance(config.sparsifier, AllocatorConfig)
+        self._revival = config.sparsifier.revival
+
+    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
+        self._silent_tokens = max(dead_window // SILENT_SHARE, round(SILENT_GAPS * self.n_features / self.k))
 
     def problems(self, config: RunConfig) -> list[str]:
         found, least = super().problems(config), min(self.k, self.start_k)
@@ -138,6 +193,17 @@ class Allocator(Sparsifier):
     ) -> tuple[Code, Tensor | None]:
         chosen = self.select(pre_NF, moment=moment, firing=firing, ranks=ranks)
         return dictionary.attach(x_ND, chosen), None
+
+    @torch.no_grad()
+    def revive(self, dictionary: Dictionary, *, firing: Firing, lost_rate: float, halted: Tensor) -> None:
+        """Raise the bias of every silent feature by what Adam's largest step has lost, until it fires again.
+
+        Ours. At the full rate the auxiliary loss brings features back. As the rate decays the cut rises above the
+        affinities of many that fired often enough before, and no gradient is quick enough any more: most features that
+        end dead die then.
+        """
+        silent_F = firing.dead_F(self._silent_tokens) & ~halted
+        dictionary.b_enc.add_(silent_F.to(dictionary.b_enc.dtype), alpha=self._revival * lost_rate)
 
     @abstractmethod
     def select(self, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:

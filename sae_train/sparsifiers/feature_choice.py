@@ -1,21 +1,26 @@
 """Feature Choice: each feature keeps its m_j largest affinities of the batch (Ayonrinde 2024, arXiv 2411.02124).
 
 Budgets are equal or follow Zipf's law in the rank of a feature. The paper publishes neither the law's constants nor how
-ranks are bound to features: cap, floor, rounding and ranks frozen from the densities of a Mutual Choice phase are
-our reconstruction (with no such phase, feature j has rank j).
+ranks are bound to features: cap, floor, rounding, and ranks and law frozen from the densities of a Mutual Choice phase
+are our reconstruction (with no such phase, feature j has rank j, and the law is given or a default).
 """
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sae_train import kernels
 from sae_train.config import FeatureChoiceConfig, RunConfig, ZipfBudgetConfig
+from sae_train.config.budget import LARGEST_EXPONENT, LEAST_R2
 from sae_train.ranks import Ranks
-from sae_train.sae.allocation import default_shift, round_systematically, water_fill, zipf_mass
+from sae_train.sae.allocation import law_of, round_systematically, water_fill, zipf_mass
 from sae_train.sae.code import SparseCode
 from sae_train.sae.firing import Firing
 from sae_train.sae.keyed import keyed_uniform
 from sae_train.sae.moment import Moment
+from sae_train.sae.zipf import ZipfFit, fit_zipf
 from sae_train.sparsifiers.mutual_choice import MutualChoice
 
 
@@ -26,6 +31,7 @@ class FeatureChoice(MutualChoice):
         self._zipf = config.budget if isinstance(config.budget, ZipfBudgetConfig) else None
         self._after = config.sparsifier.after if isinstance(config.sparsifier, FeatureChoiceConfig) else 0.0
         self._rank_F = torch.arange(n_features) if self._after == 0 else None
+        self._fit: ZipfFit | None = None
         self._split: tuple[int, Tensor] | None = None
         super().__init__(config, n_features=n_features)
         self._batch_tokens = config.batch_tokens
@@ -52,7 +58,10 @@ class FeatureChoice(MutualChoice):
 
     def select(self, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
         if self._rank_F is None and moment.tokens >= self._after * moment.total_tokens:
-            self._rank_F = _ranks_by_density(ranks.features.gather_slices(firing.density_F, self.n_features))
+            density_F = ranks.features.gather_slices(firing.density_F, self.n_features)
+            self._rank_F = _ranks_by_density(density_F)
+            if self._zipf is not None and self._zipf.is_open:
+                self._fit = _common_fit(density_F, ranks)
         if self._rank_F is None:
             return super().select(pre_NF, moment=moment, firing=firing, ranks=ranks)
         budget = self.slots(self.k_at(moment), moment.batch_tokens)
@@ -72,12 +81,23 @@ class FeatureChoice(MutualChoice):
         budget = self.slots(self.k_at(moment), moment.batch_tokens)
         return self._matches(budget, moment.batch_tokens) / moment.batch_tokens
 
+    def notes(self) -> dict[str, Any]:
+        """Return the law of the budgets, and how well it fits where Mutual Choice's densities gave it."""
+        if self._zipf is None or self._rank_F is None:
+            return {}
+        exponent, shift = self._law(self._zipf)
+        fitted = {} if self._fit is None else {"r2": self._fit.r2}
+        return {"budget_law": {"exponent": exponent, "shift": shift} | fitted}
+
     def state(self) -> dict[str, Tensor]:
-        return {} if self._rank_F is None else {"rank": self._rank_F}
+        ranked = {} if self._rank_F is None else {"rank": self._rank_F}
+        return ranked if self._fit is None else ranked | {"fit": torch.tensor(self._fit, dtype=torch.float64)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         if "rank" in state:
             self._rank_F = state["rank"].cpu()
+        if "fit" in state:
+            self._fit = ZipfFit(*state["fit"].tolist())
 
     def _matches(self, budget: int, n_tokens: int) -> Tensor:
         """Return each feature's real-valued budget [F]; they sum to `budget`."""
@@ -91,16 +111,35 @@ class FeatureChoice(MutualChoice):
         even = budget / n_features
         if zipf is None:
             return torch.full((n_features,), even, dtype=torch.float64)
-        shift = default_shift(n_features) if zipf.shift is None else zipf.shift
+        exponent, shift = self._law(zipf)
         cap = max(0.10, 4 * even / n_tokens) if zipf.cap is None else zipf.cap
         cap = max(min(cap, 1.0) * n_tokens, even)
         floor = min(1.0, cap) if zipf.floor is None else zipf.floor
-        mass_F = zipf_mass(n_features, exponent=zipf.exponent, shift=shift)
+        mass_F = zipf_mass(n_features, exponent=exponent, shift=shift)
         return water_fill(mass_F, total=budget, floor=min(floor, even), cap=cap)
+
+    def _law(self, zipf: ZipfBudgetConfig) -> tuple[float, float]:
+        """Return exponent and shift: as fitted, else as given, else by default."""
+        if self._fit is not None:
+            return self._fit.exponent, self._fit.shift
+        return law_of(zipf, n_features=self.n_features)
+
+
+def _common_fit(density_F: Tensor, ranks: Ranks) -> ZipfFit | None:
+    """Return the first rank's fit to the densities of all features: budgets must not differ by a rounding.
+
+    None where there is no fit, or densities do not follow the law: then budgets follow the default one.
+    """
+    fit = fit_zipf(density_F)
+    if fit is not None and (fit.r2 < LEAST_R2 or not 0 <= fit.exponent <= LARGEST_EXPONENT):
+        fit = None
+    told = torch.tensor([math.nan] * 3 if fit is None else fit, dtype=torch.float64, device=density_F.device)
+    told = ranks.broadcast(told, 0)
+    return None if bool(told.isnan().any()) else ZipfFit(*told.tolist())
 
 
 def _ranks_by_density(density_F: Tensor) -> Tensor:
-    """Return each feature's rank, the densest first, ties to the lower feature: one host read in a whole run."""
+    """Return each feature's rank, the densest first, ties to the lower feature; read by the host, once in a run."""
     order = density_F.sort(descending=True, stable=True).indices.cpu()
     rank_F = torch.empty_like(order)
     rank_F[order] = torch.arange(len(order))

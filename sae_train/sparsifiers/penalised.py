@@ -85,6 +85,10 @@ class Penalised(Sparsifier):
         lacks_F = (bound_F - dictionary.b_enc) * (len(x_ND) / n_tokens) - dictionary.W_enc @ (x_ND.sum(0) / n_tokens)
         return REVIVAL * torch.where(firing.dead_F(self.dead_window), lacks_F, 0).sum()
 
+    def exported_values(self, code: Code, value: Tensor) -> Tensor:
+        """Return the values of a code's slots that count for L0: of what the exported autoencoder would fire."""
+        return value
+
     def extra_loss(
         self, dictionary: Dictionary, x_ND: Tensor, pre: Code, *, n_tokens: int, ranks: Ranks
     ) -> Tensor | None:
@@ -98,7 +102,8 @@ class Penalised(Sparsifier):
         pre = self._attach(dictionary, x_ND, pre_NF, pre_NF > self.bounds(dictionary))
         value, priced = self.values(dictionary, pre, moment=moment, ranks=ranks)
         with torch.no_grad():
-            counts = torch.stack([(value > 0).sum(), value.sum(dtype=torch.float64)])
+            fired = self.exported_values(pre, value)
+            counts = torch.stack([(fired > 0).sum(), fired.sum(dtype=torch.float64)])
             fires, total = ranks.sum(counts)
             self.price.look(fires / moment.batch_tokens, size=total / fires, k=self.k_at(moment), moment=moment)
         penalty = (price / moment.batch_tokens).to(priced.dtype) * priced

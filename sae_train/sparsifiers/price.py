@@ -2,8 +2,7 @@
 
 Ours. L0 is compared, as a logarithm, with an aim: k, or what falls to k from a larger L0 of the first batch over the
 first part of the run. Two things answer a deviation. The thresholds move together, at any pace in that first part and
-afterwards about as fast as the optimizer could move them; and the price changes until that is not needed any more: in
-the end the price alone holds L0.
+afterwards by the learning rate a step or, in short runs, a little more; and the price changes until that is not needed.
 """
 
 import math

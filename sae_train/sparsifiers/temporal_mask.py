@@ -1,0 +1,160 @@
+"""Adaptive Temporal Masking: features of little importance so far are left out of a step at random.
+
+Li and Ren 2025 (arXiv 2510.08855), of which an abstract and a summary with two formulas were seen. From those: moving
+averages, a feature, of how strongly and how often it fires and of what it contributes to the reconstruction, combined
+into an importance I; the threshold theta = mu + c sigma with the mean and standard deviation of I over features; the
+probability 1 - exp(-r (theta - I) / theta) of being masked where I is below theta; a reconstruction error and an L1
+penalty. There is no public code. Inferred, by us:
+
+- The importance is the geometric mean of the three. Dividing each by its mean over features would change nothing, as
+  the probability depends on ratios of importances alone.
+- The contribution is by how much half the squared error would grow without the feature, f <d, e> + f^2 / 2 for a unit
+  decoder row d and the error e, averaged over tokens, at least 0. Averages are over all tokens, with a half-life.
+- A mask is drawn a step and feature, for all tokens alike, with a probability of at most 0.9. A masked feature has no
+  gradient in that step, of reconstruction or penalty.
+- Averages are of what features do unmasked, and e is the error of the reconstruction from all of them (one more
+  decode): else a feature that is masked often would look unimportant, and be masked for that.
+- Nothing is masked at first; then r rises from 0 to its value.
+- Codes, penalty, steering and export are those of ReLU with unit norms. L0 is steered of the unmasked code, which is
+  exported; with `export_mask` of what that leaves: features that would be masked in more than half of the steps at the
+  end get a threshold of +inf.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sae_train import kernels
+from sae_train.config import RunConfig, TemporalMaskConfig
+from sae_train.config.sparsifiers import MASKED_FROM
+from sae_train.ranks import Ranks
+from sae_train.sae.code import Code, SparseCode
+from sae_train.sae.dictionary import Dictionary
+from sae_train.sae.firing import Firing
+from sae_train.sae.keyed import keyed_generator
+from sae_train.sae.moment import Moment
+from sae_train.sparsifiers.l1 import ReLU
+
+MOST = 0.9
+"""Largest probability of being masked: whatever its importance, a feature learns in a tenth of the steps."""
+HALF_LIFE, HALF_LIVES = 140_000, 8
+"""Half-life of the averages in tokens (0.99 a step of 2048 tokens), and how many of them a run has at least."""
+
+
+class TemporalMask(ReLU):
+    """A ReLU autoencoder of unit norms, of whose features some are left out of each step.
+
+    Attributes:
+        averages_F3: float64, of each of this rank's features: mean value, share of tokens on which it fires, and
+            contribution, averaged with a half-life in tokens and free of the pull to 0 at the start.
+        masked_F: float64, probability that each is masked in the next step.
+    """
+
+    def __init__(self, config: RunConfig, *, n_features: int) -> None:
+        assert isinstance(config.sparsifier, TemporalMaskConfig)
+        self._mask = config.sparsifier
+        super().__init__(config, n_features=n_features)
+
+    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
+        super().equip(dictionary, dead_window=dead_window)
+        self.averages_F3 = torch.zeros(dictionary.n_features, 3, dtype=torch.float64, device=dictionary.b_enc.device)
+        self.masked_F = torch.zeros_like(self.averages_F3[:, 0])
+        self._masked_share = self.masked_F.new_zeros(())
+        self._left_F: Tensor | None = None
+
+    def strength_at(self, tokens: int, total_tokens: int) -> float:
+        """Return r after so many tokens: 0 during `warmup`, then in proportion up to `strength` over `ramp`."""
+        since, ramp = tokens - self._mask.warmup * total_tokens, self._mask.ramp * total_tokens
+        if since < 0:
+            return 0.0
+        return self._mask.strength * (min(1.0, since / ramp) if ramp > 0 else 1.0)
+
+    def encode(
+        self, dictionary: Dictionary, x_ND: Tensor, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks
+    ) -> tuple[Code, Tensor | None]:
+        self._left_F = self._draw(moment, ranks)
+        return super().encode(dictionary, x_ND, pre_NF, moment=moment, firing=firing, ranks=ranks)
+
+    def values(self, dictionary: Dictionary, code: Code, *, moment: Moment, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        value, priced = super().values(dictionary, code, moment=moment, ranks=ranks)
+        if self._left_F is not None:
+            priced = self.kept(replace(code, value=value)).value.sum()
+        return value, priced
+
+    def kept(self, code: Code) -> Code:
+        return code if self._left_F is None else _of(code, self._left_F)
+
+    def exported_values(self, code: Code, value: Tensor) -> Tensor:
+        if not self._mask.export_mask:
+            return value
+        return _of(replace(code, value=value), self.masked_F <= MASKED_FROM).value
+
+    @torch.no_grad()
+    def observe(self, dictionary: Dictionary, code: Code, error_ND: Tensor, *, moment: Moment, ranks: Ranks) -> None:
+        code = replace(code, value=code.value.detach())
+        if self._left_F is not None:
+            error_ND = error_ND - dictionary.decode(_of(code, ~self._left_F), ranks=ranks, bias=False)
+        means_F3 = ranks.data.sum(_sums(dictionary, code, error_ND)) / moment.batch_tokens
+        done, half_life = moment.tokens + moment.batch_tokens, self._mask.half_life
+        if half_life is None:
+            half_life = min(HALF_LIFE, max(1, moment.total_tokens // HALF_LIVES))
+        lost, lost_of_all = (1 - 0.5 ** (tokens / half_life) for tokens in (moment.batch_tokens, done))
+        self.averages_F3 = self.averages_F3.lerp(means_F3, lost / lost_of_all)
+        self.masked_F = self._probabilities(self.strength_at(done, moment.total_tokens), ranks)
+        self._masked_share = ranks.features.sum(self.masked_F.sum()) / self.n_features
+
+    def _probabilities(self, strength: float, ranks: Ranks) -> Tensor:
+        """[F]: with which probability each of this rank's features is masked; the threshold is over all ranks'."""
+        importance_F = self.averages_F3.clamp(min=0).prod(1).pow(1 / 3)
+        total, squares = ranks.features.sum(torch.stack([importance_F.sum(), importance_F.square().sum()]))
+        mean = total / self.n_features
+        deviation = (squares / self.n_features - mean.square()).clamp(min=0).sqrt()
+        threshold = mean + self._mask.deviations * deviation
+        below_F = (threshold - importance_F).clamp(min=0) / torch.where(threshold > 0, threshold, 1)
+        return (1 - torch.exp(-strength * below_F)).clamp(max=MOST)
+
+    def _draw(self, moment: Moment, ranks: Ranks) -> Tensor | None:
+        """Return which of this rank's features are left in the step [F] bool; None where none can be masked."""
+        if self.strength_at(moment.tokens, moment.total_tokens) == 0:
+            return None
+        generator = keyed_generator(moment.seed, "temporal_mask", moment.step)
+        drawn = torch.rand(self.n_features, generator=generator, dtype=torch.float64)
+        lo, hi = ranks.features.slice(self.n_features)
+        return drawn[lo:hi].to(self.masked_F.device, non_blocking=True) >= self.masked_F
+
+    def thresholds(self, dictionary: Dictionary) -> Tensor:
+        """Return 0, or +inf for a feature that `export_mask` leaves out [F]."""
+        threshold_F = super().thresholds(dictionary)
+        if not self._mask.export_mask:
+            return threshold_F
+        return torch.where(self.masked_F > MASKED_FROM, torch.inf, threshold_F)
+
+    def figures(self, moment: Moment) -> dict[str, float]:
+        return super().figures(moment) | {"train/masked_share": float(self._masked_share)}
+
+    def feature_state(self) -> dict[str, Tensor]:
+        return {"averages": self.averages_F3, "masked": self.masked_F}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        device = self.masked_F.device
+        self.averages_F3, self.masked_F = (state[name].to(device) for name in ("averages", "masked"))
+        super().load_state(state)
+
+
+def _of(code: Code, allowed_F: Tensor) -> Code:
+    """Return a code of some of the features: the others' values are 0, and so is what gradients reach them."""
+    allowed = allowed_F[code.feature.long()] if isinstance(code, SparseCode) else allowed_F
+    return replace(code, value=torch.where(allowed, code.value, 0))
+
+
+def _sums(dictionary: Dictionary, code: Code, error_ND: Tensor) -> Tensor:
+    """Return sums over this rank's tokens of values, firings and contributions [F, 3] float64, at the code's cost."""
+    if isinstance(code, SparseCode):
+        along = kernels.row_products(error_ND, dictionary.W_dec, code.feature, code.token, code.start).double()
+        value = code.value.double()
+        each = torch.stack([value, (value > 0).double(), value * along + value.square() / 2], dim=1)
+        return kernels.sums_by_feature(each, code.feature, n_features=dictionary.n_features)
+    value_NF, along_NF = code.value, error_ND @ dictionary.W_dec.t()
+    each_NF = value_NF, value_NF > 0, value_NF * along_NF + value_NF.square() / 2
+    return torch.stack([each.sum(0, dtype=torch.float64) for each in each_NF], dim=1)
