@@ -106,6 +106,31 @@ def test_unused_slots_change_nothing() -> None:
         assert torch.equal(padded, tight)
 
 
+def test_an_order_of_other_features_is_found_anew() -> None:
+    order, feature = kernels.FeatureOrder(), torch.tensor([2, 0, 1], dtype=torch.int32)
+    first = order(feature, 3)
+    assert order(feature, 3)[0] is first[0]
+    assert order(torch.tensor([0, 2, 1], dtype=torch.int32), 3)[0].tolist() == [0, 2, 1]
+    assert order(feature, 5)[1].tolist() == [0, 1, 2, 3, 3, 3]
+    order(feature, 3)
+    feature.copy_(torch.tensor([1, 2, 0]))
+    assert order(feature, 3)[0].tolist() == [2, 0, 1]
+
+
+@SMALL
+@given(n=st.integers(1, 20), d=st.integers(1, 9), f=st.integers(1, 30), seed=st.integers(0, 10**6))
+def test_products_of_rows_and_sums_by_feature(n: int, d: int, f: int, seed: int) -> None:
+    p = problem(n, d, f, seed=seed)
+    found = kernels.row_products(p.x, p.W_dec, *p.place)
+    used = int(p.matches.start[-1])
+    assert not bool(found[used:].any())
+    assert not found.requires_grad
+    expected = torch.where(p.mask, p.x @ p.W_dec.t(), 0)
+    sums = kernels.sums_by_feature(torch.stack([found, found**2], dim=1), p.matches.feature, n_features=f)
+    torch.testing.assert_close(sums, torch.stack([expected.sum(0), (expected**2).sum(0)], dim=1).detach())
+    torch.testing.assert_close(found[:used], expected.detach()[p.mask])
+
+
 def test_gradient_of_what_was_not_kept_is_zero() -> None:
     p = problem(6, 4, 40, seed=5)
     _, rows = sparse_reconstruction(p)

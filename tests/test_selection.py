@@ -5,16 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from small_runs import kept_by_sorting
 from torch import Tensor
 
 from sae_train import kernels
-from sae_train.kernels import Matches, candidates, radix, reference
+from sae_train.kernels import Matches, candidates, grouped, radix, reference
 from sae_train.ranks import Solo
 
-BACKENDS = pytest.mark.parametrize("backend", [candidates, reference], ids=["candidates", "reference"])
+BACKENDS = pytest.mark.parametrize(
+    "backend", [candidates, grouped, reference], ids=["candidates", "grouped", "reference"]
+)
 SMALL = settings(deadline=None, max_examples=60)
 
 
@@ -41,9 +43,12 @@ def drawn_batch(kind: str, n: int, f: int, *, seed: int, dtype: torch.dtype) -> 
     return pre.to(dtype)
 
 
+CUTS = [0.0, 1e-30, 0.5, 1.0, 2.0, 1e30, float("inf")]
+
+
 @st.composite
 def batches(draw: Any, *, max_tokens: int = 24, max_features: int = 40) -> Tensor:
-    n, f = draw(st.integers(1, max_tokens)), draw(st.integers(1, max_features))
+    n, f = draw(st.integers(1, max_tokens)), draw(st.integers(1, max_features) | st.sampled_from([32, 64, 128]))
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     return drawn_batch(draw(st.sampled_from(KINDS)), n, f, seed=draw(st.integers(0, 2**31)), dtype=dtype)
 
@@ -80,8 +85,9 @@ def check_layout(matches: Matches, pre_NF: Tensor, *, capacity: int) -> None:
 
 @BACKENDS
 @SMALL
-@given(pre=batches(), share=st.floats(0, 1.2), spare=st.integers(0, 5))
+@given(pre=batches(), share=st.floats(0, 1.2) | st.floats(0, 1 / 64), spare=st.integers(0, 5))
 def test_batch_keeps_the_largest(backend: ModuleType, pre: Tensor, share: float, spare: int) -> None:
+    assume(backend is not grouped or not pre.isnan().any())  # below
     budget = max(1, round(share * pre.numel()))
     matches = backend.select_batch(pre, budget=budget, capacity=budget + spare, **alone(pre))
     check_layout(matches, pre, capacity=budget + spare)
@@ -89,10 +95,23 @@ def test_batch_keeps_the_largest(backend: ModuleType, pre: Tensor, share: float,
     assert int(matches.start[-1]) == min(budget, int((pre > 0).sum()))
 
 
+@SMALL
+@given(pre=batches(), share=st.floats(0, 1.2) | st.floats(0, 1 / 64), cut=st.sampled_from(CUTS))
+def test_a_hint_changes_nothing(pre: Tensor, share: float, cut: float) -> None:
+    budget, hint = max(1, round(share * pre.numel())), kernels.Hint()
+    hint.cut = pre.new_tensor(cut)
+    for _ in range(2):  # with a wrong hint, then with the cut itself
+        matches = candidates.select_batch(pre, budget=budget, capacity=budget, hint=hint, **alone(pre))
+        assert pairs(matches) == kept_by_sorting(pre, group="batch", budgets=[budget])
+        used = int(matches.start[-1])
+        assert float(hint.cut) == (float(matches.value[:used].min()) if used == budget else 0.0)
+
+
 @BACKENDS
 @SMALL
-@given(pre=batches(), k=st.integers(1, 45))
+@given(pre=batches(), k=st.integers(1, 45) | st.integers(1, 2))
 def test_rows_keep_the_largest(backend: ModuleType, pre: Tensor, k: int) -> None:
+    assume(backend is not grouped or not pre.isnan().any())
     capacity = k * len(pre)
     matches = backend.select_rows(pre, k=k, capacity=capacity, **alone(pre))
     check_layout(matches, pre, capacity=capacity)
@@ -117,15 +136,31 @@ def test_backends_agree_where_bounds_are_tight() -> None:
     pre[7] *= 30  # one token that takes much of the batch's budget
     budget_F = torch.randint(0, 40, (1037,), generator=generator)
     budget_F[::50] = 260
+    whole = torch.randn(519, 1088, generator=generator).mul(16).round()  # rows of lines and groups, ties at every cut
     for name, arguments in (
-        ("select_batch", {"budget": 4150, "capacity": 4150, **alone(pre)}),
-        ("select_rows", {"k": 8, "capacity": 8 * 519, **alone(pre)}),
-        ("select_columns", {"budget_F": budget_F, "capacity": int(budget_F.sum()), "ranks": Solo()}),
+        ("select_batch", {"pre_NF": pre, "budget": 4150, "capacity": 4150, **alone(pre)}),
+        ("select_batch", {"pre_NF": whole, "budget": 4150, "capacity": 4150, **alone(whole)}),
+        ("select_rows", {"pre_NF": pre, "k": 8, "capacity": 8 * 519, **alone(pre)}),
+        ("select_rows", {"pre_NF": whole, "k": 8, "capacity": 8 * 519, **alone(whole)}),
+        ("select_columns", {"pre_NF": pre, "budget_F": budget_F, "capacity": int(budget_F.sum()), "ranks": Solo()}),
     ):
-        for fast, slow in zip(
-            getattr(candidates, name)(pre, **arguments), getattr(reference, name)(pre, **arguments), strict=True
-        ):
-            assert torch.equal(fast, slow), name
+        slow = getattr(reference, name)(**arguments)
+        for backend in (candidates, grouped):
+            for fast, expected in zip(getattr(backend, name)(**arguments), slow, strict=True):
+                assert torch.equal(fast, expected), (name, backend)
+
+
+@BACKENDS
+@pytest.mark.parametrize("width", [7, 128])
+def test_no_tokens_no_matches(backend: ModuleType, width: int) -> None:
+    pre = torch.zeros(0, width)
+    for matches in (
+        backend.select_batch(pre, budget=0, capacity=3, **alone(pre)),
+        backend.select_batch(pre, budget=2, capacity=3, **alone(pre)),
+        backend.select_rows(pre, k=1, capacity=3, **alone(pre)),
+    ):
+        check_layout(matches, pre, capacity=3)
+        assert pairs(matches) == set()
 
 
 def test_reference_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +197,10 @@ def test_nan_is_not_positive(backend: ModuleType, rate: float) -> None:
     batch = backend.select_batch(pre, budget=300, capacity=300, **alone(pre))
     rows = backend.select_rows(pre, k=5, capacity=320, **alone(pre))
     columns = backend.select_columns(pre, budget_F=torch.full((96,), 3), capacity=288, ranks=Solo())
+    if backend is grouped:  # leaves out a NaN's neighbours, too
+        for matches in (batch, rows):
+            assert pairs(matches) <= kept_by_sorting(pre, group="batch", budgets=[pre.numel()])
+        return
     assert pairs(batch) == kept_by_sorting(pre, group="batch", budgets=[300])
     assert pairs(rows) == kept_by_sorting(pre, group="row", budgets=[5] * 64)
     assert pairs(columns) == kept_by_sorting(pre, group="column", budgets=[3] * 96)
@@ -171,6 +210,7 @@ def test_nan_is_not_positive(backend: ModuleType, rate: float) -> None:
 @SMALL
 @given(pre=batches(), k=st.integers(1, 30), seed=st.integers(0, 99))
 def test_rows_among_allowed_columns(backend: ModuleType, pre: Tensor, k: int, seed: int) -> None:
+    assume(backend is not grouped or not pre.isnan().any())
     allowed = torch.rand(pre.shape[1], generator=torch.Generator().manual_seed(seed)) < 0.4
     matches = backend.select_rows(pre, k=k, capacity=k * len(pre), allowed_F=allowed, **alone(pre))
     check_layout(matches, pre, capacity=k * len(pre))

@@ -1,25 +1,48 @@
 """Selection on a CPU: a bound that is surely low enough, a short list of what reaches it, and an exact cut.
 
-Maxima over groups of entries bound a cut from below: at least k entries reach the k-th largest of the maxima. One
-comparison and one compaction leave a list little longer than the budget, in order of token, then feature, on
-which sorting is cheap. Nothing here is an estimate, so results never depend on the grouping.
+Maxima over groups of entries bound a cut from below: at least k entries reach the k-th largest of the maxima. Where few
+are kept, groups are whole cache lines and only those that reach the bound are read again; where more are, all entries
+are. That leaves a list little longer than the budget, in order of token, then feature, on which sorting is cheap.
+Nothing here is an estimate, so results never depend on the grouping.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from sae_train.kernels.hint import Hint
 from sae_train.kernels.matches import Matches, flat_nonzero, pack
 from sae_train.kernels.owners import column_cuts, row_cuts, row_slots
-from sae_train.kernels.radix import kth_largest, ties_kept
+from sae_train.kernels.radix import INTEGER, kth_largest, ties_kept
 from sae_train.ranks import Ranks
 
+LINE = 32
+"""Entries of a group that lies together: shorter ones take torch longer to reduce, longer ones bound more loosely."""
+SPARSE = 1 / 64
+"""Share of kept entries up to which such groups leave out enough to pay."""
 
-def select_batch(pre_NF: Tensor, *, budget: int, capacity: int, n_features: int, ranks: Ranks) -> Matches:
+HINT_SHARE = 0.95
+"""Of an earlier cut. Cuts of batches differ by some percent, so a little below one is mostly a bound; it is counted."""
+
+
+def select_batch(
+    pre_NF: Tensor, *, budget: int, capacity: int, n_features: int, ranks: Ranks, hint: Hint | None = None
+) -> Matches:
     """Keep the `budget` largest positive entries of the whole grid; see selection.select_batch."""
-    group = _group_size(budget / max(1, pre_NF.numel() * ranks.size), pre_NF.numel())
-    bound = kth_largest(_group_maxima(pre_NF.reshape(1, -1), group), budget, ranks)
-    index, value = _reaching(pre_NF, bound)
+    hint, density = hint or Hint(), budget / max(1, pre_NF.numel() * ranks.size)
+    if _has_lines(pre_NF, density):
+        maxima_NG = _line_maxima(pre_NF)
+        reaching = partial(_reaching_in_lines, pre_NF, maxima_NG)
+    else:
+        maxima_NG = _group_maxima(pre_NF.reshape(1, -1), _group_size(density, pre_NF.numel()))
+        reaching = partial(_reaching, pre_NF)
+    found = None if hint.cut is None else reaching(hint.cut * HINT_SHARE)
+    if found is None or int(ranks.sum(torch.tensor(len(found[0])))) < budget:
+        found = reaching(kth_largest(maxima_NG, budget, ranks))
+    index, value = found
     cut = kth_largest(value, budget, ranks)
+    hint.cut = cut
     above, tied = value > cut, value == cut
     left = ties_kept(
         above.sum(),
@@ -48,8 +71,12 @@ def select_rows(
         return few._replace(feature=feature)
     slots = row_slots(k, n_features, ranks.features)
     n_tokens, width = pre_NF.shape
-    maxima = _group_maxima(pre_NF, _group_size(slots / max(1, width), width))
-    index, value = _reaching(pre_NF, _kth_of_rows(maxima, slots))
+    if _has_lines(pre_NF, slots / max(1, width)):
+        maxima_NG = _line_maxima(pre_NF)
+        index, value = _reaching_in_lines(pre_NF, maxima_NG, _kth_of_rows(maxima_NG, slots))
+    else:
+        maxima = _group_maxima(pre_NF, _group_size(slots / max(1, width), width))
+        index, value = _reaching(pre_NF, _kth_of_rows(maxima, slots))
     token = torch.div(index, max(1, width), rounding_mode="floor")
     keep = _leading(value, token, torch.full((n_tokens,), slots))
     index, value = index[keep], value[keep]
@@ -91,14 +118,46 @@ def _at_least(value: Tensor, group: Tensor, cut_G: Tensor, left_G: Tensor) -> Te
 
 def _reaching(pre_NF: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
     """Return flat index (ascending) and value of the positive entries that reach `bound` (broadcast to pre_NF)."""
-    least = torch.nextafter(pre_NF.new_zeros(()), pre_NF.new_ones(()))
-    index = flat_nonzero(pre_NF >= torch.maximum(bound, least))
+    index = flat_nonzero(pre_NF >= _positive(bound))
     return index, pre_NF.reshape(-1)[index]
 
 
+def _has_lines(pre_NF: Tensor, density: float) -> bool:
+    return pre_NF.shape[1] % LINE == 0 and density <= SPARSE
+
+
+def _line_maxima(pre_NF: Tensor) -> Tensor:
+    """Return the maxima [N, F / LINE] of each row's groups of LINE entries that lie together; NaN where one is."""
+    return pre_NF.view(len(pre_NF), pre_NF.shape[1] // LINE, LINE).amax(2)
+
+
+def _reaching_in_lines(pre_NF: Tensor, maxima_NG: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `_reaching` does for a bound of each row or of all; reads only groups with an entry that reaches it.
+
+    Args:
+        maxima_NG: `_line_maxima` of pre_NF.
+        bound: scalar, or [N, 1].
+    """
+    bound = _positive(bound)
+    line_C = flat_nonzero(~(maxima_NG < bound))  # a NaN may hide others
+    entries_CL = pre_NF.view(-1, LINE).index_select(0, line_C)
+    if bound.dim() > 0:
+        bound = bound[torch.div(line_C, maxima_NG.shape[1], rounding_mode="floor")]
+    inside = flat_nonzero(entries_CL >= bound)
+    place = torch.div(inside, LINE, rounding_mode="floor")
+    return line_C[place] * LINE + (inside - place * LINE), entries_CL.reshape(-1)[inside]
+
+
+def _positive(bound: Tensor) -> Tensor:
+    """Return the bound, or the least positive number where it is not positive."""
+    return torch.maximum(bound, torch.nextafter(bound.new_zeros(()), bound.new_ones(())))
+
+
 def _leading(value: Tensor, group: Tensor, budget_G: Tensor) -> Tensor:
-    """Return which entries are among their group's budget_G[g] largest; ties to the earlier entry."""
-    order = value.sort(descending=True, stable=True).indices
+    """Return which of the positive entries are among their group's budget_G[g] largest; ties to the earlier entry."""
+    integer, n_bits = INTEGER[value.dtype]
+    descending = (1 << n_bits) - 1 - value.view(integer)  # ordered like the values; torch sorts integers by radix
+    order = descending.sort(stable=True).indices
     by_group = group[order].sort(stable=True)
     start_G = torch.searchsorted(by_group.values, torch.arange(len(budget_G)))
     place = torch.arange(len(value)) - start_G[by_group.values]
@@ -138,7 +197,7 @@ def _kth_of_rows(rows_NL: Tensor, k: int) -> Tensor:
     if k > rows_NL.shape[1]:
         return rows_NL.new_zeros(len(rows_NL), 1)
     known_NL = torch.fmax(rows_NL, rows_NL.new_zeros(()))  # topk takes NaN for the largest
-    return known_NL.topk(k, dim=1, sorted=True).values[:, -1:]
+    return known_NL.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
 
 
 def _column_bounds(pre_NF: Tensor, local_F: Tensor) -> Tensor:

@@ -19,6 +19,41 @@ class Matches(NamedTuple):
     """[N+1] int32: token i holds slots start[i] to start[i+1]."""
 
 
+def no_matches(like: Tensor, *, n_tokens: int, capacity: int) -> Matches:
+    """Return slots that all are unused, values of `like`'s dtype."""
+    feature = torch.zeros(capacity, dtype=torch.int32, device=like.device)
+    start = torch.zeros(n_tokens + 1, dtype=torch.int32, device=like.device)
+    return Matches(like.new_zeros(capacity), feature, torch.zeros_like(feature), start)
+
+
+class FeatureOrder:
+    """The order of matches by feature, then token: found when first asked for, shared by all products over the matches.
+
+    What it found is of one tensor of features; asked about another one it looks again.
+    """
+
+    def __init__(self) -> None:
+        self._of: tuple[Tensor, int, int] | None = None
+        self._found: tuple[Tensor, Tensor]
+
+    def __call__(self, feature_M: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
+        """Return the matches' slots in that order [M], and where in it each feature begins [F+1] int32."""
+        if self._of is None or not _is_same(self._of[0], feature_M) or self._of[1:] != (feature_M._version, n_features):
+            self._of, self._found = (feature_M, feature_M._version, n_features), by_feature(feature_M, n_features)
+        return self._found
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return len(a) == len(b) and a.data_ptr() == b.data_ptr()
+
+
+def by_feature(feature_M: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
+    """Return the matches' slots by feature, then token [M], and where in them each feature begins [F+1] int32."""
+    ascending, order = feature_M.sort(stable=True)
+    bounds = torch.arange(n_features + 1, dtype=torch.int32, device=feature_M.device)
+    return order, torch.searchsorted(ascending, bounds, out_int32=True)
+
+
 def pack(index_C: Tensor, value_C: Tensor, *, shape: tuple[int, int], capacity: int | None) -> Matches:
     """Lay out pairs given by ascending flat index token * F + feature; `capacity` None makes M their number."""
     n_tokens, n_features = shape

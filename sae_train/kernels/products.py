@@ -6,37 +6,36 @@ gradient of each weight row is a weighted bag of token rows (the idea of Gao et 
 intermediate of N*k*D numbers is made, and every sum has a fixed order.
 """
 
+import functools
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-PRECISIONS = ("bf16", "float32", "float64")
+from sae_train.kernels.backend import uses_triton
+from sae_train.kernels.function import applied
+from sae_train.kernels.matches import FeatureOrder, by_feature
 
 
-def affine(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, *, precision: str) -> Tensor:
-    """Return x W^T + b [N, F] from fp32 accumulators (float64 where the inputs are), without a graph.
+def decode(
+    value_M: Tensor,
+    W_FD: Tensor,
+    feature_M: Tensor,
+    token_M: Tensor,
+    start_N: Tensor,
+    *,
+    order: FeatureOrder | None = None,
+) -> Tensor:
+    """Return for each token the sum of value * row of W over its matches [N, D]; differentiable in value and W.
 
-    `bf16` rounds the factors of the product to bf16; on a CPU that only imitates what a GPU computes.
+    Args:
+        order: the matches' own, if other products over them are to share it; `attach` alike.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision}: choose {', '.join(PRECISIONS)}")
-    with torch.no_grad():
-        if precision == "bf16" and x_ND.dtype == torch.float32:
-            x_bf16, W_bf16 = x_ND.bfloat16(), W_FD.bfloat16()
-            if x_ND.is_cuda:
-                return torch.mm(x_bf16, W_bf16.t(), out_dtype=torch.float32).add_(b_F)
-            x_ND, W_FD = x_bf16.float(), W_bf16.float()
-        return torch.addmm(b_F, x_ND, W_FD.t())
-
-
-def decode(value_M: Tensor, W_FD: Tensor, feature_M: Tensor, token_M: Tensor, start_N: Tensor) -> Tensor:
-    """Return for each token the sum of value * row of W over its matches [N, D]; differentiable in value and W."""
     used = _used_slots(start_N, len(value_M))
     value, feature, token = (t.narrow(0, 0, used) for t in (value_M, feature_M, token_M))
-    rows: Tensor = _Decode.apply(value, W_FD, feature, token, start_N)  # type: ignore[no-untyped-call]
-    return rows
+    return applied(_Decode, value, W_FD, feature, token, start_N, order or FeatureOrder())
 
 
 def attach(
@@ -47,13 +46,13 @@ def attach(
     feature_M: Tensor,
     token_M: Tensor,
     start_N: Tensor,
+    *,
+    order: FeatureOrder | None = None,
 ) -> Tensor:
     """Return `value_M`, which holds x W^T + b at the matches, with the graph of that product for W and b."""
     used = _used_slots(start_N, len(value_M))
     value, feature, token = (t.narrow(0, 0, used) for t in (value_M, feature_M, token_M))
-    attached: Tensor = _Attach.apply(  # type: ignore[no-untyped-call]
-        value, W_FD, b_F, x_ND, feature, token, start_N
-    )
+    attached = applied(_Attach, value, W_FD, b_F, x_ND, feature, token, start_N, order or FeatureOrder())
     if used == len(value_M):
         return attached
     return torch.cat([attached, value_M[used:].detach()])
@@ -61,14 +60,33 @@ def attach(
 
 def attach_dense(pre_NF: Tensor, x_ND: Tensor, W_FD: Tensor, b_F: Tensor) -> Tensor:
     """Return `pre_NF`, which holds x W^T + b, with the graph of that product for W and b: the dense `attach`."""
-    attached: Tensor = _AttachDense.apply(pre_NF, W_FD, b_F, x_ND)  # type: ignore[no-untyped-call]
-    return attached
+    return applied(_AttachDense, pre_NF, W_FD, b_F, x_ND)
 
 
 def of_features(value_F: Tensor, feature_M: Tensor, token_M: Tensor, start_N: Tensor) -> Tensor:
     """Return each match's feature's value [M]; differentiable, the gradient summed in the order of tokens."""
-    values: Tensor = _OfFeatures.apply(value_F, feature_M, token_M, start_N)  # type: ignore[no-untyped-call]
-    return values
+    return applied(_OfFeatures, value_F, feature_M, token_M, start_N)
+
+
+def row_products(rows_ND: Tensor, W_FD: Tensor, feature_M: Tensor, token_M: Tensor, start_N: Tensor) -> Tensor:
+    """Return each match's product of its token's row and its feature's row of W [M], 0 in unused slots; no graph."""
+    with torch.no_grad():
+        return _row_products(rows_ND.contiguous(), W_FD, feature_M, token_M, start_N)
+
+
+def sums_by_feature(value_MC: Tensor, feature_M: Tensor, *, n_features: int) -> Tensor:
+    """Return for each feature the sums of its matches' values [F, C], in the order of tokens; no graph.
+
+    Args:
+        value_MC: C values a match, 0 in unused slots.
+    """
+    with torch.no_grad():
+        order, start_F = by_feature(feature_M, n_features)
+        if uses_triton(value_MC):
+            from sae_train.kernels import triton_products
+
+            return triton_products.bags(value_MC, order, None, start_F)
+        return embedding_bag(order, value_MC, start_F, mode="sum", include_last_offset=True)
 
 
 def _used_slots(start_N: Tensor, slots: int) -> int:
@@ -78,9 +96,12 @@ def _used_slots(start_N: Tensor, slots: int) -> int:
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, W_FD: Tensor, feature: Tensor, token: Tensor, start_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, value: Tensor, W_FD: Tensor, feature: Tensor, token: Tensor, start_N: Tensor, order: FeatureOrder
+    ) -> Tensor:
         ctx.save_for_backward(value, W_FD, feature, token, start_N)
-        return embedding_bag(feature, W_FD, start_N, mode="sum", per_sample_weights=value, include_last_offset=True)
+        ctx.order = order
+        return _bags(W_FD, feature, value, start_N)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,13 +109,11 @@ class _Decode(torch.autograd.Function):
         grad_ND = grads[0].contiguous()
         grad_value = grad_W = None
         if ctx.needs_input_grad[0]:
-            grad_value = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                grad_ND, W_FD, feature, start_N, token, 0, -1
-            )
-            grad_value = torch.where(_is_used(start_N, len(value)), grad_value, 0)
+            grad_value = _row_products(grad_ND, W_FD, feature, token, start_N)
         if ctx.needs_input_grad[1]:
-            grad_W = _bags_by_feature(value, feature, token, grad_ND, n_features=len(W_FD))
-        return grad_value, grad_W, None, None, None
+            order, start_F = ctx.order(feature, len(W_FD))
+            grad_W = _bags(grad_ND, token, value, start_F, order)
+        return grad_value, grad_W, None, None, None, None
 
 
 class _Attach(torch.autograd.Function):
@@ -108,19 +127,25 @@ class _Attach(torch.autograd.Function):
         feature: Tensor,
         token: Tensor,
         start_N: Tensor,
+        order: FeatureOrder,
     ) -> Tensor:
         ctx.save_for_backward(x_ND, feature, token, start_N)
-        ctx.n_features = len(W_FD)
+        ctx.n_features, ctx.order = len(W_FD), order
         return value.detach().clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, feature, token, start_N = ctx.saved_tensors
         grad = torch.where(_is_used(start_N, len(feature)), grads[0], 0)
-        grad_W = _bags_by_feature(grad, feature, token, x_ND, n_features=ctx.n_features)
-        ones_N1 = x_ND.new_ones(len(x_ND), 1)
-        grad_b = _bags_by_feature(grad, feature, token, ones_N1, n_features=ctx.n_features).squeeze(1)
-        return None, grad_W, grad_b, None, None, None, None
+        order, start_F = ctx.order(feature, ctx.n_features)
+        if uses_triton(x_ND):
+            from sae_train.kernels import triton_products
+
+            grad_W, grad_b = triton_products.bags_and_totals(x_ND, token, grad, start_F, order)
+        else:
+            grad_W = _bags(x_ND, token, grad, start_F, order)
+            grad_b = _bags(x_ND.new_ones(len(x_ND), 1), token, grad, start_F, order).squeeze(1)
+        return None, grad_W, grad_b, None, None, None, None, None
 
 
 class _AttachDense(torch.autograd.Function):
@@ -147,18 +172,46 @@ class _OfFeatures(torch.autograd.Function):
         feature, token, start_N = ctx.saved_tensors
         grad = torch.where(_is_used(start_N, len(feature)), grads[0], 0)
         ones_N1 = grad.new_ones(len(start_N) - 1, 1)
-        return _bags_by_feature(grad, feature, token, ones_N1, n_features=ctx.n_features).squeeze(1), None, None, None
+        order, start_F = by_feature(feature, ctx.n_features)
+        grad_F1 = _bags(ones_N1, token, grad, start_F, order)
+        return grad_F1.squeeze(1), None, None, None
+
+
+def _row_products(rows_ND: Tensor, W_FD: Tensor, feature: Tensor, token: Tensor, start_N: Tensor) -> Tensor:
+    """Return `row_products`; on a CPU as a dense product sampled at a sparse matrix's places: a third of the time."""
+    if uses_triton(rows_ND):
+        from sae_train.kernels import triton_products
+
+        return triton_products.row_products(rows_ND, W_FD, feature, start_N)
+    if rows_ND.device.type == "cpu":
+        used = int(start_N[-1])
+        _hear_warning_of_sparse_matrices()
+        size, zeros = (len(rows_ND), len(W_FD)), rows_ND.new_zeros(used)
+        places = torch.sparse_csr_tensor(start_N, feature[:used], zeros, size=size, check_invariants=False)
+        product = torch.sparse.sampled_addmm(places, rows_ND, W_FD.t(), beta=0).values()
+        return torch.nn.functional.pad(product, (0, len(feature) - used))
+    product = torch.ops.aten._embedding_bag_per_sample_weights_backward(rows_ND, W_FD, feature, start_N, token, 0, -1)
+    return torch.where(_is_used(start_N, len(feature)), product, 0)
+
+
+@functools.cache
+def _hear_warning_of_sparse_matrices() -> None:
+    """Let torch say here, unheard, what it says once a process: that they are in beta. Our tests watch what is used."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), check_invariants=False)
 
 
 def _is_used(start_N: Tensor, slots: int) -> Tensor:
     return torch.arange(slots, device=start_N.device) < start_N[-1]
 
 
-def _bags_by_feature(weight: Tensor, feature: Tensor, token: Tensor, rows_ND: Tensor, *, n_features: int) -> Tensor:
-    """Return for each feature the sum of weight * row of its matches' tokens [F, D], in token order."""
-    by_feature, order = feature.sort(stable=True)
-    bounds = torch.arange(n_features + 1, dtype=torch.int32, device=feature.device)
-    start_F = torch.searchsorted(by_feature, bounds, out_int32=True)
-    return embedding_bag(
-        token[order], rows_ND, start_F, mode="sum", per_sample_weights=weight[order], include_last_offset=True
-    )
+def _bags(rows: Tensor, index: Tensor, weight: Tensor, start: Tensor, order: Tensor | None = None) -> Tensor:
+    """Return for each bag the sum of weight * rows[index] over its slots; slot i stands for order[i] where given."""
+    if uses_triton(rows):
+        from sae_train.kernels import triton_products
+
+        return triton_products.bags(rows, index, weight, start, order)
+    if order is not None:
+        index, weight = index[order], weight[order]
+    return embedding_bag(index, rows, start, mode="sum", per_sample_weights=weight, include_last_offset=True)

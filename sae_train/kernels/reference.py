@@ -1,4 +1,4 @@
-"""Selection by dense passes of fixed shape: any device, no wait for it, and the twin that others are held against.
+"""Selection by dense passes of fixed shape: the twin that others are held against, and what does a device's columns.
 
 Each selector finds per batch, row or column a cut and how many of the values that equal it are kept; one function
 turns both into matches. Ties at the cut go to the lower token, then the lower feature.
@@ -7,7 +7,7 @@ turns both into matches. Ties at the cut go to the lower token, then the lower f
 import torch
 from torch import Tensor
 
-from sae_train.kernels.matches import Matches
+from sae_train.kernels.matches import Matches, no_matches
 from sae_train.kernels.owners import column_cuts, row_cuts, row_slots
 from sae_train.kernels.radix import kth_largest, ties_kept
 from sae_train.ranks import Ranks
@@ -119,6 +119,8 @@ def _keep(pre: Tensor, cut: Tensor, left: Tensor, *, dim: int) -> Tensor:
 
 def compact(pre_NF: Tensor, keep_NF: Tensor, *, capacity: int) -> Matches:
     """Lay out the entries where `keep_NF` holds in `capacity` slots, without reading their number."""
+    if pre_NF.numel() == 0:
+        return no_matches(pre_NF, n_tokens=len(pre_NF), capacity=capacity)
     where = torch.nonzero_static(keep_NF, size=capacity, fill_value=0)
     token, feature = where.unbind(1)
     start = torch.zeros(len(pre_NF) + 1, dtype=torch.int32, device=pre_NF.device)

@@ -8,12 +8,15 @@ and the same pairs are kept in every grid. Pairs are numbered within the rank.
 
 from torch import Tensor
 
-from sae_train.kernels import candidates, reference
+from sae_train.kernels import candidates, grouped, reference
+from sae_train.kernels.hint import Hint
 from sae_train.kernels.matches import Matches, flat_nonzero, pack
 from sae_train.ranks import Ranks
 
 
-def select_batch(pre_NF: Tensor, *, budget: int, capacity: int, n_features: int, ranks: Ranks) -> Matches:
+def select_batch(
+    pre_NF: Tensor, *, budget: int, capacity: int, n_features: int, ranks: Ranks, hint: Hint | None = None
+) -> Matches:
     """Keep the `budget` largest entries of the whole batch, all ranks' tokens and features together.
 
     Args:
@@ -22,10 +25,13 @@ def select_batch(pre_NF: Tensor, *, budget: int, capacity: int, n_features: int,
         capacity: slots of the result, at least `budget`.
         n_features: features of the whole dictionary.
         ranks: the whole grid.
+        hint: of the run's earlier batches, on every rank or on none; it is given this one's cut.
     """
     if pre_NF.device.type == "cpu":
-        return candidates.select_batch(pre_NF, budget=budget, capacity=capacity, n_features=n_features, ranks=ranks)
-    return reference.select_batch(pre_NF, budget=budget, capacity=capacity, n_features=n_features, ranks=ranks)
+        return candidates.select_batch(
+            pre_NF, budget=budget, capacity=capacity, n_features=n_features, ranks=ranks, hint=hint
+        )
+    return grouped.select_batch(pre_NF, budget=budget, capacity=capacity, n_features=n_features, ranks=ranks)
 
 
 def select_rows(
@@ -45,9 +51,7 @@ def select_rows(
         return candidates.select_rows(
             pre_NF, k=k, capacity=capacity, n_features=n_features, ranks=ranks, allowed_F=allowed_F
         )
-    return reference.select_rows(
-        pre_NF, k=k, capacity=capacity, n_features=n_features, ranks=ranks, allowed_F=allowed_F
-    )
+    return grouped.select_rows(pre_NF, k=k, capacity=capacity, n_features=n_features, ranks=ranks, allowed_F=allowed_F)
 
 
 def select_columns(pre_NF: Tensor, *, budget_F: Tensor, capacity: int, ranks: Ranks) -> Matches:

@@ -1,0 +1,61 @@
+"""Which kernels work on a tensor: Triton's where it can run, else what plain torch offers."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+DEVICES: tuple[str, ...] = ("cuda",)
+"""Kinds of devices that Triton's kernels run on; tests add "cpu", where Triton interprets them."""
+DTYPES = (torch.float32, torch.bfloat16)
+"""Of the tensors whose rows are read; float64 is plain torch's."""
+OLDEST = (8, 0)
+"""Compute capability that Triton asks of a CUDA GPU."""
+
+
+def uses_triton(rows: Tensor) -> bool:
+    """Return whether Triton's kernels work on `rows`."""
+    return rows.device.type in DEVICES and rows.dtype in DTYPES and why_not_triton(rows.device) is None
+
+
+@lru_cache
+def why_not_triton(device: torch.device) -> str | None:
+    """Return why Triton's kernels cannot run here, None where they can: on a GPU by running one."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type != "cuda":
+        return None
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"it asks for compute capability {OLDEST[0]}.{OLDEST[1]}, this GPU has {major}.{minor}"
+    if "CC" not in os.environ and not any(shutil.which(compiler) for compiler in ("gcc", "clang")):
+        return "it builds its launchers with a C compiler, and neither gcc nor clang is on the PATH"
+    return _what_a_kernel_runs_into(device)
+
+
+def _what_a_kernel_runs_into(device: torch.device) -> str | None:
+    """Return what a small kernel ends with, for want of headers, a place for its files or a driver; else None.
+
+    A kernel that does not compile is our fault, and keeps its traceback.
+    """
+    start = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    try:
+        from sae_train.kernels import triton_products
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    try:
+        triton_products.bags(torch.ones(1, 16, device=device), start[:1], torch.ones(1, device=device), start).cpu()
+    except (OSError, RuntimeError, subprocess.SubprocessError, triton_products.AssemblerError) as error:
+        said = next(iter(str(error).splitlines()), "")
+        return f"a kernel ended with {type(error).__name__}{f': {said[:160]}' if said else ''}"
+    return None
+
+
+def notice(device: torch.device) -> str | None:
+    """Return the line that a run on a GPU without Triton says at its start; None where there is nothing to say."""
+    reason = why_not_triton(device) if device.type in DEVICES else None
+    return reason and f"no Triton kernels on {device}: {reason}. Plain torch does their work, slower."
