@@ -98,11 +98,11 @@ class Heartbeat:
                 self._say(count)
                 self._listen()
                 self._rounds, pause = self._rounds + 1, self._every
-            except Exception as error:  # whatever a store raises; torch prints a page each time, so not every beat
+            except (RuntimeError, OSError) as error:  # of the store; torch prints a page each time, so not every beat
                 self._trouble, pause = f" ({next(iter(str(error).splitlines()), repr(error))})", self._patience / 3
             self._end.wait(pause)
         if self._well:
-            with suppress(Exception):
+            with suppress(RuntimeError, OSError):
                 self._say(DONE)
 
     def _is_alone(self) -> bool:

@@ -35,7 +35,7 @@ class _Store:
 
     def __init__(self, *, host: str, port: int, is_host: bool) -> None:
         wait = timedelta(seconds=20)
-        self._store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        self._store = torch.distributed.TCPStore(  # type: ignore[attr-defined]  # torch's stubs leave it out
             host, port, is_master=is_host, wait_for_workers=False, timeout=wait
         )
         self.port = self._store.port

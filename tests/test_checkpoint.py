@@ -120,7 +120,7 @@ def test_what_the_file_system_will_not_give_is_not_damage(tmp_path: Path) -> Non
 
 def test_a_kill_while_old_ones_go_leaves_only_whole_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(BaseException):
-        pass
+        """As a SIGKILL, which nothing catches."""
 
     def half(path: Path, ignore_errors: bool = False) -> None:
         if path.is_dir():

@@ -85,7 +85,8 @@ def test_percentiles_are_order_statistics() -> None:
 
 def test_zipf_exponent_and_gini_of_known_densities() -> None:
     ranks = torch.arange(1, 1001, dtype=torch.float64)
-    assert density_figures(0.3 * ranks**-0.8)["zipf_exponent"] == pytest.approx(0.8)
+    figures = density_figures(0.3 * (ranks + 20) ** -0.8)
+    assert [figures[f"zipf_{key}"] for key in ("exponent", "shift", "r2")] == pytest.approx([0.8, 20, 1.0], rel=1e-3)
     equal = density_figures(torch.full((100,), 0.2))
     assert equal["gini"] == pytest.approx(0.0, abs=1e-9)
     assert equal["above_10pct"] == 1.0

@@ -147,6 +147,7 @@ def test_the_others_stop_when_the_store_hangs(start: Start) -> None:
     assert "rank 0" in said
 
 
+@pytest.mark.slow
 def test_neither_a_pause_nor_a_busy_main_thread_nor_a_suspended_job_is_death(start: Start) -> None:
     ranks = start("sleep", "compute", "python", busy=6 * PATIENCE)
     for stopped in (ranks[:1], ranks[1:2]):

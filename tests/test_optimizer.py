@@ -11,19 +11,19 @@ from sae_train.ranks import Solo
 from sae_train.sae.dictionary import Dictionary
 from sae_train.training.halt import Halt
 from sae_train.training.optimizer import Adam
-from sae_train.training.schedule import bias_learning_rate, is_due, learning_rate
+from sae_train.training.schedule import is_due, learning_rate
 
 
-def schema_of(*, bias_rate: float | None, clip: float = 0.0) -> OptimizerConfig:
+def schema_of(*, clip: float = 0.0) -> OptimizerConfig:
     return OptimizerConfig(
-        name="adam", lr=None, bias_rate=bias_rate, beta1=0.9, beta2=0.99, eps=1e-8, clip=clip, warmup_tokens=None,
+        name="adam", lr=None, beta1=0.9, beta2=0.99, eps=1e-8, clip=clip, warmup_tokens=None,
         decay_tokens=None,
     )  # fmt: skip
 
 
 def make(dtype: torch.dtype = torch.float64, clip: float = 0.0, bias_rate: float = 1.0) -> tuple[Dictionary, Adam]:
     dictionary = Dictionary.initial(d_model=3, n_features=5, seed=0, dtype=dtype, device=torch.device("cpu"))
-    config = schema_of(bias_rate=bias_rate, clip=clip)
+    config = schema_of(clip=clip)
     return dictionary, Adam(dictionary, config, rates={"b_enc": bias_rate})
 
 
@@ -132,12 +132,3 @@ def test_due_counts_multiples_passed(every: int, batch: int, steps: int) -> None
     ]
     assert due == crossed
     assert not is_due(0, before=0, after=batch)
-
-
-def test_the_bias_learns_slowly_where_features_fire_often() -> None:
-    config = schema_of(bias_rate=None)
-    assert bias_learning_rate(config, n_features=6144, tokens=820_000, k=32) == 0.2
-    assert bias_learning_rate(config, n_features=6144, tokens=820_000, k=32, is_topk=True) == 0.4
-    assert bias_learning_rate(config, n_features=12288, tokens=500_000, k=8) == 1.0
-    assert 0.2 < bias_learning_rate(config, n_features=6144, tokens=400_000, k=32) < 1
-    assert bias_learning_rate(schema_of(bias_rate=0.5), n_features=12288, tokens=500_000, k=8) == 0.5

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from grid_of_threads import on_ranks
+from grid_of_threads import LOADING, on_ranks
 from tiny_models import live_config, save_model, save_tokenizer, sentences
 from torch import Tensor
 
@@ -27,8 +26,6 @@ from sae_train.harvest.stream import build_stream, check_stream
 from sae_train.ranks import Ranks, Solo
 
 STEPS = 30
-_LOADING = threading.Lock()
-"""transformers patches global state while it loads, and here ranks are threads."""
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +47,7 @@ def config(model: Path, text: Path) -> RunConfig:
 
 def stream_of(config: RunConfig, ranks: Ranks | None = None, *, start: bool = True) -> LiveStream:
     dtype = torch.float64 if config.precision == "float64" else torch.float32
-    with _LOADING:
+    with LOADING:
         stream = build_stream(config, ranks=ranks or Solo(), dtype=dtype)
     assert isinstance(stream, LiveStream)
     if start:

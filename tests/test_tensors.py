@@ -63,7 +63,7 @@ def test_rows_by_index_over_files_of_any_float_type(tmp_path, dtype):
     table = TensorTable(str(tmp_path / "t"), key="harvest.path", dtype=torch.float32)
     index = torch.randint(0, 100, (64,))
     assert torch.equal(table.rows(index), whole[index].float())
-    assert torch.equal(torch.cat([rows for _, rows in table.spans(13, 77)]), whole[13:77])
+    assert torch.equal(torch.cat([rows for _, (rows,) in table.spans(13, 77)]), whole[13:77])
 
 
 def test_files_are_mapped_not_read(tmp_path):

@@ -58,6 +58,10 @@ def test_bundled_run_leaves_what_the_contract_says(tmp_path: Path, command: Comm
     assert wanted <= figures.keys()
     assert abs(figures["l0"] - 8) <= max(0.02 * 8, 3 * figures["l0_standard_error"])
     assert 0 < figures["fvu"] < 1
+    law = figures["density"]
+    again = ["sparsifier=feature_choice", "budget=zipf", f"budget.zipf_from={run}", "dry_run=true"]
+    planned = f"zipf, exponent {law['zipf_exponent']:g}, shift {law['zipf_shift']:g}, of {run}"
+    assert planned in command(*tiny_run(tmp_path), *again).stdout
     verdict = done.stdout.splitlines()[-1]
     assert re.search(r"mutual_choice.*L0 .*FVU .*dead .*CE recovered .*tokens/s.*runs/", verdict)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -71,6 +75,7 @@ def test_bundled_run_leaves_what_the_contract_says(tmp_path: Path, command: Comm
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(256))
 
 
+@pytest.mark.slow
 def test_tracking_and_evaluation_do_not_change_the_weights(tmp_path: Path, command: Command) -> None:
     files = []
     for name, more in (
@@ -168,7 +173,7 @@ def test_held_out_rows_that_are_all_outliers_are_refused(tmp_path: Path, command
 def test_two_processes_leave_in_peace(tmp_path: Path, torchrun: Command) -> None:
     """A rank that tears its group down while another still speaks made four runs in ten exit 1 after their verdict."""
     source = write_tensors(tmp_path / "acts")
-    for seed in range(8):
+    for seed in range(7):
         done = torchrun(
             2, "harvest=tensors", f"harvest.path={source}", "harvest.calibration_tokens=1000", "n_features=128", "k=4",
             "tokens=2048", "batch_tokens=512", "tracking=none", f"seed={seed}",
@@ -211,6 +216,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, command: Com
 
 
 @pytest.mark.multirank
+@pytest.mark.slow
 def test_two_processes_see_the_same_batches_and_compute_the_same(
     tmp_path: Path, command: Command, torchrun: Command
 ) -> None:

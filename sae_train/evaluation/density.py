@@ -3,15 +3,16 @@
 import torch
 from torch import Tensor
 
+from sae_train.sae.zipf import fit_zipf
+
 HISTOGRAM_EDGES = torch.linspace(-8.0, 0.0, 51)
 """Edges of log10 density: 50 bins from 1e-8 to 1."""
 
 
 def density_figures(density_F: Tensor) -> dict[str, float]:
-    """Return gini, zipf_exponent and above_10pct of [F] firing densities (share of tokens, 0 to 1).
+    """Return gini, above_10pct and the fit of Zipf's law to [F] firing densities (share of tokens, 0 to 1).
 
-    zipf_exponent is minus the slope of log density on log rank over the ranks from 1% to 80% of the dictionary
-    (the low tail falls below the law, methods.md 11.5); absent where fewer than 8 such features fire.
+    zipf_exponent, zipf_shift and zipf_r2 are of `fit_zipf`, and absent where it finds none.
     """
     ordered_F = density_F.double().sort(descending=True).values
     n_features, total = len(ordered_F), float(ordered_F.sum())
@@ -19,15 +20,8 @@ def density_figures(density_F: Tensor) -> dict[str, float]:
     if total > 0:
         weights = torch.arange(1, n_features + 1, dtype=torch.float64, device=ordered_F.device)
         figures["gini"] = float(1 + 1 / n_features - 2 * (ordered_F * weights).sum() / (n_features * total))
-    low, high = max(1, n_features // 100), int(0.8 * n_features)
-    ranked = ordered_F[low - 1 : high]
-    ranked = ranked[ranked > 0]
-    if len(ranked) >= 8:
-        x = torch.arange(low, low + len(ranked), dtype=torch.float64, device=ranked.device).log()
-        y = ranked.log()
-        x, y = x - x.mean(), y - y.mean()
-        figures["zipf_exponent"] = float(-(x * y).sum() / (x * x).sum())
-    return figures
+    fit = fit_zipf(density_F)
+    return figures if fit is None else figures | {f"zipf_{name}": value for name, value in fit._asdict().items()}
 
 
 def density_histogram(density_F: Tensor, n_tokens: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Every figure of an exported SAE on the evaluation half of the held-out data."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,10 +11,12 @@ from sae_train.evaluation.language_model_loss import LanguageModelTotals
 from sae_train.evaluation.reconstruction import ReconstructionTotals
 from sae_train.evaluation.rounds import rounds
 from sae_train.harvest.held_out import HeldOut, HeldOutBatch
-from sae_train.harvest.language_model import LanguageModel
 from sae_train.ranks import Ranks
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.sae.sharded import reconstruct
+
+if TYPE_CHECKING:
+    from sae_train.harvest.language_model import LanguageModel
 
 COMPARED_ROWS = 1024  # rows of W_dec compared at a time in decoder_cosine_max
 
@@ -24,12 +26,12 @@ def evaluate(
     held_out: HeldOut,
     *,
     max_tokens: int,
-    language_model: LanguageModel | None,
+    language_model: "LanguageModel | None",
     n_features: int,
     ranks: Ranks,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Return the figures of design.md 10's `eval/` and of summary.json; what does not apply is absent. Collective.
+    """Return the figures of `eval/` (docs/metrics.md) and of summary.json; what does not apply is absent. Collective.
 
     Args:
         sae: this rank's features.

@@ -5,12 +5,15 @@ so is the last position of a context, which predicts nothing.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sae_train.harvest.language_model import LanguageModel
 from sae_train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from sae_train.harvest.language_model import LanguageModel
 
 
 class LanguageModelTotals:
@@ -20,7 +23,7 @@ class LanguageModelTotals:
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)  # n, clean, spliced, ablated, kl
 
     @torch.no_grad()
-    def add(self, model: LanguageModel, ids_BT: Tensor, kept_BT: Tensor, x_hat_ND: Tensor) -> None:
+    def add(self, model: "LanguageModel", ids_BT: Tensor, kept_BT: Tensor, x_hat_ND: Tensor) -> None:
         """Add a batch of contexts.
 
         Args:
@@ -59,7 +62,7 @@ def _put(x_hat_ND: Tensor, kept_BT: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda acts_BTD: acts_BTD.masked_scatter(kept_BT.unsqueeze(-1), x_hat_ND.to(acts_BTD.dtype))
 
 
-def _log_probabilities(model: LanguageModel, ids_BT: Tensor, replace: Callable[[Tensor], Tensor] | None) -> Tensor:
+def _log_probabilities(model: "LanguageModel", ids_BT: Tensor, replace: Callable[[Tensor], Tensor] | None) -> Tensor:
     """Return fp32 log-probabilities [B, T-1, V] of the next token."""
     return model.logits(ids_BT, replace=replace)[:, :-1].float().log_softmax(-1)
 

@@ -8,6 +8,7 @@ from the ranks, so that no rank ever holds more than its own features and a piec
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,7 @@ def save(sae: SparseAutoencoder, directory: Path, *, facts: dict[str, Any], n_fe
             write_text(directory / "sae.json", json.dumps(rule | facts, indent=2) + "\n")
         except CheckpointError as error:
             problem = error
-    for _ in pieces:  # what nobody writes still has to be handed round
-        pass
+    deque(pieces, maxlen=0)  # what nobody writes still has to be handed round
     ranks.raise_together(problem)
 
 

@@ -6,16 +6,18 @@ Even contexts set thresholds, odd ones give every exported figure. Letters: B co
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from sae_train.errors import DataError
 from sae_train.harvest.lanes import Packer
-from sae_train.harvest.language_model import LanguageModel, Tokenizer
 from sae_train.harvest.scaling import row_norms
 from sae_train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from sae_train.harvest.language_model import LanguageModel, Tokenizer
 
 Half = Literal["calibration", "evaluation"]
 HALVES: tuple[Half, Half] = ("calibration", "evaluation")
@@ -53,7 +55,7 @@ class HeldOut(ABC):
 class TextHeldOut(HeldOut):
     """Held-out text through the language model."""
 
-    def __init__(self, texts: Iterator[str], *, language_model: LanguageModel, tokenizer: Tokenizer,
+    def __init__(self, texts: Iterator[str], *, language_model: "LanguageModel", tokenizer: "Tokenizer",
                  context_length: int, contexts_per_batch: int, ranks: Ranks, site: str) -> None:  # fmt: skip
         self._contexts = HeldOutContexts(texts, tokenizer=tokenizer, context_length=context_length)
         self._language_model, self._tokenizer, self._ranks = language_model, tokenizer, ranks
@@ -85,7 +87,7 @@ class TextHeldOut(HeldOut):
 class HeldOutContexts:
     """Held-out documents packed into contexts, tokenised as far as anyone has asked."""
 
-    def __init__(self, texts: Iterator[str], *, tokenizer: Tokenizer, context_length: int) -> None:
+    def __init__(self, texts: Iterator[str], *, tokenizer: "Tokenizer", context_length: int) -> None:
         self._texts, self._tokenizer = texts, tokenizer
         self._packer = Packer(tokenizer, context_length=context_length)
         self._ids: list[Tensor] = []
@@ -125,7 +127,7 @@ class HeldOutContexts:
         return True
 
 
-def trainable(ids_BT: Tensor, tokenizer: Tokenizer) -> Tensor:
+def trainable(ids_BT: Tensor, tokenizer: "Tokenizer") -> Tensor:
     """Return [B, T] bool: neither special tokens nor the first position, where models park attention."""
     special = torch.tensor(tokenizer.special_ids, dtype=ids_BT.dtype, device=ids_BT.device)
     kept_BT = ~torch.isin(ids_BT, special)
@@ -133,9 +135,9 @@ def trainable(ids_BT: Tensor, tokenizer: Tokenizer) -> Tensor:
     return kept_BT
 
 
-def check_finite(raw_ND: Tensor, *, site: str) -> None:
-    """Refuse activations that are not finite."""
-    if not torch.isfinite(raw_ND).all():
-        dtype = str(raw_ND.dtype).removeprefix("torch.")
-        raise DataError(f"{site}: the language model's activations are not finite in {dtype}. "
+def check_finite(raw_NW: Tensor, *, site: str) -> None:
+    """Refuse activations, and gradients where the rows hold them, that are not finite."""
+    if not torch.isfinite(raw_NW).all():
+        dtype = str(raw_NW.dtype).removeprefix("torch.")
+        raise DataError(f"{site}: the language model's activations, or their gradients, are not finite in {dtype}. "
                         "Choose model.dtype=float32 or bfloat16.")  # fmt: skip

@@ -4,19 +4,23 @@ Document i belongs to lane i mod lanes for good, so what a lane reads depends on
 Letters: B contexts, T positions.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from sae_train.errors import ConfigError, DataError
 from sae_train.harvest.keys import keyed_order
-from sae_train.harvest.language_model import Tokenizer
 from sae_train.harvest.text import Corpus
+
+if TYPE_CHECKING:
+    from sae_train.harvest.language_model import Tokenizer
 
 
 class Packer:
     """Documents, each followed by an end token, cut into contexts that each begin with a beginning token."""
 
-    def __init__(self, tokenizer: Tokenizer, *, context_length: int) -> None:
+    def __init__(self, tokenizer: "Tokenizer", *, context_length: int) -> None:
         self._tokenizer = tokenizer
         self._head = [] if tokenizer.bos is None else [tokenizer.bos]
         self._tail = [] if tokenizer.eos is None else [tokenizer.eos]
@@ -51,7 +55,7 @@ class Lane:
     Its cursor is the epoch, the position in that epoch's order and the tokens read but not yet packed.
     """
 
-    def __init__(self, index: int, *, lanes: int, corpus: Corpus, tokenizer: Tokenizer, context_length: int,
+    def __init__(self, index: int, *, lanes: int, corpus: Corpus, tokenizer: "Tokenizer", context_length: int,
                  seed: int, repeat: bool) -> None:  # fmt: skip
         self.index = index
         self._corpus, self._lanes, self._seed, self._repeat = corpus, lanes, seed, repeat
@@ -63,8 +67,9 @@ class Lane:
 
     def contexts(self, n: int) -> Tensor:
         """Return the next n contexts [n, T] int64; fewer where `repeat` is off and the documents end."""
-        while self._packer.n_contexts < n and self._read_document():
-            pass
+        while self._packer.n_contexts < n:
+            if not self._read_document():
+                break
         return self._packer.take(n)
 
     @property
@@ -105,7 +110,7 @@ class Lane:
         return True
 
 
-def check_lanes(corpus: Corpus, tokenizer: Tokenizer, *, lanes: int, context_length: int, batch_tokens: int,
+def check_lanes(corpus: Corpus, tokenizer: "Tokenizer", *, lanes: int, context_length: int, batch_tokens: int,
                 n_ranks: int) -> None:  # fmt: skip
     """Refuse a lane without one full context, naming the largest number of lanes that works.
 
@@ -126,7 +131,7 @@ def check_lanes(corpus: Corpus, tokenizer: Tokenizer, *, lanes: int, context_len
                     "harvest.context_length.")  # fmt: skip
 
 
-def _short_lane(corpus: Corpus, tokenizer: Tokenizer, *, lanes: int, body: int) -> int | None:
+def _short_lane(corpus: Corpus, tokenizer: "Tokenizer", *, lanes: int, body: int) -> int | None:
     """Return the first lane whose documents do not fill `body` tokens, or None."""
     for lane in range(lanes):
         total = 0
@@ -139,7 +144,7 @@ def _short_lane(corpus: Corpus, tokenizer: Tokenizer, *, lanes: int, body: int) 
     return None
 
 
-def _tokens_up_to(text: str, corpus: Corpus, tokenizer: Tokenizer, *, limit: int) -> int:
+def _tokens_up_to(text: str, corpus: Corpus, tokenizer: "Tokenizer", *, limit: int) -> int:
     """Return how many tokens a document adds to its lane; no more than `limit` need counting."""
     if corpus.holds_out(text):
         return 0

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from sae_train.config import ModelConfig, RunConfig
-from sae_train.errors import DataError
+from sae_train.errors import ConfigError, DataError
 from sae_train.harvest.hub import hub_error
 from sae_train.harvest.sites import SiteFacts, hooked, loader_of, read_model_config, run_until, site_facts, source_of
 
@@ -65,7 +66,7 @@ class LanguageModel:
         self.facts = facts or site_facts(config)
         settings = read_model_config(config.model)
         loader = loader_of(settings)
-        self.has_loss = loader is AutoModelForCausalLM
+        self.has_loss = self.facts.has_loss
         self.device = device
         self.model = _load(loader, config.model).to(device).eval().requires_grad_(False)
         self.model.config.use_cache = False
@@ -77,6 +78,37 @@ class LanguageModel:
         site = run_until(self.model, self.facts.module, self.facts.side, ids_BT.to(self.device))
         assert site is not None, "the probe without weights reached this site"
         return site.unflatten(0, ids_BT.shape) if site.ndim == 2 else site
+
+    def activations_and_gradients(self, ids_BT: Tensor) -> Tensor:
+        """Return [B, T, 2 D] in the model's dtype: the site's activations and, behind each, the loss's gradient there.
+
+        The loss is the sum, not the mean, of the cross-entropy (nats) of every next token of the contexts, so that a
+        gradient does not depend on how many go together. It sums what the activation does to the prediction of the
+        next token and, through attention, of all later ones of its context: in packed contexts those of the documents
+        behind its own, too, and those of special tokens. The last position of a context predicts nothing, so its
+        gradient is zero. Only what comes after the site is kept for the backward pass, and no weight gets a gradient.
+
+        Raises:
+            ConfigError: the loss does not depend on the site.
+        """
+        assert self.has_loss, "check_stream refuses models without a loss"
+        ids_BT = ids_BT.to(self.device)
+        sites: list[Tensor] = []
+
+        def branch(site: Tensor) -> Tensor:
+            sites.append(site.detach().requires_grad_())
+            return sites[0].clone()  # the model may write into what it goes on with
+
+        with torch.enable_grad(), hooked(self.model, self.facts.module, self.facts.side, branch):
+            logits = self.model(ids_BT).logits[:, :-1]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum")
+        if not loss.requires_grad:
+            raise ConfigError(f"layer.path={self.facts.module}: the language model's loss does not depend on it, so "
+                              "there is no gradient. Choose another module, or another sparsifier.")  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss, sites)
+        both = torch.cat([sites[0].detach(), gradient], dim=-1)
+        return both.unflatten(0, ids_BT.shape) if both.ndim == 2 else both
 
     @torch.no_grad()
     def logits(self, ids_BT: Tensor, *, replace: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -104,7 +136,7 @@ class LanguageModel:
 def _load(loader: Any, model: ModelConfig) -> Any:
     name, options = source_of(model)
     if "local_files_only" in options:
-        disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar is for downloads
+        disable_progress_bar()  # a bar is for downloads
     try:
         loaded, report = loader.from_pretrained(
             name, dtype=_DTYPES[model.dtype], attn_implementation=model.attention, output_loading_info=True, **options

@@ -1,22 +1,27 @@
 """Activations harvested while training: lanes of text through the language model into pools.
 
-Letters: B contexts, T positions, N tokens, D d_model, L lanes of this rank, C capacity of a lane's pool.
+Letters: B contexts, T positions, N tokens, D d_model, W width of a row (D; 2 D with gradients), L lanes of this rank,
+C capacity of a lane's pool.
 """
 
+from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sae_train.config import LiveHarvestConfig, RunConfig
 from sae_train.errors import DataError
+from sae_train.harvest.ahead import Ahead, Outcome
 from sae_train.harvest.held_out import TextHeldOut, check_finite, trainable
 from sae_train.harvest.lanes import Lane, check_lanes
 from sae_train.harvest.language_model import LanguageModel, Tokenizer
 from sae_train.harvest.pool import LanePool
 from sae_train.harvest.scaling import Scaling, fit_scaling
-from sae_train.harvest.source import Stream, run_dtype, whole_batches
+from sae_train.harvest.source import Stream, prefetch_of, row_width, run_dtype, whole_batches
 from sae_train.harvest.text import Corpus
 from sae_train.ranks import Ranks
 
@@ -25,21 +30,47 @@ _FRUITLESS_FORWARDS = 200
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What one forward pass gave: raw rows [N, D] without special tokens, and the lane's cursor after it."""
+    """What one forward pass gave: raw rows [N, W] without special tokens, and where the lane's text is after it."""
 
-    raw_ND: Tensor
+    raw_NW: Tensor
     cursor: dict[str, Tensor]
+    is_last: bool
+    """Whether the text has ended there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Of a block the rows within the outlier limit [N, W], normalised, and how many it had before."""
+
+    kept_NW: Tensor
+    n_seen: int
+    cursor: dict[str, Tensor]
+    is_last: bool
 
 
 class LiveLane:
-    """A lane of text, its pool, and counts of what the outlier limit left out."""
+    """A lane of text, its pool, and counts of what the outlier limit left out.
+
+    Its text and `early` may be ahead of what it is asked for; its state is that of what has come into the pool. Text,
+    tokenizer and language model belong to one thread at a time, the pool to the one that takes.
+    """
 
     def __init__(self, text: Lane, pool: LanePool, *, language_model: LanguageModel, tokenizer: Tokenizer,
-                 contexts_per_forward: int, site: str) -> None:  # fmt: skip
+                 contexts_per_forward: int, site: str, reads_gradients: bool) -> None:  # fmt: skip
         self.text, self.pool = text, pool
         self._language_model, self._tokenizer = language_model, tokenizer
-        self._contexts_per_forward, self._site = contexts_per_forward, site
+        self._contexts_per_forward, self._site, self._reads_gradients = contexts_per_forward, site, reads_gradients
         self.seen = self.dropped = self._fruitless = 0
+        self._early: deque[Outcome[Rows | None]] = deque()
+        self._early_rows = 0
+        self.go_to(text.state())
+
+    def go_to(self, cursor: dict[str, Tensor]) -> None:
+        """Read on from this place of the text."""
+        self.text.load_state(cursor)
+        self._early.clear()
+        self._early_rows = 0
+        self._cursor, self.has_ended = cursor, self.text.has_ended
 
     def forward(self) -> Block | None:
         """Run the next contexts of the lane; None where its documents end."""
@@ -50,36 +81,76 @@ class LiveLane:
         if largest >= self._language_model.vocab:
             raise DataError(f"the tokenizer gives token {largest}, the language model knows "
                             f"{self._language_model.vocab}. Use the tokenizer that belongs to the model.")  # fmt: skip
-        raw_BTD = self._language_model.activations(ids_BT)
-        raw_ND = raw_BTD[trainable(ids_BT, self._tokenizer).to(raw_BTD.device)]
-        check_finite(raw_ND, site=self._site)
-        if not len(raw_ND):
+        model = self._language_model
+        raw_BTW = model.activations_and_gradients(ids_BT) if self._reads_gradients else model.activations(ids_BT)
+        raw_NW = raw_BTW[trainable(ids_BT, self._tokenizer).to(raw_BTW.device)]
+        check_finite(raw_NW, site=self._site)
+        if not len(raw_NW):
             self._note_fruitless()
-        return Block(raw_ND, self.text.state())
+        return Block(raw_NW, self.text.state(), self.text.has_ended)
 
-    def absorb(self, block: Block, scaling: Scaling, dtype: torch.dtype) -> None:
-        """Put a block's rows within the outlier limit into the pool."""
-        kept = scaling.keeps(block.raw_ND)
-        rows_ND = scaling.normalise(block.raw_ND[kept].to(dtype))
-        self.pool.add(rows_ND)
-        if len(rows_ND):
+    def filtered(self, block: Block, scaling: Scaling, dtype: torch.dtype) -> Rows:
+        """Return a block's rows within the outlier limit, normalised."""
+        kept = scaling.keeps(block.raw_NW)
+        rows_NW = scaling.normalise(block.raw_NW[kept].to(dtype))
+        if len(rows_NW):
             self._fruitless = 0
         elif len(kept):
             self._note_fruitless()
-        self.seen += len(kept)
-        self.dropped += len(kept) - len(rows_ND)
+        return Rows(rows_NW, len(kept), block.cursor, block.is_last)
+
+    def absorb(self, rows: Rows) -> None:
+        """Put rows into the pool."""
+        self.pool.add(rows.kept_NW)
+        self.seen += rows.n_seen
+        self.dropped += rows.n_seen - len(rows.kept_NW)
+        self._cursor, self.has_ended = rows.cursor, rows.is_last
 
     def refill(self, scaling: Scaling, dtype: torch.dtype) -> None:
         """Fill the pool as far as whole forward passes fit, and shuffle it."""
         while self.pool.has_room:
-            block = self.forward()
-            if block is None:
+            rows = self._next_early() if self._early else self._next(scaling, dtype)
+            if rows is None:
+                self.has_ended = True
                 break
-            self.absorb(block, scaling, dtype)
+            self.absorb(rows)
         self.pool.shuffle()
 
+    def wants_more(self, *, most_rows: int, last_row: int) -> bool:
+        """Return whether the next refill has use for a forward pass more than is there already.
+
+        Args:
+            most_rows: how many rows there may be ahead of it.
+            last_row: how many rows the run takes in all; a refill after that is never made.
+        """
+        if self._early and (self._early[-1].failed or self._early[-1].get() is None):
+            return False
+        return self._early_rows < most_rows and self.pool.will_have_room(self._early_rows, last_row=last_row)
+
+    @property
+    def in_hand(self) -> int:
+        """Rows that are there before a forward pass is waited for."""
+        return self.pool.unread + self._early_rows
+
+    def work_ahead(self, scaling: Scaling, dtype: torch.dtype) -> None:
+        """Do the forward pass that a refill would do next, or meet its error, which then is raised there."""
+        outcome = Outcome(partial(self._next, scaling, dtype))
+        rows = None if outcome.failed else outcome.get()
+        self._early_rows += 0 if rows is None else len(rows.kept_NW)
+        self._early.append(outcome)
+
+    def _next_early(self) -> Rows | None:
+        rows = self._early.popleft().get()
+        self._early_rows -= 0 if rows is None else len(rows.kept_NW)
+        return rows
+
+    def _next(self, scaling: Scaling, dtype: torch.dtype) -> Rows | None:
+        block = self.forward()
+        return None if block is None else self.filtered(block, scaling, dtype)
+
     def remaining_tokens(self) -> int:
-        """Return how many trainable tokens its text still holds; reads it to its end."""
+        """Return how many trainable tokens its text still holds behind the pool's; reads it to its end."""
+        self.go_to(self._cursor)
         total = 0
         while len(ids_BT := self.text.contexts(64)):
             total += int(trainable(ids_BT, self._tokenizer).sum())
@@ -94,16 +165,16 @@ class LiveLane:
 
     def state(self) -> dict[str, Tensor]:
         counts = torch.tensor([self.seen, self.dropped])
-        return {**self.text.state(), **self.pool.state(), "counts": counts}
+        return {**self._cursor, **self.pool.state(), "counts": counts}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self.text.load_state(state)
+        self.go_to({name: state[name] for name in self._cursor})
         self.pool.load_state(state)
         self.seen, self.dropped = state["counts"].tolist()
 
 
 class LiveStream(Stream):
-    """The stream of design.md 7; see `Stream`."""
+    """A language model run while training; see `Stream`."""
 
     language_model: LanguageModel
 
@@ -117,6 +188,7 @@ class LiveStream(Stream):
                     context_length=self._harvest.context_length, n_ranks=ranks.size)  # fmt: skip
         self.language_model = LanguageModel(config, device=ranks.device)
         self.d_model = self.language_model.facts.d_model
+        self._width = row_width(config, self.d_model)
         self._site = f"{config.model.id}, {self.language_model.facts.label}"
         self.held_out = TextHeldOut(
             self._corpus.held_out_texts(), language_model=self.language_model, tokenizer=tokenizer, ranks=ranks,
@@ -125,21 +197,24 @@ class LiveStream(Stream):
         )  # fmt: skip
         self._share = config.batch_tokens // self._harvest.lanes
         self._lanes = self._build_lanes(tokenizer)
+        self._prefetch = prefetch_of(config)
+        self._ahead = Ahead(self._find_work, is_on=self._prefetch > 0, device=ranks.device)
 
     def _build_lanes(self, tokenizer: Tokenizer) -> list[LiveLane]:
         """Return this rank's lanes: lanes / ranks consecutive ones."""
         harvest, seed = self._harvest, self._config.data.seed
         n_owned = harvest.lanes // self._ranks.size
         capacity = harvest.pool_batches * self._share
-        rows_LCD = torch.empty(n_owned, capacity, self.d_model, dtype=self._dtype, device=self._ranks.device)
+        rows_LCW = torch.empty(n_owned, capacity, self._width, dtype=self._dtype, device=self._ranks.device)
         lanes = []
-        for number, rows_CD in enumerate(rows_LCD, start=self._ranks.rank * n_owned):
+        for number, rows_CW in enumerate(rows_LCW, start=self._ranks.rank * n_owned):
             text = Lane(number, lanes=harvest.lanes, corpus=self._corpus, tokenizer=tokenizer, seed=seed,
                         context_length=harvest.context_length, repeat=self._config.data.repeat)  # fmt: skip
-            pool = LanePool(rows_CD, lane=number, share=self._share, seed=seed,
+            pool = LanePool(rows_CW, lane=number, share=self._share, seed=seed,
                             forward_rows=harvest.contexts_per_forward * harvest.context_length)  # fmt: skip
             lanes.append(LiveLane(text, pool, language_model=self.language_model, tokenizer=tokenizer,
-                                  contexts_per_forward=harvest.contexts_per_forward, site=self._site))  # fmt: skip
+                                  contexts_per_forward=harvest.contexts_per_forward, site=self._site,
+                                  reads_gradients=self._config.reads_gradients))  # fmt: skip
         return lanes
 
     def start(self) -> None:
@@ -147,32 +222,42 @@ class LiveStream(Stream):
         quota = -(-self._harvest.calibration_tokens // self._harvest.lanes)
         cursors = [lane.text.state() for lane in self._lanes]
         blocks = [self._calibration_blocks(lane, quota) for lane in self._lanes]
-        parts = [torch.cat([block.raw_ND for block in own])[:quota] for own in blocks]
-        self._set_scaling(fit_scaling(parts, ranks=self._ranks, site=self._site))
-        del parts
+        parts = [torch.cat([block.raw_NW for block in own])[:quota] for own in blocks]
+        rows, gradients = [part[:, : self.d_model] for part in parts], [part[:, self.d_model :] for part in parts]
+        self._set_scaling(fit_scaling(rows, ranks=self._ranks, site=self._site,
+                                      gradients=gradients if self._config.reads_gradients else None))  # fmt: skip
+        del parts, rows, gradients
         for lane, own, cursor in zip(self._lanes, blocks, cursors, strict=True):
             for block in own:
                 if not lane.pool.has_room:
                     break
-                lane.absorb(block, self.scaling, self._dtype)
+                lane.absorb(lane.filtered(block, self.scaling, self._dtype))
                 cursor = block.cursor
-            lane.text.load_state(cursor)
+            lane.go_to(cursor)
             own.clear()
             lane.refill(self.scaling, self._dtype)
         self._check_supply()
 
     def batch(self, step: int) -> Tensor:
         assert all(lane.pool.taken == step * self._share for lane in self._lanes), "steps are asked for in order"
-        batch_ND = torch.empty(len(self._lanes) * self._share, self.d_model, dtype=self._dtype,
+        batch_NW = torch.empty(len(self._lanes) * self._share, self._width, dtype=self._dtype,
                                device=self._ranks.device)  # fmt: skip
         due = [lane for lane in self._lanes if lane.pool.is_due]
-        for lane in due:
-            lane.refill(self.scaling, self._dtype)
         if due:
-            self._check_supply()
-        for lane, rows_ND in zip(self._lanes, torch.split(batch_ND, self._share), strict=True):
-            lane.pool.take(rows_ND)
-        return batch_ND
+            with self._ahead.paused():
+                for lane in due:
+                    lane.refill(self.scaling, self._dtype)
+                self._check_supply()
+        with self._ahead.changing():
+            for lane, rows_NW in zip(self._lanes, torch.split(batch_NW, self._share), strict=True):
+                lane.pool.take(rows_NW)
+        return batch_NW
+
+    def quiet(self) -> AbstractContextManager[None]:
+        return self._ahead.paused()
+
+    def beside_seconds(self) -> float:
+        return self._ahead.seconds - self._ahead.blocked
 
     def fingerprint(self) -> list[int]:
         return self._corpus.fingerprint()
@@ -187,9 +272,10 @@ class LiveStream(Stream):
         if replicated["corpus"].tolist() != self.fingerprint():
             raise DataError(f"data.id={self._config.data.id}: not the text that the checkpoint was made from. "
                             "Put the old text back, or start a new run with another name.")  # fmt: skip
-        self._set_scaling(Scaling.from_state(replicated, device=self._ranks.device))
-        for lane in self._lanes:
-            lane.load_state(lane_state(lane.text.index))
+        with self._ahead.paused():
+            self._set_scaling(Scaling.from_state(replicated, device=self._ranks.device))
+            for lane in self._lanes:
+                lane.load_state(lane_state(lane.text.index))
 
     def dropped_share(self) -> float:
         counts = torch.tensor([[lane.seen, lane.dropped] for lane in self._lanes], device=self._ranks.device)
@@ -197,7 +283,19 @@ class LiveStream(Stream):
         return dropped / max(1, seen)
 
     def close(self) -> None:
+        self._ahead.close()
         self._lanes.clear()
+
+    def _find_work(self) -> Callable[[], None] | None:
+        """Return the forward pass of the lane that needs one first, if a refill to come has use for any."""
+        limits = {
+            "most_rows": self._prefetch * self._share,
+            "last_row": whole_batches(self._config) // self._harvest.lanes,
+        }
+        wanting = [lane for lane in self._lanes if lane.wants_more(**limits)]
+        if not wanting:
+            return None
+        return partial(min(wanting, key=lambda lane: lane.in_hand).work_ahead, self.scaling, self._dtype)
 
     def _set_scaling(self, scaling: Scaling) -> None:
         self.scaling = replace(scaling, centre_D=scaling.centre_D.to(self._ranks.device))
@@ -205,7 +303,7 @@ class LiveStream(Stream):
 
     def _calibration_blocks(self, lane: LiveLane, quota: int) -> list[Block]:
         blocks: list[Block] = []
-        while sum(len(block.raw_ND) for block in blocks) < quota:
+        while sum(len(block.raw_NW) for block in blocks) < quota:
             block = lane.forward()
             if block is None:
                 raise DataError(f"data.repeat=false: lane {lane.text.index} ends before its {quota} calibration "
@@ -218,7 +316,7 @@ class LiveStream(Stream):
         if self._config.data.repeat:
             return
         needed = whole_batches(self._config) // self._harvest.lanes
-        if all(lane.pool.taken + lane.pool.unread >= needed or not lane.text.has_ended for lane in self._lanes):
+        if all(lane.pool.taken + lane.pool.unread >= needed or not lane.has_ended for lane in self._lanes):
             return
         supply = min(lane.pool.taken + lane.pool.unread + lane.remaining_tokens() for lane in self._lanes)
         there = supply // self._share * self._config.batch_tokens

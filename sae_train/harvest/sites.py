@@ -74,7 +74,12 @@ class SiteFacts:
     max_positions: int | None
     """Longest context the model takes, where it says so."""
     flops_per_token: int
-    """Operations of the weight products that run before the site is reached, for one token."""
+    """Operations of the weight products that run before the site is reached, for one token; where gradients are
+    harvested those of the whole forward pass and of the backward pass down to the site."""
+    has_loss: bool
+    """Whether the model predicts the next token."""
+    logits: int
+    """How many a token has, where gradients are harvested; else 0: nothing computes them."""
     revision: str | None
     """Commit of the hub's model; None for a local one."""
 
@@ -95,7 +100,7 @@ def site_facts(config: RunConfig) -> SiteFacts:
     with mode:
         model = _without_weights(config.model, settings)
     module, side, index, label = _find(config, model, settings)
-    width, flops = _probe(model, module, side, mode, config)
+    width, flops, logits = _probe(model, module, side, mode, config)
     family = FAMILIES.get(settings.model_type)
     positions = getattr(settings, "max_position_embeddings", None)
     if positions is not None and family is not None:
@@ -109,6 +114,8 @@ def site_facts(config: RunConfig) -> SiteFacts:
         label=label,
         max_positions=positions,
         flops_per_token=flops,
+        has_loss=loader_of(settings) is AutoModelForCausalLM,
+        logits=logits,
         revision=getattr(settings, "_commit_hash", None),
     )
 
@@ -274,8 +281,8 @@ def _blocks(model: nn.Module, family: Family) -> nn.ModuleList:
     return blocks
 
 
-def _probe(model: nn.Module, module: str, side: str, mode: FakeTensorMode, config: RunConfig) -> tuple[int, int]:
-    """Run the architecture without storage up to the site; return its width and the operations a token costs."""
+def _probe(model: nn.Module, module: str, side: str, mode: FakeTensorMode, config: RunConfig) -> tuple[int, int, int]:
+    """Run the architecture without storage; return the site's width, and the operations and logits of a token."""
     weights = 0
 
     def count(part: nn.Module, _args: Any) -> None:
@@ -294,4 +301,11 @@ def _probe(model: nn.Module, module: str, side: str, mode: FakeTensorMode, confi
     if not shaped or not site.is_floating_point():
         raise ConfigError(f"{given}: its {side} has shape {list(site.shape)}, not [contexts, positions, width]. "
                           "Choose another module.")  # fmt: skip
-    return site.shape[-1], 2 * weights
+    before_site = weights
+    if not config.reads_gradients:
+        return site.shape[-1], 2 * before_site, 0
+    weights = 0
+    with mode, torch.no_grad():
+        logits = getattr(model(torch.zeros(2, 4, dtype=torch.long)), "logits", None)
+    flops = 2 * weights + 2 * (weights - before_site)  # frozen weights cost no gradient of their own
+    return site.shape[-1], flops, 0 if logits is None else logits.shape[-1]

@@ -5,15 +5,22 @@ Letters: N tokens in a batch, D d_model.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sae_train.config import RunConfig
+from sae_train.config import LiveHarvestConfig, RunConfig
 from sae_train.harvest.held_out import HeldOut
-from sae_train.harvest.language_model import LanguageModel
 from sae_train.harvest.scaling import Scaling
+
+if TYPE_CHECKING:
+    from sae_train.harvest.language_model import LanguageModel
+
+FILES_PREFETCH = 2
+"""Batches that are read ahead from files where nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +35,13 @@ class StreamFacts:
     pool_bytes: int
     """Memory of all lanes' pools and calibration tokens, over all ranks."""
     flops_per_token: int
-    """Floating-point operations of the language model's weight products up to the site; 0 without one."""
+    """Floating-point operations of the language model's weight products, see `SiteFacts`; 0 without one."""
+    prefetch: int = 0
+    """Batches that may be harvested ahead of the step."""
+    ahead_bytes: int = 0
+    """Memory of what may be harvested ahead, over all ranks."""
+    logit_bytes: int = 0
+    """Memory that the loss and the way back through the logits take of one rank at most; 0 where nothing needs them."""
     record: dict[str, str | int | None] = field(default_factory=dict)
     """What sae.json should say of the source: model id, revision, site, data."""
 
@@ -45,7 +58,7 @@ class Stream(ABC):
 
     d_model: int
     scaling: Scaling
-    language_model: LanguageModel | None
+    language_model: "LanguageModel | None"
     held_out: HeldOut
 
     @abstractmethod
@@ -54,7 +67,10 @@ class Stream(ABC):
 
     @abstractmethod
     def batch(self, step: int) -> Tensor:
-        """Return [N / ranks, D]: this rank's rows of `step`'s batch, normalised. Steps are asked for in order."""
+        """Return [N / ranks, W]: this rank's rows of `step`'s batch, normalised. Steps are asked for in order.
+
+        A row is an activation, W = D; where the run reads gradients its gradient stands behind it, W = 2 D.
+        """
 
     @abstractmethod
     def fingerprint(self) -> list[int]:
@@ -76,13 +92,38 @@ class Stream(ABC):
     def dropped_share(self) -> float:
         """Return the share of tokens that the outlier limit left out so far, over all ranks. Collective."""
 
-    def close(self) -> None:  # noqa: B027
+    def quiet(self) -> AbstractContextManager[None]:
+        """Return a context in which nothing harvests ahead, for what else uses language model or tokenizer."""
+        return nullcontext()
+
+    def beside_seconds(self) -> float:
+        """Return how long activations were harvested so far while no caller of `batch` waited for them."""
+        return 0.0
+
+    def close(self) -> None:  # noqa: B027 (most hold nothing open)
         """Let go of files and memory."""
 
 
 def run_dtype(precision: str) -> torch.dtype:
     """Return the number format of pools and batches: float64 when everything is, else fp32."""
     return torch.float64 if precision == "float64" else torch.float32
+
+
+def row_width(config: RunConfig, d_model: int) -> int:
+    """Return how many numbers go through the stream for a token."""
+    return 2 * d_model if config.reads_gradients else d_model
+
+
+def prefetch_of(config: RunConfig) -> int:
+    """Return how many batches may be harvested ahead; where the configuration leaves it open by rule.
+
+    Files are read a few batches ahead, a language model is half a pool ahead, which is what a refill takes: so a step
+    need not wait for any of it. Measured on a CPU (docs/metrics.md), not on a GPU.
+    """
+    given = config.harvest.prefetch
+    if given is not None:
+        return given
+    return config.harvest.pool_batches // 2 if isinstance(config.harvest, LiveHarvestConfig) else FILES_PREFETCH
 
 
 def whole_batches(config: RunConfig) -> int:

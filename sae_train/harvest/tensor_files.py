@@ -1,6 +1,8 @@
 """Activations in `*.safetensors` files, as one table of rows in sorted file order, mapped into memory.
 
-The files come from anywhere, so everything about them is checked. Letters: N rows asked for, D d_model.
+The files come from anywhere, so everything about them is checked. Where gradients are read, too, each file holds them
+beside the activations, and a row is both, one behind the other. Letters: N rows asked for, D d_model, W width of a row:
+D or 2 D.
 """
 
 import hashlib
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from sae_train.errors import DataError, suggest
 
-TENSOR = "activations"
+TENSOR, GRADIENTS = "activations", "gradients"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SPAN_ELEMENTS = 8 * 1024 * 1024
 
@@ -27,11 +29,17 @@ class FileFacts(NamedTuple):
     dtype: str
 
 
-def read_headers(directory: str, *, key: str) -> list[FileFacts]:
+def read_headers(directory: str, *, key: str, gradients: bool = False) -> list[FileFacts]:
     """Return what the headers of a directory's files say, in sorted order.
 
+    Args:
+        directory: of the files.
+        key: the setting that named it, for messages.
+        gradients: whether each file must hold `gradients` beside its activations.
+
     Raises:
-        DataError: no such directory, no files, or one that does not hold `activations` [n, d_model] in floats.
+        DataError: no such directory, no files, or one that does not hold `activations` [n, d_model] in floats, or
+            `gradients` of the same shape where they are asked for.
     """
     path = Path(directory).expanduser()
     if not path.is_dir():
@@ -40,7 +48,9 @@ def read_headers(directory: str, *, key: str) -> list[FileFacts]:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise DataError(f"{key}={directory}: no *.safetensors files there.")
-    facts = [_read_header(file) for file in files]
+    facts = [_read_header(file, TENSOR, _MISSING) for file in files]
+    for fact in facts if gradients else ():
+        _check_gradients(fact)
     first = facts[0]
     for other in facts[1:]:
         if other.d_model != first.d_model:
@@ -54,38 +64,45 @@ def read_headers(directory: str, *, key: str) -> list[FileFacts]:
 class TensorTable:
     """All rows of a directory's files, by index."""
 
-    def __init__(self, directory: str, *, key: str, dtype: torch.dtype) -> None:
+    def __init__(self, directory: str, *, key: str, dtype: torch.dtype, gradients: bool = False) -> None:
         """Args:
         directory: of the files.
         key: the setting that named it, for messages.
         dtype: rows are returned in.
+        gradients: whether rows hold the gradients, too.
         """
-        self.files = read_headers(directory, key=key)
+        self.files = read_headers(directory, key=key, gradients=gradients)
         self.d_model = self.files[0].d_model
         self.dtype = dtype
-        self._tensors = [_map(fact.path) for fact in self.files]
+        names = (TENSOR, GRADIENTS) if gradients else (TENSOR,)
+        self._tensors = [tuple(_map(fact.path, name) for name in names) for fact in self.files]
         self._starts = torch.tensor([0, *(fact.n_rows for fact in self.files)]).cumsum(0)
         self.n_rows = int(self._starts[-1])
 
     def rows(self, index_N: Tensor) -> Tensor:
-        """Return the rows [N, D] at int64 indices, in their order, on the CPU."""
-        out_ND = torch.empty(len(index_N), self.d_model, dtype=self.dtype)
+        """Return the rows [N, W] at int64 indices, in their order, on the CPU."""
+        out_NW = torch.empty(len(index_N), len(self._tensors[0]) * self.d_model, dtype=self.dtype)
         order = index_N.argsort(stable=True)
         bounds = torch.searchsorted(index_N[order], self._starts).tolist()
         for file, (start, stop) in enumerate(pairwise(bounds)):
             if start < stop:
                 place = order[start:stop]
-                out_ND[place] = self._tensors[file][index_N[place] - self._starts[file]].to(self.dtype)
-        return out_ND
+                row_N = index_N[place] - self._starts[file]
+                for half_ND, tensor in zip(out_NW.split(self.d_model, dim=1), self._tensors[file], strict=True):
+                    half_ND[place] = tensor[row_N].to(self.dtype)
+        return out_NW
 
-    def spans(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (first row, rows [N, D]) over start..stop in order, in the files' own number format."""
+    def spans(self, start: int, stop: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """Yield (first row, activations [N, D] and, where they are read, gradients) over start..stop in order.
+
+        They are in the files' own number format.
+        """
         for file, fact in enumerate(self.files):
             offset = int(self._starts[file])
             low, high = max(start - offset, 0), min(stop - offset, fact.n_rows)
             size = max(1, _SPAN_ELEMENTS // self.d_model)
             for at in range(low, high, size):
-                yield offset + at, self._tensors[file][at : min(at + size, high)]
+                yield offset + at, tuple(tensor[at : min(at + size, high)] for tensor in self._tensors[file])
 
     def place(self, row: int) -> str:
         """Return 'file, row n' for a row of the table, for messages."""
@@ -95,34 +112,48 @@ class TensorTable:
     def fingerprint(self) -> list[int]:
         """Return numbers that change when files come, go or change size, or one of a few of their rows does."""
         numbers = [self.n_rows, self.d_model]
-        for fact, tensor in zip(self.files, self._tensors, strict=True):
-            few = tensor[[0, fact.n_rows // 3, fact.n_rows // 2, -1]] if fact.n_rows else tensor
-            digest = hashlib.sha256(few.contiguous().view(torch.uint8).numpy().tobytes()).digest()
-            numbers += [fact.n_rows, int.from_bytes(digest[:8], "big") >> 1]
+        for fact, tensors in zip(self.files, self._tensors, strict=True):
+            for tensor in tensors:
+                few = tensor[[0, fact.n_rows // 3, fact.n_rows // 2, -1]] if fact.n_rows else tensor
+                digest = hashlib.sha256(few.contiguous().view(torch.uint8).numpy().tobytes()).digest()
+                numbers += [fact.n_rows, int.from_bytes(digest[:8], "big") >> 1]
         return numbers
 
 
-def _read_header(path: Path) -> FileFacts:
+_MISSING = "Save the activations under that name."
+_NO_GRADIENTS = (
+    "sparsifier=gradient needs the gradient of the language model's loss, summed over positions, with respect to each "
+    "row. Save it under that name, or choose sparsifier=topk."
+)
+
+
+def _read_header(path: Path, name: str, way_out: str) -> FileFacts:
     try:
         with safe_open(str(path), framework="pt") as file:
             names = list(file.keys())
-            if TENSOR not in names:
-                raise DataError(f"{path}: no tensor {TENSOR!r} in it." + suggest(TENSOR, names)
-                                + " Save the activations under that name.")  # fmt: skip
-            view = file.get_slice(TENSOR)
+            if name not in names:
+                raise DataError(f"{path}: no tensor {name!r} in it." + suggest(name, names) + f" {way_out}")
+            view = file.get_slice(name)
             shape, dtype = view.get_shape(), view.get_dtype()
     except SafetensorError as error:
         raise DataError(f"{path}: not a complete safetensors file ({error}). Write it again.") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
     if dtype not in _DTYPES:
-        raise DataError(f"{path}: {TENSOR!r} is of type {dtype}. Save floats: {', '.join(_DTYPES.values())}.")
+        raise DataError(f"{path}: {name!r} is of type {dtype}. Save floats: {', '.join(_DTYPES.values())}.")
     if len(shape) != 2 or shape[1] == 0:
-        raise DataError(f"{path}: {TENSOR!r} has shape {shape}, not [n, d_model].")
+        raise DataError(f"{path}: {name!r} has shape {shape}, not [n, d_model].")
     return FileFacts(path, shape[0], shape[1], _DTYPES[dtype])
 
 
-def _map(path: Path) -> Tensor:
+def _check_gradients(fact: FileFacts) -> None:
+    found = _read_header(fact.path, GRADIENTS, _NO_GRADIENTS)
+    if (found.n_rows, found.d_model) != (fact.n_rows, fact.d_model):
+        raise DataError(f"{fact.path}: {GRADIENTS!r} has shape {[found.n_rows, found.d_model]}, and {TENSOR!r} "
+                        f"{[fact.n_rows, fact.d_model]}. Save one gradient for each activation.")  # fmt: skip
+
+
+def _map(path: Path, name: str) -> Tensor:
     with safe_open(str(path), framework="pt") as file:
-        tensor: Tensor = file.get_tensor(TENSOR)  # mapped: pages are read when rows are
+        tensor: Tensor = file.get_tensor(name)  # mapped: pages are read when rows are
     return tensor

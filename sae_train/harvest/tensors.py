@@ -1,21 +1,24 @@
 """`harvest=tensors`: train on ready-made activations, epoch after epoch, in an order keyed by (data.seed, epoch).
 
 What is kept out of training: held-out rows, and rows whose norm is over the outlier limit. One scan at the start
-finds those, and refuses rows that are not finite. Letters: N tokens in a batch, D d_model.
+finds those, and refuses rows that are not finite. Gradients are read with the rows that are trained on, and with no
+others. Letters: N tokens in a batch, D d_model.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sae_train.config import RunConfig, TensorsHarvestConfig
 from sae_train.errors import DataError
+from sae_train.harvest.ahead import Ahead, Outcome
 from sae_train.harvest.held_out import HALVES, Half, HeldOut, HeldOutBatch
 from sae_train.harvest.keys import keyed_order
 from sae_train.harvest.scaling import Scaling, fit_scaling, row_norms
-from sae_train.harvest.source import Stream, run_dtype, whole_batches
+from sae_train.harvest.source import Stream, prefetch_of, run_dtype, whole_batches
 from sae_train.harvest.tensor_files import TensorTable, read_headers
 from sae_train.ranks import Ranks, Solo
 
@@ -45,7 +48,7 @@ def plan_rows(config: RunConfig) -> RowPlan:
     """
     harvest = config.harvest
     assert isinstance(harvest, TensorsHarvestConfig)
-    facts = read_headers(harvest.path, key="harvest.path")
+    facts = read_headers(harvest.path, key="harvest.path", gradients=config.reads_gradients)
     d_model, n_rows = facts[0].d_model, sum(fact.n_rows for fact in facts)
     if harvest.held_out is None:
         n_held_out = min(int(HELD_OUT_SHARE * n_rows), MOST_HELD_OUT)
@@ -85,30 +88,68 @@ class TensorStream(Stream):
         self.d_model = self._plan.d_model
         self.language_model = None
         dtype = run_dtype(config.precision)
-        self._table = TensorTable(harvest.path, key="harvest.path", dtype=dtype)
+        plain = TensorTable(harvest.path, key="harvest.path", dtype=dtype)
+        self._table = plain
+        if config.reads_gradients:
+            self._table = TensorTable(harvest.path, key="harvest.path", dtype=dtype, gradients=True)
         if harvest.held_out is None:
-            held_out, first = self._table, self._plan.n_training
+            held_out, first = plain, self._plan.n_training
         else:
             held_out, first = TensorTable(harvest.held_out, key="harvest.held_out", dtype=dtype), 0
         self.held_out = self._held_out = TensorHeldOut(held_out, first=first, ranks=ranks)
         self._outliers = torch.empty(0, dtype=torch.int64)
         self._epochs: dict[int, Tensor] = {}
+        self._prefetch = prefetch_of(config)
+        self._early: dict[int, Outcome[Tensor]] = {}
+        self._next_step = 0
+        self._ahead = Ahead(self._find_work, is_on=self._prefetch > 0, device=ranks.device)
 
     def start(self) -> None:
         calibration = self._draw(0)[: self._harvest.calibration_tokens]
         site = f"harvest.path={self._harvest.path}"
-        rows_ND = self._table.rows(calibration)
-        _refuse_bad(rows_ND, calibration, self._table)
-        whole = rows_ND.to(self._ranks.device)  # the same rows on every rank: nothing to gather
-        self._set_scaling(fit_scaling([whole], ranks=Solo(self._ranks.device), site=site))
+        rows_NW = self._table.rows(calibration)
+        _refuse_bad(rows_NW, calibration, self._table)
+        whole, *gradients = rows_NW.to(self._ranks.device).split(self.d_model, dim=1)
+        alone = Solo(self._ranks.device)  # the same rows on every rank: nothing to gather
+        self._set_scaling(fit_scaling([whole], ranks=alone, site=site, gradients=gradients or None))
         self._outliers = self._scan()
         self._check_supply()
 
     def batch(self, step: int) -> Tensor:
+        batch_NW = None
+        if step not in self._early:
+            with self._ahead.paused():  # the piece under way may be this very step
+                if step not in self._early:
+                    batch_NW = self._read(step)
+        with self._ahead.changing():
+            if batch_NW is None:
+                batch_NW = self._early[step].get()
+            self._early = {later: batch for later, batch in self._early.items() if later > step}
+            self._next_step = max(self._early, default=step) + 1
+        return batch_NW
+
+    def _read(self, step: int) -> Tensor:
         n_local = self._config.batch_tokens // self._ranks.size
         first = step * self._config.batch_tokens + self._ranks.rank * n_local
-        rows_ND = self._table.rows(self._indices(first, first + n_local))
-        return self.scaling.normalise(rows_ND.to(self._ranks.device))
+        rows_NW = self._table.rows(self._indices(first, first + n_local))
+        return self.scaling.normalise(rows_NW.to(self._ranks.device))
+
+    def _find_work(self) -> Callable[[], None] | None:
+        """Return the reading of the next batch that is not there, if it may be ahead and the run has it."""
+        steps = whole_batches(self._config) // self._config.batch_tokens
+        wanted = len(self._early) < self._prefetch and self._next_step < steps
+        return partial(self._work_ahead, self._next_step) if wanted else None
+
+    def _work_ahead(self, step: int) -> None:
+        outcome = Outcome(partial(self._read, step))
+        with self._ahead.changing():
+            self._early[step], self._next_step = outcome, step + 1
+
+    def beside_seconds(self) -> float:
+        return self._ahead.seconds - self._ahead.blocked
+
+    def close(self) -> None:
+        self._ahead.close()
 
     def fingerprint(self) -> list[int]:
         return self._table.fingerprint()
@@ -213,12 +254,13 @@ def _scan_rows(
     mine = start + ranks.rank * size
     found = [torch.empty(0, dtype=torch.int64)]
     bad = stop
-    for first, rows_ND in table.spans(mine, min(mine + size, stop)):
+    for first, (rows_ND, *gradients) in table.spans(mine, min(mine + size, stop)):
         norms = row_norms(rows_ND)
         over = (~(norms <= limit)).nonzero()[:, 0]
         finite = torch.isfinite(rows_ND[over]).all(dim=1)
-        if not finite.all():
-            bad = min(bad, first + int(over[~finite][0]))
+        not_finite = [over[~finite], *((~torch.isfinite(each).all(dim=1)).nonzero()[:, 0] for each in gradients)]
+        if any(map(len, not_finite)):
+            bad = min(bad, first + int(torch.cat(not_finite).min()))
             break
         found.append(first + over)
     firsts = ranks.gather(torch.tensor([bad], device=ranks.device))
@@ -226,8 +268,8 @@ def _scan_rows(
     return outliers, None if int(firsts.min()) == stop else int(firsts.min())
 
 
-def _refuse_bad(rows_ND: Tensor, index_N: Tensor, table: TensorTable) -> None:
-    finite = torch.isfinite(rows_ND).all(dim=1)
+def _refuse_bad(rows_NW: Tensor, index_N: Tensor, table: TensorTable) -> None:
+    finite = torch.isfinite(rows_NW).all(dim=1)
     if not finite.all():
         raise _not_finite(table, int(index_N[~finite].min()))
 

@@ -24,8 +24,8 @@ from sae_train.training.trainer import Trainer
 ENOUGH_TOKENS = 10_000
 """Held-out tokens that are looked at before training."""
 SUMMARY_ONLY = ("l0_p5", "l0_p50", "l0_p95", "l0_standard_error", "evaluation_tokens", "density", "target_l0",
-                "used_share", "ce", "correction")  # fmt: skip
-"""Figures of summary.json that are not among design.md 10's `eval/` names."""
+                "used_share", "ce", "correction", "budget_law")  # fmt: skip
+"""Figures of summary.json that are not among the `eval/` names."""
 
 
 def exported(trainer: Trainer, *, between: Callable[[], None]) -> tuple[SparseAutoencoder, dict[str, Any]]:
@@ -36,6 +36,11 @@ def exported(trainer: Trainer, *, between: Callable[[], None]) -> tuple[SparseAu
     The SAE holds this rank's features, the figures are of all. Thresholds are set on the calibration half, every figure
     comes from the other.
     """
+    with trainer.stream.quiet():
+        return _exported(trainer, between=between)
+
+
+def _exported(trainer: Trainer, *, between: Callable[[], None]) -> tuple[SparseAutoencoder, dict[str, Any]]:
     config, stream, ranks, n_features = trainer.config, trainer.stream, trainer.ranks, trainer.plan.n_features
     sae = SparseAutoencoder.fold(
         trainer.dictionary,
@@ -79,7 +84,7 @@ def exported(trainer: Trainer, *, between: Callable[[], None]) -> tuple[SparseAu
     figures |= {"target_l0": calibration.target_l0, "used_share": calibration.used_share}
     if calibration.correction is not None:
         figures["correction"] = calibration.correction
-    return sae, figures
+    return sae, figures | trainer.sparsifier.notes()
 
 
 def evaluation_row(figures: dict[str, Any], *, step: int, tokens: int) -> dict[str, Any]:

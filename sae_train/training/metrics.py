@@ -1,6 +1,6 @@
 """Sums over a log interval, kept on the device and reduced over ranks once a row.
 
-Observing never changes a run: nothing here is read by the training step. The names are design.md 10's.
+Observing never changes a run: nothing here is read by the training step. The names are docs/metrics.md's.
 """
 
 from typing import Any

@@ -18,33 +18,30 @@ class Adam:
     """
 
     def __init__(self, dictionary: Dictionary, config: OptimizerConfig, *, rates: dict[str, float]) -> None:
-        self._named = dict(dictionary.named_parameters())
-        self._clip = config.clip
-        by_rate: dict[float, list[Tensor]] = {}
-        for name, parameter in self._named.items():
-            by_rate.setdefault(rates.get(name, 1.0), []).append(parameter)
-        self._rates = list(by_rate)
-        self._adam = torch.optim.Adam(
-            [{"params": group} for group in by_rate.values()],
-            lr=config.lr or 0.0,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
-        for parameter in self._named.values():  # moments exist from the start, so that a checkpoint may hold them
-            self._adam.state[parameter] = {
+        self._dictionary, self._named = dictionary, dict(dictionary.named_parameters())
+        self._config = config
+        self._rates = {name: rates.get(name, 1.0) for name in self._named}
+        self._state = {  # moments exist from the start, so that a checkpoint may hold them
+            name: {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+            for name, parameter in self._named.items()
+        }
+
+    def project(self) -> None:
+        """Take off the decoder's gradient what would change the norms of its rows; see Dictionary."""
+        self._dictionary.project_gradient()
+
+    def normalise(self) -> None:
+        """Bring the decoder's rows back to unit norm after a step; see Dictionary."""
+        self._dictionary.normalise()
 
     def gradient_norm(self, ranks: Ranks) -> Tensor:
         """Return the norm of the gradients of the whole dictionary, a scalar on the device."""
-        squares = {
-            name: torch.linalg.vector_norm(parameter.grad).double().square()
-            for name, parameter in self._named.items()
-            if parameter.grad is not None
-        }
+        given = {name: p.grad for name, p in self._named.items() if p.grad is not None}
+        squares = {name: self._square(name, gradient) for name, gradient in given.items()}
         shared = torch.stack([square for name, square in squares.items() if name not in REPLICATED]).sum()
         whole = [square for name, square in squares.items() if name in REPLICATED]
         return torch.stack([ranks.features.sum(shared), *whole]).sum().sqrt()
@@ -57,33 +54,48 @@ class Adam:
             norm: global norm of the gradients, scalar.
             halted: scalar bool on the device; where true the step changes nothing.
         """
-        for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
-            group["lr"] = lr * rate
-        # the fused step divides gradients by grad_scale and does nothing where found_inf is set (as for GradScaler)
-        if self._clip > 0:
-            self._divide_gradients((norm / self._clip).clamp_min(1.0))
-        setattr(self._adam, "found_inf", halted.float())  # noqa: B010 (not in the stubs)
-        self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
+        given = {name: p.grad for name, p in self._named.items() if p.grad is not None}
+        scale = (norm / self._config.clip).clamp_min(1.0) if self._config.clip > 0 else None
+        if scale is not None and next(iter(given.values())).dtype == torch.float64:  # whose pass has a float32 scale
+            torch._foreach_div_(list(given.values()), scale)
+            scale = None
+        with torch.no_grad():
+            for rate in dict.fromkeys(self._rates.values()):
+                names = [name for name in given if self._rates[name] == rate]
+                if names:
+                    self._move(names, given, lr=lr * rate, scale=scale, halted=halted)
+        for parameter in self._named.values():
+            parameter.grad = None
 
-    def _divide_gradients(self, scale: Tensor) -> None:
-        """Divide by `scale`: in the update's own pass, but for float64, which has no float64 scale there."""
-        gradients = [p.grad for p in self._named.values() if p.grad is not None]
-        if gradients[0].dtype == torch.float64:
-            torch._foreach_div_(gradients, scale)
-        else:
-            setattr(self._adam, "grad_scale", scale.float())  # noqa: B010 (not in the stubs)
+    def _square(self, name: str, gradient: Tensor) -> Tensor:
+        """Return a parameter's share of the squared norm, float64."""
+        norm: Tensor = torch.linalg.vector_norm(gradient)
+        return norm.double().square()
+
+    def _move(
+        self, names: list[str], given: dict[str, Tensor], *, lr: float, scale: Tensor | None, halted: Tensor
+    ) -> None:
+        """Update parameters in one pass: the operation that torch.optim.Adam(fused=True) calls, as it calls it.
+
+        Without the class around it, which imports torch's compiler (1.4 s) and knows no division or halt but a
+        GradScaler's.
+        """
+        steps = [self._state[name]["step"] for name in names]
+        torch._foreach_add_(steps, 1)
+        torch._fused_adam_(
+            [self._named[name] for name in names], [given[name] for name in names],
+            [self._state[name]["exp_avg"] for name in names], [self._state[name]["exp_avg_sq"] for name in names],
+            [], steps, lr=lr, beta1=self._config.beta1, beta2=self._config.beta2, weight_decay=0.0,
+            eps=self._config.eps, amsgrad=False, maximize=False,
+            grad_scale=None if scale is None else scale.float(), found_inf=halted.float(),
+        )  # fmt: skip
+        torch._foreach_sub_(steps, [halted.float()] * len(steps))
 
     def state(self) -> dict[str, Tensor]:
         """Return step counts and moments by parameter and name, 'W_enc.exp_avg'."""
-        return {
-            f"{name}.{key}": value
-            for name, parameter in self._named.items()
-            for key, value in self._adam.state[parameter].items()
-        }
+        return {f"{name}.{key}": value for name, own in self._state.items() for key, value in own.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        for name, parameter in self._named.items():
-            own = self._adam.state[parameter]
+        for name, own in self._state.items():
             for key in own:
                 own[key].copy_(state[f"{name}.{key}"])

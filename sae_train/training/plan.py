@@ -1,28 +1,31 @@
 """What a run will do, worked out before anything heavy happens: sizes, steps, schedule, memory, disk, operations."""
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from sae_train.config import AuxLossConfig, NoAuxLossConfig, PenalisedConfig, RunConfig, TopKConfig
+from sae_train.config import NoAuxLossConfig, RunConfig, TopKConfig, ZipfBudgetConfig
 from sae_train.errors import ConfigError, raise_all
 from sae_train.harvest.stream import StreamFacts
-from sae_train.place import find_place
+from sae_train.sae.allocation import law_of
+from sae_train.sparsifiers.topk import MULTIPLE
 from sae_train.training.layout import feature_columns
-from sae_train.training.schedule import DECAY_SHARE, WARMUP_SHARE, bias_learning_rate, peak_learning_rate
+from sae_train.training.memory import Holding, available_bytes, gigabytes, largest
+from sae_train.training.schedule import DECAY_SHARE, WARMUP_SHARE, peak_learning_rate
 
 LARGEST_DEAD_WINDOW = 10_000_000
 DEAD_WINDOWS_A_RUN = 25
 """A shorter run's dead window is this part of it. With an eighth more features ended dead (docs/quality.md, which also
 says what else changed in that comparison)."""
-RULED = ("n_features", "dead_window", "peak_lr", "bias_rate", "warmup_tokens", "decay_tokens")
+RULED = ("n_features", "dead_window", "peak_lr", "warmup_tokens", "decay_tokens")
 """Fields of a plan that a rule decides where the configuration does not."""
-HELD, HELD_DENSE = 2, 9
-"""Matrices as large as a batch's pre-activations that a step holds at most; the second where it may begin dense (peak
-memory of JumpReLU beside Mutual Choice, measured at 384, 6144)."""
+HELD = {"relu": 6, "temporal_mask": 8, "jumprelu": 9, "gated": 10, "p_anneal": 12}
+HELD_OTHERWISE, HELD_WITH_SLOPES = 2, 4
+"""Matrices as large as a batch's pre-activations that a step holds at most: by sparsifier, where it may begin dense
+(temporal_mask: and decode twice); by any other; and where it reads gradients. Of fp32 steps on a CPU, as measured by
+tests/test_memory.py, rounded up."""
+GRADIENTS = "of the language model's loss come with the activations: rows of the stream are twice as wide"
+"""What the plan says where they are harvested."""
 LARGEST_CHECKPOINT_INTERVAL = 50_000_000
 
 
@@ -41,16 +44,19 @@ class Plan:
     """Ranks that share the features of one copy of the dictionary; rank = row * columns + column."""
     dead_window: int
     peak_lr: float
-    bias_rate: float
-    """Of the encoder's bias, a share of the learning rate."""
     warmup_tokens: int
     decay_tokens: int
     checkpoint_every: int
-    memory_bytes: int
-    """Of one rank, estimated: SAE, gradients, moments, one batch's pre-activations, its share of the pool."""
+    holdings: tuple[Holding, ...]
+    """What one rank holds, estimated: SAE, gradients, moments, its share of the pool and of what is harvested ahead,
+    and of a step's matrices as large as its pre-activations and the logits of a loss whose gradient is harvested the
+    larger, where both come one after the other; where the one is harvested beside the other, both."""
+    prefetch: int
+    """Batches that are harvested ahead of the step at most."""
     checkpoint_bytes: int
     flops: float
-    """Estimated, of the whole run: language model up to the site, encoder product, matches."""
+    """Estimated, of the whole run: language model up to the site (gradients: to its loss and back), encoder product,
+    matches."""
 
     def resolved(self) -> dict[str, float]:
         """Return what the rules of this version decided, as config.yaml keeps it."""
@@ -59,6 +65,10 @@ class Plan:
     def as_begun(self, resolved: dict[str, Any]) -> "Plan":
         """Return this plan with what the rules decided when the run began: a resume holds to it."""
         return dataclasses.replace(self, **{name: resolved[name] for name in RULED})
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(each.n_bytes for each in self.holdings)
 
     @property
     def total_tokens(self) -> int:
@@ -82,9 +92,6 @@ def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
     element = 8 if config.precision == "float64" else 4
     parameters = 2 * n_features * facts.d_model + n_features + facts.d_model
     columns = feature_columns(config.parallel, n_ranks=n_ranks, n_features=n_features)
-    pre_activations = config.batch_tokens * n_features // n_ranks  # a row's tokens times a column's features
-    held = HELD_DENSE if isinstance(config.sparsifier, PenalisedConfig) else HELD
-    memory = 4 * element * parameters // columns + held * element * pre_activations + facts.pool_bytes // n_ranks
     optimizer = config.optimizer
     plan = Plan(
         d_model=facts.d_model,
@@ -96,19 +103,13 @@ def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
         columns=columns,
         dead_window=config.dead_window or max(1, min(LARGEST_DEAD_WINDOW, total // DEAD_WINDOWS_A_RUN)),
         peak_lr=peak_learning_rate(optimizer, n_features=n_features, tokens=total, k=config.usual_k),
-        bias_rate=bias_learning_rate(
-            optimizer,
-            n_features=n_features,
-            tokens=total,
-            k=config.usual_k,
-            is_topk=isinstance(config.sparsifier, TopKConfig),
-        ),
         warmup_tokens=round(WARMUP_SHARE * total) if optimizer.warmup_tokens is None else optimizer.warmup_tokens,
         decay_tokens=round(DECAY_SHARE * total) if optimizer.decay_tokens is None else optimizer.decay_tokens,
         checkpoint_every=_checkpoint_every(config.checkpoint.every_tokens, total),
-        memory_bytes=memory,
+        holdings=_holdings(config, facts, n_features=n_features, n_ranks=n_ranks, columns=columns),
+        prefetch=facts.prefetch,
         checkpoint_bytes=3 * element * parameters + facts.pool_bytes,
-        flops=total * (facts.flops_per_token + _sae_flops(config.aux_loss, facts.d_model, n_features, config.usual_k)),
+        flops=total * (facts.flops_per_token + _sae_flops(config, facts.d_model, n_features)),
     )
     _check_memory(plan)
     return plan
@@ -118,22 +119,37 @@ def describe(plan: Plan, config: RunConfig, *, path: str) -> str:
     """Return the plan as `dry_run=true` prints it."""
     kept = config.checkpoint.keep or max(1, plan.total_tokens // max(plan.checkpoint_every, 1))
     disk = 2 * 4 * plan.parameters + (kept + 1) * plan.checkpoint_bytes
+    model = "the language model but for its logits" if config.reads_gradients else "the language model"
     rows = [
         ("site", f"{plan.label}, d_model {plan.d_model}"),
         ("SAE", f"{config.sparsifier.name}, {config.sparsity}, {plan.n_features} features"),
         ("parameters", f"{plan.parameters:,}"),
-        ("budget", config.budget.name),
+        *([("gradients", GRADIENTS)] if config.reads_gradients else []),
+        ("budget", _budget_text(config, n_features=plan.n_features)),
         ("auxiliary loss", f"{config.aux_loss.name}; dead is {plan.dead_window:,} tokens without firing"),
         ("tokens", f"{plan.total_tokens:,} in {plan.steps:,} steps of {plan.batch_tokens:,}"),
         ("ranks", _ranks_text(plan, config)),
+        ("harvest ahead", f"up to {plan.prefetch} batches beside the step" if plan.prefetch else "none, in the step"),
         ("learning rate", f"{plan.peak_lr:.2e}, warm-up {plan.warmup_tokens:,} tokens, decay {plan.decay_tokens:,}"),
-        ("memory a rank", f"{plan.memory_bytes / 1e9:.2f} GB without the language model (estimated)"),
+        ("memory a rank", f"{plan.memory_bytes / 1e9:.2f} GB without {model} (estimated)"),
         ("disk", f"{disk / 1e9:.2f} GB, of which {plan.checkpoint_bytes / 1e9:.2f} a checkpoint (estimated)"),
         ("operations", f"{plan.flops:.2e} floating-point (estimated)"),
         ("directory", path),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _budget_text(config: RunConfig, *, n_features: int) -> str:
+    """Return the budget's name, and for Zipf's law where its numbers come from."""
+    budget, after = config.budget, getattr(config.sparsifier, "after", 0.0)
+    if not isinstance(budget, ZipfBudgetConfig):
+        return budget.name
+    if budget.is_open and after > 0:
+        return f"{budget.name}, fitted to the densities after {after:.0%} of the tokens"
+    exponent, shift = law_of(budget, n_features=n_features)
+    source = "" if budget.zipf_from is None else f", of {budget.zipf_from}"
+    return f"{budget.name}, exponent {exponent:g}, shift {shift:g}{source}"
 
 
 def _ranks_text(plan: Plan, config: RunConfig) -> str:
@@ -163,22 +179,50 @@ def _checkpoint_every(every: int | None, total: int) -> int:
     return max(1, min(LARGEST_CHECKPOINT_INTERVAL, total // 4)) if every is None else every
 
 
-def _sae_flops(aux: AuxLossConfig, d_model: int, n_features: int, k: float) -> float:
-    """Return operations a token: the encoder product, and per match decode, gradient to value, two weight gradients."""
-    matches = k if isinstance(aux, NoAuxLossConfig) else 2 * k  # the auxiliary loss's share is a guess
-    return 2 * d_model * n_features + 8 * d_model * matches
+def _sae_flops(config: RunConfig, d_model: int, n_features: int) -> float:
+    """Return operations a token: the encoder product, and per match decode, gradient to value, two weight gradients.
+
+    Gradients take a second product of the encoder's size.
+    """
+    k = config.usual_k
+    if isinstance(config.sparsifier, TopKConfig) and config.sparsifier.multi_weight > 0:
+        k *= 1 + MULTIPLE
+    matches = k if isinstance(config.aux_loss, NoAuxLossConfig) else 2 * k  # the auxiliary loss's share is a guess
+    products = 2 if config.reads_gradients else 1
+    return 2 * products * d_model * n_features + 8 * d_model * matches
+
+
+def _holdings(
+    config: RunConfig, facts: StreamFacts, *, n_features: int, n_ranks: int, columns: int
+) -> tuple[Holding, ...]:
+    element = 8 if config.precision == "float64" else 4
+    width = "n_features" if config.n_features else "expansion"
+    parameters = 2 * n_features * facts.d_model + n_features + facts.d_model
+    pre_activations = config.batch_tokens * n_features // n_ranks  # a row's tokens times a column's features
+    held = HELD_WITH_SLOPES if config.reads_gradients else HELD.get(config.sparsifier.name, HELD_OTHERWISE)
+    step, logits = held * element * pre_activations, facts.logit_bytes
+    if not facts.prefetch:  # never there together
+        step, logits = (step, 0) if step >= logits else (0, logits)
+    name = f"[{n_features}, {facts.d_model}]"
+    return (
+        Holding(f"weights, gradients and two moments, 8 of {name}", 4 * element * parameters // columns,
+                (f"lower {width}", "parallel=features over several ranks")),
+        Holding(f"pre-activations and what is as large, {held} of [{config.batch_tokens}, {n_features}]"
+                + (f" over {n_ranks} ranks" if n_ranks > 1 else ""), step,
+                ("lower batch_tokens", f"lower {width}")),
+        Holding("logits of the language model and the way back through them", logits,
+                ("lower harvest.contexts_per_forward",)),
+        Holding("pools", facts.pool_bytes // n_ranks, ("lower harvest.pool_batches", "lower batch_tokens")),
+        Holding("activations harvested ahead", facts.ahead_bytes // n_ranks, ("lower harvest.prefetch",)),
+    )  # fmt: skip
 
 
 def _check_memory(plan: Plan) -> None:
-    """Refuse what cannot fit in this rank's memory: of its device, else its share of the machine's."""
-    place = find_place()
-    if torch.cuda.is_available():
-        available = torch.cuda.get_device_properties(place.local_rank).total_memory
-    else:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // place.local_size
+    """Refuse what cannot fit in this rank's memory."""
+    available = available_bytes()
     if plan.memory_bytes > available:
         raise ConfigError(
             f"n_features={plan.n_features}, batch_tokens={plan.batch_tokens}: needs about "
-            f"{plan.memory_bytes / 1e9:.1f} GB a rank, and there are {available / 1e9:.1f} GB for each. "
-            "Lower n_features, batch_tokens or harvest.pool_batches."
+            f"{gigabytes(plan.memory_bytes)} a rank, and there are {gigabytes(available)} for each. "
+            f"{largest(plan.holdings)}"
         )

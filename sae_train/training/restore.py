@@ -180,7 +180,8 @@ def _feature_reader(path: Path, notes: dict[str, Any]) -> Callable[[int, int], d
                 continue
             first, last = max(lo - int(matched[1]), 0), min(hi, int(matched[2])) - int(matched[1])
             with _whole(path), safe_open(str(path / name), framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
+                keys = file.keys()
+                for key in keys:
                     parts.setdefault(key, []).append(file.get_slice(key)[first:last])
         state = {key: torch.cat(rows) for key, rows in parts.items()}
         if not state or any(len(rows) != hi - lo for rows in state.values()):
@@ -198,8 +199,8 @@ def _lane_reader(path: Path, notes: dict[str, Any]) -> Callable[[int], dict[str,
             matched = re.fullmatch(r"lanes_(\d+)_(\d+)\.safetensors", name)
             if matched and int(matched[1]) <= lane <= int(matched[2]):
                 with _whole(path), safe_open(str(path / name), framework="pt") as file:
-                    prefix = f"{lane}/"
-                    names = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a dict)
+                    prefix, keys = f"{lane}/", file.keys()
+                    names = [key for key in keys if key.startswith(prefix)]
                     return {key.removeprefix(prefix): file.get_tensor(key) for key in names}
         raise CheckpointError(f"{path}: holds no lane {lane}; it was written with another harvest.lanes.")
 

@@ -15,6 +15,7 @@ from sae_train.sparsifiers import build_sparsifier
 from sae_train.training import stop
 from sae_train.training.console import say, warn
 from sae_train.training.directory import RunDirectory, run_name
+from sae_train.training.memory import named_when_it_runs_out
 from sae_train.training.plan import Plan, describe, make_plan
 from sae_train.training.session import Session, verdict_of
 
@@ -86,7 +87,7 @@ def _train(config: RunConfig, plan: Plan, facts: StreamFacts, *, ranks: Ranks, *
     """Make the run; after a signal leave once it is saved, its files are closed and SLURM knows."""
     agreement = stop.Agreement(ranks)
     try:
-        with ExitStack() as stack:
+        with named_when_it_runs_out(plan.holdings), ExitStack() as stack:
             Session(config, plan, facts, **parts, agreement=agreement, ranks=ranks, stack=stack).go()
     except Preempted:
         if ranks.is_first:

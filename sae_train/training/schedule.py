@@ -6,7 +6,6 @@ from sae_train.config import OptimizerConfig
 
 WARMUP_SHARE = 0.05
 DECAY_SHARE = 0.2
-SLOW_BIAS, SLOW_BIAS_TOPK = 0.2, 0.4
 ENOUGH_FIRINGS = 4000
 """Firings a feature on average from which on the learning rate does not depend on them."""
 
@@ -41,21 +40,6 @@ def peak_learning_rate(config: OptimizerConfig, *, n_features: int, tokens: int,
     rate: float = 1.7e-3 * math.sqrt(2**14 / n_features) * (1e6 / tokens) ** 0.35
     rate *= max(1.0, ENOUGH_FIRINGS * n_features / (tokens * k)) ** 0.35
     return min(max(rate, 5e-5), 1.5e-2)
-
-
-def bias_learning_rate(
-    config: OptimizerConfig, *, n_features: int, tokens: int, k: float, is_topk: bool = False
-) -> float:
-    """Return `optimizer.bias_rate`, or 0.2 (TopK: 0.4) max(1, 4000 / n) and at most 1: the encoder bias's share.
-
-    n is as in `peak_learning_rate`. Adam moves a bias as far as any weight, whatever its gradient, and a feature whose
-    bias has fallen too far stays silent; where features fire seldom, theirs must be as quick as the weights. Found by
-    trying (docs/quality.md).
-    """
-    if config.bias_rate is not None:
-        return config.bias_rate
-    slow = SLOW_BIAS_TOPK if is_topk else SLOW_BIAS
-    return min(1.0, slow * max(1.0, ENOUGH_FIRINGS * n_features / (tokens * k)))
 
 
 def is_due(every: int, *, before: int, after: int) -> bool:

@@ -16,6 +16,7 @@ from sae_train.config import RunConfig, identity, identity_digest
 from sae_train.errors import CheckpointError, DataError, Preempted, UserError
 from sae_train.formats.durable import write_text
 from sae_train.harvest.stream import Stream, StreamFacts, build_stream
+from sae_train.kernels import backend
 from sae_train.ranks import Ranks
 from sae_train.training import checkpoint, restore, stop
 from sae_train.training.console import Progress, say, verdict, warn
@@ -104,6 +105,8 @@ class Session:
             self._abandon()
             raise
         self._on_first(self._open_dashboard)
+        if self.ranks.is_first and (notice := backend.notice(self.ranks.device)):
+            warn(notice)
         self._began = time.perf_counter()
         if self._evaluation_due:
             self._evaluate()

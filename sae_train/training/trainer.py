@@ -15,20 +15,20 @@ from sae_train.ranks import Ranks
 from sae_train.sae.code import Code
 from sae_train.sae.dictionary import PARAMETRISATIONS, REPLICATED
 from sae_train.sae.firing import Firing
-from sae_train.sae.losses import build_aux_loss, reconstruction_loss
+from sae_train.sae.losses import build_aux_loss
 from sae_train.sae.moment import Moment
-from sae_train.sae.nesting import decode_prefixes, nested_loss, prefix_sizes
+from sae_train.sae.nesting import prefix_sizes, reconstruct
 from sae_train.sparsifiers import build_sparsifier
 from sae_train.training.halt import Halt
 from sae_train.training.metrics import Totals, firing_row
-from sae_train.training.optimizer import Adam
 from sae_train.training.plan import Plan
 from sae_train.training.schedule import is_due, learning_rate
+from sae_train.training.sphere_adam import build_optimizer
 
 DIVERGED = 100.0
 """FVU at which there is no way back: a reconstruction a hundred times worse than the mean."""
 LONGEST_HALF_LIFE = 2_000_000
-"""Tokens after which a firing counts half in a feature's moving density (methods.md 1.6)."""
+"""Tokens after which a firing counts half in a feature's moving density."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,12 +73,11 @@ class Trainer:
         )
         half_life = max(1, min(LONGEST_HALF_LIFE, plan.total_tokens // 8))
         self.firing = Firing(self.dictionary.n_features, half_life_tokens=half_life, device=ranks.device)
-        self.optimizer = Adam(
-            self.dictionary, config.optimizer, rates=self.sparsifier.rates() | {"b_enc": plan.bias_rate}
-        )
+        self.optimizer = build_optimizer(self.dictionary, config.optimizer, rates=self.sparsifier.rates())
         self.totals = Totals(d_model=plan.d_model, device=ranks.device, n_ranks=ranks.size)
         self.halt = Halt(ranks.device)
         self.n_done = 0
+        self._pre_NF: Tensor | None = None  # as large as all else that a step makes together: kept from step to step
         self._clock = _Clock()
 
     @property
@@ -107,9 +106,9 @@ class Trainer:
             events.stop()
             before = self.tokens
             self._clock.start(self.plan.batch_tokens)
-            own_ND = self.stream.batch(self.n_done)
+            own_NW = self.stream.batch(self.n_done)
             self._clock.harvested()
-            self.step(own_ND)
+            self.step(own_NW)
             self._clock.stop()
             events.advance(self.plan.batch_tokens)
             last = self.n_done == self.plan.steps
@@ -121,18 +120,26 @@ class Trainer:
                 self.halt.check(self.ranks, site=self.plan.label)
                 events.checkpoint()
 
-    def step(self, own_ND: Tensor) -> None:
-        """Learn from one batch, of which this rank harvested `own_ND`.
+    def step(self, own_NW: Tensor) -> None:
+        """Learn from one batch, of which this rank harvested `own_NW`: activations, and gradients where they are read.
 
-        Nothing is read back to the host, but for the number of pairs that matter to a penalised sparsifier.
+        Nothing is read back to the host, but for the number of pairs that matter to a penalised sparsifier, and for
+        what Feature Choice works out where its phases change.
         """
         moment, dictionary, ranks = self.moment(), self.dictionary, self.ranks
+        own_ND, own_gradient_ND = self._split(own_NW)
         x_ND = ranks.features.gather(own_ND).flatten(0, 1)
         self.sparsifier.prepare(dictionary, halted=self.halt.flag)
-        pre_NF = dictionary.pre_activations(x_ND, precision=self.precision)
+        if self._pre_NF is None:
+            self._pre_NF = x_ND.new_empty(len(x_ND), dictionary.n_features)
+        pre_NF = dictionary.pre_activations(x_ND, precision=self.precision, out=self._pre_NF)
+        if own_gradient_ND is not None:
+            gradient_ND = ranks.features.gather(own_gradient_ND).flatten(0, 1)
+            self.sparsifier.heed(dictionary.slopes(gradient_ND, precision=self.precision))
         code, penalty = self.sparsifier.encode(dictionary, x_ND, pre_NF, moment=moment, firing=self.firing, ranks=ranks)
         x_hat_ND, loss = self._reconstruct(x_ND, code)
         error_ND = (x_ND - x_hat_ND).detach()
+        self.sparsifier.observe(dictionary, code, error_ND, moment=moment, ranks=ranks)
         aux, total = None, loss
         if self.aux_loss is not None:
             aux = self.aux_loss(dictionary, x_ND, pre_NF, error_ND, firing=self.firing, moment=moment, ranks=ranks)
@@ -141,6 +148,8 @@ class Trainer:
         total.backward()
         grad_norm = self._update(loss.detach(), own_ND)
         self.firing.update(code, n_tokens=self.plan.batch_tokens, ranks=ranks)
+        lost = self._learning_rate(self.tokens, decays=False) - moment.learning_rate
+        self.sparsifier.revive(dictionary, firing=self.firing, lost_rate=lost, halted=self.halt.flag)
         first = ranks.features.rank * len(own_ND)
         own = slice(first, first + len(own_ND))
         self.totals.add(
@@ -155,14 +164,17 @@ class Trainer:
         )
         self.n_done += 1
 
+    def _split(self, own_NW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the activations, and the gradients where the stream brings them."""
+        if not self.config.reads_gradients:
+            return own_NW, None
+        own_ND, gradient_ND = own_NW.split(self.plan.d_model, dim=1)
+        return own_ND.contiguous(), gradient_ND.contiguous()
+
     def _reconstruct(self, x_ND: Tensor, code: Code) -> tuple[Tensor, Tensor]:
         """Return the reconstruction from all features, and the loss."""
-        n_tokens = self.plan.batch_tokens
-        if len(self.prefixes) == 1:
-            x_hat_ND = self.dictionary.decode(code, ranks=self.ranks)
-            return x_hat_ND, reconstruction_loss(x_ND, x_hat_ND, n_tokens=n_tokens)
-        prefixes_GND = decode_prefixes(self.dictionary, code, self.prefixes, ranks=self.ranks)
-        return prefixes_GND[-1], nested_loss(x_ND, prefixes_GND, n_tokens=n_tokens)
+        kept, n_tokens = self.sparsifier.kept(code), self.plan.batch_tokens
+        return reconstruct(self.dictionary, x_ND, kept, sizes=self.prefixes, n_tokens=n_tokens, ranks=self.ranks)
 
     def row(self) -> dict[str, Any]:
         """Return the figures since the last row and start the next interval.
@@ -189,7 +201,8 @@ class Trainer:
         row |= self.sparsifier.figures(self.moment())
         self.totals.reset()
         self.firing.reset_interval()
-        return {"step": self.n_done, "tokens": self.tokens} | row | self._clock.row()
+        perf = self._clock.row(beside=self.stream.beside_seconds())
+        return {"step": self.n_done, "tokens": self.tokens} | row | perf
 
     def state(self) -> dict[str, Tensor]:
         """Return what is the same on every rank: what belongs to no feature and no lane. Collective."""
@@ -210,6 +223,7 @@ class Trainer:
         parts: dict[str, dict[str, Tensor]] = {
             "dictionary": {name: value.detach() for name, value in own.items() if name not in REPLICATED},
             "optimizer": {name: value for name, value in self.optimizer.state().items() if _has_features(name)},
+            "sparsifier": self.sparsifier.feature_state(),
             "firing": self.firing.state(),
             "aux_loss": {} if self.aux_loss is None else self.aux_loss.state(),
         }
@@ -239,30 +253,30 @@ class Trainer:
         self.stream.restore(part("stream"), lane_state)
         self.n_done = int(state["trainer/n_done"])
 
-    def _learning_rate(self, tokens: int) -> float:
+    def _learning_rate(self, tokens: int, *, decays: bool = True) -> float:
         plan = self.plan
         return learning_rate(
             tokens,
             peak=plan.peak_lr,
             batch_tokens=plan.batch_tokens,
             warmup_tokens=plan.warmup_tokens,
-            decay_tokens=plan.decay_tokens,
+            decay_tokens=plan.decay_tokens if decays else 0,
             total_tokens=plan.total_tokens,
         )
 
     def _update(self, loss: Tensor, own_ND: Tensor) -> Tensor:
-        """Sum gradients over ranks, project, clip, step, renormalise (design.md 6); return the gradient's norm."""
+        """Sum gradients over ranks, project, clip, step, renormalise; return the gradient's norm."""
         for parameter in self.dictionary.parameters():
             if parameter.grad is not None:
                 self.ranks.data.sum_in_place(parameter.grad)
         for name in REPLICATED:  # equal on the ranks of a row but for rounding, which must not add up
             parameter = getattr(self.dictionary, name)
             parameter.grad = self.ranks.features.broadcast(parameter.grad, 0)
-        self.dictionary.project_gradient()
+        self.optimizer.project()
         norm = self.optimizer.gradient_norm(self.ranks)
         self.halt.watch(step=self.n_done, loss=self.ranks.data.sum(loss), grad_norm=norm, x_ND=own_ND)
         self.optimizer.step(lr=self._learning_rate(self.tokens), norm=norm, halted=self.halt.flag)
-        self.dictionary.normalise()
+        self.optimizer.normalise()
         return norm
 
 
@@ -277,11 +291,11 @@ def _joined(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class _Clock:
-    """Wall time of an interval: the whole, and what was spent on activations."""
+    """Wall time of an interval's steps: the whole, what they waited for activations, what was harvested beside them."""
 
     def __init__(self) -> None:
-        self._began: float | None = None
-        self._harvest, self._busy, self._tokens, self._steps = 0.0, 0.0, 0, 0
+        self._waited, self._busy, self._tokens, self._steps = 0.0, 0.0, 0, 0
+        self._beside = 0.0
 
     def start(self, tokens: int) -> None:
         self._mark = time.perf_counter()
@@ -290,24 +304,28 @@ class _Clock:
 
     def harvested(self) -> None:
         now = time.perf_counter()
-        self._harvest += now - self._mark
+        self._waited += now - self._mark
         self._busy += now - self._mark
         self._mark = now
 
     def stop(self) -> None:
         self._busy += time.perf_counter() - self._mark
 
-    def row(self) -> dict[str, float]:
-        """Return the interval's `perf/` figures and start the next. The step waits for all of the harvest today."""
+    def row(self, *, beside: float) -> dict[str, float]:
+        """Return the interval's `perf/` figures and start the next.
+
+        `beside`: seconds of harvest so far that no step waited for. On the step's own thread all of it is waited for.
+        """
         busy = max(self._busy, 1e-9)
         row = {
             "perf/tokens_per_second": self._tokens / busy,
-            "perf/harvest_fraction": self._harvest / busy,
-            "perf/wait_fraction": self._harvest / busy,
-            "perf/step_ms": 1e3 * (busy - self._harvest) / max(self._steps, 1),
+            "perf/harvest_fraction": (self._waited + beside - self._beside) / busy,
+            "perf/wait_fraction": self._waited / busy,
+            "perf/step_ms": 1e3 * (busy - self._waited) / max(self._steps, 1),
             "perf/peak_memory_gb": peak_memory_bytes() / 1e9,
         }
-        self._harvest, self._busy, self._tokens, self._steps = 0.0, 0.0, 0, 0
+        self._waited, self._busy, self._tokens, self._steps = 0.0, 0.0, 0, 0
+        self._beside = beside
         return row
 
 

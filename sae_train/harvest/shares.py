@@ -1,0 +1,34 @@
+"""What a number of ranks can share evenly: the tokens of a batch, the lanes of a corpus."""
+
+from sae_train.errors import ConfigError
+
+
+def check_batch(batch_tokens: int, n_ranks: int) -> None:
+    """Refuse a batch that the ranks cannot share, naming what they can."""
+    if batch_tokens % n_ranks:
+        nearest = sorted({max(1, batch_tokens // n_ranks) * n_ranks, (batch_tokens // n_ranks + 1) * n_ranks})
+        raise ConfigError(f"batch_tokens={batch_tokens} over {n_ranks} ranks: not divisible. "
+                          f"Nearest batch_tokens: {' or '.join(map(str, nearest))}. "
+                          f"{_other_ranks(batch_tokens, n_ranks)}")  # fmt: skip
+
+
+def check_lane_count(lanes: int, n_ranks: int, batch_tokens: int) -> None:
+    """Refuse lanes that the ranks cannot share, naming what they can."""
+    if lanes % n_ranks == 0:
+        return
+    possible = [count for count in range(n_ranks, batch_tokens + 1, n_ranks) if batch_tokens % count == 0]
+    nearest = sorted(sorted(possible, key=lambda count: abs(count - lanes))[:2])
+    if nearest:
+        way_out = f"Nearest harvest.lanes that divide batch_tokens={batch_tokens}: {' or '.join(map(str, nearest))}."
+    else:
+        way_out = f"No multiple divides batch_tokens={batch_tokens}."
+    raise ConfigError(
+        f"harvest.lanes={lanes} over {n_ranks} ranks: not divisible. {way_out} {_other_ranks(lanes, n_ranks)}"
+    )
+
+
+def _other_ranks(n: int, n_ranks: int) -> str:
+    """Return which numbers of ranks divide `n`: all that a run may change that has begun."""
+    below = max(count for count in range(1, n_ranks) if n % count == 0)
+    above = next((count for count in range(n_ranks + 1, n + 1) if n % count == 0), None)
+    return f"A run that has begun keeps its settings: go on with {below}{f' or {above}' if above else ''} ranks."
