@@ -4,7 +4,7 @@
 
 ACTS holds train/ and held_out/ with *.safetensors files of a tensor `activations` [n, d_model], rows shuffled. Every
 corner is one `sae-train harvest=tensors` run with defaults (an epoch more where tokens exceed the rows), then, up to
---grid-below cost, one run at each --factor of its learning rate. Figures are the run's own summary: held-out FVU,
+--grid-below cost, one run at each of --factors of its learning rate. Figures are the run's own summary: held-out FVU,
 exported L0, dead features. What is already in WORK/corners.jsonl is not run again. The table goes to standard output.
 """
 
@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-# (width, expansion, k, tokens): a half fraction of the cube 128..768 x 4..16 x 8..128 x 0.5M..3M, its two largest
-# members at width 384 so that each ends within ten minutes on two cores.
+# (width, expansion, k, tokens): a half fraction of the cube 128..768 x 4..16 x 8..128 x 0.5M..3M, its largest
+# member at width 384 so that each ends within ten minutes on two cores.
 CORNERS = (
     (128, 4, 8, 500_000),
     (128, 4, 128, 3_000_000),

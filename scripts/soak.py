@@ -26,9 +26,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-from test_resume import checkpoints, launch, rows, weights, workers  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from test_resume import checkpoints, launch, rows, weights, workers
 
 Process = subprocess.Popen[str]
 

@@ -51,7 +51,7 @@ def learning_rate(step: int) -> float:
 
 
 def train(*, seed: int = 0, **choices: object) -> Dictionary:
-    config = run_config(k=K, batch_tokens=BATCH, tokens=BATCH * STEPS, **choices)  # type: ignore[arg-type]
+    config = run_config(k=K, batch_tokens=BATCH, tokens=BATCH * STEPS, **choices)
     dictionary = Dictionary.initial(d_model=D, n_features=F, seed=seed, dtype=torch.float32, device=CPU)
     sparsifier = build_sparsifier(config, n_features=F)
     window = BATCH * STEPS // 8

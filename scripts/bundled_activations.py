@@ -1,0 +1,74 @@
+"""Activations of the bundled model as files: what bench_quality.py trains peers on and study_sparsifiers.py measures.
+
+    python scripts/bundled_activations.py --out OUT [--tokens 400000]
+
+writes OUT/train and OUT/held_out for `harvest=tensors`: filtered as a run filters them, in the model's own scale. The
+training rows come mixed by the pool, in the order in which a live run with data.seed=0 sees them; held-out rows as
+blocks of 256, the halves by turns (quality_score.py).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import torch
+from quality_score import BLOCK
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae_train.compose import compose_config
+from sae_train.harvest.source import Stream
+from sae_train.harvest.stream import build_stream
+from sae_train.ranks import Solo
+
+HELD_OUT = 20_000
+"""Rows of each half, at most."""
+BATCH = 2048
+
+
+def started(*, tokens: int = 100_000) -> Stream:
+    """Return the stream of a run on the bundled model, ready for its first batch."""
+    config = compose_config([f"tokens={tokens}", f"batch_tokens={BATCH}", "tracking=none"])
+    stream = build_stream(config, ranks=Solo(), dtype=torch.float32)
+    stream.start()
+    return stream
+
+
+def save(rows_ND: Tensor, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    save_file({"activations": rows_ND.contiguous()}, folder / "rows.safetensors")
+
+
+def write_train(stream: Stream, folder: Path, *, tokens: int) -> None:
+    """Write the first `tokens` training rows (whole batches of them)."""
+    scale, centre_D = stream.scaling.scale, stream.scaling.centre_D
+    save(torch.cat([(stream.batch(step) * scale + centre_D).float() for step in range(tokens // BATCH)]), folder)
+
+
+def write_held_out(stream: Stream, folder: Path) -> None:
+    """Write held-out rows, the halves as blocks by turns."""
+    rows = {
+        half: torch.cat([batch.raw_ND for batch in stream.held_out.batches(half, max_tokens=HELD_OUT)])
+        for half in ("calibration", "evaluation")
+    }
+    n_blocks = min(len(part) for part in rows.values()) // BLOCK
+    turns = torch.stack([part[: n_blocks * BLOCK].view(n_blocks, BLOCK, -1) for part in rows.values()], dim=1)
+    save(turns.flatten(0, 2), folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=400_000)
+    args = parser.parse_args()
+    for part in ("train", "held_out"):
+        if (args.out / part).exists():
+            parser.error(f"--out: {args.out / part} is there already")
+    stream = started(tokens=args.tokens)
+    write_train(stream, args.out / "train", tokens=args.tokens)
+    write_held_out(stream, args.out / "held_out")
+
+
+if __name__ == "__main__":
+    main()
