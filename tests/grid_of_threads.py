@@ -13,6 +13,8 @@ from torch import Tensor
 from sae_train.ranks import Pending, Ranks, Solo
 
 T = TypeVar("T")
+LOADING = threading.Lock()
+"""To be held while a language model is loaded: transformers patches global state meanwhile, of the whole process."""
 
 
 class Meeting:

@@ -1,8 +1,10 @@
 """What the ranks of a test's world do: real processes, one start a world size, all cases sent through it."""
 
+import dataclasses
 import os
 import socket
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,18 +16,27 @@ from sae_train.config import RunConfig
 from sae_train.harvest.stream import build_stream, check_stream
 from sae_train.ranks import Ranks, Solo, find_ranks, leave
 from sae_train.sae.code import Code, DenseCode, SparseCode
+from sae_train.sparsifiers.base import Sparsifier
+from sae_train.sparsifiers.gradient import Gradient
 from sae_train.training import checkpoint, restore
 from sae_train.training.plan import make_plan
 from sae_train.training.trainer import Trainer
 
 D, F, N = 16, 97, 64
-STEPS = 50
+STEPS, QUICK_STEPS = 50, 12
 LAYOUTS = {1: (1,), 2: (1, 2), 4: (1, 4, 2)}
 """Columns of the grid of ranks (parallel=data, features, mesh) by world size."""
 NESTED = ["nesting=matryoshka", f"nesting.prefixes=[{25 / F},{60 / F},1.0]"]
 CASES: dict[str, list[str]] = {
     "topk": ["sparsifier=topk", "aux_loss=aux_k"],
-    "topk, annealed": ["sparsifier=topk", "aux_loss=none", "budget.start_k=9", "budget.anneal=0.5", *NESTED],
+    "topk, annealed": [
+        "sparsifier=topk",
+        "sparsifier.multi_weight=0.125",
+        "aux_loss=none",
+        "budget.start_k=9",
+        "budget.anneal=0.5",
+        *NESTED,
+    ],
     "mutual choice": ["sparsifier=mutual_choice", "aux_loss=none", "optimizer.clip=0.05"],
     "mutual choice, zipf": [
         "sparsifier=mutual_choice",
@@ -37,9 +48,26 @@ CASES: dict[str, list[str]] = {
     "gated": ["sparsifier=gated"],
     "relu": ["sparsifier=relu"],
     "p_anneal": ["sparsifier=p_anneal", "aux_loss=aux_zipf"],
+    "temporal mask": ["sparsifier=temporal_mask", "sparsifier.strength=2", "sparsifier.export_mask=true"],
     "feature choice": ["sparsifier=feature_choice", "aux_loss=aux_k", "budget.start_k=7", "budget.anneal=0.5"],
     "feature choice, zipf": ["sparsifier=feature_choice", "budget=zipf", "sparsifier.after=0.5", "aux_loss=aux_zipf"],
+    "gradient": ["sparsifier=gradient", "aux_loss=aux_k", "budget.start_k=9", "budget.anneal=0.5"],
 }
+TRAFFIC: dict[str, list[str]] = {
+    "topk": [],
+    "topk, multi": ["sparsifier.multi_weight=0.125"],
+    "topk, nested": ["nesting=matryoshka"],
+    "gradient": [],
+    "mutual_choice": [],
+    "feature_choice": [],
+    "jumprelu": ["sparsifier.threshold=0.2"],
+    "relu": [],
+    "p_anneal": ["sparsifier.start=0", f"sparsifier.changes={STEPS}"],
+    "gated": [],
+    "temporal_mask": ["sparsifier.warmup=0", "sparsifier.ramp=0"],
+}
+"""Sparsifiers whose traffic is counted, with what makes each step move all that any moves (jumprelu: some are dead)."""
+WITHOUT_AUX_K = ("relu", "p_anneal", "gated", "temporal_mask")
 
 
 def write_activations(folder: Path) -> None:
@@ -48,14 +76,18 @@ def write_activations(folder: Path) -> None:
     codes = (torch.rand(6000, 64, generator=generator) < 0.06).double() * torch.rand(6000, 64, generator=generator)
     rows = (8 * codes @ torch.randn(64, D, generator=generator, dtype=torch.float64)).round() / 8
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"activations": rows.contiguous()}, str(folder / "rows.safetensors"))
+    gradients = torch.randn(6000, D, generator=generator, dtype=torch.float64)
+    save_file({"activations": rows.contiguous(), "gradients": gradients}, str(folder / "rows.safetensors"))
 
 
-def config_of(folder: Path, case: list[str], *, precision: str, steps: int = STEPS, n_features: int = F) -> RunConfig:
+def config_of(
+    folder: Path, case: list[str], *, precision: str, steps: int = STEPS, n_features: int = F, dead_window: int = 512
+) -> RunConfig:
     """Return the configuration of a case."""
     return compose_config([
-        "harvest=tensors", f"harvest.path={folder}", "harvest.calibration_tokens=512", "tracking=none", "k=5",
-        f"n_features={n_features}", f"batch_tokens={N}", f"tokens={N * steps}", "dead_window=512",
+        "harvest=tensors", f"harvest.path={folder}", "harvest.calibration_tokens=512", "harvest.prefetch=0",
+        "tracking=none", "k=5",
+        f"n_features={n_features}", f"batch_tokens={N}", f"tokens={N * steps}", f"dead_window={dead_window}",
         f"precision={precision}", *case,
     ])  # fmt: skip
 
@@ -81,9 +113,10 @@ def places(code: Code) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def watch(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return a list to which every step adds its matches: flat indices over all ranks, ascending, and affinities."""
+    """Return a list to which every step adds its matches: flat indices over all ranks, ascending, and what each was
+    chosen by, its affinity or its score."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    encode, ranks = trainer.sparsifier.encode, trainer.ranks
+    encode, ranks, scores = trainer.sparsifier.encode, trainer.ranks, note_scores(trainer.sparsifier)
 
     def watched(*parts: Any, **rest: Any) -> tuple[Code, torch.Tensor | None]:
         code, penalty = encode(*parts, **rest)
@@ -91,13 +124,29 @@ def watch(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Tensor]]:
         if trainer.sparsifier.thresholds(trainer.dictionary) is None:
             assert isinstance(code, SparseCode)
             assert len(value) == int(code.count)
+        if scores:
+            value = scores.pop()[token, feature]
         token, feature = token + ranks.data.rank * code.n_tokens, feature + trainer.features[0]
         index, order = ranks.gather_rows(token * trainer.plan.n_features + feature).sort()
         seen.append((index, ranks.gather_rows(value)[order]))
         return code, penalty
 
-    trainer.sparsifier.encode = watched  # type: ignore[method-assign]
+    trainer.sparsifier.encode = watched
     return seen
+
+
+def note_scores(sparsifier: Sparsifier) -> list[torch.Tensor]:
+    """Return a list to which every choice adds the scores that it goes by [N, F], where those are not affinities."""
+    noted: list[torch.Tensor] = []
+    if isinstance(sparsifier, Gradient):
+        scores = sparsifier._scores
+
+        def watched(*parts: Any, **rest: Any) -> torch.Tensor:
+            noted.append(scores(*parts, **rest))
+            return noted[-1]
+
+        sparsifier._scores = watched
+    return noted
 
 
 def whole(trainer: Trainer, name: str) -> torch.Tensor:
@@ -124,7 +173,7 @@ def learn(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
 
 
 def one_step(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
-    """Return the matches and the gradients of the first step, before clipping, from the initial state."""
+    """Return the first step's matches with what they were chosen by, and its gradients before clipping."""
     trainer = build(config, ranks)
     seen = watch(trainer)
     found: dict[str, torch.Tensor] = {}
@@ -138,7 +187,7 @@ def one_step(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
             found[name] = gradient.clone() if name == "b_dec" else slices(gradient.clone(), trainer.plan.n_features)
         update(**parts)
 
-    trainer.optimizer.step = noted  # type: ignore[method-assign]
+    trainer.optimizer.step = noted
     trainer.step(trainer.stream.batch(0))
     return {"matches": dict(zip(*(part.tolist() for part in seen[0]), strict=True)), "gradients": found}
 
@@ -165,10 +214,21 @@ def resume(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, torch.Ten
     return weights(trainer)
 
 
+def counted(folder: Path, kind: str, aux: str, *, n_features: int, dead_window: int) -> RunConfig:
+    """Return the configuration of a run whose traffic is counted."""
+    return dataclasses.replace(_counted(folder, kind, aux, dead_window), n_features=n_features)
+
+
+@cache
+def _counted(folder: Path, kind: str, aux: str, dead_window: int) -> RunConfig:
+    case = [f"sparsifier={kind.partition(',')[0]}", f"aux_loss={aux}", *TRAFFIC[kind]]
+    return config_of(folder, case, precision="float32", dead_window=dead_window)
+
+
 def traffic(config: RunConfig, ranks: Ranks) -> dict[str, int]:
-    """Return the bytes of one step by verb; by then features are dead, and the auxiliary loss has work."""
+    """Return the bytes of one step by verb; by then features are dead, and an auxiliary loss has work."""
     trainer = build(config, ranks)
-    before = trainer.plan.dead_window // N + 2
+    before = 1 if config.aux_loss.name == "none" else trainer.plan.dead_window // N + 2
     for step in range(before):
         trainer.step(trainer.stream.batch(step))
     x_ND = trainer.stream.batch(before)
@@ -208,12 +268,11 @@ def _measure(rank: int, size: int, port: int, folder: str) -> None:
     if rank == 0:
         sys.stdout.write("| sparsifier | auxiliary loss | columns | n_features | bytes a step and rank | of which |\n")
         sys.stdout.write("|---|---|---|---|---|---|\n")
-    for kind in ("topk", "mutual_choice", "feature_choice"):
-        for aux in ("none", "aux_k", "aux_zipf"):
+    for kind in TRAFFIC:
+        for aux in ("none",) if kind in WITHOUT_AUX_K else ("none", "aux_k", "aux_zipf"):
             for columns in LAYOUTS[size]:
                 for n_features in (256, 1024):
-                    overrides = [f"sparsifier={kind}", f"aux_loss={aux}"]
-                    config = config_of(Path(folder), overrides, precision="float32", n_features=n_features)
+                    config = counted(Path(folder), kind, aux, n_features=n_features, dead_window=512)
                     moved = traffic(config, ranks.arranged(columns=columns))
                     if rank == 0:
                         parts = ", ".join(f"{verb} {count:,}" for verb, count in sorted(moved.items()))

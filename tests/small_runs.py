@@ -18,28 +18,31 @@ def run_config(
     *,
     sparsifier: str = "mutual_choice",
     after: float = 0.0,
+    multi_weight: float = 0.0,
     budget: str | None = None,
     aux: str = "none",
     start_k: float | None = None,
     anneal: float = 0.0,
-    exponent: float = 1.0,
+    exponent: float | None = 1.0,
     shift: float | None = None,
     cap: float | None = None,
     floor: float | None = None,
     tau: float = 0.5,
     hard: bool = False,
     weight: float = 1 / 32,
+    beta: float = 1.0,
     prefixes: list[float] | None = None,
     parametrisation: str = "free",
     **dials: Any,
 ) -> RunConfig:
     """Return a whole configuration; `dials` are RunConfig's own fields."""
     sparsifiers: dict[str, Callable[[], schema.SparsifierConfig]] = {
-        "topk": lambda: schema.TopKConfig(name="topk"),
-        "feature_choice": lambda: schema.FeatureChoiceConfig(name="feature_choice", after=after),
+        "topk": lambda: schema.TopKConfig(name="topk", revival=1.0, multi_weight=multi_weight),
+        "gradient": lambda: schema.GradientConfig(name="gradient", revival=1.0, beta=beta, multi_weight=multi_weight),
+        "feature_choice": lambda: schema.FeatureChoiceConfig(name="feature_choice", revival=1.0, after=after),
     }
     ramp: dict[str, Any] = {"start_k": start_k, "anneal": anneal}
-    zipf: dict[str, Any] = {"exponent": exponent, "shift": shift, "cap": cap, "floor": floor}
+    zipf: dict[str, Any] = {"exponent": exponent, "shift": shift, "cap": cap, "floor": floor, "zipf_from": None}
     budgets: dict[str, Callable[[], schema.BudgetConfig]] = {
         "pooled": lambda: schema.PooledBudgetConfig(name="pooled", **ramp),
         "uniform": lambda: schema.UniformBudgetConfig(name="uniform", **ramp),
@@ -49,7 +52,7 @@ def run_config(
         "none": lambda: schema.NoAuxLossConfig(name="none"),
         "aux_k": lambda: schema.AuxKConfig(name="aux_k", weight=weight),
         "aux_zipf": lambda: schema.AuxZipfConfig(
-            name="aux_zipf", weight=weight, tau=tau, hard=hard, exponent=exponent, shift=shift
+            name="aux_zipf", weight=weight, tau=tau, hard=hard, exponent=exponent or 0.0, shift=shift
         ),
     }
     nesting: schema.NestingConfig = schema.NestingConfig(name="none")
@@ -74,9 +77,9 @@ def run_config(
             seed=0,
             repeat=True,
         ),
-        harvest=schema.HarvestConfig(source="live", calibration_tokens=1024),
+        harvest=schema.HarvestConfig(source="live", calibration_tokens=1024, prefetch=0),
         layer=schema.BlockLayerConfig(kind="residual", index="middle"),
-        sparsifier=sparsifiers.get(sparsifier, lambda: schema.MutualChoiceConfig(name=sparsifier))(),
+        sparsifier=sparsifiers.get(sparsifier, lambda: schema.MutualChoiceConfig(name=sparsifier, revival=1.0))(),
         budget=budgets[budget](),
         nesting=nesting,
         parametrisation=schema.ParametrisationConfig(name=parametrisation),
@@ -84,7 +87,6 @@ def run_config(
         optimizer=schema.OptimizerConfig(
             name="adam",
             lr=None,
-            bias_rate=1.0,
             beta1=0.9,
             beta2=0.999,
             eps=1e-8,

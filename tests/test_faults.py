@@ -147,6 +147,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     subprocess.run(["umount", "-l", str(place)], check=False, capture_output=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_a_read_only_one(small_disk: Callable[[str], Path], whole: Whole) -> None:
     checkpoint_bytes = sum(path.stat().st_size for path in next(whole().glob("runs/*/checkpoints/step_*")).iterdir())
     folder = small_disk(f"size={int(3.5 * checkpoint_bytes)}")
@@ -253,7 +254,7 @@ def test_one_rank_ends_in_the_middle(tmp_path: Path, whole: Whole, rank: int, nu
 @pytest.mark.slow
 @pytest.mark.parametrize("n_ranks", [1, pytest.param(2, marks=pytest.mark.multirank)])
 def test_random_kill_points(n_ranks: int) -> None:
-    """20 of them; scripts/soak.py by hand makes more."""
-    command = [sys.executable, str(ROOT / "scripts" / "soak.py"), "--kills", "10", "--ranks", str(n_ranks)]
+    """Twelve of them; scripts/soak.py by hand makes more."""
+    command = [sys.executable, str(ROOT / "scripts" / "soak.py"), "--kills", "6", "--ranks", str(n_ranks)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr

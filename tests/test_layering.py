@@ -26,6 +26,7 @@ LAYERS = [
     {"training"},
     {"preflight"},
     {"sweeps"},
+    {"draft"},
     {"compose"},
     {"usage"},
     {"cli"},
@@ -40,7 +41,7 @@ OUTSIDE = {
     "submitit": {"sweeps/submit.py"},
     "wandb": {"training/tracking.py"},
     "hydra": {"cli.py", "compose.py", "schemas.py"},
-    "omegaconf": {"compose.py"},
+    "omegaconf": {"compose.py", "draft.py"},
     "yaml": {"compose.py", "training/directory.py"},
     "tqdm": {"training/console.py"},
     "safetensors": {
@@ -51,6 +52,7 @@ OUTSIDE = {
         "harvest/tensors.py",
         "harvest/tensor_files.py",
     },
+    "triton": {"kernels/triton_adam.py", "kernels/triton_products.py"},
     "transformers": {"harvest/language_model.py", "harvest/sites.py"},
 }
 """Which files may import each of the heavy libraries."""
@@ -60,7 +62,8 @@ LIGHT = [
     "__main__.py",
     "cli.py",
     "compose.py",
-    "config.py",
+    "config/run.py",
+    "draft.py",
     "errors.py",
     "place.py",
     "preflight.py",
@@ -71,8 +74,6 @@ LIGHT = [
 HEAVY = {"torch", "numpy", *OUTSIDE} - {"hydra", "omegaconf", "yaml"}
 
 LONGEST = 350
-DECLARATIONS = {"config.py"}
-"""Files that are lists of declarations, which a reader looks things up in: no limit on their length."""
 
 
 def relative(path: Path) -> str:
@@ -154,7 +155,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed(name: str) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
-    assert relative(path) in DECLARATIONS or len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
 
 
 def test_sources_are_ascii() -> None:

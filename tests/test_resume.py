@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LAUNCHERS, QUIET, Command, Outcome, changed, tiny_run
+from conftest import LAUNCHERS, QUIET, Command, Outcome, changed, rows_run, tiny_run
 
 
 def slow(value: str) -> Any:
@@ -109,11 +109,12 @@ def kill_after_progress(process: "subprocess.Popen[str]", folder: Path, chance: 
     [
         ["sparsifier=mutual_choice"],
         pytest.param(
-            ["sparsifier=feature_choice", "budget=zipf", "sparsifier.after=0.5", "harvest.pool_batches=4"],
+            ["sparsifier=feature_choice", "budget=zipf", "sparsifier.after=0.5"],
             marks=pytest.mark.slow,
         ),
+        pytest.param(["sparsifier=gradient"], marks=pytest.mark.slow),
     ],
-    ids=["mutual_choice", "feature_choice"],
+    ids=["mutual_choice", "feature_choice", "gradient"],
 )
 def test_killed_runs_end_bitwise_alike(tmp_path: Path, n_ranks: int, arguments: list[str]) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
@@ -154,24 +155,26 @@ def test_a_damaged_checkpoint_falls_back_and_ends_alike(tmp_path: Path) -> None:
     assert rows(torn) == rows(whole)
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, command: Command) -> None:
     """Of the same shapes even, as someone has who copies a directory to begin from there."""
-    for name, arguments in (("one", []), ("other", ["seed=3"])):
-        assert kill_after_progress(launch(tmp_path, 1, [f"name={name}", *arguments]), tmp_path, random.Random(0))
+    arguments = rows_run(tmp_path)
+    for name, seed in (("one", "seed=0"), ("other", "seed=3")):
+        assert command(*arguments, f"name={name}", seed).status == 0
     kept = tmp_path / "runs" / "other" / "checkpoints"
     shutil.rmtree(kept)
+    (kept.parent / "summary.json").unlink()  # so that it has to be gone on with
     shutil.copytree(tmp_path / "runs" / "one" / "checkpoints", kept)
     before = {path: path.read_bytes() for path in kept.rglob("*.*")}
-    done = finish(launch(tmp_path, 1, ["name=other", "seed=3"]))
+    done = command(*arguments, "name=other", "seed=3")
     assert done.status == 2
-    assert "made by another run (identity " in done.stdout
-    assert "Take it away, or choose another name=." in done.stdout
-    assert "Traceback" not in done.stdout
+    assert "made by another run (identity " in done.stderr
+    assert "Take it away, or choose another name=." in done.stderr
+    assert "Traceback" not in done.stderr
     assert before == {path: path.read_bytes() for path in kept.rglob("*.*")}
 
 
 def test_finished_is_skipped_and_another_identity_refused(tmp_path: Path, command: Command) -> None:
-    arguments = changed(tiny_run(tmp_path), "tokens=2048", "evaluation_tokens=500", "name=mine")
+    arguments = [*rows_run(tmp_path), "name=mine"]
     assert command(*arguments).status == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
     again = command(*arguments)
@@ -179,14 +182,14 @@ def test_finished_is_skipped_and_another_identity_refused(tmp_path: Path, comman
     assert again.stdout.startswith("already finished: mine: L0 ")
     other = command(*changed(arguments, "k=16", "seed=1"))
     assert other.status == 2
-    assert "holds another run: k 8.0 -> 16.0, seed 0 -> 1" in other.stderr
+    assert "holds another run: k 4.0 -> 16.0, seed 0 -> 1" in other.stderr
     assert "Traceback" not in other.stderr
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("damage", [slow("empty"), slow("list"), "no_sae", slow("gone")])
 def test_a_run_that_is_not_whole_is_finished_again(tmp_path: Path, command: Command, damage: str) -> None:
-    arguments = changed(tiny_run(tmp_path), "tokens=2048", "evaluation_tokens=500", "name=mine")
+    arguments = [*rows_run(tmp_path), "name=mine"]
     assert command(*arguments).status == 0
     run = tmp_path / "runs" / "mine"
     before, lines = weights(tmp_path), rows(tmp_path)

@@ -158,7 +158,7 @@ def do_all(rank: int, size: int, port: int, folder: Path) -> None:
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("size", LAYOUTS)
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_layouts_agree(size: int, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     save_model(tmp_path / "model")

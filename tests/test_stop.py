@@ -251,7 +251,7 @@ def test_a_signal_while_evaluating(tmp_path: Path, n_ranks: int) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     for folder in (whole, torn):
         folder.mkdir()
-    longer = ["evaluation_tokens=40_000"]
+    longer = ["evaluation_tokens=16_000"]
     assert finish(launch(whole, n_ranks, longer)).status == 0
     process = launch(torn, n_ranks, longer)
     wait_until(lambda: any('"step": 8,' in file.read_text() for file in torn.glob("runs/*/metrics.jsonl")), process)

@@ -82,7 +82,7 @@ def live_config(model: Path | str = "bundled", data: Path | str = "bundled", *, 
                 harvest: dict[str, Any] | None = None, **dials: Any) -> RunConfig:  # fmt: skip
     """Return a configuration that harvests while training, small by default."""
     settings = {"calibration_tokens": 256, "context_length": 16, "lanes": 4, "contexts_per_forward": 2,
-                "pool_batches": 8} | (harvest or {})  # fmt: skip
+                "pool_batches": 8, "prefetch": 0} | (harvest or {})  # fmt: skip
     base = run_config(**{"batch_tokens": 64, "tokens": 640} | dials)
     return replace(
         base,
@@ -95,11 +95,11 @@ def live_config(model: Path | str = "bundled", data: Path | str = "bundled", *, 
 
 
 def tensors_config(path: Path, *, held_out: Path | None = None, repeat: bool = True, data_seed: int = 0,
-                   calibration_tokens: int = 1024, **dials: Any) -> RunConfig:  # fmt: skip
+                   calibration_tokens: int = 1024, prefetch: int = 0, **dials: Any) -> RunConfig:  # fmt: skip
     """Return a configuration that reads ready-made activations."""
     base = run_config(**{"batch_tokens": 64, "tokens": 640} | dials)
     harvest = schema.TensorsHarvestConfig(
-        source="tensors", calibration_tokens=calibration_tokens, path=str(path),
+        source="tensors", calibration_tokens=calibration_tokens, prefetch=prefetch, path=str(path),
         held_out=None if held_out is None else str(held_out),
     )  # fmt: skip
     return replace(base, data=replace(base.data, repeat=repeat, seed=data_seed), harvest=harvest)
