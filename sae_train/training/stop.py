@@ -127,16 +127,24 @@ def requeue(asked: int, environment: Mapping[str, str] = os.environ) -> str | No
     job = job_id(environment)
     if job is None or not asked & REQUEUE:
         return None
-    if asked & SAVE and "Reason=TimeLimit" not in _scontrol("--oneliner", "show", "job", job)[1].split():
-        return None
+    again = "submit the job again: it goes on from the checkpoint."
+    if asked & SAVE:
+        done, said = _scontrol("--oneliner", "show", "job", job)
+        if not done:
+            return f"`scontrol show job {job}` failed: {said}. If the job's time was up, {again}"
+        if "Reason=TimeLimit" not in said.split():
+            return None
     done, said = _scontrol("requeue", job)
-    if done:
-        return None
-    return f"`scontrol requeue {job}` failed: {said}. Submit the job again: it goes on from the checkpoint."
+    return None if done else f"`scontrol requeue {job}` failed: {said}. To go on, {again}"
 
 
 def _scontrol(*arguments: str) -> tuple[bool, str]:
-    """Return whether SLURM's tool did as told, and what it said."""
+    """Return whether SLURM's tool did as told, and what it said.
+
+    SLURM signals every process of a job, once for the job and once for each step: the tool must not die of the second
+    SIGTERM. It inherits our mask; what comes to this thread meanwhile is delivered afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, WISHES)
     try:
         done = subprocess.run(
             ["scontrol", *arguments],
@@ -144,5 +152,7 @@ def _scontrol(*arguments: str) -> tuple[bool, str]:
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:
         return False, str(error)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     said = (done.stdout if done.returncode == 0 else done.stderr or done.stdout).strip()
     return done.returncode == 0, said.replace("\n", "; ") or f"status {done.returncode}"
