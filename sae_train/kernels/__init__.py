@@ -1,10 +1,11 @@
 """Sparse products and selection: the one interface, in plain tensors.
 
 Everything that costs k rows a token instead of n_features stands here, so that faster kernels slot in behind the
-same names. `select_*` take dense pre-activations and return `Matches`; `decode` and `attach` are differentiable
-products over matches. On a CPU selection works on short candidate lists (`candidates.py`); elsewhere on groups of
-neighbours, never waiting for the device (`grouped.py`). Both keep the pairs that slow dense passes keep
-(`reference.py`), and a test says so. `backend.py` says where Triton's kernels do the products.
+same names. `select_*` take pre-activations and return `Matches`; `decode` and `attach` are differentiable
+products over matches. On a CPU selection works on short candidate lists (`candidates.py`), of pre-activations that a
+product in bf16 has screened where the processor has one (`screen.py`); elsewhere on groups of neighbours, never waiting
+for the device (`grouped.py`). All keep the pairs that slow dense passes keep (`reference.py`), and a test says
+so. `backend.py` says where Triton's kernels do the products.
 
 Letters: N tokens of this rank, D d_model, F n_features, M slots, R ranks.
 """
@@ -13,19 +14,24 @@ from sae_train.kernels.affine import affine
 from sae_train.kernels.hint import Hint
 from sae_train.kernels.matches import FeatureOrder, Matches, flat_nonzero
 from sae_train.kernels.products import attach, attach_dense, decode, of_features, row_products, sums_by_feature
+from sae_train.kernels.screen import PreActivations, Screened, can_screen, screen
 from sae_train.kernels.selection import select_above, select_batch, select_columns, select_rows, select_where
 
 __all__ = [
     "FeatureOrder",
     "Hint",
     "Matches",
+    "PreActivations",
+    "Screened",
     "affine",
     "attach",
     "attach_dense",
+    "can_screen",
     "decode",
     "flat_nonzero",
     "of_features",
     "row_products",
+    "screen",
     "select_above",
     "select_batch",
     "select_columns",

@@ -6,6 +6,7 @@ are. That leaves a list little longer than the budget, in order of token, then f
 Nothing here is an estimate, so results never depend on the grouping.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,6 +16,7 @@ from sae_train.kernels.hint import Hint
 from sae_train.kernels.matches import Matches, flat_nonzero, pack
 from sae_train.kernels.owners import column_cuts, row_cuts, row_slots
 from sae_train.kernels.radix import INTEGER, kth_largest, ties_kept
+from sae_train.kernels.screen import Screened
 from sae_train.ranks import Ranks
 
 LINE = 32
@@ -27,19 +29,15 @@ HINT_SHARE = 0.95
 
 
 def select_batch(
-    pre_NF: Tensor, *, budget: int, capacity: int, n_features: int, ranks: Ranks, hint: Hint | None = None
+    pre_NF: Tensor | Screened, *, budget: int, capacity: int, n_features: int, ranks: Ranks, hint: Hint | None = None
 ) -> Matches:
     """Keep the `budget` largest positive entries of the whole grid; see selection.select_batch."""
-    hint, density = hint or Hint(), budget / max(1, pre_NF.numel() * ranks.size)
-    if _has_lines(pre_NF, density):
-        maxima_NG = _line_maxima(pre_NF)
-        reaching = partial(_reaching_in_lines, pre_NF, maxima_NG)
-    else:
-        maxima_NG = _group_maxima(pre_NF.reshape(1, -1), _group_size(density, pre_NF.numel()))
-        reaching = partial(_reaching, pre_NF)
+    hint, (n_tokens, width) = hint or Hint(), pre_NF.shape
+    density = budget / max(1, n_tokens * width * ranks.size)
+    low, reaching = _bounded(pre_NF, density)
     found = None if hint.cut is None else reaching(hint.cut * HINT_SHARE)
     if found is None or int(ranks.sum(torch.tensor(len(found[0])))) < budget:
-        found = reaching(kth_largest(maxima_NG, budget, ranks))
+        found = reaching(kth_largest(low(), budget, ranks))
     index, value = found
     cut = kth_largest(value, budget, ranks)
     hint.cut = cut
@@ -49,21 +47,21 @@ def select_batch(
         tied.sum(),
         lambda: index[tied],
         budget=budget,
-        shape=_shape(pre_NF),
+        shape=(n_tokens, width),
         n_features=n_features,
         ranks=ranks,
     )
     keep = above | (tied & (tied.cumsum(0) <= left))
-    return pack(index[keep], value[keep], shape=_shape(pre_NF), capacity=capacity)
+    return pack(index[keep], value[keep], shape=(n_tokens, width), capacity=capacity)
 
 
 def select_rows(
-    pre_NF: Tensor, *, k: int, capacity: int, n_features: int, ranks: Ranks, allowed_F: Tensor | None = None
+    pre_NF: Tensor | Screened, *, k: int, capacity: int, n_features: int, ranks: Ranks, allowed_F: Tensor | None = None
 ) -> Matches:
     """Keep each row's `k` largest positive entries; see selection.select_rows."""
     if allowed_F is not None:
         members = allowed_F.nonzero().squeeze(1)
-        few_NF = pre_NF.index_select(1, members)
+        few_NF = pre_NF.columns(members) if isinstance(pre_NF, Screened) else pre_NF.index_select(1, members)
         few = select_rows(few_NF, k=k, capacity=capacity, n_features=n_features, ranks=ranks)
         used = int(few.start[-1])
         feature = torch.zeros_like(few.feature)
@@ -71,12 +69,8 @@ def select_rows(
         return few._replace(feature=feature)
     slots = row_slots(k, n_features, ranks.features)
     n_tokens, width = pre_NF.shape
-    if _has_lines(pre_NF, slots / max(1, width)):
-        maxima_NG = _line_maxima(pre_NF)
-        index, value = _reaching_in_lines(pre_NF, maxima_NG, _kth_of_rows(maxima_NG, slots))
-    else:
-        maxima = _group_maxima(pre_NF, _group_size(slots / max(1, width), width))
-        index, value = _reaching(pre_NF, _kth_of_rows(maxima, slots))
+    low, reaching = _bounded(pre_NF, slots / max(1, width))
+    index, value = reaching(_kth_of_rows(low(), slots))
     token = torch.div(index, max(1, width), rounding_mode="floor")
     keep = _leading(value, token, torch.full((n_tokens,), slots))
     index, value = index[keep], value[keep]
@@ -86,14 +80,18 @@ def select_rows(
         sent_NK[token, _place_in_group(token, n_tokens)] = value
         keep = _at_least(value, token, *row_cuts(sent_NK, k=k, ranks=ranks.features))
         index, value = index[keep], value[keep]
-    return pack(index, value, shape=_shape(pre_NF), capacity=capacity)
+    return pack(index, value, shape=(n_tokens, width), capacity=capacity)
 
 
-def select_columns(pre_NF: Tensor, *, budget_F: Tensor, capacity: int, ranks: Ranks) -> Matches:
+def select_columns(pre_NF: Tensor | Screened, *, budget_F: Tensor, capacity: int, ranks: Ranks) -> Matches:
     """Keep each column's `budget_F[j]` largest positive entries of all tokens; see selection.select_columns."""
     n_tokens, n_features = pre_NF.shape
     local_F = budget_F.clamp(max=n_tokens)
-    index, value = _reaching(pre_NF, _column_bounds(pre_NF, local_F))
+    if isinstance(pre_NF, Screened):
+        bound_1F = _column_bounds(pre_NF.lows(_column_maxima, pre_NF.error_1F), local_F)
+        index, value = pre_NF.reaching(bound_1F, pre_NF.error_1F)
+    else:
+        index, value = _reaching(pre_NF, _column_bounds(_column_maxima(pre_NF), local_F))
     column = index.remainder(max(1, n_features))
     keep = _leading(value, column, local_F)
     index, value = index[keep], value[keep]
@@ -105,7 +103,7 @@ def select_columns(pre_NF: Tensor, *, budget_F: Tensor, capacity: int, ranks: Ra
         cuts = column_cuts(sent_C, local_F=local_F, budget_F=budget_F, ranks=ranks.data)
         keep = _at_least(value, column, *cuts)
         index, value = index[keep], value[keep]
-    return pack(index, value, shape=_shape(pre_NF), capacity=capacity)
+    return pack(index, value, shape=(n_tokens, n_features), capacity=capacity)
 
 
 def _at_least(value: Tensor, group: Tensor, cut_G: Tensor, left_G: Tensor) -> Tensor:
@@ -114,6 +112,20 @@ def _at_least(value: Tensor, group: Tensor, cut_G: Tensor, left_G: Tensor) -> Te
     ties = (value == cut_G[group]).nonzero().squeeze(1)
     keep[ties] = _place_in_group(group[ties], len(cut_G)) < left_G[group[ties]]
     return keep
+
+
+def _bounded(
+    pre_NF: Tensor | Screened, density: float
+) -> tuple[Callable[[], Tensor], Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """Return what gives a number that the largest entry of each group of a row reaches [N, groups], and `_reaching`."""
+    maxima = partial(_group_maxima, size=_group_size(density, pre_NF.shape[1]))
+    if isinstance(pre_NF, Screened):
+        error_N1 = pre_NF.error_N1
+        return partial(pre_NF.lows, maxima, error_N1), partial(pre_NF.reaching, error=error_N1)
+    if _has_lines(pre_NF, density):
+        maxima_NG = _line_maxima(pre_NF)
+        return lambda: maxima_NG, partial(_reaching_in_lines, pre_NF, maxima_NG)
+    return partial(maxima, pre_NF), partial(_reaching, pre_NF)
 
 
 def _reaching(pre_NF: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,13 +212,15 @@ def _kth_of_rows(rows_NL: Tensor, k: int) -> Tensor:
     return known_NL.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
 
 
-def _column_bounds(pre_NF: Tensor, local_F: Tensor) -> Tensor:
+def _column_bounds(by_eight: Tensor, local_F: Tensor) -> Tensor:
     """Return for each column a bound [1, F] that at least local_F[j] of its entries reach, or 0.
 
     Groups are of 64 tokens where half as many groups as that have room for the budget, else of 8.
+
+    Args:
+        by_eight: what the largest entry of each column's groups of 8 reaches [groups, F].
     """
-    bound_F = torch.where(local_F == 0, torch.inf, pre_NF.new_zeros(pre_NF.shape[1]))
-    by_eight = _column_maxima(pre_NF)
+    bound_F = torch.where(local_F == 0, torch.inf, by_eight.new_zeros(by_eight.shape[1]))
     by_sixty_four = _column_maxima(by_eight)
     is_small_F = local_F * 2 <= len(by_sixty_four)
     is_medium_F = ~is_small_F & (local_F * 6 <= len(by_eight) * 5)
@@ -214,7 +228,7 @@ def _column_bounds(pre_NF: Tensor, local_F: Tensor) -> Tensor:
         members = (is_member_F & (local_F > 0)).nonzero().squeeze(1)
         if len(members) > 0:
             place = local_F[members] - 1
-            known = torch.fmax(maxima[:, members], pre_NF.new_zeros(()))  # topk takes NaN for the largest
+            known = torch.fmax(maxima[:, members], maxima.new_zeros(()))  # topk takes NaN for the largest
             largest = known.topk(int(place.max()) + 1, dim=0).values
             bound_F[members] = largest.gather(0, place.unsqueeze(0)).squeeze(0)
     return bound_F.unsqueeze(0)
@@ -225,7 +239,3 @@ def _column_maxima(rows_NF: Tensor) -> Tensor:
     n_groups, n_features = len(rows_NF) // 8, rows_NF.shape[1]
     grouped = rows_NF[: n_groups * 8].reshape(n_groups, 8, n_features).amax(1)
     return torch.cat([grouped, rows_NF[n_groups * 8 :]])
-
-
-def _shape(pre_NF: Tensor) -> tuple[int, int]:
-    return pre_NF.shape[0], pre_NF.shape[1]

@@ -11,23 +11,24 @@ from torch import Tensor
 from sae_train.kernels import candidates, grouped, reference
 from sae_train.kernels.hint import Hint
 from sae_train.kernels.matches import Matches, flat_nonzero, pack
+from sae_train.kernels.screen import Screened
 from sae_train.ranks import Ranks
 
 
 def select_batch(
-    pre_NF: Tensor, *, budget: int, capacity: int, n_features: int, ranks: Ranks, hint: Hint | None = None
+    pre_NF: Tensor | Screened, *, budget: int, capacity: int, n_features: int, ranks: Ranks, hint: Hint | None = None
 ) -> Matches:
     """Keep the `budget` largest entries of the whole batch, all ranks' tokens and features together.
 
     Args:
-        pre_NF: this rank's pre-activations, fp32 or float64.
+        pre_NF: this rank's pre-activations, fp32 or float64; screened only on a CPU.
         budget: matches of the batch over all ranks.
         capacity: slots of the result, at least `budget`.
         n_features: features of the whole dictionary.
         ranks: the whole grid.
         hint: of the run's earlier batches, on every rank or on none; it is given this one's cut.
     """
-    if pre_NF.device.type == "cpu":
+    if isinstance(pre_NF, Screened) or pre_NF.device.type == "cpu":
         return candidates.select_batch(
             pre_NF, budget=budget, capacity=capacity, n_features=n_features, ranks=ranks, hint=hint
         )
@@ -35,35 +36,35 @@ def select_batch(
 
 
 def select_rows(
-    pre_NF: Tensor, *, k: int, capacity: int, n_features: int, ranks: Ranks, allowed_F: Tensor | None = None
+    pre_NF: Tensor | Screened, *, k: int, capacity: int, n_features: int, ranks: Ranks, allowed_F: Tensor | None = None
 ) -> Matches:
     """Keep the `k` largest entries of each row, all columns of the grid together.
 
     Args:
-        pre_NF: this rank's pre-activations, fp32 or float64.
+        pre_NF: this rank's pre-activations, fp32 or float64; screened only on a CPU.
         k: matches of a token over all ranks.
         capacity: slots of the result, at least k x tokens or all of this rank's entries.
         n_features: features of the whole dictionary.
         ranks: the whole grid.
         allowed_F: mask of this rank's columns that may be kept; all if None.
     """
-    if pre_NF.device.type == "cpu":
+    if isinstance(pre_NF, Screened) or pre_NF.device.type == "cpu":
         return candidates.select_rows(
             pre_NF, k=k, capacity=capacity, n_features=n_features, ranks=ranks, allowed_F=allowed_F
         )
     return grouped.select_rows(pre_NF, k=k, capacity=capacity, n_features=n_features, ranks=ranks, allowed_F=allowed_F)
 
 
-def select_columns(pre_NF: Tensor, *, budget_F: Tensor, capacity: int, ranks: Ranks) -> Matches:
+def select_columns(pre_NF: Tensor | Screened, *, budget_F: Tensor, capacity: int, ranks: Ranks) -> Matches:
     """Keep the `budget_F[j]` largest entries of each column of the whole batch, all ranks' tokens together.
 
     Args:
-        pre_NF: this rank's pre-activations, fp32 or float64.
+        pre_NF: this rank's pre-activations, fp32 or float64; screened only on a CPU.
         budget_F: int64 on the host, matches of each of this rank's features over all ranks.
         capacity: slots of the result, at least the sum of `budget_F`.
         ranks: the whole grid.
     """
-    if pre_NF.device.type == "cpu":
+    if isinstance(pre_NF, Screened) or pre_NF.device.type == "cpu":
         return candidates.select_columns(pre_NF, budget_F=budget_F, capacity=capacity, ranks=ranks)
     return reference.select_columns(pre_NF, budget_F=budget_F, capacity=capacity, ranks=ranks)
 

@@ -100,6 +100,10 @@ class Dictionary(nn.Module):
         """
         return kernels.affine(x_ND, self.W_enc, self.b_enc, precision=precision, out=out)
 
+    def screened(self, x_ND: Tensor, *, precision: str, out: Tensor) -> kernels.Screened:
+        """Return what `pre_activations` does, screened, where `kernels.can_screen`; `out` is [N, F] bf16."""
+        return kernels.screen(x_ND, self.W_enc.detach(), self.b_enc.detach(), precision=precision, out=out)
+
     def slopes(self, gradient_ND: Tensor, *, precision: str) -> Tensor:
         """Return slope_NF = g W_dec^T: how fast a loss changes with the value of each feature, without a graph.
 

@@ -51,7 +51,7 @@ class AuxLoss:
         self,
         dictionary: Dictionary,
         x_ND: Tensor,
-        pre_NF: Tensor,
+        pre_NF: kernels.PreActivations,
         residual_ND: Tensor,
         *,
         firing: Firing,

@@ -1,5 +1,6 @@
 """What every sparsifier is: how the pre-activations of a batch become a code."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from sae_train.config import AllocatorConfig, RunConfig
 from sae_train.errors import raise_all
-from sae_train.kernels import Matches
+from sae_train.kernels import Matches, PreActivations
 from sae_train.ranks import Ranks
 from sae_train.sae.code import Code, SparseCode
 from sae_train.sae.dictionary import Dictionary
@@ -26,10 +27,13 @@ class Sparsifier(ABC):
     Attributes:
         inference: rule of the exported autoencoder, 'threshold' or 'topk'.
         cure: what else may help where no feature fires any more, for a message.
+        kept_a_token: matches that it selects of a token at most, on average; infinite where it reads all
+            pre-activations, which are not screened then.
     """
 
     inference: str
     cure = ""
+    kept_a_token = math.inf
 
     def __init__(self, config: RunConfig, *, n_features: int) -> None:
         budget = config.budget
@@ -100,14 +104,21 @@ class Sparsifier(ABC):
 
     @abstractmethod
     def encode(
-        self, dictionary: Dictionary, x_ND: Tensor, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks
+        self,
+        dictionary: Dictionary,
+        x_ND: Tensor,
+        pre_NF: PreActivations,
+        *,
+        moment: Moment,
+        firing: Firing,
+        ranks: Ranks,
     ) -> tuple[Code, Tensor | None]:
         """Return the differentiable code of this rank's tokens and features, and its share of a penalty, if any.
 
         Args:
             dictionary: what the gradients are for.
             x_ND: normalised activations that this rank holds; every rank holds equally many tokens.
-            pre_NF: their pre-activations, detached.
+            pre_NF: their pre-activations, detached; screened only for a finite `kept_a_token`.
             moment: where in the run.
             firing: counters of the steps before this one, of this rank's features.
             ranks: who holds the batch's other tokens, and the other features.
@@ -174,6 +185,7 @@ class Allocator(Sparsifier):
         self.capacity = self.slots(max(self.k, self.start_k), config.batch_tokens)
         assert isinstance(config.sparsifier, AllocatorConfig)
         self._revival = config.sparsifier.revival
+        self.kept_a_token = max(self.k, self.start_k)
 
     def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
         self._silent_tokens = max(dead_window // SILENT_SHARE, round(SILENT_GAPS * self.n_features / self.k))
@@ -189,7 +201,14 @@ class Allocator(Sparsifier):
         return round(k * n_tokens)
 
     def encode(
-        self, dictionary: Dictionary, x_ND: Tensor, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks
+        self,
+        dictionary: Dictionary,
+        x_ND: Tensor,
+        pre_NF: PreActivations,
+        *,
+        moment: Moment,
+        firing: Firing,
+        ranks: Ranks,
     ) -> tuple[Code, Tensor | None]:
         chosen = self.select(pre_NF, moment=moment, firing=firing, ranks=ranks)
         return dictionary.attach(x_ND, chosen), None
@@ -206,9 +225,9 @@ class Allocator(Sparsifier):
         dictionary.b_enc.add_(silent_F.to(dictionary.b_enc.dtype), alpha=self._revival * lost_rate)
 
     @abstractmethod
-    def select(self, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
+    def select(self, pre_NF: PreActivations, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
         """Return the code of this rank's tokens and features, its values detached; the choice is over all ranks'."""
 
-    def code(self, matches: Matches, pre_NF: Tensor) -> SparseCode:
+    def code(self, matches: Matches, pre_NF: PreActivations) -> SparseCode:
         """Return matches as a code."""
-        return SparseCode(**matches._asdict(), shape=(len(pre_NF),), n_features=pre_NF.shape[1])
+        return SparseCode(**matches._asdict(), shape=(pre_NF.shape[0],), n_features=pre_NF.shape[1])

@@ -56,7 +56,7 @@ class FeatureChoice(MutualChoice):
             )
         return found
 
-    def select(self, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
+    def select(self, pre_NF: kernels.PreActivations, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
         if self._rank_F is None and moment.tokens >= self._after * moment.total_tokens:
             density_F = ranks.features.gather_slices(firing.density_F, self.n_features)
             self._rank_F = _ranks_by_density(density_F)

@@ -9,6 +9,8 @@ features alike, so that neither beta nor k depends on the unit of the gradient. 
 asked for, is plain TopK's.
 """
 
+import math
+
 from torch import Tensor, float64, where
 
 from sae_train import kernels
@@ -26,16 +28,18 @@ class Gradient(TopK):
     def __init__(self, config: RunConfig, *, n_features: int) -> None:
         super().__init__(config, n_features=n_features)
         assert isinstance(config.sparsifier, GradientConfig)
+        self.kept_a_token = math.inf  # scores are of all pairs
         self._beta = config.sparsifier.beta
         self._slope_NF: Tensor | None = None
 
     def heed(self, slope_NF: Tensor) -> None:
         self._slope_NF = slope_NF
 
-    def select(self, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
+    def select(self, pre_NF: kernels.PreActivations, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
         slope_NF, self._slope_NF = self._slope_NF, None
         if slope_NF is None:
             return super().select(pre_NF, moment=moment, firing=firing, ranks=ranks)
+        assert isinstance(pre_NF, Tensor), "all pre-activations are read"
         score_NF = self._scores(pre_NF, slope_NF, n_tokens=moment.batch_tokens, ranks=ranks)
         k = round(self.k_at(moment))
         chosen = kernels.select_rows(score_NF, k=k, capacity=self.capacity, n_features=self.n_features, ranks=ranks)

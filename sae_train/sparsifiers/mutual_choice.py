@@ -3,8 +3,6 @@
 Ayonrinde 2024 (arXiv 2411.02124); the same selector is BatchTopK (Bussmann et al. 2024, arXiv 2412.06410).
 """
 
-from torch import Tensor
-
 from sae_train import kernels
 from sae_train.config import RunConfig
 from sae_train.ranks import Ranks
@@ -23,7 +21,7 @@ class MutualChoice(Allocator):
         super().__init__(config, n_features=n_features)
         self._hint = kernels.Hint()
 
-    def select(self, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
+    def select(self, pre_NF: kernels.PreActivations, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
         budget = self.slots(self.k_at(moment), moment.batch_tokens)
         matches = kernels.select_batch(
             pre_NF,

@@ -96,9 +96,17 @@ class Penalised(Sparsifier):
         return None
 
     def encode(
-        self, dictionary: Dictionary, x_ND: Tensor, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks
+        self,
+        dictionary: Dictionary,
+        x_ND: Tensor,
+        pre_NF: kernels.PreActivations,
+        *,
+        moment: Moment,
+        firing: Firing,
+        ranks: Ranks,
     ) -> tuple[Code, Tensor | None]:
         price = self.price.now(moment)
+        assert isinstance(pre_NF, Tensor), "all pre-activations are read"
         pre = self._attach(dictionary, x_ND, pre_NF, pre_NF > self.bounds(dictionary))
         value, priced = self.values(dictionary, pre, moment=moment, ranks=ranks)
         with torch.no_grad():

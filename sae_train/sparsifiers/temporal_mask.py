@@ -71,7 +71,14 @@ class TemporalMask(ReLU):
         return self._mask.strength * (min(1.0, since / ramp) if ramp > 0 else 1.0)
 
     def encode(
-        self, dictionary: Dictionary, x_ND: Tensor, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks
+        self,
+        dictionary: Dictionary,
+        x_ND: Tensor,
+        pre_NF: kernels.PreActivations,
+        *,
+        moment: Moment,
+        firing: Firing,
+        ranks: Ranks,
     ) -> tuple[Code, Tensor | None]:
         self._left_F = self._draw(moment, ranks)
         return super().encode(dictionary, x_ND, pre_NF, moment=moment, firing=firing, ranks=ranks)

@@ -29,13 +29,22 @@ class TopK(Allocator):
         super().__init__(config, n_features=n_features)
         assert isinstance(config.sparsifier, TopKConfig)
         self._multi_weight = config.sparsifier.multi_weight
+        if self._multi_weight:
+            self.kept_a_token *= MULTIPLE
         self._prefixes = prefix_sizes(config.nesting, n_features=n_features) if self._multi_weight else ()
 
     def slots(self, k: float, n_tokens: int) -> int:
         return round(k) * n_tokens
 
     def encode(
-        self, dictionary: Dictionary, x_ND: Tensor, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks
+        self,
+        dictionary: Dictionary,
+        x_ND: Tensor,
+        pre_NF: kernels.PreActivations,
+        *,
+        moment: Moment,
+        firing: Firing,
+        ranks: Ranks,
     ) -> tuple[Code, Tensor | None]:
         code, _ = super().encode(dictionary, x_ND, pre_NF, moment=moment, firing=firing, ranks=ranks)
         if self._multi_weight == 0:
@@ -46,9 +55,9 @@ class TopK(Allocator):
         _, loss = reconstruct(dictionary, x_ND, wide, sizes=self._prefixes, n_tokens=moment.batch_tokens, ranks=ranks)
         return code, self._multi_weight * loss
 
-    def select(self, pre_NF: Tensor, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
+    def select(self, pre_NF: kernels.PreActivations, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
         return self._rows(pre_NF, round(self.k_at(moment)), self.capacity, ranks)
 
-    def _rows(self, pre_NF: Tensor, k: int, capacity: int, ranks: Ranks) -> SparseCode:
+    def _rows(self, pre_NF: kernels.PreActivations, k: int, capacity: int, ranks: Ranks) -> SparseCode:
         matches = kernels.select_rows(pre_NF, k=k, capacity=capacity, n_features=self.n_features, ranks=ranks)
         return self.code(matches, pre_NF)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_train import kernels
 from sae_train.config import RunConfig
 from sae_train.errors import StoppedByNumbers
 from sae_train.harvest.stream import Stream
@@ -78,6 +79,12 @@ class Trainer:
         self.halt = Halt(ranks.device)
         self.n_done = 0
         self._pre_NF: Tensor | None = None  # as large as all else that a step makes together: kept from step to step
+        self._is_screened = kernels.can_screen(
+            n_features=self.dictionary.n_features,
+            kept_a_token=self.sparsifier.kept_a_token,
+            device=ranks.device,
+            dtype=dtype,
+        )
         self._clock = _Clock()
 
     @property
@@ -130,9 +137,7 @@ class Trainer:
         own_ND, own_gradient_ND = self._split(own_NW)
         x_ND = ranks.features.gather(own_ND).flatten(0, 1)
         self.sparsifier.prepare(dictionary, halted=self.halt.flag)
-        if self._pre_NF is None:
-            self._pre_NF = x_ND.new_empty(len(x_ND), dictionary.n_features)
-        pre_NF = dictionary.pre_activations(x_ND, precision=self.precision, out=self._pre_NF)
+        pre_NF = self._pre_activations(x_ND)
         if own_gradient_ND is not None:
             gradient_ND = ranks.features.gather(own_gradient_ND).flatten(0, 1)
             self.sparsifier.heed(dictionary.slopes(gradient_ND, precision=self.precision))
@@ -163,6 +168,13 @@ class Trainer:
             budget=0.0 if self.config.k is None else self.sparsifier.k_at(moment) * len(own_ND),
         )
         self.n_done += 1
+
+    def _pre_activations(self, x_ND: Tensor) -> kernels.PreActivations:
+        if self._pre_NF is None:
+            dtype = torch.bfloat16 if self._is_screened else x_ND.dtype
+            self._pre_NF = x_ND.new_empty(len(x_ND), self.dictionary.n_features, dtype=dtype)
+        find = self.dictionary.screened if self._is_screened else self.dictionary.pre_activations
+        return find(x_ND, precision=self.precision, out=self._pre_NF)
 
     def _split(self, own_NW: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the activations, and the gradients where the stream brings them."""

@@ -1,0 +1,200 @@
+"""Pre-activations that a product in bf16 has screened: near ones of all pairs, exact ones of those that may be kept.
+
+A processor with bf16 products computes the encoder's five times as fast as in fp32, and what is written and read again
+is half as long. Of the result little is kept, so only that is computed once more, in fp32, a row product a pair.
+The near ones come with a bound on their error, so no pair is missed: what is kept, and its values, is what the whole
+product in the run's precision would have given, but for the order of its sums.
+
+Letters: N tokens, F features, D width, C candidates.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sae_train.kernels.affine import affine
+from sae_train.kernels.matches import flat_nonzero
+from sae_train.kernels.products import row_products
+
+SPARSE = 1 / 64
+"""Share of kept entries up to which computing them twice costs less than a whole product does."""
+ROUNDOFF = 2.0**-8
+"""Relative error of a number that is rounded to bf16, at most."""
+SUM_ROUNDOFF = 2.0**-23
+"""Of a sum in fp32, relative to the sum of magnitudes and a summand, at most: twice the usual bound. Adding the bias is
+one more rounding, relative to the result."""
+GROUP = 4
+"""Tokens, a quarter of the batch apart, whose entries of a column are looked at together first: most hold none."""
+ROWS_TOGETHER = 1024
+"""Rows of W that are looked at while they are in the processor's cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Screened:
+    """Pre-activations x W^T + b [N, F] near enough to tell which matter; `exact` gives those.
+
+    Attributes:
+        near_NF: bf16, from fp32 sums over factors rounded to bf16; NaN where an exact one is.
+        x_ND: fp32 factors of the exact ones, themselves rounded to bf16 where the run's precision says so.
+        W_FD: alike.
+        b_F: fp32.
+        error_N1: how far a token's near pre-activations were from the exact ones at most, before the sum was rounded.
+        error_1F: the same of a feature's.
+    """
+
+    near_NF: Tensor
+    x_ND: Tensor
+    W_FD: Tensor
+    b_F: Tensor
+    error_N1: Tensor
+    error_1F: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.near_NF.shape[0], self.near_NF.shape[1]
+
+    def exact(self, index_C: Tensor) -> Tensor:
+        """Return the exact pre-activations at ascending flat indices [C]."""
+        n_tokens, n_features = self.shape
+        token = torch.div(index_C, n_features, rounding_mode="floor")
+        feature = (index_C - token * n_features).int()
+        start = torch.searchsorted(token, torch.arange(n_tokens + 1), out_int32=True)
+        return row_products(self.x_ND, self.W_FD, feature, token.int(), start).add_(self.b_F[feature])
+
+    def columns(self, members: Tensor) -> Tensor:
+        """Return the exact pre-activations of some features [N, len(members)]."""
+        return affine(self.x_ND, self.W_FD[members], self.b_F[members], precision="float32")
+
+    def lows(self, maxima: Callable[[Tensor], Tensor], error: Tensor) -> Tensor:
+        """Return what the largest exact pre-activation of each group reaches, if it is positive.
+
+        Args:
+            maxima: of groups that `error` holds for. It is given bits: as integers positive floats are in order.
+        """
+        near = maxima(self.near_NF.view(torch.int16)).view(torch.bfloat16).float()
+        return near * (1 - ROUNDOFF) - error
+
+    def reaching(self, bound: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """Return flat index (ascending) and exact value of the positive entries that reach `bound`.
+
+        Args:
+            bound: scalar, [N, 1] or [1, F].
+            error: `error_N1` or `error_1F`.
+        """
+        near_bound = (bound * (1 - 2 * SUM_ROUNDOFF) - error).bfloat16()  # rounding keeps the order
+        index = self._near(near_bound)
+        value = self.exact(index)
+        kept = flat_nonzero(value >= self._of_entries(_positive(bound), index))
+        return index[kept], value[kept]
+
+    def _near(self, near_bound: Tensor) -> Tensor:
+        """Return the ascending flat indices of the near pre-activations that reach `near_bound` ([N, 1] or [1, F])."""
+        bits_NF = self.near_NF.view(torch.int16)
+        is_loose = near_bound <= 0
+        bits = torch.where(is_loose, -(1 << 15), near_bound.view(torch.int16))  # not in order below zero: all of them
+        n_tokens = len(bits_NF)
+        if near_bound.shape[1] == 1 or n_tokens % GROUP:
+            index = flat_nonzero(bits_NF >= bits)
+            if not bool(is_loose.any()):
+                return index
+        else:
+            group = flat_nonzero(bits_NF.view(GROUP, n_tokens // GROUP, -1).amax(0) >= bits)
+            index = (torch.arange(GROUP).unsqueeze(1) * (bits_NF.numel() // GROUP) + group).reshape(-1)
+        return index[flat_nonzero(self.near_NF.reshape(-1)[index] >= self._of_entries(near_bound, index))]
+
+    def _of_entries(self, bound: Tensor, index_C: Tensor) -> Tensor:
+        """Return the bound, scalar, [N, 1] or [1, F], of each of these entries."""
+        if bound.dim() == 0:
+            return bound
+        token = torch.div(index_C, self.shape[1], rounding_mode="floor")
+        return bound.expand(self.shape)[token, index_C - token * self.shape[1]]
+
+
+PreActivations = Tensor | Screened
+"""What selection selects from."""
+
+
+def screen(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, *, precision: str, out: Tensor) -> Screened:
+    """Return x W^T + b, screened.
+
+    Args:
+        x_ND: fp32.
+        W_FD: fp32.
+        b_F: fp32.
+        precision: of what is exact: float32, or bf16 for factors rounded to that.
+        out: [N, F] bf16 to write the near pre-activations to.
+    """
+    with torch.no_grad():
+        x_bf16, W_bf16, b_bf16 = x_ND.bfloat16(), W_FD.bfloat16(), b_F.bfloat16()
+        torch.addmm(b_bf16, x_bf16, W_bf16.t(), out=out)
+        return screened(out, x_ND, W_FD, b_F, rounded=(x_bf16, W_bf16, b_bf16), precision=precision)
+
+
+def screened(
+    near_NF: Tensor,
+    x_ND: Tensor,
+    W_FD: Tensor,
+    b_F: Tensor,
+    *,
+    rounded: tuple[Tensor, Tensor, Tensor],
+    precision: str,
+) -> Screened:
+    """Return what `screen` does for near pre-activations from anywhere.
+
+    By Cauchy and Schwarz |x^ w^ - x w| is at most |x^ - x| |w^| + |x| |w^ - w|, ^ for rounded; to it come the rounding
+    of the bias and of both sums.
+    """
+    x_bf16, W_bf16, b_bf16 = rounded
+    if precision == "bf16":
+        x_ND, W_FD = x_bf16.float(), W_bf16.float()
+    norm_N, missed_N = _norms(x_ND, x_bf16, is_exact=precision == "bf16")
+    norm_F, missed_F = _norms(W_FD, W_bf16, is_exact=precision == "bf16")
+    sums, bias_F = SUM_ROUNDOFF * x_ND.shape[1], (b_F - b_bf16).abs()
+
+    def error(norm_x: Tensor, missed_x: Tensor, norm_W: Tensor, missed_W: Tensor) -> Tensor:
+        rounded_x, rounded_W = norm_x + missed_x, norm_W + missed_W
+        return missed_x * rounded_W + norm_x * missed_W + sums * rounded_x * rounded_W
+
+    return Screened(
+        near_NF=near_NF,
+        x_ND=x_ND,
+        W_FD=W_FD,
+        b_F=b_F,
+        error_N1=(error(norm_N, missed_N, norm_F.max(), missed_F.max()) + bias_F.max()).unsqueeze(1),
+        error_1F=(error(norm_N.max(), missed_N.max(), norm_F, missed_F) + bias_F).unsqueeze(0),
+    )
+
+
+def _norms(rows: Tensor, rounded: Tensor, *, is_exact: bool) -> tuple[Tensor, Tensor]:
+    """Return the norms of rows, and of what rounding took from them."""
+    norm = rows.norm(dim=1)
+    if is_exact:
+        return norm, torch.zeros_like(norm)
+    parts = zip(rows.split(ROWS_TOGETHER), rounded.split(ROWS_TOGETHER), strict=True)
+    return norm, torch.cat([(part - part_rounded).norm(dim=1) for part, part_rounded in parts])
+
+
+def _positive(bound: Tensor) -> Tensor:
+    """Return the bound, or the least positive number where it is not positive."""
+    return torch.maximum(bound, torch.nextafter(bound.new_zeros(()), bound.new_ones(())))
+
+
+def can_screen(*, n_features: int, kept_a_token: float, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether pre-activations are screened rather than computed whole: where that is faster.
+
+    Args:
+        n_features: of this rank.
+        kept_a_token: entries that selection may keep of each token, on average.
+    """
+    is_plain = device.type == "cpu" and dtype == torch.float32
+    return is_plain and kept_a_token <= SPARSE * n_features and has_bf16_products()
+
+
+@functools.cache
+def has_bf16_products() -> bool:
+    """Return whether this processor multiplies in bf16: AMX or AVX-512 BF16, by which torch works through oneDNN."""
+    has_units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return has_units and torch.backends.mkldnn.is_available()

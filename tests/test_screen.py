@@ -1,0 +1,282 @@
+"""Screened pre-activations: near ones never hide a pair, and what is kept is what sorting the exact ones keeps.
+
+Near ones are made by plain fp32 products over rounded factors here, so that any processor runs these tests; one test
+holds the product that a processor with bf16 units makes to the same.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import grid_world as world
+import pytest
+import torch
+from grid_of_threads import on_grid
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_runs import kept_by_sorting
+from test_selection import check_layout, pairs
+from torch import Tensor
+
+from sae_train import kernels
+from sae_train.kernels import Matches, Screened
+from sae_train.ranks import Ranks, Solo
+
+screen = sys.modules["sae_train.kernels.screen"]
+SMALL = settings(deadline=None, max_examples=80)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    world.write_activations(folder)
+    return folder
+
+
+KINDS = ["normal", "ties", "outliers", "few", "none", "tiny", "biased"]
+PRECISIONS = ["float32", "bf16"]
+GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1)]
+
+
+def factors(kind: str, n: int, d: int, f: int, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x [n, d], W [f, d] and b [f] whose pre-activations are easy or hard to tell apart."""
+    generator = torch.Generator().manual_seed(seed)
+    x, W, b = (torch.randn(*shape, generator=generator) for shape in ((n, d), (f, d), (f,)))
+    b *= 0.1
+    if kind == "ties":  # equal rows have equal pre-activations; so have those of small whole numbers
+        x, W, b = x.round(), W.round()[torch.arange(f) // 3], torch.zeros(f)
+    elif kind == "outliers":
+        x[::3] *= 100
+        W[::5] *= 0.01
+    elif kind == "few":
+        b -= 2.0 * d**0.5
+    elif kind == "none":
+        b -= 100.0 * d
+    elif kind == "tiny":
+        x *= 1e-6
+        W *= 1e-6
+        b *= 1e-12
+    elif kind == "biased":
+        b = 50 + b
+    return x, W, b
+
+
+def rounded_product(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """Return what a bf16 product over these fp32 factors leaves: fp32 sums, rounded once."""
+    return (x.bfloat16().float() @ W.bfloat16().float().t() + b.bfloat16().float()).bfloat16()
+
+
+def screened(x: Tensor, W: Tensor, b: Tensor, *, precision: str) -> Screened:
+    rounded = (x.bfloat16(), W.bfloat16(), b.bfloat16())
+    found = screen.screened(rounded_product(x, W, b), x, W, b, rounded=rounded, precision=precision)
+    assert isinstance(found, Screened)
+    return found
+
+
+def whole(pre: Screened) -> Tensor:
+    """Return all exact pre-activations [N, F]."""
+    return pre.exact(torch.arange(pre.near_NF.numel())).view(pre.shape)
+
+
+@st.composite
+def cases(draw: Any, *, tokens: int = 1, features: int = 1) -> tuple[tuple[Tensor, Tensor, Tensor], str]:
+    """Factors, and a precision."""
+    n, f = tokens * draw(st.integers(1, 12)), draw(st.integers(features, 48))
+    kind, d, seed = draw(st.sampled_from(KINDS)), draw(st.integers(1, 40)), draw(st.integers(0, 2**31))
+    return factors(kind, n, d, f, seed=seed), draw(st.sampled_from(PRECISIONS))
+
+
+@SMALL
+@given(case=cases())
+def test_near_ones_are_as_near_as_they_say(case: tuple[tuple[Tensor, Tensor, Tensor], str]) -> None:
+    (x, W, b), precision = case
+    pre = screened(x, W, b, precision=precision)
+    a = pre.x_ND.double() @ pre.W_FD.double().t() + b.double()
+    acc = x.bfloat16().double() @ W.bfloat16().double().t() + b.bfloat16().double()
+    miss = (acc - a).abs()
+    rounding = 2.0**-22 * (acc.abs() + a.abs())  # of the bound itself, in fp32
+    assert bool((miss <= pre.error_N1 + rounding).all())
+    assert bool((miss <= pre.error_1F + rounding).all())
+    torch.testing.assert_close(whole(pre).double(), a, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
+    sums = x.bfloat16().float() @ W.bfloat16().float().t() + b.bfloat16().float()  # as a product in bf16 has them
+    missed, of_result = (sums.double() - whole(pre).double()).abs(), 2.0**-23 * sums.abs()
+    assert bool((missed <= torch.minimum(pre.error_N1, pre.error_1F) + of_result).all())
+
+
+@SMALL
+@given(
+    case=cases(), share=st.floats(0, 1.2) | st.floats(0, 0.1), cut=st.none() | st.sampled_from([0.0, 1e-30, 1.0, 1e30])
+)
+def test_batch(case: tuple[tuple[Tensor, Tensor, Tensor], str], share: float, cut: float | None) -> None:
+    pre = screened(*case[0], precision=case[1])
+    exact_NF, hint = whole(pre), kernels.Hint()
+    hint.cut = None if cut is None else torch.tensor(cut)
+    budget = max(1, round(share * exact_NF.numel()))
+    for _ in range(2):  # with a wrong hint or none, then with the cut itself
+        matches = kernels.select_batch(
+            pre, budget=budget, capacity=budget, n_features=pre.shape[1], ranks=Solo(), hint=hint
+        )
+        check_layout(matches, exact_NF, capacity=budget)
+        assert pairs(matches) == kept_by_sorting(exact_NF, group="batch", budgets=[budget])
+
+
+@SMALL
+@given(case=cases(), k=st.integers(1, 50) | st.integers(1, 3))
+def test_rows(case: tuple[tuple[Tensor, Tensor, Tensor], str], k: int) -> None:
+    pre = screened(*case[0], precision=case[1])
+    exact_NF, capacity = whole(pre), k * pre.shape[0]
+    matches = kernels.select_rows(pre, k=k, capacity=capacity, n_features=pre.shape[1], ranks=Solo())
+    check_layout(matches, exact_NF, capacity=capacity)
+    assert pairs(matches) == kept_by_sorting(exact_NF, group="row", budgets=[k] * pre.shape[0])
+
+
+@SMALL
+@given(case=cases(), data=st.data())
+def test_columns(case: tuple[tuple[Tensor, Tensor, Tensor], str], data: st.DataObject) -> None:
+    pre = screened(*case[0], precision=case[1])
+    n, f = pre.shape
+    budgets = data.draw(st.lists(st.integers(0, n), min_size=f, max_size=f))
+    exact_NF, capacity = whole(pre), sum(budgets) + 1
+    matches = kernels.select_columns(pre, budget_F=torch.tensor(budgets), capacity=capacity, ranks=Solo())
+    check_layout(matches, exact_NF, capacity=capacity)
+    assert pairs(matches) == kept_by_sorting(exact_NF, group="column", budgets=budgets)
+
+
+@SMALL
+@given(case=cases(), k=st.integers(1, 8), seed=st.integers(0, 99))
+def test_rows_among_allowed_columns(case: tuple[tuple[Tensor, Tensor, Tensor], str], k: int, seed: int) -> None:
+    pre = screened(*case[0], precision=case[1])
+    allowed_F = torch.rand(pre.shape[1], generator=torch.Generator().manual_seed(seed)) < 0.4
+    exact_NF = torch.zeros(pre.shape).masked_scatter(
+        allowed_F.expand(pre.shape), pre.columns(allowed_F.nonzero().squeeze(1))
+    )
+    matches = kernels.select_rows(
+        pre, k=k, capacity=k * pre.shape[0], n_features=pre.shape[1], ranks=Solo(), allowed_F=allowed_F
+    )
+    check_layout(matches, exact_NF, capacity=k * pre.shape[0])
+    assert pairs(matches) == kept_by_sorting(exact_NF, group="row", budgets=[k] * pre.shape[0])
+
+
+@SMALL
+@given(grid=st.sampled_from(GRIDS), case=cases(tokens=6, features=2), share=st.floats(0, 0.3), k=st.integers(1, 4))
+def test_on_several_ranks(
+    grid: tuple[int, int], case: tuple[tuple[Tensor, Tensor, Tensor], str], share: float, k: int
+) -> None:
+    """Every grid keeps the pairs that one process keeps, though each rank bounds the errors of its own share."""
+    (x, W, b), precision = case
+    n_tokens, n_features = len(x), len(W)
+    exact_NF = whole(screened(x, W, b, precision=precision))
+    budget = round(share * exact_NF.numel())
+    budget_F = torch.full((n_features,), k)
+
+    def work(ranks: Ranks) -> list[set[tuple[int, int]]]:
+        lo, hi = ranks.features.slice(n_features)
+        own = n_tokens // ranks.data.size
+        first = ranks.data.rank * own
+        pre = screened(x[first : first + own], W[lo:hi], b[lo:hi], precision=precision)
+        given = {"n_features": n_features, "ranks": ranks}
+        most = own * (hi - lo)
+        kept: list[Matches] = [
+            kernels.select_batch(pre, budget=budget, capacity=budget, **given),
+            kernels.select_rows(pre, k=k, capacity=own * k, **given),
+            kernels.select_columns(pre, budget_F=budget_F[lo:hi], capacity=most, ranks=ranks),
+        ]
+        return [pairs(matches, first=(first, lo)) for matches in kept]
+
+    found = [set().union(*parts) for parts in zip(*on_grid(grid, work), strict=True)]
+    assert found == [
+        kept_by_sorting(exact_NF, group="batch", budgets=[budget]),
+        kept_by_sorting(exact_NF, group="row", budgets=[k] * n_tokens),
+        kept_by_sorting(exact_NF, group="column", budgets=[k] * n_features),
+    ]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("spoiled", ["x", "W", "b"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_ends_in_a_layout(precision: str, spoiled: str, value: float) -> None:
+    """Such a step is void; it must come to its end, in the shape of any other, and keep no NaN."""
+    parts = dict(zip("xWb", factors("normal", 64, 16, 96, seed=0), strict=True))
+    parts[spoiled].view(-1)[37] = value
+    pre = screened(parts["x"], parts["W"], parts["b"], precision=precision)
+    for matches in (
+        kernels.select_batch(pre, budget=300, capacity=300, n_features=96, ranks=Solo()),
+        kernels.select_rows(pre, k=5, capacity=320, n_features=96, ranks=Solo()),
+        kernels.select_columns(pre, budget_F=torch.full((96,), 3), capacity=288, ranks=Solo()),
+    ):
+        assert not matches.value.isnan().any()
+        assert int(matches.start[-1]) <= len(matches.value)
+
+
+def test_little_is_computed_twice() -> None:
+    """Normal directions, a 64th kept: near bounds let through little more than what is kept."""
+    x, W, b = factors("normal", 512, 384, 2048, seed=1)
+    pre = screened(x, W, b, precision="float32")
+    budget, hint = 512 * 32, kernels.Hint()
+    seen: list[int] = []
+    exact = Screened.exact
+
+    def counted(self: Screened, index: Tensor) -> Tensor:
+        seen.append(len(index))
+        return exact(self, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Screened, "exact", counted)
+        for _ in range(2):
+            kernels.select_batch(pre, budget=budget, capacity=budget, n_features=2048, ranks=Solo(), hint=hint)
+    assert len(seen) == 2
+    assert seen[0] < 2.5 * budget
+    assert seen[1] < 1.6 * budget
+
+
+def test_the_processor_makes_the_same_near_ones() -> None:
+    """Its sums differ in their order alone: where that moves a rounding, by the last bit."""
+    if not screen.has_bf16_products():
+        pytest.skip("this processor has no bf16 products (AMX or AVX-512 BF16)")
+    for n, d, f in ((96, 64, 128), (33, 7, 41), (2048, 384, 1536)):
+        x, W, b = factors("normal", n, d, f, seed=n)
+        pre = kernels.screen(x, W, b, precision="float32", out=torch.empty(n, f, dtype=torch.bfloat16))
+        expected = rounded_product(x, W, b)
+        assert float((pre.near_NF != expected).float().mean()) < 0.01
+        torch.testing.assert_close(pre.near_NF, expected, rtol=2.0**-7, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kept", "is_screened"), [(8.0, True), (8.5, False), (float("inf"), False)])
+def test_only_few_kept_are_screened(monkeypatch: pytest.MonkeyPatch, kept: float, is_screened: bool) -> None:
+    monkeypatch.setattr(screen, "has_bf16_products", lambda: True)
+    cpu = torch.device("cpu")
+    assert kernels.can_screen(n_features=512, kept_a_token=kept, device=cpu, dtype=torch.float32) == is_screened
+    assert not kernels.can_screen(n_features=512, kept_a_token=kept, device=cpu, dtype=torch.float64)
+
+
+FEATURE_CHOICE = ["sparsifier=feature_choice", "sparsifier.after=0.25"]
+SPARSIFIERS = [["sparsifier=mutual_choice"], ["sparsifier=topk", "sparsifier.multi_weight=0.125"], FEATURE_CHOICE]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("overrides", SPARSIFIERS, ids=["mutual_choice", "topk", "feature_choice"])
+def test_a_run_is_the_same_but_for_the_order_of_sums(
+    rows: Path, monkeypatch: pytest.MonkeyPatch, precision: str, overrides: list[str]
+) -> None:
+    """Screened or computed whole, with features that an auxiliary loss revives: the same matches, and nearly so on."""
+    trained = []
+    for is_screened in (False, True):
+        monkeypatch.setattr(screen, "has_bf16_products", lambda answer=is_screened: answer)
+        said = [*overrides, "aux_loss=aux_k"]
+        config = world.config_of(rows, said, precision=precision, steps=40, n_features=1536)
+        trainer = world.build(config, Solo())
+        assert trainer._is_screened == is_screened
+        first = trainer.stream.batch(0)
+        code, _ = trainer.sparsifier.encode(
+            trainer.dictionary, first, trainer._pre_activations(first),
+            moment=trainer.moment(), firing=trainer.firing, ranks=Solo(),
+        )  # fmt: skip
+        for step in range(20):
+            trainer.step(trainer.stream.batch(step))
+        trained.append((code, {name: p.detach() for name, p in trainer.dictionary.named_parameters()}))
+    (whole_code, expected), (code, found) = trained
+    assert torch.equal(code.start, whole_code.start)
+    assert torch.equal(code.feature, whole_code.feature)
+    torch.testing.assert_close(code.value, whole_code.value, rtol=1e-5, atol=1e-6)
+    for name, parameter in expected.items():
+        assert float((found[name] - parameter).norm() / parameter.norm()) < 1e-3, name
