@@ -66,8 +66,8 @@ class HarvestConfig:
     calibration_tokens: int
     """Tokens from which centre, scale and outlier limit are fixed, once."""
     prefetch: int | None
-    """Batches harvested beside the step, ahead of it, rounded up to whole forward passes of each lane; 0: none; null:
-    half of pool_batches, 2 where activations are read from files. Pays on a CPU, was not measured on a GPU yet."""
+    """Batches harvested beside the step, ahead of it, rounded up to whole forward passes of each lane; 0: none; null: 2
+    from files; half of pool_batches from a model on a GPU (not measured yet), none on a CPU (takes its cores)."""
 
     def problems(self) -> list[str]:
         found = []

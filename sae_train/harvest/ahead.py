@@ -49,13 +49,22 @@ class Ahead:
         blocked: how long others have waited for a piece of it to end.
     """
 
-    def __init__(self, find: Callable[[], Callable[[], None] | None], *, is_on: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        find: Callable[[], Callable[[], None] | None],
+        *,
+        is_on: bool,
+        device: torch.device,
+        threads: int | None = None,
+    ) -> None:
         """Args:
         find: returns the next piece of work, None while there is nothing to do; no change happens during the call.
         is_on: false: never start it.
         device: where the work is done.
+        threads: of torch's on the CPU for it; None: as many as the step has. Threads of its own make those of the step
+            sleep between any two operations, as OpenMP then sees more of them than cores.
         """
-        self._find, self._is_on, self._device = find, is_on, device
+        self._find, self._is_on, self._device, self._threads = find, is_on, device, threads
         self._condition = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
         self._pauses, self._working, self._closed = 0, False, False
@@ -123,6 +132,8 @@ class Ahead:
     def _work(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # of a thread of its own
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)  # of this thread alone, and of those that begin later
         while True:
             with self._condition:
                 piece = None

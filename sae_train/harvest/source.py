@@ -117,13 +117,15 @@ def row_width(config: RunConfig, d_model: int) -> int:
 def prefetch_of(config: RunConfig) -> int:
     """Return how many batches may be harvested ahead; where the configuration leaves it open by rule.
 
-    Files are read a few batches ahead, a language model is half a pool ahead, which is what a refill takes: so a step
-    need not wait for any of it. Measured on a CPU (docs/metrics.md), not on a GPU.
+    Files are read a few batches ahead. With a GPU a language model is half a pool ahead, which is what a refill takes:
+    text and launches hide behind the device. Without one it would only take the step's cores (docs/metrics.md).
     """
     given = config.harvest.prefetch
     if given is not None:
         return given
-    return config.harvest.pool_batches // 2 if isinstance(config.harvest, LiveHarvestConfig) else FILES_PREFETCH
+    if isinstance(config.harvest, LiveHarvestConfig):
+        return config.harvest.pool_batches // 2 if torch.cuda.is_available() else 0
+    return FILES_PREFETCH
 
 
 def whole_batches(config: RunConfig) -> int:

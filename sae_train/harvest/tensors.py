@@ -102,7 +102,7 @@ class TensorStream(Stream):
         self._prefetch = prefetch_of(config)
         self._early: dict[int, Outcome[Tensor]] = {}
         self._next_step = 0
-        self._ahead = Ahead(self._find_work, is_on=self._prefetch > 0, device=ranks.device)
+        self._ahead = Ahead(self._find_work, is_on=self._prefetch > 0, device=ranks.device, threads=1)
 
     def start(self) -> None:
         calibration = self._draw(0)[: self._harvest.calibration_tokens]
