@@ -9,9 +9,10 @@ trains for --warm-up steps first, on rows of ACTS/train (*.safetensors with a te
 sparse sums of random directions with Zipf frequencies. Then steps are timed by turns with the floor: the fastest matrix
 product of the encoder's shape that torch has here, and a triad over as many bytes as Adam moves (28 a parameter).
 Printed: medians in ms, tokens a second, step over floor, memory at its most (on a CPU the process's, with the rows that
-it made), and the mean ms of each part, timed in steps of their own (encode: the product; select; decode; aux: the
-auxiliary loss; backward; update: gradients' projection, norm and clipping, Adam, normalisation; rest: counters and
-sums). --dead makes a share of the features dead, for what an auxiliary loss costs then.
+it made), and the mean ms of each part, timed in steps of their own (encode: the product, or the one in bf16 that
+screens; select: with the exact values of what that let through; decode; aux: the auxiliary loss; backward; update:
+gradients' projection, norm and clipping, Adam, normalisation; rest: counters and sums). --dead makes a share of the
+features dead, for what an auxiliary loss costs then.
 """
 
 import argparse
@@ -79,7 +80,8 @@ def build(point: dict[str, Any], scratch: Path) -> Trainer:
     n_rows = min(n_tokens, 400_000_000 // point["d_model"] // 4)
     rows = rows_of(Path(point["train"]), n_rows) if point["train"] else sparse_rows(n_rows, point["d_model"])
     save_file({"activations": rows}, scratch / "rows.safetensors")
-    said = ["harvest=tensors", f"harvest.path={scratch}", "tracking=none", f"tokens={n_tokens}"]
+    said = ["harvest=tensors", f"harvest.path={scratch}", "harvest.prefetch=0", "tracking=none"]
+    said.append(f"tokens={n_tokens}")
     said += [
         f"{name}={point[name]}" for name in ("n_features", "k", "batch_tokens", "sparsifier", "aux_loss", "precision")
     ]
@@ -137,9 +139,9 @@ def parts_noted(trainer: Trainer) -> Iterator[dict[str, float]]:
 
         return inner
 
-    dictionary, sparsifier = trainer.dictionary, trainer.sparsifier
+    sparsifier = trainer.sparsifier
     select = "select" if hasattr(sparsifier, "select") else "encode"
-    places = [(dictionary, "pre_activations", "encode"), (sparsifier, select, "select")]
+    places = [(trainer, "_pre_activations", "encode"), (sparsifier, select, "select")]
     places += [(trainer, "_reconstruct", "decode"), (trainer, "_update", "update")]
     for owner, attribute, name in places:
         setattr(owner, attribute, noted(name, getattr(owner, attribute)))

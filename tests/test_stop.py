@@ -113,13 +113,11 @@ Scontrol = Callable[..., Path]
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scontrol:
     """Return `scontrol(show=, status=, error=)`: put a tool of that name first in PATH; returns what it was asked."""
 
-    def make(*, show: str = "", status: int = 0, error: str = "") -> Path:
+    def make(*, show: str | None = "", status: int = 0, error: str = "") -> Path:
         tool, asked = tmp_path / "scontrol", tmp_path / "asked"
         asked.write_text("")
-        tool.write_text(
-            f'#!/bin/sh\necho "$@" >> {asked}\ncase "$*" in *show*) echo "{show}"; exit 0;; esac\n'
-            f"echo '{error}' >&2\nexit {status}\n"
-        )
+        answer = "" if show is None else f'case "$*" in *show*) echo "{show}"; exit 0;; esac'
+        tool.write_text(f"#!/bin/sh\necho \"$@\" >> {asked}\n{answer}\necho '{error}' >&2\nexit {status}\n")
         tool.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
         return asked
@@ -163,12 +161,21 @@ def test_requeue_without_a_job_or_without_luck(
     scontrol(status=1, error="slurm_requeue error: Requested operation is presently disabled")
     refused = requeue(REQUEUE, {"SLURM_JOB_ID": "77"})
     assert refused is not None
-    assert "presently disabled. Submit" in refused
+    assert "presently disabled. To go on, submit the job again" in refused
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     missing = requeue(REQUEUE, {"SLURM_JOB_ID": "77"})
     assert missing is not None
     assert "scontrol requeue 77` failed: " in missing
-    assert "Submit the job again" in missing
+    assert "submit the job again" in missing
+
+
+def test_a_job_that_slurm_says_nothing_of_is_left_and_that_is_said(scontrol: Scontrol) -> None:
+    asked = scontrol(show=None, status=1, error="slurm_load_jobs error: Unable to contact slurm controller")
+    said = requeue(BOTH, {"SLURM_JOB_ID": "77"})
+    assert said is not None
+    assert "`scontrol show job 77` failed: slurm_load_jobs error: Unable to contact" in said
+    assert "If the job's time was up, submit the job again" in said
+    assert "requeue" not in asked.read_text()
 
 
 @pytest.fixture(scope="module")
