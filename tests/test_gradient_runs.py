@@ -325,6 +325,15 @@ def test_a_run_with_beta_zero_is_a_run_of_topk(tmp_path: Path) -> None:
     assert not torch.allclose(topk["W_dec"], other["W_dec"], atol=1e-2)
 
 
+def test_with_beta_zero_pre_activations_are_screened_as_for_topk(tmp_path: Path) -> None:
+    world.write_activations(tmp_path)
+    kept = [
+        world.build(world.config_of(tmp_path, case, precision="float32"), Solo(), start=False).sparsifier.kept_a_token
+        for case in (["sparsifier=topk"], ["sparsifier=gradient", "sparsifier.beta=0"], ["sparsifier=gradient"])
+    ]
+    assert kept == [5, 5, float("inf")]
+
+
 @pytest.mark.parametrize("grid", [(2, 1), (1, 2), (2, 2)])
 def test_a_run_in_any_layout_keeps_the_same_matches(tmp_path: Path, grid: tuple[int, int]) -> None:
     """On threads; tests/test_grid.py does it on processes."""

@@ -16,6 +16,14 @@ import torch
 T = TypeVar("T")
 
 
+def _keep_to(threads: int, *, others: int) -> None:
+    """Give this thread that many of torch's, and threads that begin later `others`, which torch would change alike."""
+    torch.set_num_threads(threads)
+    helper = threading.Thread(target=torch.set_num_threads, args=(others,))
+    helper.start()
+    helper.join()
+
+
 class Outcome(Generic[T]):
     """What some work came to: a value, or an error that is raised where the value is asked for."""
 
@@ -57,11 +65,13 @@ class Ahead:
         device: torch.device,
         threads: int | None = None,
     ) -> None:
-        """Args:
+        """Begin nothing yet.
+
+        Args:
         find: returns the next piece of work, None while there is nothing to do; no change happens during the call.
         is_on: false: never start it.
         device: where the work is done.
-        threads: of torch's on the CPU for it; None: as many as the step has. Threads of its own make those of the step
+        threads: of torch's on the CPU for it; None: as many as anything else. Threads of its own make those of the step
             sleep between any two operations, as OpenMP then sees more of them than cores.
         """
         self._find, self._is_on, self._device, self._threads = find, is_on, device, threads
@@ -82,6 +92,7 @@ class Ahead:
             self._raise()
             yield
             if self._is_on and not self._closed and self._thread is None:
+                self._step_threads = torch.get_num_threads()  # and fixes them for who calls
                 self._thread = threading.Thread(target=self._run, name="harvest", daemon=True)
                 self._thread.start()
             self._condition.notify_all()
@@ -133,7 +144,7 @@ class Ahead:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # of a thread of its own
         if self._threads is not None:
-            torch.set_num_threads(self._threads)  # of this thread alone, and of those that begin later
+            _keep_to(self._threads, others=self._step_threads)
         while True:
             with self._condition:
                 piece = None

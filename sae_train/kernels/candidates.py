@@ -3,7 +3,8 @@
 Maxima over groups of entries bound a cut from below: at least k entries reach the k-th largest of the maxima. Where few
 are kept, groups are whole cache lines and only those that reach the bound are read again; where more are, all entries
 are. That leaves a list little longer than the budget, in order of token, then feature, on which sorting is cheap.
-Nothing here is an estimate, so results never depend on the grouping.
+Nothing here is an estimate, so results never depend on the grouping. Of screened pre-activations (screen.py) a group's
+maximum says what an exact one reaches at least, and the list has exact ones.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor
 from sae_train.kernels.hint import Hint
 from sae_train.kernels.matches import Matches, flat_nonzero, pack
 from sae_train.kernels.owners import column_cuts, row_cuts, row_slots
-from sae_train.kernels.radix import INTEGER, kth_largest, ties_kept
+from sae_train.kernels.radix import INTEGER, kth_largest, positive, ties_kept
 from sae_train.kernels.screen import Screened
 from sae_train.ranks import Ranks
 
@@ -130,7 +131,7 @@ def _bounded(
 
 def _reaching(pre_NF: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
     """Return flat index (ascending) and value of the positive entries that reach `bound` (broadcast to pre_NF)."""
-    index = flat_nonzero(pre_NF >= _positive(bound))
+    index = flat_nonzero(pre_NF >= positive(bound))
     return index, pre_NF.reshape(-1)[index]
 
 
@@ -150,7 +151,7 @@ def _reaching_in_lines(pre_NF: Tensor, maxima_NG: Tensor, bound: Tensor) -> tupl
         maxima_NG: `_line_maxima` of pre_NF.
         bound: scalar, or [N, 1].
     """
-    bound = _positive(bound)
+    bound = positive(bound)
     line_C = flat_nonzero(~(maxima_NG < bound))  # a NaN may hide others
     entries_CL = pre_NF.view(-1, LINE).index_select(0, line_C)
     if bound.dim() > 0:
@@ -158,11 +159,6 @@ def _reaching_in_lines(pre_NF: Tensor, maxima_NG: Tensor, bound: Tensor) -> tupl
     inside = flat_nonzero(entries_CL >= bound)
     place = torch.div(inside, LINE, rounding_mode="floor")
     return line_C[place] * LINE + (inside - place * LINE), entries_CL.reshape(-1)[inside]
-
-
-def _positive(bound: Tensor) -> Tensor:
-    """Return the bound, or the least positive number where it is not positive."""
-    return torch.maximum(bound, torch.nextafter(bound.new_zeros(()), bound.new_ones(())))
 
 
 def _leading(value: Tensor, group: Tensor, budget_G: Tensor) -> Tensor:

@@ -17,6 +17,11 @@ DIGIT_BITS = 11
 INTEGER = {torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}
 
 
+def positive(bound: Tensor) -> Tensor:
+    """Return the bound, or the least positive number where it is not positive."""
+    return torch.maximum(bound, torch.nextafter(bound.new_zeros(()), bound.new_ones(())))
+
+
 def kth_largest(values: Tensor, k: int, ranks: Ranks) -> Tensor:
     """Return the k-th largest positive of all ranks' `values` [any shape], a scalar of their dtype.
 

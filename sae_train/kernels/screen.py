@@ -3,7 +3,8 @@
 A processor with bf16 products computes the encoder's five times as fast as in fp32, and what is written and read again
 is half as long. Of the result little is kept, so only that is computed once more, in fp32, a row product a pair.
 The near ones come with a bound on their error, so no pair is missed: what is kept, and its values, is what the whole
-product in the run's precision would have given, but for the order of its sums.
+product in the run's precision would have given, but for the order of its sums. That holds for factors whose squares are
+fp32 numbers, neither 0 nor infinite, as those of scaled activations are.
 
 Letters: N tokens, F features, D width, C candidates.
 """
@@ -18,18 +19,23 @@ from torch import Tensor
 from sae_train.kernels.affine import affine
 from sae_train.kernels.matches import flat_nonzero
 from sae_train.kernels.products import row_products
+from sae_train.kernels.radix import positive
 
-SPARSE = 1 / 64
+FEW = 1 / 64
 """Share of kept entries up to which computing them twice costs less than a whole product does."""
+MANY = 1 / 16
+"""Share of candidates from which on the whole product costs less than theirs one by one."""
 ROUNDOFF = 2.0**-8
-"""Relative error of a number that is rounded to bf16, at most."""
+"""Relative error of a normal number that is rounded to bf16, at most."""
+TINY = 2.0**-126
+"""The least normal number: AMX takes smaller ones for zero."""
 SUM_ROUNDOFF = 2.0**-23
-"""Of a sum in fp32, relative to the sum of magnitudes and a summand, at most: twice the usual bound. Adding the bias is
-one more rounding, relative to the result."""
+"""Of two fp32 sums of the same products, the near one and the exact one, relative to the sum of magnitudes and a
+summand: 2^-24 each. Adding the bias is one more rounding, relative to the result."""
 GROUP = 4
-"""Tokens, a quarter of the batch apart, whose entries of a column are looked at together first: most hold none."""
+"""Tokens, a quarter of the batch apart, whose entries of a column are looked at together first: few reach its bound."""
 ROWS_TOGETHER = 1024
-"""Rows of W that are looked at while they are in the processor's cache."""
+"""Rows that are looked at while they are in the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,24 +92,41 @@ class Screened:
         """
         near_bound = (bound * (1 - 2 * SUM_ROUNDOFF) - error).bfloat16()  # rounding keeps the order
         index = self._near(near_bound)
+        if len(index) > FEW * self.near_NF.numel():
+            index = self._near_to_both(index, bound)
+        if len(index) > MANY * self.near_NF.numel():
+            whole_NF = affine(self.x_ND, self.W_FD, self.b_F, precision="float32")
+            index = flat_nonzero(whole_NF >= positive(bound))
+            return index, whole_NF.reshape(-1)[index]
         value = self.exact(index)
-        kept = flat_nonzero(value >= self._of_entries(_positive(bound), index))
+        kept = flat_nonzero(value >= self._of_entries(positive(bound), index))
         return index[kept], value[kept]
 
     def _near(self, near_bound: Tensor) -> Tensor:
         """Return the ascending flat indices of the near pre-activations that reach `near_bound` ([N, 1] or [1, F])."""
         bits_NF = self.near_NF.view(torch.int16)
-        is_loose = near_bound <= 0
-        bits = torch.where(is_loose, -(1 << 15), near_bound.view(torch.int16))  # not in order below zero: all of them
         n_tokens = len(bits_NF)
-        if near_bound.shape[1] == 1 or n_tokens % GROUP:
-            index = flat_nonzero(bits_NF >= bits)
-            if not bool(is_loose.any()):
-                return index
-        else:
+        loose = (near_bound <= 0).reshape(-1).nonzero().squeeze(1)  # where bits are not in order
+        bits = torch.where(near_bound > 0, near_bound.view(torch.int16), torch.iinfo(torch.int16).max)
+        of_tokens = near_bound.shape[0] == n_tokens and near_bound.shape[1] == 1
+        if len(loose) == 0 and not of_tokens and n_tokens % GROUP == 0:
             group = flat_nonzero(bits_NF.view(GROUP, n_tokens // GROUP, -1).amax(0) >= bits)
             index = (torch.arange(GROUP).unsqueeze(1) * (bits_NF.numel() // GROUP) + group).reshape(-1)
-        return index[flat_nonzero(self.near_NF.reshape(-1)[index] >= self._of_entries(near_bound, index))]
+            return index[flat_nonzero(bits_NF.reshape(-1)[index] >= self._of_entries(bits, index))]
+        keep_NF = bits_NF >= bits
+        if len(loose) > 0:
+            along = 0 if of_tokens else 1
+            reach = self.near_NF.index_select(along, loose) >= near_bound.index_select(along, loose)
+            keep_NF.index_copy_(along, loose, reach)
+        return flat_nonzero(keep_NF)
+
+    def _near_to_both(self, index_C: Tensor, bound: Tensor) -> Tensor:
+        """Return the candidates that the smaller of their token's and their feature's error leaves."""
+        token = torch.div(index_C, self.shape[1], rounding_mode="floor")
+        error_N, error_F = self.error_N1.squeeze(1), self.error_1F.squeeze(0)
+        error_C = torch.minimum(error_N[token], error_F[index_C - token * self.shape[1]])
+        near_bound_C = self._of_entries(bound, index_C) * (1 - 2 * SUM_ROUNDOFF) - error_C
+        return index_C[flat_nonzero(self.near_NF.reshape(-1)[index_C] >= near_bound_C.bfloat16())]
 
     def _of_entries(self, bound: Tensor, index_C: Tensor) -> Tensor:
         """Return the bound, scalar, [N, 1] or [1, F], of each of these entries."""
@@ -152,19 +175,22 @@ def screened(
         x_ND, W_FD = x_bf16.float(), W_bf16.float()
     norm_N, missed_N = _norms(x_ND, x_bf16, is_exact=precision == "bf16")
     norm_F, missed_F = _norms(W_FD, W_bf16, is_exact=precision == "bf16")
-    sums, bias_F = SUM_ROUNDOFF * x_ND.shape[1], (b_F - b_bf16).abs()
+    width, bias_F = x_ND.shape[1], (b_F - b_bf16).abs()
 
     def error(norm_x: Tensor, missed_x: Tensor, norm_W: Tensor, missed_W: Tensor) -> Tensor:
         rounded_x, rounded_W = norm_x + missed_x, norm_W + missed_W
-        return missed_x * rounded_W + norm_x * missed_W + sums * rounded_x * rounded_W
+        sums = SUM_ROUNDOFF * width * rounded_x * rounded_W
+        return missed_x * rounded_W + norm_x * missed_W + sums + width * TINY * (1 + rounded_x + rounded_W)
 
+    error_N = error(norm_N, missed_N, norm_F.max(), missed_F.max()) + bias_F.max()
+    error_F = error(norm_N.max(), missed_N.max(), norm_F, missed_F) + bias_F
     return Screened(
         near_NF=near_NF,
         x_ND=x_ND,
         W_FD=W_FD,
         b_F=b_F,
-        error_N1=(error(norm_N, missed_N, norm_F.max(), missed_F.max()) + bias_F.max()).unsqueeze(1),
-        error_1F=(error(norm_N.max(), missed_N.max(), norm_F, missed_F) + bias_F).unsqueeze(0),
+        error_N1=error_N.unsqueeze(1),
+        error_1F=error_F.unsqueeze(0),
     )
 
 
@@ -177,11 +203,6 @@ def _norms(rows: Tensor, rounded: Tensor, *, is_exact: bool) -> tuple[Tensor, Te
     return norm, torch.cat([(part - part_rounded).norm(dim=1) for part, part_rounded in parts])
 
 
-def _positive(bound: Tensor) -> Tensor:
-    """Return the bound, or the least positive number where it is not positive."""
-    return torch.maximum(bound, torch.nextafter(bound.new_zeros(()), bound.new_ones(())))
-
-
 def can_screen(*, n_features: int, kept_a_token: float, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether pre-activations are screened rather than computed whole: where that is faster.
 
@@ -190,11 +211,13 @@ def can_screen(*, n_features: int, kept_a_token: float, device: torch.device, dt
         kept_a_token: entries that selection may keep of each token, on average.
     """
     is_plain = device.type == "cpu" and dtype == torch.float32
-    return is_plain and kept_a_token <= SPARSE * n_features and has_bf16_products()
+    return is_plain and kept_a_token <= FEW * n_features and has_bf16_products()
 
 
 @functools.cache
 def has_bf16_products() -> bool:
-    """Return whether this processor multiplies in bf16: AMX or AVX-512 BF16, by which torch works through oneDNN."""
-    has_units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return has_units and torch.backends.mkldnn.is_available()
+    """Return whether this processor has AMX, and torch's products make use of it.
+
+    AVX-512 BF16 alone took longer than fp32 on Intel (oneDNN kept to it: 102 ms for 65); on AMD nobody has measured it.
+    """
+    return torch.cpu._is_amx_tile_supported() and torch.backends.mkldnn.is_available()

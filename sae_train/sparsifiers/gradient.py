@@ -28,8 +28,9 @@ class Gradient(TopK):
     def __init__(self, config: RunConfig, *, n_features: int) -> None:
         super().__init__(config, n_features=n_features)
         assert isinstance(config.sparsifier, GradientConfig)
-        self.kept_a_token = math.inf  # scores are of all pairs
         self._beta = config.sparsifier.beta
+        if config.reads_gradients:
+            self.kept_a_token = math.inf  # scores are of all pairs
         self._slope_NF: Tensor | None = None
 
     def heed(self, slope_NF: Tensor) -> None:

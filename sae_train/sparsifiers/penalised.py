@@ -121,7 +121,7 @@ class Penalised(Sparsifier):
 
     def _attach(self, dictionary: Dictionary, x_ND: Tensor, pre_NF: Tensor, matters_NF: Tensor) -> Code:
         """Return the pre-activations that matter, with their graph; the same function with its zeros or without."""
-        if int(matters_NF.sum()) * DENSE_FROM > matters_NF.numel():
+        if int(matters_NF.count_nonzero()) * DENSE_FROM > matters_NF.numel():
             return DenseCode(value=dictionary.attach_dense(x_ND, pre_NF))
         matches = kernels.select_where(pre_NF, matters_NF)
         places = SparseCode(**matches._asdict(), shape=(len(pre_NF),), n_features=pre_NF.shape[1])

@@ -169,6 +169,11 @@ class Session:
             if threads != torch.get_num_threads() and self.ranks.is_first:
                 warn(f"this run computed with {threads} threads so far and now has {torch.get_num_threads()}: "
                      "it goes on, but not bit for bit.")  # fmt: skip
+            before, now = found.notes.get("is_screened"), self.trainer.is_screened
+            if before is not None and before != now and self.ranks.is_first:
+                did = "screened its pre-activations by a product in bf16"
+                warn(f"this run {did if before else 'computed its pre-activations whole'} so far and does not on this "
+                     "processor or in this layout: it goes on, but not bit for bit.")  # fmt: skip
         self._on_first(lambda: self.metrics.keep_first(n_rows))
 
     def _check_own(self, notes: dict[str, Any]) -> None:
@@ -219,6 +224,7 @@ class Session:
             "metrics_rows": self.metrics.n_rows,
             "seconds": self._seconds(),
             "threads": torch.get_num_threads(),
+            "is_screened": self.trainer.is_screened,
             "n_ranks": self.ranks.size,
             "identity": identity_digest(identity(self.config)),
             "n_features": self.plan.n_features,

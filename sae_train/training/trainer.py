@@ -52,6 +52,7 @@ class Trainer:
 
     Attributes:
         features: lo, hi of the features that this rank holds.
+        is_screened: whether pre-activations are, by this processor, in this layout.
     """
 
     def __init__(self, config: RunConfig, plan: Plan, *, stream: Stream, precision: str, ranks: Ranks) -> None:
@@ -78,13 +79,9 @@ class Trainer:
         self.totals = Totals(d_model=plan.d_model, device=ranks.device, n_ranks=ranks.size)
         self.halt = Halt(ranks.device)
         self.n_done = 0
-        self._pre_NF: Tensor | None = None  # as large as all else that a step makes together: kept from step to step
-        self._is_screened = kernels.can_screen(
-            n_features=self.dictionary.n_features,
-            kept_a_token=self.sparsifier.kept_a_token,
-            device=ranks.device,
-            dtype=dtype,
-        )
+        self._pre_NF: Tensor | None = None  # the largest thing that a step makes: kept from step to step
+        kept, own = self.sparsifier.kept_a_token, self.dictionary.n_features
+        self.is_screened = kernels.can_screen(n_features=own, kept_a_token=kept, device=ranks.device, dtype=dtype)
         self._clock = _Clock()
 
     @property
@@ -171,9 +168,9 @@ class Trainer:
 
     def _pre_activations(self, x_ND: Tensor) -> kernels.PreActivations:
         if self._pre_NF is None:
-            dtype = torch.bfloat16 if self._is_screened else x_ND.dtype
+            dtype = torch.bfloat16 if self.is_screened else x_ND.dtype
             self._pre_NF = x_ND.new_empty(len(x_ND), self.dictionary.n_features, dtype=dtype)
-        find = self.dictionary.screened if self._is_screened else self.dictionary.pre_activations
+        find = self.dictionary.screened if self.is_screened else self.dictionary.pre_activations
         return find(x_ND, precision=self.precision, out=self._pre_NF)
 
     def _split(self, own_NW: Tensor) -> tuple[Tensor, Tensor | None]:
