@@ -17,6 +17,7 @@ import torch
 from conftest import rows_run
 from grid_of_threads import LOADING, on_ranks
 from safetensors.torch import save_file
+from small_runs import torch_threads
 from test_resume import checkpoints, finish, kill_after_progress, launch, rows, weights
 from tiny_models import live_config, save_model, sentences, tensors_config
 from torch import Tensor
@@ -304,6 +305,36 @@ def test_a_thread_that_fails_beside_its_work_is_heard() -> None:
         with pytest.raises(MemoryError, match="no room"):
             look_again(ahead)
         ahead.close()
+
+
+def test_threads_of_the_work_are_those_of_no_other_thread() -> None:
+    """Though torch keeps one number for all threads that begin, and gives it to one that has not computed yet."""
+    found: dict[str, int] = {}
+    done = threading.Event()
+
+    def note(name: str) -> None:
+        torch.ones(100_000).mul(2).sum()
+        found[name] = torch.get_num_threads()
+
+    def piece() -> None:
+        note("its own")
+        done.set()
+
+    def caller() -> None:
+        pieces = [piece]
+        ahead = Ahead(lambda: pieces.pop() if pieces else None, is_on=True, device=torch.device("cpu"), threads=1)
+        look_again(ahead)
+        assert done.wait(10)
+        note("who began it")
+        ahead.close()
+
+    with torch_threads(2):
+        for work in (caller, lambda: note("later")):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        note("main")
+    assert found == {"its own": 1, "who began it": 2, "later": 2, "main": 2}
 
 
 def test_closing_waits_for_the_piece_under_way_and_is_final() -> None:

@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 def _keep_to(threads: int, *, others: int) -> None:
     """Give this thread that many of torch's, and threads that begin later `others`, which torch would change alike."""
+    torch.get_num_threads()  # else this thread's first work would set all of it again
     torch.set_num_threads(threads)
     helper = threading.Thread(target=torch.set_num_threads, args=(others,))
     helper.start()
