@@ -22,6 +22,7 @@ from torch import Tensor
 from sae_train import kernels
 from sae_train.kernels import Matches, Screened
 from sae_train.ranks import Ranks, Solo
+from sae_train.sparsifiers import penalised
 
 screen = sys.modules["sae_train.kernels.screen"]
 SMALL = settings(deadline=None, max_examples=80)
@@ -42,7 +43,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-KINDS = ["normal", "ties", "outliers", "few", "none", "tiny", "biased", "apart"]
+KINDS = ["normal", "ties", "outliers", "few", "none", "tiny", "biased", "apart", "crossing"]
 PRECISIONS = ["float32", "bf16"]
 GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1)]
 
@@ -67,6 +68,8 @@ def factors(kind: str, n: int, d: int, f: int, *, seed: int) -> tuple[Tensor, Te
         b *= 1e-12
     elif kind == "apart":  # one row of W spoils the bound that tokens have of all
         W[0] *= 1e4
+    elif kind == "crossing":  # of the first token rounding decides about the sign
+        b = 1e-4 * torch.randn(f, generator=generator) - W @ x[0]
     elif kind == "biased":
         b = 50 + b
     return x, W, b
@@ -151,6 +154,28 @@ def test_columns(case: tuple[tuple[Tensor, Tensor, Tensor], str], data: st.DataO
     matches = kernels.select_columns(pre, budget_F=torch.tensor(budgets), capacity=capacity, ranks=Solo())
     check_layout(matches, exact_NF, capacity=capacity)
     assert pairs(matches) == kept_by_sorting(exact_NF, group="column", budgets=budgets)
+
+
+@SMALL
+@given(
+    case=cases(), level=st.sampled_from([0.0, -0.5, 0.5, 3.0, -1e-3]), seed=st.integers(0, 99), share=st.floats(0, 1)
+)
+def test_above(case: tuple[tuple[Tensor, Tensor, Tensor], str], level: float, seed: int, share: float) -> None:
+    """Bounds of either sign, strictly; None where they may be too many, never where there surely are fewer."""
+    pre = screened(*case[0], precision=case[1])
+    exact_NF = whole(pre)
+    bound_F = level * torch.rand(pre.shape[1], generator=torch.Generator().manual_seed(len(exact_NF)))
+    bound_F[::3] = exact_NF[0, ::3]
+    matches = kernels.select_few_above(pre, bound_F, most=exact_NF.numel())
+    assert matches is not None
+    check_layout(matches, exact_NF, capacity=len(matches.value))
+    assert pairs(matches) == {(t, f) for t, f in (exact_NF > bound_F).nonzero().tolist()}
+    most = share * exact_NF.numel()
+    fewer = kernels.select_few_above(pre, bound_F, most=most)
+    if fewer is None:
+        assert float((exact_NF > bound_F - 3 * pre.error_1F - 2.0**-7 * (bound_F.abs() + pre.error_1F)).sum()) > most
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(fewer, matches, strict=True))
 
 
 @SMALL
@@ -303,11 +328,17 @@ def test_only_few_kept_are_screened(monkeypatch: pytest.MonkeyPatch, kept: float
 
 
 FEATURE_CHOICE = ["sparsifier=feature_choice", "sparsifier.after=0.25"]
-SPARSIFIERS = [["sparsifier=mutual_choice"], ["sparsifier=topk", "sparsifier.multi_weight=0.125"], FEATURE_CHOICE]
+PRICED = [[f"sparsifier={name}"] for name in ("jumprelu", "relu", "gated", "temporal_mask")]
+SPARSIFIERS = [
+    *PRICED,
+    ["sparsifier=mutual_choice"],
+    ["sparsifier=topk", "sparsifier.multi_weight=0.125"],
+    FEATURE_CHOICE,
+]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("overrides", SPARSIFIERS, ids=["mutual_choice", "topk", "feature_choice"])
+@pytest.mark.parametrize("overrides", SPARSIFIERS, ids=lambda overrides: overrides[0].partition("=")[2])
 def test_a_run_is_the_same_but_for_the_order_of_sums(
     rows: Path, monkeypatch: pytest.MonkeyPatch, precision: str, overrides: list[str]
 ) -> None:
@@ -315,7 +346,8 @@ def test_a_run_is_the_same_but_for_the_order_of_sums(
     trained = []
     for is_screened in (False, True):
         monkeypatch.setattr(screen, "has_bf16_products", lambda answer=is_screened: answer)
-        said = [*overrides, "aux_loss=aux_k"]
+        said = overrides if overrides in PRICED else [*overrides, "aux_loss=aux_k"]
+        monkeypatch.setattr(penalised, "DENSE_FROM", 1)  # without their zeros from the start
         config = world.config_of(rows, said, precision=precision, steps=40, n_features=1536)
         trainer = world.build(config, Solo())
         assert trainer.is_screened == is_screened

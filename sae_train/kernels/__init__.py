@@ -15,7 +15,7 @@ from sae_train.kernels.hint import Hint
 from sae_train.kernels.matches import FeatureOrder, Matches, flat_nonzero
 from sae_train.kernels.products import attach, attach_dense, decode, of_features, row_products, sums_by_feature
 from sae_train.kernels.screen import PreActivations, Screened, can_screen, screen
-from sae_train.kernels.selection import select_above, select_batch, select_columns, select_rows, select_where
+from sae_train.kernels.selection import select_above, select_batch, select_columns, select_few_above, select_rows
 
 __all__ = [
     "FeatureOrder",
@@ -35,7 +35,7 @@ __all__ = [
     "select_above",
     "select_batch",
     "select_columns",
+    "select_few_above",
     "select_rows",
-    "select_where",
     "sums_by_feature",
 ]

@@ -122,9 +122,7 @@ def _bounded(
     maxima = partial(_group_maxima, size=_group_size(density, pre_NF.shape[1]))
     if isinstance(pre_NF, Screened):
         error_N1 = pre_NF.error_N1
-        maxima = partial(
-            _group_maxima, size=_group_size(2 * density, pre_NF.shape[1])
-        )  # candidates cost products
+        maxima = partial(_group_maxima, size=_group_size(2 * density, pre_NF.shape[1]))  # candidates cost products
         return partial(pre_NF.lows, maxima, error_N1), partial(pre_NF.reaching, error=error_N1)
     if _has_lines(pre_NF, density):
         maxima_NG = _line_maxima(pre_NF)

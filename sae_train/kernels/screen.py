@@ -83,6 +83,10 @@ class Screened:
         near = maxima(self.near_NF.view(torch.int16)).view(torch.bfloat16).float()
         return near * (1 - ROUNDOFF) - error
 
+    def whole(self) -> Tensor:
+        """Return all exact pre-activations [N, F]."""
+        return affine(self.x_ND, self.W_FD, self.b_F, precision="float32")
+
     def reaching(self, bound: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         """Return flat index (ascending) and exact value of the positive entries that reach `bound`.
 
@@ -90,43 +94,62 @@ class Screened:
             bound: scalar, [N, 1] or [1, F].
             error: `error_N1` or `error_1F`.
         """
-        near_bound = (bound * (1 - 2 * SUM_ROUNDOFF) - error).bfloat16()  # rounding keeps the order
-        index = self._near(near_bound)
+        index = self._near(_lowered(bound, error))
         if len(index) > FEW * self.near_NF.numel():
             index = self._near_to_both(index, bound)
         if len(index) > MANY * self.near_NF.numel():
-            whole_NF = affine(self.x_ND, self.W_FD, self.b_F, precision="float32")
+            whole_NF = self.whole()
             index = flat_nonzero(whole_NF >= positive(bound))
             return index, whole_NF.reshape(-1)[index]
         value = self.exact(index)
         kept = flat_nonzero(value >= self._of_entries(positive(bound), index))
         return index[kept], value[kept]
 
+    def above(self, bound_F: Tensor, *, most: float) -> tuple[Tensor, Tensor] | None:
+        """Return flat index (ascending) and exact value of the entries above their feature's bound, positive or not.
+
+        None where more than `most` entries may be.
+        """
+        bound_1F = bound_F.expand(self.shape[1]).unsqueeze(0)
+        keep_NF = self._reach(_lowered(bound_1F, self.error_1F))
+        if int(keep_NF.count_nonzero()) > most:
+            return None
+        index = flat_nonzero(keep_NF)
+        value = self.exact(index)
+        kept = flat_nonzero(value > self._of_entries(bound_1F, index))
+        return index[kept], value[kept]
+
     def _near(self, near_bound: Tensor) -> Tensor:
         """Return the ascending flat indices of the near pre-activations that reach `near_bound` ([N, 1] or [1, F])."""
-        bits_NF = self.near_NF.view(torch.int16)
-        n_tokens = len(bits_NF)
-        loose = (near_bound <= 0).reshape(-1).nonzero().squeeze(1)  # where bits are not in order
+        n_tokens, n_features = self.shape
+        if near_bound.shape != (1, n_features) or n_tokens % GROUP or bool((near_bound <= 0).any()):
+            return flat_nonzero(self._reach(near_bound))
+        bits, bits_NF = near_bound.view(torch.int16), self.near_NF.view(torch.int16)
+        group = flat_nonzero(bits_NF.view(GROUP, n_tokens // GROUP, n_features).amax(0) >= bits)
+        index = (torch.arange(GROUP).unsqueeze(1) * (bits_NF.numel() // GROUP) + group).reshape(-1)
+        return index[flat_nonzero(bits_NF.reshape(-1)[index] >= self._of_entries(bits, index))]
+
+    def _reach(self, near_bound: Tensor) -> Tensor:
+        """Return which near pre-activations reach `near_bound` [N, F]; by their bits where those are in order."""
+        is_loose = near_bound <= 0
+        if bool(is_loose.all()):
+            return self.near_NF >= near_bound
         bits = torch.where(near_bound > 0, near_bound.view(torch.int16), torch.iinfo(torch.int16).max)
-        of_tokens = near_bound.shape[0] == n_tokens and near_bound.shape[1] == 1
-        if len(loose) == 0 and not of_tokens and n_tokens % GROUP == 0:
-            group = flat_nonzero(bits_NF.view(GROUP, n_tokens // GROUP, -1).amax(0) >= bits)
-            index = (torch.arange(GROUP).unsqueeze(1) * (bits_NF.numel() // GROUP) + group).reshape(-1)
-            return index[flat_nonzero(bits_NF.reshape(-1)[index] >= self._of_entries(bits, index))]
-        keep_NF = bits_NF >= bits
+        keep_NF = self.near_NF.view(torch.int16) >= bits
+        loose = is_loose.reshape(-1).nonzero().squeeze(1)
         if len(loose) > 0:
-            along = 0 if of_tokens else 1
+            along = 0 if near_bound.shape == (self.shape[0], 1) else 1
             reach = self.near_NF.index_select(along, loose) >= near_bound.index_select(along, loose)
             keep_NF.index_copy_(along, loose, reach)
-        return flat_nonzero(keep_NF)
+        return keep_NF
 
     def _near_to_both(self, index_C: Tensor, bound: Tensor) -> Tensor:
         """Return the candidates that the smaller of their token's and their feature's error leaves."""
         token = torch.div(index_C, self.shape[1], rounding_mode="floor")
         error_N, error_F = self.error_N1.squeeze(1), self.error_1F.squeeze(0)
         error_C = torch.minimum(error_N[token], error_F[index_C - token * self.shape[1]])
-        near_bound_C = self._of_entries(bound, index_C) * (1 - 2 * SUM_ROUNDOFF) - error_C
-        return index_C[flat_nonzero(self.near_NF.reshape(-1)[index_C] >= near_bound_C.bfloat16())]
+        near_bound_C = _lowered(self._of_entries(bound, index_C), error_C)
+        return index_C[flat_nonzero(self.near_NF.reshape(-1)[index_C] >= near_bound_C)]
 
     def _of_entries(self, bound: Tensor, index_C: Tensor) -> Tensor:
         """Return the bound, scalar, [N, 1] or [1, F], of each of these entries."""
@@ -134,6 +157,11 @@ class Screened:
             return bound
         token = torch.div(index_C, self.shape[1], rounding_mode="floor")
         return bound.expand(self.shape)[token, index_C - token * self.shape[1]]
+
+
+def _lowered(bound: Tensor, error: Tensor) -> Tensor:
+    """Return the bound that near pre-activations reach where exact ones reach `bound`; rounding keeps the order."""
+    return (bound - 2 * SUM_ROUNDOFF * bound.abs() - error).bfloat16()
 
 
 PreActivations = Tensor | Screened

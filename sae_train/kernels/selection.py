@@ -74,6 +74,18 @@ def select_above(pre_NF: Tensor, threshold_F: Tensor) -> Matches:
     return select_where(pre_NF, pre_NF > threshold_F)
 
 
+def select_few_above(pre_NF: Tensor | Screened, bound_F: Tensor, *, most: float) -> Matches | None:
+    """Keep the entries above their feature's bound (strictly), positive or not; None where they are more than `most`.
+
+    Waits for the device: as many slots as matches. Screened ones may count some that are a little below.
+    """
+    if isinstance(pre_NF, Screened):
+        found = pre_NF.above(bound_F, most=most)
+        return None if found is None else pack(*found, shape=pre_NF.shape, capacity=None)
+    keep_NF = pre_NF > bound_F
+    return None if int(keep_NF.count_nonzero()) > most else select_where(pre_NF, keep_NF)
+
+
 def select_where(pre_NF: Tensor, keep_NF: Tensor) -> Matches:
     """Keep the entries where `keep_NF` holds, positive or not; as many slots as matches: waits for the device."""
     index = flat_nonzero(keep_NF)

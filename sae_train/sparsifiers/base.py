@@ -27,8 +27,8 @@ class Sparsifier(ABC):
     Attributes:
         inference: rule of the exported autoencoder, 'threshold' or 'topk'.
         cure: what else may help where no feature fires any more, for a message.
-        kept_a_token: matches that it selects of a token at most, on average; infinite where it reads all
-            pre-activations, which are not screened then.
+        kept_a_token: matches of a token that it selects at most, or is to come to, on average; infinite where it reads
+            all pre-activations, which are not screened then.
     """
 
     inference: str

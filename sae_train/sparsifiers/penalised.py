@@ -39,6 +39,8 @@ class Penalised(Sparsifier):
         assert isinstance(config.sparsifier, PenalisedConfig)
         super().__init__(config, n_features=n_features)
         self._settle, self._coefficient = config.sparsifier.settle, config.sparsifier.coefficient
+        if config.k is not None:
+            self.kept_a_token = self.k
 
     def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
         self.dead_window = dead_window
@@ -106,8 +108,7 @@ class Penalised(Sparsifier):
         ranks: Ranks,
     ) -> tuple[Code, Tensor | None]:
         price = self.price.now(moment)
-        assert isinstance(pre_NF, Tensor), "all pre-activations are read"
-        pre = self._attach(dictionary, x_ND, pre_NF, pre_NF > self.bounds(dictionary))
+        pre = self._attach(dictionary, x_ND, pre_NF)
         value, priced = self.values(dictionary, pre, moment=moment, ranks=ranks)
         with torch.no_grad():
             fired = self.exported_values(pre, value)
@@ -119,12 +120,15 @@ class Penalised(Sparsifier):
         extra = self.extra_loss(dictionary, x_ND, pre, n_tokens=moment.batch_tokens, ranks=ranks)
         return replace(pre, value=value), penalty if extra is None else penalty + extra
 
-    def _attach(self, dictionary: Dictionary, x_ND: Tensor, pre_NF: Tensor, matters_NF: Tensor) -> Code:
+    def _attach(self, dictionary: Dictionary, x_ND: Tensor, pre_NF: kernels.PreActivations) -> Code:
         """Return the pre-activations that matter, with their graph; the same function with its zeros or without."""
-        if int(matters_NF.count_nonzero()) * DENSE_FROM > matters_NF.numel():
-            return DenseCode(value=dictionary.attach_dense(x_ND, pre_NF))
-        matches = kernels.select_where(pre_NF, matters_NF)
-        places = SparseCode(**matches._asdict(), shape=(len(pre_NF),), n_features=pre_NF.shape[1])
+        n_tokens, n_features = pre_NF.shape
+        most = n_tokens * n_features / DENSE_FROM
+        matches = kernels.select_few_above(pre_NF, self.bounds(dictionary), most=most)
+        if matches is None:
+            whole_NF = pre_NF.whole() if isinstance(pre_NF, kernels.Screened) else pre_NF
+            return DenseCode(value=dictionary.attach_dense(x_ND, whole_NF))
+        places = SparseCode(**matches._asdict(), shape=(n_tokens,), n_features=n_features)
         return dictionary.attach(x_ND, places)
 
     def figures(self, moment: Moment) -> dict[str, float]:
