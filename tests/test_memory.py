@@ -62,7 +62,7 @@ def test_the_estimate_is_of_a_step_that_begins_dense(rows: Path, case: str) -> N
     parameters, matrix = 4 * trainer.plan.parameters, 4 * world.N * F
     held = (peak_bytes(trainer) - parameters) / matrix
     estimated = (trainer.plan.memory_bytes - 4 * parameters) / matrix
-    assert held <= estimated <= held + 1.5
+    assert held <= estimated <= held + 1.5 + trainer.is_screened  # near pre-activations take less than whole ones
 
 
 NAMES = ("weights, gradients and two moments, 8 of [", "pre-activations and what is as large, 2 of [")

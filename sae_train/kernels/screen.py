@@ -248,4 +248,5 @@ def has_bf16_products() -> bool:
 
     AVX-512 BF16 alone took longer than fp32 on Intel (oneDNN kept to it: 102 ms for 65); on AMD nobody has measured it.
     """
-    return torch.cpu._is_amx_tile_supported() and torch.backends.mkldnn.is_available()
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch's own, so perhaps not for ever
+    return has_amx is not None and has_amx() and torch.backends.mkldnn.is_available()
