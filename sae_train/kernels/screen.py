@@ -124,7 +124,7 @@ class Screened:
         n_tokens, n_features = self.shape
         if near_bound.shape != (1, n_features) or n_tokens % GROUP or bool((near_bound <= 0).any()):
             return flat_nonzero(self._reach(near_bound))
-        bits, bits_NF = near_bound.view(torch.int16), self.near_NF.view(torch.int16)
+        bits, bits_NF = _bits(near_bound), self.near_NF.view(torch.int16)
         group = flat_nonzero(bits_NF.view(GROUP, n_tokens // GROUP, n_features).amax(0) >= bits)
         index = (torch.arange(GROUP).unsqueeze(1) * (bits_NF.numel() // GROUP) + group).reshape(-1)
         return index[flat_nonzero(bits_NF.reshape(-1)[index] >= self._of_entries(bits, index))]
@@ -134,8 +134,7 @@ class Screened:
         is_loose = near_bound <= 0
         if bool(is_loose.all()):
             return self.near_NF >= near_bound
-        bits = torch.where(near_bound > 0, near_bound.view(torch.int16), torch.iinfo(torch.int16).max)
-        keep_NF = self.near_NF.view(torch.int16) >= bits
+        keep_NF = self.near_NF.view(torch.int16) >= _bits(near_bound)
         loose = is_loose.reshape(-1).nonzero().squeeze(1)
         if len(loose) > 0:
             along = 0 if near_bound.shape == (self.shape[0], 1) else 1
@@ -159,9 +158,14 @@ class Screened:
         return bound.expand(self.shape)[token, index_C - token * self.shape[1]]
 
 
+def _bits(near_bound: Tensor) -> Tensor:
+    """Return the bits that a near pre-activation's must reach; more than any where the bound is not positive."""
+    return torch.where(near_bound > 0, near_bound.view(torch.int16), torch.iinfo(torch.int16).max)
+
+
 def _lowered(bound: Tensor, error: Tensor) -> Tensor:
     """Return the bound that near pre-activations reach where exact ones reach `bound`; rounding keeps the order."""
-    return (bound - 2 * SUM_ROUNDOFF * bound.abs() - error).bfloat16()
+    return (bound * (1 - 2 * SUM_ROUNDOFF * bound.sign()) - error).bfloat16()
 
 
 PreActivations = Tensor | Screened
