@@ -35,6 +35,10 @@ def main() -> None:
         # threads of a group of processes that was left may still end while Python does, and abort it (seen: four runs
         # in ten that had finished well); nothing is left to do but to hand over the status
         _leave(status)
+    if status == INTERRUPTED:
+        # where SIGINT met code that was given as text (as dataclasses give it, at imports) `python -m` ends itself by
+        # SIGINT at the end, though it was caught; the next code that is given as text takes that back
+        exec("")
     sys.exit(status)
 
 

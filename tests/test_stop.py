@@ -287,6 +287,22 @@ def test_a_signal_on_one_of_two_ranks(tmp_path: Path, whole: Callable[[int], Pat
     check_same_end(tmp_path, whole(2), 2)
 
 
+def test_sigint_in_generated_code_ends_with_the_same_status(tmp_path: Path) -> None:
+    """Python notes an interrupt of code that was given as text, as imports do it, and ends by SIGINT for it."""
+    (tmp_path / "interrupted.py").write_text(
+        "from sae_train import cli\n"
+        "def run(_):\n"
+        "    try:\n"
+        "        exec('raise KeyboardInterrupt')\n"
+        "    except KeyboardInterrupt:\n"
+        "        return cli.INTERRUPTED\n"
+        "cli.run_command = run\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "interrupted"], cwd=tmp_path, check=False)
+    assert done.returncode == 130
+
+
 def test_sigint_still_interrupts(tmp_path: Path) -> None:
     process = launch(tmp_path, 1, [])
     wait_until(lambda: locked(tmp_path), process)
