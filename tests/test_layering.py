@@ -52,6 +52,8 @@ OUTSIDE = {
         "harvest/tensors.py",
         "harvest/tensor_files.py",
     },
+    "numba": {"kernels/numba_*", "kernels/backend.py"},
+    "llvmlite": {"kernels/numba_team.py"},
     "triton": {"kernels/triton_adam.py", "kernels/triton_products.py"},
     "transformers": {"harvest/language_model.py", "harvest/sites.py"},
 }

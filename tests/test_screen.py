@@ -81,7 +81,7 @@ def rounded_product(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
 
 
 def screened(x: Tensor, W: Tensor, b: Tensor, *, precision: str) -> Screened:
-    rounded = (x.bfloat16(), W.bfloat16(), b.bfloat16())
+    rounded = (screen.rounded_rows(x), screen.rounded_rows(W))
     found = screen.screened(rounded_product(x, W, b), x, W, b, rounded=rounded, precision=precision)
     assert isinstance(found, Screened)
     return found

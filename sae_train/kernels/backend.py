@@ -1,10 +1,10 @@
-"""Which kernels work on a tensor: Triton's where it can run, else what plain torch offers."""
+"""Which kernels work on a tensor: Triton's on a GPU, Numba's on a CPU, and plain torch's where those cannot run."""
 
 import importlib.util
 import os
 import shutil
 import subprocess
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -15,6 +15,33 @@ DTYPES = (torch.float32, torch.bfloat16)
 """Of the tensors whose rows are read; float64 is plain torch's."""
 OLDEST = (8, 0)
 """Compute capability that Triton asks of a CUDA GPU."""
+
+
+def uses_numba(entries: Tensor) -> bool:
+    """Return whether kernels that Numba compiles work on `entries`."""
+    return entries.dtype in DTYPES and has_numba(entries.device)
+
+
+def has_numba(device: torch.device) -> bool:
+    """Return whether kernels that Numba compiles can run there."""
+    return device.type == "cpu" and why_not_numba() is None
+
+
+@cache
+def why_not_numba() -> str | None:
+    """Return why Numba's kernels cannot run here, None where they can; the first call imports and tries them."""
+    try:
+        import numba
+
+        if numba.config.DISABLE_JIT:
+            return "NUMBA_DISABLE_JIT is set"
+        from sae_train.kernels import numba_groups
+    except ImportError as error:
+        return str(error)
+    order, start = numba_groups.by_group(torch.tensor([1, 0, 1]), 2)
+    if order.tolist() != [1, 0, 2] or start.tolist() != [0, 1, 3]:
+        return "a kernel did not do what it should, by torch's OpenMP"
+    return None
 
 
 def uses_triton(rows: Tensor) -> bool:
@@ -56,6 +83,9 @@ def _what_a_kernel_runs_into(device: torch.device) -> str | None:
 
 
 def notice(device: torch.device) -> str | None:
-    """Return the line that a run on a GPU without Triton says at its start; None where there is nothing to say."""
-    reason = why_not_triton(device) if device.type in DEVICES else None
-    return reason and f"no Triton kernels on {device}: {reason}. Plain torch does their work, slower."
+    """Return the line that a run without its device's kernels says at its start; None where there is nothing to say."""
+    if device.type in DEVICES:
+        reason = why_not_triton(device)
+        return reason and f"no Triton kernels on {device}: {reason}. Plain torch does their work, slower."
+    reason = why_not_numba() if device.type == "cpu" else None
+    return reason and f"no compiled kernels on {device}: {reason}. Plain torch does their work, slower."

@@ -13,24 +13,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from sae_train.kernels.backend import uses_numba
 from sae_train.kernels.hint import Hint
-from sae_train.kernels.matches import Matches, flat_nonzero, pack
+from sae_train.kernels.matches import Matches, flat_reaching, pack
 from sae_train.kernels.owners import column_cuts, row_cuts, row_slots
 from sae_train.kernels.radix import INTEGER, kth_largest, positive, ties_kept
-from sae_train.kernels.screen import Screened
+from sae_train.kernels.screen import PreActivations, Screened
 from sae_train.ranks import Ranks
-
-LINE = 32
-"""Entries of a group that lies together: shorter ones take torch longer to reduce, longer ones bound more loosely."""
-SPARSE = 1 / 64
-"""Share of kept entries up to which such groups leave out enough to pay."""
 
 HINT_SHARE = 0.95
 """Of an earlier cut. Cuts of batches differ by some percent, so a little below one is mostly a bound; it is counted."""
 
 
 def select_batch(
-    pre_NF: Tensor | Screened, *, budget: int, capacity: int, n_features: int, ranks: Ranks, hint: Hint | None = None
+    pre_NF: PreActivations, *, budget: int, capacity: int, n_features: int, ranks: Ranks, hint: Hint | None = None
 ) -> Matches:
     """Keep the `budget` largest positive entries of the whole grid; see selection.select_batch."""
     hint, (n_tokens, width) = hint or Hint(), pre_NF.shape
@@ -52,12 +48,12 @@ def select_batch(
         n_features=n_features,
         ranks=ranks,
     )
-    keep = above | (tied & (tied.cumsum(0) <= left))
+    keep = (above | (tied & (tied.cumsum(0) <= left))).nonzero().squeeze(1)
     return pack(index[keep], value[keep], shape=(n_tokens, width), capacity=capacity)
 
 
 def select_rows(
-    pre_NF: Tensor | Screened, *, k: int, capacity: int, n_features: int, ranks: Ranks, allowed_F: Tensor | None = None
+    pre_NF: PreActivations, *, k: int, capacity: int, n_features: int, ranks: Ranks, allowed_F: Tensor | None = None
 ) -> Matches:
     """Keep each row's `k` largest positive entries; see selection.select_rows."""
     if allowed_F is not None:
@@ -73,7 +69,7 @@ def select_rows(
     low, reaching = _bounded(pre_NF, slots / max(1, width))
     index, value = reaching(_kth_of_rows(low(), slots))
     token = torch.div(index, max(1, width), rounding_mode="floor")
-    keep = _leading(value, token, torch.full((n_tokens,), slots))
+    keep = _leading(value, token, torch.full((n_tokens,), slots)).nonzero().squeeze(1)
     index, value = index[keep], value[keep]
     if ranks.features.size > 1:
         token = token[keep]
@@ -84,7 +80,7 @@ def select_rows(
     return pack(index, value, shape=(n_tokens, width), capacity=capacity)
 
 
-def select_columns(pre_NF: Tensor | Screened, *, budget_F: Tensor, capacity: int, ranks: Ranks) -> Matches:
+def select_columns(pre_NF: PreActivations, *, budget_F: Tensor, capacity: int, ranks: Ranks) -> Matches:
     """Keep each column's `budget_F[j]` largest positive entries of all tokens; see selection.select_columns."""
     n_tokens, n_features = pre_NF.shape
     local_F = budget_F.clamp(max=n_tokens)
@@ -94,7 +90,7 @@ def select_columns(pre_NF: Tensor | Screened, *, budget_F: Tensor, capacity: int
     else:
         index, value = _reaching(pre_NF, _column_bounds(_column_maxima(pre_NF), local_F))
     column = index.remainder(max(1, n_features))
-    keep = _leading(value, column, local_F)
+    keep = _leading(value, column, local_F).nonzero().squeeze(1)
     index, value = index[keep], value[keep]
     if ranks.data.size > 1:
         column = column[keep]
@@ -116,7 +112,7 @@ def _at_least(value: Tensor, group: Tensor, cut_G: Tensor, left_G: Tensor) -> Te
 
 
 def _bounded(
-    pre_NF: Tensor | Screened, density: float
+    pre_NF: PreActivations, density: float
 ) -> tuple[Callable[[], Tensor], Callable[[Tensor], tuple[Tensor, Tensor]]]:
     """Return what gives a number that the largest entry of each group of a row reaches [N, groups], and `_reaching`."""
     maxima = partial(_group_maxima, size=_group_size(density, pre_NF.shape[1]))
@@ -124,46 +120,21 @@ def _bounded(
         error_N1 = pre_NF.error_N1
         maxima = partial(_group_maxima, size=_group_size(2 * density, pre_NF.shape[1]))  # candidates cost products
         return partial(pre_NF.lows, maxima, error_N1), partial(pre_NF.reaching, error=error_N1)
-    if _has_lines(pre_NF, density):
-        maxima_NG = _line_maxima(pre_NF)
-        return lambda: maxima_NG, partial(_reaching_in_lines, pre_NF, maxima_NG)
     return partial(maxima, pre_NF), partial(_reaching, pre_NF)
 
 
 def _reaching(pre_NF: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
-    """Return flat index (ascending) and value of the positive entries that reach `bound` (broadcast to pre_NF)."""
-    index = flat_nonzero(pre_NF >= positive(bound))
+    """Return flat index (ascending) and value of the positive entries that reach `bound`: scalar, [N, 1] or [1, F]."""
+    index = flat_reaching(pre_NF, positive(bound))
     return index, pre_NF.reshape(-1)[index]
-
-
-def _has_lines(pre_NF: Tensor, density: float) -> bool:
-    return pre_NF.shape[1] % LINE == 0 and density <= SPARSE
-
-
-def _line_maxima(pre_NF: Tensor) -> Tensor:
-    """Return the maxima [N, F / LINE] of each row's groups of LINE entries that lie together; NaN where one is."""
-    return pre_NF.view(len(pre_NF), pre_NF.shape[1] // LINE, LINE).amax(2)
-
-
-def _reaching_in_lines(pre_NF: Tensor, maxima_NG: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what `_reaching` does for a bound of each row or of all; reads only groups with an entry that reaches it.
-
-    Args:
-        maxima_NG: `_line_maxima` of pre_NF.
-        bound: scalar, or [N, 1].
-    """
-    bound = positive(bound)
-    line_C = flat_nonzero(~(maxima_NG < bound))  # a NaN may hide others
-    entries_CL = pre_NF.view(-1, LINE).index_select(0, line_C)
-    if bound.dim() > 0:
-        bound = bound[torch.div(line_C, maxima_NG.shape[1], rounding_mode="floor")]
-    inside = flat_nonzero(entries_CL >= bound)
-    place = torch.div(inside, LINE, rounding_mode="floor")
-    return line_C[place] * LINE + (inside - place * LINE), entries_CL.reshape(-1)[inside]
 
 
 def _leading(value: Tensor, group: Tensor, budget_G: Tensor) -> Tensor:
     """Return which of the positive entries are among their group's budget_G[g] largest; ties to the earlier entry."""
+    if uses_numba(value):
+        from sae_train.kernels import numba_groups
+
+        return numba_groups.leading(value, group, budget_G)
     integer, n_bits = INTEGER[value.dtype]
     descending = (1 << n_bits) - 1 - value.view(integer)  # ordered like the values; torch sorts integers by radix
     order = descending.sort(stable=True).indices

@@ -1,9 +1,12 @@
 """Matches: the kept token-feature pairs of a batch as plain tensors, and the one way to lay them out."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sae_train.kernels.backend import has_numba, uses_numba
 
 
 class Matches(NamedTuple):
@@ -49,6 +52,11 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 def by_feature(feature_M: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
     """Return the matches' slots by feature, then token [M], and where in them each feature begins [F+1] int32."""
+    if has_numba(feature_M.device):
+        from sae_train.kernels import numba_groups
+
+        order, start_F = numba_groups.by_group(feature_M, n_features)
+        return order, start_F.int()
     ascending, order = feature_M.sort(stable=True)
     bounds = torch.arange(n_features + 1, dtype=torch.int32, device=feature_M.device)
     return order, torch.searchsorted(ascending, bounds, out_int32=True)
@@ -71,6 +79,29 @@ def pack(index_C: Tensor, value_C: Tensor, *, shape: tuple[int, int], capacity: 
     bounds = torch.arange(n_tokens + 1, dtype=torch.int32, device=index_C.device)
     start = torch.searchsorted(token[:used], bounds, out_int32=True)
     return Matches(value, feature, token, start)
+
+
+def flat_reaching(entries_NF: Tensor, bound: Tensor) -> Tensor:
+    """Return the ascending flat indices of the entries that reach `bound`; see `few_reaching`."""
+    index = few_reaching(entries_NF, bound, most=math.inf)
+    assert index is not None
+    return index
+
+
+def few_reaching(entries_NF: Tensor, bound: Tensor, *, most: float) -> Tensor | None:
+    """Return the ascending flat indices of the entries that reach `bound`; None where they are more than `most`.
+
+    Args:
+        entries_NF: of bf16 ones NaN may be among what is found.
+        bound: of their dtype, scalar, [N, 1] or [1, F].
+    """
+    if uses_numba(entries_NF):
+        from sae_train.kernels import numba_scan
+
+        rows = bound.expand(len(entries_NF), 1) if bound.dim() == 0 else bound
+        return numba_scan.flat_reaching(entries_NF, rows, most=most)
+    index = flat_nonzero(entries_NF >= bound)
+    return index if len(index) <= most else None
 
 
 def flat_nonzero(flag_NF: Tensor) -> Tensor:

@@ -12,12 +12,14 @@ Letters: N tokens, F features, D width, C candidates.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sae_train.kernels.affine import affine
-from sae_train.kernels.matches import flat_nonzero
+from sae_train.kernels.backend import has_numba, uses_numba
+from sae_train.kernels.matches import few_reaching, flat_reaching
 from sae_train.kernels.products import row_products
 from sae_train.kernels.radix import positive
 
@@ -32,10 +34,6 @@ TINY = 2.0**-126
 SUM_ROUNDOFF = 2.0**-23
 """Of two fp32 sums of the same products, the near one and the exact one, relative to the sum of magnitudes and a
 summand: 2^-24 each. Adding the bias is one more rounding, relative to the result."""
-GROUP = 4
-"""Tokens, a quarter of the batch apart, whose entries of a column are looked at together first: few reach its bound."""
-ROWS_TOGETHER = 1024
-"""Rows that are looked at while they are in the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +62,10 @@ class Screened:
 
     def exact(self, index_C: Tensor) -> Tensor:
         """Return the exact pre-activations at ascending flat indices [C]."""
+        if uses_numba(self.x_ND):
+            from sae_train.kernels import numba_products
+
+            return numba_products.entries(self.x_ND, self.W_FD, self.b_F, index_C)
         n_tokens, n_features = self.shape
         token = torch.div(index_C, n_features, rounding_mode="floor")
         feature = (index_C - token * n_features).int()
@@ -94,15 +96,15 @@ class Screened:
             bound: scalar, [N, 1] or [1, F].
             error: `error_N1` or `error_1F`.
         """
-        index = self._near(_lowered(bound, error))
+        index = flat_reaching(self.near_NF, _lowered(bound, error))
         if len(index) > FEW * self.near_NF.numel():
             index = self._near_to_both(index, bound)
         if len(index) > MANY * self.near_NF.numel():
             whole_NF = self.whole()
-            index = flat_nonzero(whole_NF >= positive(bound))
+            index = flat_reaching(whole_NF, positive(bound))
             return index, whole_NF.reshape(-1)[index]
         value = self.exact(index)
-        kept = flat_nonzero(value >= self._of_entries(positive(bound), index))
+        kept = (value >= self._of_entries(positive(bound), index)).nonzero().squeeze(1)
         return index[kept], value[kept]
 
     def above(self, bound_F: Tensor, *, most: float) -> tuple[Tensor, Tensor] | None:
@@ -111,36 +113,12 @@ class Screened:
         None where more than `most` entries may be.
         """
         bound_1F = bound_F.expand(self.shape[1]).unsqueeze(0)
-        keep_NF = self._reach(_lowered(bound_1F, self.error_1F))
-        if int(keep_NF.count_nonzero()) > most:
+        index = few_reaching(self.near_NF, _lowered(bound_1F, self.error_1F), most=most)
+        if index is None:
             return None
-        index = flat_nonzero(keep_NF)
         value = self.exact(index)
-        kept = flat_nonzero(value > self._of_entries(bound_1F, index))
+        kept = (value > self._of_entries(bound_1F, index)).nonzero().squeeze(1)
         return index[kept], value[kept]
-
-    def _near(self, near_bound: Tensor) -> Tensor:
-        """Return the ascending flat indices of the near pre-activations that reach `near_bound` ([N, 1] or [1, F])."""
-        n_tokens, n_features = self.shape
-        if near_bound.shape != (1, n_features) or n_tokens % GROUP or bool((near_bound <= 0).any()):
-            return flat_nonzero(self._reach(near_bound))
-        bits, bits_NF = _bits(near_bound), self.near_NF.view(torch.int16)
-        group = flat_nonzero(bits_NF.view(GROUP, n_tokens // GROUP, n_features).amax(0) >= bits)
-        index = (torch.arange(GROUP).unsqueeze(1) * (bits_NF.numel() // GROUP) + group).reshape(-1)
-        return index[flat_nonzero(bits_NF.reshape(-1)[index] >= self._of_entries(bits, index))]
-
-    def _reach(self, near_bound: Tensor) -> Tensor:
-        """Return which near pre-activations reach `near_bound` [N, F]; by their bits where those are in order."""
-        is_loose = near_bound <= 0
-        if bool(is_loose.all()):
-            return self.near_NF >= near_bound
-        keep_NF = self.near_NF.view(torch.int16) >= _bits(near_bound)
-        loose = is_loose.reshape(-1).nonzero().squeeze(1)
-        if len(loose) > 0:
-            along = 0 if near_bound.shape == (self.shape[0], 1) else 1
-            reach = self.near_NF.index_select(along, loose) >= near_bound.index_select(along, loose)
-            keep_NF.index_copy_(along, loose, reach)
-        return keep_NF
 
     def _near_to_both(self, index_C: Tensor, bound: Tensor) -> Tensor:
         """Return the candidates that the smaller of their token's and their feature's error leaves."""
@@ -148,7 +126,7 @@ class Screened:
         error_N, error_F = self.error_N1.squeeze(1), self.error_1F.squeeze(0)
         error_C = torch.minimum(error_N[token], error_F[index_C - token * self.shape[1]])
         near_bound_C = _lowered(self._of_entries(bound, index_C), error_C)
-        return index_C[flat_nonzero(self.near_NF.reshape(-1)[index_C] >= near_bound_C)]
+        return index_C[self.near_NF.reshape(-1)[index_C] >= near_bound_C]
 
     def _of_entries(self, bound: Tensor, index_C: Tensor) -> Tensor:
         """Return the bound, scalar, [N, 1] or [1, F], of each of these entries."""
@@ -156,11 +134,6 @@ class Screened:
             return bound
         token = torch.div(index_C, self.shape[1], rounding_mode="floor")
         return bound.expand(self.shape)[token, index_C - token * self.shape[1]]
-
-
-def _bits(near_bound: Tensor) -> Tensor:
-    """Return the bits that a near pre-activation's must reach; more than any where the bound is not positive."""
-    return torch.where(near_bound > 0, near_bound.view(torch.int16), torch.iinfo(torch.int16).max)
 
 
 def _lowered(bound: Tensor, error: Tensor) -> Tensor:
@@ -183,39 +156,56 @@ def screen(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, *, precision: str, out: Tens
         out: [N, F] bf16 to write the near pre-activations to.
     """
     with torch.no_grad():
-        x_bf16, W_bf16, b_bf16 = x_ND.bfloat16(), W_FD.bfloat16(), b_F.bfloat16()
-        torch.addmm(b_bf16, x_bf16, W_bf16.t(), out=out)
-        return screened(out, x_ND, W_FD, b_F, rounded=(x_bf16, W_bf16, b_bf16), precision=precision)
+        x, W = rounded_rows(x_ND), rounded_rows(W_FD)
+        torch.addmm(b_F.bfloat16(), x.bf16, W.bf16.t(), out=out)
+        return screened(out, x_ND, W_FD, b_F, rounded=(x, W), precision=precision)
+
+
+class Rounded(NamedTuple):
+    """Rows in bf16."""
+
+    bf16: Tensor
+    norm: Tensor
+    """[rows] of what they were, fp32."""
+    missed: Tensor
+    """[rows] norms of what rounding took from them, fp32."""
+
+
+def rounded_rows(rows: Tensor) -> Rounded:
+    """Return fp32 rows in bf16."""
+    if uses_numba(rows):
+        from sae_train.kernels import numba_rows
+
+        return Rounded(*numba_rows.rounded(rows))
+    bf16 = rows.bfloat16()
+    return Rounded(bf16, rows.norm(dim=1), (rows - bf16).norm(dim=1))
 
 
 def screened(
-    near_NF: Tensor,
-    x_ND: Tensor,
-    W_FD: Tensor,
-    b_F: Tensor,
-    *,
-    rounded: tuple[Tensor, Tensor, Tensor],
-    precision: str,
+    near_NF: Tensor, x_ND: Tensor, W_FD: Tensor, b_F: Tensor, *, rounded: tuple[Rounded, Rounded], precision: str
 ) -> Screened:
     """Return what `screen` does for near pre-activations from anywhere.
 
     By Cauchy and Schwarz |x^ w^ - x w| is at most |x^ - x| |w^| + |x| |w^ - w|, ^ for rounded; to it come the rounding
     of the bias and of both sums.
+
+    Args:
+        rounded: rows of x and of W.
     """
-    x_bf16, W_bf16, b_bf16 = rounded
     if precision == "bf16":
-        x_ND, W_FD = x_bf16.float(), W_bf16.float()
-    norm_N, missed_N = _norms(x_ND, x_bf16, is_exact=precision == "bf16")
-    norm_F, missed_F = _norms(W_FD, W_bf16, is_exact=precision == "bf16")
-    width, bias_F = x_ND.shape[1], (b_F - b_bf16).abs()
+        x_ND, W_FD = (each.bf16.float() for each in rounded)
+        x, W = (Rounded(each.bf16, each.norm + each.missed, torch.zeros_like(each.norm)) for each in rounded)
+    else:
+        x, W = rounded
+    width, bias_F = x_ND.shape[1], (b_F - b_F.bfloat16()).abs()
 
     def error(norm_x: Tensor, missed_x: Tensor, norm_W: Tensor, missed_W: Tensor) -> Tensor:
         rounded_x, rounded_W = norm_x + missed_x, norm_W + missed_W
         sums = SUM_ROUNDOFF * width * rounded_x * rounded_W
         return missed_x * rounded_W + norm_x * missed_W + sums + width * TINY * (1 + rounded_x + rounded_W)
 
-    error_N = error(norm_N, missed_N, norm_F.max(), missed_F.max()) + bias_F.max()
-    error_F = error(norm_N.max(), missed_N.max(), norm_F, missed_F) + bias_F
+    error_N = error(x.norm, x.missed, W.norm.max(), W.missed.max()) + bias_F.max()
+    error_F = error(x.norm.max(), x.missed.max(), W.norm, W.missed) + bias_F
     return Screened(
         near_NF=near_NF,
         x_ND=x_ND,
@@ -226,15 +216,6 @@ def screened(
     )
 
 
-def _norms(rows: Tensor, rounded: Tensor, *, is_exact: bool) -> tuple[Tensor, Tensor]:
-    """Return the norms of rows, and of what rounding took from them."""
-    norm = rows.norm(dim=1)
-    if is_exact:
-        return norm, torch.zeros_like(norm)
-    parts = zip(rows.split(ROWS_TOGETHER), rounded.split(ROWS_TOGETHER), strict=True)
-    return norm, torch.cat([(part - part_rounded).norm(dim=1) for part, part_rounded in parts])
-
-
 def can_screen(*, n_features: int, kept_a_token: float, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether pre-activations are screened rather than computed whole: where that is faster.
 
@@ -242,7 +223,7 @@ def can_screen(*, n_features: int, kept_a_token: float, device: torch.device, dt
         n_features: of this rank.
         kept_a_token: entries that selection may keep of each token, on average.
     """
-    is_plain = device.type == "cpu" and dtype == torch.float32
+    is_plain = has_numba(device) and dtype == torch.float32
     return is_plain and kept_a_token <= FEW * n_features and has_bf16_products()
 
 

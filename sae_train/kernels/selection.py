@@ -11,12 +11,12 @@ from torch import Tensor
 from sae_train.kernels import candidates, grouped, reference
 from sae_train.kernels.hint import Hint
 from sae_train.kernels.matches import Matches, flat_nonzero, pack
-from sae_train.kernels.screen import Screened
+from sae_train.kernels.screen import PreActivations, Screened
 from sae_train.ranks import Ranks
 
 
 def select_batch(
-    pre_NF: Tensor | Screened, *, budget: int, capacity: int, n_features: int, ranks: Ranks, hint: Hint | None = None
+    pre_NF: PreActivations, *, budget: int, capacity: int, n_features: int, ranks: Ranks, hint: Hint | None = None
 ) -> Matches:
     """Keep the `budget` largest entries of the whole batch, all ranks' tokens and features together.
 
@@ -36,7 +36,7 @@ def select_batch(
 
 
 def select_rows(
-    pre_NF: Tensor | Screened, *, k: int, capacity: int, n_features: int, ranks: Ranks, allowed_F: Tensor | None = None
+    pre_NF: PreActivations, *, k: int, capacity: int, n_features: int, ranks: Ranks, allowed_F: Tensor | None = None
 ) -> Matches:
     """Keep the `k` largest entries of each row, all columns of the grid together.
 
@@ -55,7 +55,7 @@ def select_rows(
     return grouped.select_rows(pre_NF, k=k, capacity=capacity, n_features=n_features, ranks=ranks, allowed_F=allowed_F)
 
 
-def select_columns(pre_NF: Tensor | Screened, *, budget_F: Tensor, capacity: int, ranks: Ranks) -> Matches:
+def select_columns(pre_NF: PreActivations, *, budget_F: Tensor, capacity: int, ranks: Ranks) -> Matches:
     """Keep the `budget_F[j]` largest entries of each column of the whole batch, all ranks' tokens together.
 
     Args:
@@ -74,7 +74,7 @@ def select_above(pre_NF: Tensor, threshold_F: Tensor) -> Matches:
     return select_where(pre_NF, pre_NF > threshold_F)
 
 
-def select_few_above(pre_NF: Tensor | Screened, bound_F: Tensor, *, most: float) -> Matches | None:
+def select_few_above(pre_NF: PreActivations, bound_F: Tensor, *, most: float) -> Matches | None:
     """Keep the entries above their feature's bound (strictly), positive or not; None where they are more than `most`.
 
     Waits for the device: as many slots as matches. Screened ones may count some that are a little below.

@@ -1,0 +1,118 @@
+"""Which of many entries reach a bound, in one pass over them.
+
+The bits of bf16, as unsigned integers, are in order among positive numbers, and in reverse among negative ones above
+those. So what reaches a bound are the bits between two others, and twice as many are compared at once as of fp32.
+"""
+
+import numpy as np
+import torch
+from numba import carray, float32, int64, njit, uint8, uint16, uint64
+from torch import Tensor
+
+from sae_train.kernels.numba_team import at, kernel, run, share, thread
+
+INFINITY, NEGATIVE_ZERO, LAST = 0x7F80, 0x8000, 0xFFFF
+"""Bits of bf16 numbers; the last is none."""
+FEW = 16
+"""One entry of so many is made room for at first; where more reach the bound, they are looked for twice."""
+WORD = 8
+"""Flags that are looked at together; few such words have one that is set."""
+
+
+def flat_reaching(entries_NF: Tensor, bound: Tensor, *, most: float) -> Tensor | None:
+    """Return the ascending flat indices of the entries that reach `bound`; None where they are more than `most`.
+
+    Args:
+        entries_NF: fp32; or bf16, NaN of which are found, too, where a bound is not positive.
+        bound: alike, [N, 1] or [1, F].
+    """
+    n_tokens, n_features = entries_NF.shape
+    if entries_NF.dtype == torch.bfloat16:
+        scan, entries_NF = _scan_bf16, entries_NF.view(torch.uint16)
+        low, high = _bits_between(bound)
+    else:
+        scan, low, high = _scan_fp32, bound, torch.full_like(bound, torch.inf)
+    entries_NF, low, high = (each.contiguous() for each in (entries_NF, low, high))
+    given = n_tokens, n_features, int(bound.shape != (n_tokens, 1)), entries_NF, low, high
+    n_threads = torch.get_num_threads()
+    room = 1 + n_tokens * n_features // (FEW * n_threads)
+    while True:
+        count_T = torch.zeros(n_threads, dtype=torch.int64)
+        index_TC = torch.empty(n_threads, room, dtype=torch.int64)
+        run(scan, *given, count_T, index_TC, n_threads, room)
+        counts = count_T.tolist()
+        if sum(counts) > most:
+            return None
+        if max(counts) <= room:
+            return torch.cat([index_C[:count] for index_C, count in zip(index_TC, counts, strict=True)])
+        room = max(counts)
+
+
+def _bits_between(bound: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lowest and the highest bits of what reaches a bf16 bound; of NaN none."""
+    bits = bound.view(torch.uint16).int()
+    low = torch.where(bound > 0, bits, torch.where(bound.isnan(), LAST, 0))
+    high = torch.where(bound > 0, INFINITY, torch.where(bound.isnan(), 0, bits.clamp(min=NEGATIVE_ZERO)))
+    return low.to(torch.uint16), high.to(torch.uint16)
+
+
+@njit
+def _flag(row_F, low, high, flag_F):
+    for feature in range(len(row_F)):
+        flag_F[feature] = (row_F[feature] >= low) & (row_F[feature] <= high)
+
+
+@njit
+def _flag_each(row_F, low_F, high_F, flag_F):
+    for feature in range(len(row_F)):
+        flag_F[feature] = (row_F[feature] >= low_F[feature]) & (row_F[feature] <= high_F[feature])
+
+
+@njit
+def _write(flag_F, first: int, index_C, n_found: int):
+    """Write `first` plus the place of each flag that is set to index_C[n_found] and on, while there is room.
+
+    Returns:
+        How many have been found.
+    """
+    word_W = flag_F.view(uint64)
+    for word in range(len(word_W)):
+        if word_W[word] != 0:
+            for place in range(word * WORD, word * WORD + WORD):
+                if flag_F[place] != 0:
+                    if n_found < len(index_C):
+                        index_C[n_found] = first + place
+                    n_found += 1
+    return n_found
+
+
+@njit
+def _scan(entries_NF, low, high, is_per_column: int, count_T, index_TC):
+    """Write the indices of this thread's entries between the bounds, while there is room, and count them."""
+    n_tokens, n_features = entries_NF.shape
+    flag_F = np.zeros((n_features + WORD - 1) // WORD * WORD, dtype=uint8)
+    begin, end = share(n_tokens)
+    n_found = 0
+    for token in range(begin, end):
+        if is_per_column:
+            _flag_each(entries_NF[token], low, high, flag_F)
+        else:
+            _flag(entries_NF[token], low[token], high[token], flag_F)
+        n_found = _write(flag_F, token * n_features, index_TC[thread()], n_found)
+    count_T[thread()] = n_found
+
+
+@kernel
+def _scan_bf16(words):
+    shape, length = (words[0], words[1]), words[1] if words[2] else words[0]
+    low, high = carray(at(words[4]), length, uint16), carray(at(words[5]), length, uint16)
+    count_T, index_TC = carray(at(words[6]), words[8], int64), carray(at(words[7]), (words[8], words[9]), int64)
+    _scan(carray(at(words[3]), shape, uint16), low, high, words[2], count_T, index_TC)
+
+
+@kernel
+def _scan_fp32(words):
+    shape, length = (words[0], words[1]), words[1] if words[2] else words[0]
+    low, high = carray(at(words[4]), length, float32), carray(at(words[5]), length, float32)
+    count_T, index_TC = carray(at(words[6]), words[8], int64), carray(at(words[7]), (words[8], words[9]), int64)
+    _scan(carray(at(words[3]), shape, float32), low, high, words[2], count_T, index_TC)

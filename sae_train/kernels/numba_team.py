@@ -1,0 +1,84 @@
+"""How kernels that Numba compiles run on the threads that torch keeps for its own operations.
+
+Threads of their own would take turns with torch's, which go on spinning between its operations: a step of 55 ms then
+takes 70. So a kernel is a function of a pointer to its arguments, given to the OpenMP that torch itself is linked to.
+Every thread of the team calls it, finds out which one it is, and does its `share` of rows or groups; nothing that is
+written depends on how many they are.
+"""
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import binding
+from numba import cfunc, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+SIGNATURE = types.void(types.CPointer(types.int64))
+"""Of a kernel: the addresses of its tensors, and integers."""
+SUMS = {"reassoc", "contract", "nsz"}
+"""What may be done to sums so that they run in vector registers: a fixed order still, and NaN stays NaN."""
+
+
+def _of_torchs_openmp(name: str) -> Any:
+    """Return a function of the OpenMP that torch is linked to: looked up from torch, not by a library's name.
+
+    Raises:
+        ImportError: there is none, or none of that name.
+    """
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return getattr(ctypes.CDLL(str(path)), name)
+    except (OSError, AttributeError) as error:
+        raise ImportError(f"torch's OpenMP has no {name} ({error})") from error
+
+
+_parallel = _of_torchs_openmp("GOMP_parallel")
+_parallel.argtypes, _parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+for _name in ("omp_get_thread_num", "omp_get_num_threads"):
+    _address = ctypes.cast(_of_torchs_openmp(_name), ctypes.c_void_p).value
+    binding.add_symbol(f"sae_train_{_name}", _address)  # by name, so that compiled code can be kept in a file
+thread = types.ExternalFunction("sae_train_omp_get_thread_num", types.int32())
+"""Which of the team's threads this is, in a kernel."""
+_team = types.ExternalFunction("sae_train_omp_get_num_threads", types.int32())
+
+
+def kernel(body: Callable[..., None]) -> Any:
+    """Compile a kernel, or take it from the file that an earlier process left."""
+    try:
+        return cfunc(SIGNATURE, cache=True)(body)
+    except (RuntimeError, OSError, EOFError, UnpicklingError):  # no place for the file, no space, or a broken one
+        return cfunc(SIGNATURE)(body)
+
+
+def run(compiled: Any, *given: Tensor | int) -> None:
+    """Run a kernel on torch's threads, and wait for it.
+
+    Args:
+        compiled: of `kernel`.
+        given: what it takes, in its order; tensors are contiguous.
+    """
+    words = np.array([each.data_ptr() if isinstance(each, Tensor) else each for each in given], dtype=np.int64)
+    _parallel(compiled.address, words.ctypes.data, torch.get_num_threads(), 0)
+
+
+@intrinsic
+def at(typing_context, address):
+    """Return an address as a pointer, for `carray`."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), code
+
+
+@njit
+def share(n: int):
+    """Return lo, hi of this thread's part of n."""
+    return n * thread() // _team(), n * (thread() + 1) // _team()
