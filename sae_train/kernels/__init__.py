@@ -11,11 +11,13 @@ Letters: N tokens of this rank, D d_model, F n_features, M slots, R ranks.
 """
 
 from sae_train.kernels.affine import affine
+from sae_train.kernels.heap import keep_freed_memory
 from sae_train.kernels.hint import Hint
 from sae_train.kernels.matches import FeatureOrder, Matches, flat_nonzero
 from sae_train.kernels.products import attach, attach_dense, decode, of_features, row_products, sums_by_feature
 from sae_train.kernels.screen import PreActivations, Screened, can_screen, screen
 from sae_train.kernels.selection import select_above, select_batch, select_columns, select_few_above, select_rows
+from sae_train.kernels.spare import Spare
 
 __all__ = [
     "FeatureOrder",
@@ -23,12 +25,14 @@ __all__ = [
     "Matches",
     "PreActivations",
     "Screened",
+    "Spare",
     "affine",
     "attach",
     "attach_dense",
     "can_screen",
     "decode",
     "flat_nonzero",
+    "keep_freed_memory",
     "of_features",
     "row_products",
     "screen",

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from sae_train.kernels.backend import uses_triton
+from sae_train.kernels.backend import uses_numba, uses_triton
 from sae_train.kernels.function import applied
 from sae_train.kernels.matches import FeatureOrder, by_feature
+from sae_train.kernels.spare import Spare
 
 
 def decode(
@@ -27,15 +28,17 @@ def decode(
     start_N: Tensor,
     *,
     order: FeatureOrder | None = None,
+    spare: Spare | None = None,
 ) -> Tensor:
     """Return for each token the sum of value * row of W over its matches [N, D]; differentiable in value and W.
 
     Args:
         order: the matches' own, if other products over them are to share it; `attach` alike.
+        spare: where the gradient of W is to be written, if memory is to be used again; `attach` alike.
     """
     used = _used_slots(start_N, len(value_M))
     value, feature, token = (t.narrow(0, 0, used) for t in (value_M, feature_M, token_M))
-    return applied(_Decode, value, W_FD, feature, token, start_N, order or FeatureOrder())
+    return applied(_Decode, value, W_FD, feature, token, start_N, order or FeatureOrder(), spare or Spare())
 
 
 def attach(
@@ -48,11 +51,13 @@ def attach(
     start_N: Tensor,
     *,
     order: FeatureOrder | None = None,
+    spare: Spare | None = None,
 ) -> Tensor:
     """Return `value_M`, which holds x W^T + b at the matches, with the graph of that product for W and b."""
     used = _used_slots(start_N, len(value_M))
     value, feature, token = (t.narrow(0, 0, used) for t in (value_M, feature_M, token_M))
-    attached = applied(_Attach, value, W_FD, b_F, x_ND, feature, token, start_N, order or FeatureOrder())
+    shared = order or FeatureOrder(), spare or Spare()
+    attached = applied(_Attach, value, W_FD, b_F, x_ND, feature, token, start_N, *shared)
     if used == len(value_M):
         return attached
     return torch.cat([attached, value_M[used:].detach()])
@@ -97,10 +102,17 @@ def _used_slots(start_N: Tensor, slots: int) -> int:
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, value: Tensor, W_FD: Tensor, feature: Tensor, token: Tensor, start_N: Tensor, order: FeatureOrder
+        ctx: Any,
+        value: Tensor,
+        W_FD: Tensor,
+        feature: Tensor,
+        token: Tensor,
+        start_N: Tensor,
+        order: FeatureOrder,
+        spare: Spare,
     ) -> Tensor:
         ctx.save_for_backward(value, W_FD, feature, token, start_N)
-        ctx.order = order
+        ctx.order, ctx.spare = order, spare
         return _bags(W_FD, feature, value, start_N)
 
     @staticmethod
@@ -112,8 +124,8 @@ class _Decode(torch.autograd.Function):
             grad_value = _row_products(grad_ND, W_FD, feature, token, start_N)
         if ctx.needs_input_grad[1]:
             order, start_F = ctx.order(feature, len(W_FD))
-            grad_W = _bags(grad_ND, token, value, start_F, order)
-        return grad_value, grad_W, None, None, None, None
+            grad_W = _bags_and_totals(grad_ND, token, value, start_F, order, ctx.spare)[0]
+        return grad_value, grad_W, None, None, None, None, None
 
 
 class _Attach(torch.autograd.Function):
@@ -128,9 +140,10 @@ class _Attach(torch.autograd.Function):
         token: Tensor,
         start_N: Tensor,
         order: FeatureOrder,
+        spare: Spare,
     ) -> Tensor:
         ctx.save_for_backward(x_ND, feature, token, start_N)
-        ctx.n_features, ctx.order = len(W_FD), order
+        ctx.n_features, ctx.order, ctx.spare = len(W_FD), order, spare
         return value.detach().clone()
 
     @staticmethod
@@ -138,14 +151,8 @@ class _Attach(torch.autograd.Function):
         x_ND, feature, token, start_N = ctx.saved_tensors
         grad = torch.where(_is_used(start_N, len(feature)), grads[0], 0)
         order, start_F = ctx.order(feature, ctx.n_features)
-        if uses_triton(x_ND):
-            from sae_train.kernels import triton_products
-
-            grad_W, grad_b = triton_products.bags_and_totals(x_ND, token, grad, start_F, order)
-        else:
-            grad_W = _bags(x_ND, token, grad, start_F, order)
-            grad_b = _bags(x_ND.new_ones(len(x_ND), 1), token, grad, start_F, order).squeeze(1)
-        return None, grad_W, grad_b, None, None, None, None, None
+        grad_W, grad_b = _bags_and_totals(x_ND, token, grad, start_F, order, ctx.spare)
+        return None, grad_W, grad_b, None, None, None, None, None, None
 
 
 class _AttachDense(torch.autograd.Function):
@@ -173,16 +180,19 @@ class _OfFeatures(torch.autograd.Function):
         grad = torch.where(_is_used(start_N, len(feature)), grads[0], 0)
         ones_N1 = grad.new_ones(len(start_N) - 1, 1)
         order, start_F = by_feature(feature, ctx.n_features)
-        grad_F1 = _bags(ones_N1, token, grad, start_F, order)
-        return grad_F1.squeeze(1), None, None, None
+        return _bags_and_totals(ones_N1, token, grad, start_F, order, Spare())[1], None, None, None
 
 
 def _row_products(rows_ND: Tensor, W_FD: Tensor, feature: Tensor, token: Tensor, start_N: Tensor) -> Tensor:
-    """Return `row_products`; on a CPU as a dense product sampled at a sparse matrix's places: a third of the time."""
+    """Return `row_products`; torch does it on a CPU as a dense product sampled at a sparse matrix's places."""
     if uses_triton(rows_ND):
         from sae_train.kernels import triton_products
 
         return triton_products.row_products(rows_ND, W_FD, feature, start_N)
+    if uses_numba(rows_ND):
+        from sae_train.kernels import numba_products
+
+        return numba_products.row_products(rows_ND, W_FD, feature, start_N)
     if rows_ND.device.type == "cpu":
         used = int(start_N[-1])
         _hear_warning_of_sparse_matrices()
@@ -206,12 +216,27 @@ def _is_used(start_N: Tensor, slots: int) -> Tensor:
     return torch.arange(slots, device=start_N.device) < start_N[-1]
 
 
-def _bags(rows: Tensor, index: Tensor, weight: Tensor, start: Tensor, order: Tensor | None = None) -> Tensor:
-    """Return for each bag the sum of weight * rows[index] over its slots; slot i stands for order[i] where given."""
+def _bags_and_totals(
+    rows: Tensor, index: Tensor, weight: Tensor, start: Tensor, order: Tensor, spare: Spare
+) -> tuple[Tensor, Tensor]:
+    """Return for each bag the sum of weight * rows[index] over its slots, and of the weights; slot i is order[i]."""
     if uses_triton(rows):
         from sae_train.kernels import triton_products
 
-        return triton_products.bags(rows, index, weight, start, order)
-    if order is not None:
-        index, weight = index[order], weight[order]
+        return triton_products.bags_and_totals(rows, index, weight, start, order)
+    if uses_numba(rows):
+        from sae_train.kernels import numba_products
+
+        out = spare.take((len(start) - 1, rows.shape[1]), like=rows)
+        return numba_products.bags_and_totals(rows, index, weight, start, order, out=out)
+    index, weight = index[order], weight[order]
+    return _bags(rows, index, weight, start), _bags(rows.new_ones(len(rows), 1), index, weight, start).squeeze(1)
+
+
+def _bags(rows: Tensor, index: Tensor, weight: Tensor, start: Tensor) -> Tensor:
+    """Return for each bag the sum of weight * rows[index] over its slots."""
+    if uses_triton(rows):
+        from sae_train.kernels import triton_products
+
+        return triton_products.bags(rows, index, weight, start)
     return embedding_bag(index, rows, start, mode="sum", per_sample_weights=weight, include_last_offset=True)

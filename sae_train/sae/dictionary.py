@@ -30,6 +30,7 @@ class Dictionary(nn.Module):
         b_enc: [F].
         W_dec: [F, D] decoder rows of unit norm, so that an affinity is a match's contribution.
         b_dec: [D].
+        spare: memory for gradients of the rows.
     """
 
     log_threshold: nn.Parameter
@@ -43,6 +44,7 @@ class Dictionary(nn.Module):
 
     def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
         super().__init__()
+        self.spare = kernels.Spare()
         self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
 
@@ -116,7 +118,7 @@ class Dictionary(nn.Module):
     def attach(self, x_ND: Tensor, code: SparseCode) -> SparseCode:
         """Return `code` with values that are differentiable in W_enc and b_enc, at the cost of the matches only."""
         places = code.feature, code.token, code.start
-        value = kernels.attach(code.value, x_ND, self.W_enc, self.b_enc, *places, order=code.order)
+        value = kernels.attach(code.value, x_ND, self.W_enc, self.b_enc, *places, order=code.order, spare=self.spare)
         return replace(code, value=value)
 
     def attach_dense(self, x_ND: Tensor, pre_NF: Tensor) -> Tensor:
@@ -134,7 +136,8 @@ class Dictionary(nn.Module):
         if isinstance(code, DenseCode):
             rows_ND = code.value @ W_dec
         else:
-            rows_ND = kernels.decode(code.value, W_dec, code.feature, code.token, code.start, order=code.order)
+            places = code.feature, code.token, code.start
+            rows_ND = kernels.decode(code.value, W_dec, *places, order=code.order, spare=self.spare)
         rows_ND = sum_of_shares(rows_ND, ranks)
         return rows_ND + b_dec if bias else rows_ND
 
@@ -168,6 +171,7 @@ class AlignedDictionary(Dictionary):
 
     def __init__(self, W_free: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
         nn.Module.__init__(self)
+        self.spare = kernels.Spare()
         self.W_free, self.b_enc = nn.Parameter(W_free), nn.Parameter(b_enc)
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
         self._made: tuple[tuple[int, int], Tensor] | None = None

@@ -88,7 +88,7 @@ def decode_prefixes(dictionary: Dictionary, code: Code, sizes: tuple[int, ...], 
     bounds = torch.arange(n_tokens * n_groups + 1, dtype=torch.int32, device=bag_M.device)
     start = torch.searchsorted(torch.where(used_M, bag_M, n_tokens * n_groups), bounds, out_int32=True)
     places = code.feature, torch.where(used_M, bag_M, 0), start
-    rows = kernels.decode(code.value, dictionary.W_dec, *places, order=code.order)
+    rows = kernels.decode(code.value, dictionary.W_dec, *places, order=code.order, spare=dictionary.spare)
     return _prefixes(rows.view(n_tokens, n_groups, -1), ranks) + dictionary.b_dec
 
 

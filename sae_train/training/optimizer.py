@@ -64,6 +64,7 @@ class Adam:
                 names = [name for name in given if self._rates[name] == rate]
                 if names:
                     self._move(names, given, lr=lr * rate, scale=scale, halted=halted)
+        self._dictionary.spare.keep(given.values())
         for parameter in self._named.values():
             parameter.grad = None
 
