@@ -208,11 +208,17 @@ def twins(parametrisation: str, d: int, *, clipped: bool) -> tuple[list[Dictiona
     return both, [cls(each, schema_of(clip=clip), rates={"W_dec": 0.7}) for cls, each in kinds]
 
 
+@pytest.mark.parametrize("devices", [("cuda",), ("cuda", "cpu")])
 @pytest.mark.parametrize(
     ("parametrisation", "d", "clipped"), [("free", 1, False), ("free", 5, True), ("aligned", 37, False)]
 )
-def test_fused_adam_is_adam_between_projection_and_normalisation(parametrisation: str, d: int, clipped: bool) -> None:
-    """In 20 steps, whose gradients reach the clip half-way where there is one, and two of which are halted."""
+def test_fused_adam_is_adam_between_projection_and_normalisation(
+    parametrisation: str, d: int, clipped: bool, devices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Triton or, on a CPU that does not interpret it, by Numba.
+
+    In 20 steps, whose gradients reach the clip half-way where there is one, and two of which are halted."""
+    monkeypatch.setattr(backend, "DEVICES", devices)
     both, (adam, sphere) = twins(parametrisation, d, clipped=clipped)
     plain, fused = both
     for step in range(20):
@@ -284,6 +290,7 @@ def test_whole_steps_are_those_of_plain_torch(case: list[str], tmp_path: Path, m
     monkeypatch.setattr(grid_world, "N", 16)  # tokens a step: the interpreter takes milliseconds for each
     config = config_of(tmp_path, case, precision="float32", steps=2, n_features=20, dead_window=16)
     learned, kinds = [], []
+    monkeypatch.setattr(backend, "why_not_numba", lambda: "this test asks for plain torch")
     for devices in ((), ("cuda", "cpu")):
         monkeypatch.setattr(backend, "DEVICES", devices)
         trainer = build(config, Solo(DEVICE))

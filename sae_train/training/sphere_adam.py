@@ -1,18 +1,31 @@
-"""Adam with the decoder's projection and normalisation inside its pass, where Triton's kernels can run."""
+"""Adam with the decoder's projection and normalisation inside its pass, where compiled kernels can run."""
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from sae_train.config import OptimizerConfig
-from sae_train.kernels.backend import uses_triton
+from sae_train.kernels.backend import uses_numba, uses_triton
 from sae_train.sae.dictionary import Dictionary
 from sae_train.training.optimizer import Adam
 
 
 def build_optimizer(dictionary: Dictionary, config: OptimizerConfig, *, rates: dict[str, float]) -> Adam:
     """Return the optimizer of `dictionary`; see Adam."""
-    fits = dictionary.has_unit_norms and dictionary.W_dec.dtype == torch.float32 and uses_triton(dictionary.W_dec)
-    return (SphereAdam if fits else Adam)(dictionary, config, rates=rates)
+    fits = dictionary.has_unit_norms and dictionary.W_dec.dtype == torch.float32
+    is_compiled = uses_triton(dictionary.W_dec) or uses_numba(dictionary.W_dec)
+    return (SphereAdam if fits and is_compiled else Adam)(dictionary, config, rates=rates)
+
+
+def _kernels(rows: Tensor) -> ModuleType:
+    if uses_triton(rows):
+        from sae_train.kernels import triton_adam
+
+        return triton_adam
+    from sae_train.kernels import numba_adam
+
+    return numba_adam
 
 
 class SphereAdam(Adam):
@@ -25,9 +38,8 @@ class SphereAdam(Adam):
         """Measure the decoder's gradient along its rows and beside them: `step` takes off what lies along."""
         gradient = self._dictionary.W_dec.grad
         if gradient is not None:
-            from sae_train.kernels import triton_adam
-
-            self._along_F, self._square_F = triton_adam.along_rows(gradient, self._dictionary.W_dec.detach())
+            weight = self._dictionary.W_dec.detach()
+            self._along_F, self._square_F = _kernels(weight).along_rows(gradient, weight)
 
     def normalise(self) -> None:
         """Do nothing: `step` did."""
@@ -43,11 +55,9 @@ class SphereAdam(Adam):
             super()._move(others, given, lr=lr, scale=scale, halted=halted)
         if others == names:
             return
-        from sae_train.kernels import triton_adam
-
         own = self._state["W_dec"]
         own["step"].add_(1)
-        triton_adam.move(
+        _kernels(given["W_dec"]).move(
             self._named["W_dec"].detach(), given["W_dec"], self._along_F, own["exp_avg"], own["exp_avg_sq"],
             step=own["step"], scale=scale, halted=halted, lr=lr, beta1=self._config.beta1, beta2=self._config.beta2,
             eps=self._config.eps,
