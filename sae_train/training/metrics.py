@@ -14,6 +14,9 @@ from sae_train.ranks import Ranks
 from sae_train.sae.code import Code
 from sae_train.sae.firing import Firing
 
+SUMMED_TOGETHER = 256
+"""Rows that are added in their own precision; sums of so many, and squared norms of rows, are added in float64."""
+
 
 class Totals:
     """What the steps since the last row add up to, this rank's share."""
@@ -50,8 +53,8 @@ class Totals:
         """
         value = code.value.detach().flatten()
         device_values = [
-            error_ND.square().sum(dtype=torch.float64),
-            x_ND.square().sum(dtype=torch.float64),
+            _sum_of_squares(error_ND),
+            _sum_of_squares(x_ND),
             loss.detach().double(),
             torch.zeros_like(loss, dtype=torch.float64) if aux is None else aux.detach().double(),
             l0_N.sum().double(),
@@ -61,7 +64,7 @@ class Totals:
         self.scalars[6] += budget
         self.scalars[7] += self._share
         self.scalars[8] += grad_norm.double() * self._share
-        self.sum_D += x_ND.sum(0, dtype=torch.float64)
+        self.sum_D += torch.stack([part.sum(0) for part in x_ND.split(SUMMED_TOGETHER)]).sum(0, dtype=torch.float64)
         self.l0_histogram.index_add_(0, l0_N.clamp_max(L0_BINS), torch.ones_like(l0_N))  # bincount would ask the device
         if len(value) > 0:
             smallest = torch.where(value > 0, value, torch.inf).min().double()
@@ -107,6 +110,11 @@ class Totals:
                 own.copy_(stacked[ranks.rank])
             elif ranks.is_first:
                 own.copy_(stacked.min(0).values if name == "least_kept" else stacked.sum(0))
+
+
+def _sum_of_squares(rows_ND: Tensor) -> Tensor:
+    norm_N: Tensor = torch.linalg.vector_norm(rows_ND, dim=1)
+    return norm_N.double().square().sum()
 
 
 def firing_row(firing: Firing, dead_window: int, *, n_features: int, ranks: Ranks) -> dict[str, Any]:

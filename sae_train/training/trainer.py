@@ -56,6 +56,8 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, plan: Plan, *, stream: Stream, precision: str, ranks: Ranks) -> None:
+        if ranks.device.type == "cpu":
+            kernels.keep_freed_memory()
         dtype = torch.float64 if precision == "float64" else torch.float32
         self.config, self.plan, self.stream, self.ranks, self.precision = config, plan, stream, ranks, precision
         self.features = ranks.features.slice(plan.n_features)
