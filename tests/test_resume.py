@@ -205,3 +205,25 @@ def test_a_run_that_is_not_whole_is_finished_again(tmp_path: Path, command: Comm
     assert weights(tmp_path) == before
     assert rows(tmp_path) == lines
     assert command(*arguments).stdout.startswith("already finished")
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        (
+            {"NUMBA_DISABLE_JIT": "1"},
+            "this run computed with compiled kernels so far and now lacks them: it goes on, but",
+        ),
+        ({"OMP_NUM_THREADS": "2"}, "this run computed with 1 threads so far and now has 2: it goes on, but"),
+        ({}, None),
+    ],
+)
+def test_what_computes_otherwise_than_before_is_said(
+    tmp_path: Path, environment: dict[str, str], said: str | None
+) -> None:
+    assert kill_after_progress(launch(tmp_path, 1, []), tmp_path, random.Random(0))
+    done = finish(launch(tmp_path, 1, [], environment))
+    assert done.status == 0
+    assert "resuming at step" in done.stdout
+    assert ("not bit for bit" in done.stdout) == (said is not None)
+    assert said is None or said in done.stdout

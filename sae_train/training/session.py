@@ -174,6 +174,10 @@ class Session:
                 did = "screened its pre-activations by a product in bf16"
                 warn(f"this run {did if before else 'computed its pre-activations whole'} so far and does not on this "
                      "processor or in this layout: it goes on, but not bit for bit.")  # fmt: skip
+            compiled, now = found.notes.get("is_compiled"), backend.has_numba(self.ranks.device)
+            if compiled is not None and compiled != now and self.ranks.is_first:
+                warn(f"this run computed {'with' if compiled else 'without'} compiled kernels so far and now "
+                     f"{'has' if now else 'lacks'} them: it goes on, but not bit for bit.")  # fmt: skip
         self._on_first(lambda: self.metrics.keep_first(n_rows))
 
     def _check_own(self, notes: dict[str, Any]) -> None:
@@ -225,6 +229,7 @@ class Session:
             "seconds": self._seconds(),
             "threads": torch.get_num_threads(),
             "is_screened": self.trainer.is_screened,
+            "is_compiled": backend.has_numba(self.ranks.device),
             "n_ranks": self.ranks.size,
             "identity": identity_digest(identity(self.config)),
             "n_features": self.plan.n_features,
