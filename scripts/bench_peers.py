@@ -1,7 +1,7 @@
 """Our training step beside the peers', on the same activations, by turns in one run.
 
     python scripts/bench_peers.py --train ACTS/train --work WORK [--n-features 6144 ...] [--k 32] [--batch 2048]
-        [--held-out ACTS/held_out]
+        [--held-out ACTS/held_out] [--library sae_lens sparsify dictionary_learning]
 
 --train holds *.safetensors files with a tensor `activations`. The peers are installed into environments of their own
 under --work (they are no dependency of ours). Every library runs in a process of its own (speed_peers.py), in fp32 and
@@ -122,6 +122,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=820_000)
     parser.add_argument("--precision", nargs="+", default=["float32", "bf16"], choices=["float32", "bf16"])
+    peers = sorted({library for library, _ in RUNS} - {"ours"})
+    parser.add_argument("--library", nargs="+", default=peers, choices=peers, help="fewer where memory is short")
     parser.add_argument("--warm-up", type=int, default=10)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=7)
@@ -132,8 +134,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for n_features in args.n_features:
         for precision in args.precision:
-            offered = [each for each in RUNS if precision != "bf16" or each[0] not in WITHOUT_BF16]
-            runs = [(*each, precision == "bf16") for each in offered]
+            there = {"ours", *args.library} - set(WITHOUT_BF16 if precision == "bf16" else ())
+            runs = [(*each, precision == "bf16") for each in RUNS if each[0] in there]
             seconds = timed(runs, args, n_features)
             for run in runs:
                 library, method, bf16 = run
