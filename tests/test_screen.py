@@ -322,12 +322,12 @@ def test_the_processor_makes_the_same_near_ones() -> None:
         assert bool((miss <= torch.minimum(pre.error_N1, pre.error_1F)).all())
 
 
-@pytest.mark.parametrize(("kept", "is_screened"), [(8.0, True), (8.5, False), (float("inf"), False)])
+@pytest.mark.parametrize(("kept", "is_screened"), [(10.0, True), (10.5, False), (float("inf"), False)])
 def test_only_few_kept_are_screened(monkeypatch: pytest.MonkeyPatch, kept: float, is_screened: bool) -> None:
     monkeypatch.setattr(screen, "has_bf16_products", lambda: True)
     cpu = torch.device("cpu")
-    assert kernels.can_screen(n_features=512, kept_a_token=kept, device=cpu, dtype=torch.float32) == is_screened
-    assert not kernels.can_screen(n_features=512, kept_a_token=kept, device=cpu, dtype=torch.float64)
+    assert kernels.can_screen(n_features=480, kept_a_token=kept, device=cpu, dtype=torch.float32) == is_screened
+    assert not kernels.can_screen(n_features=480, kept_a_token=kept, device=cpu, dtype=torch.float64)
 
 
 FEATURE_CHOICE = ["sparsifier=feature_choice", "sparsifier.after=0.25"]

@@ -23,7 +23,7 @@ from sae_train.kernels.matches import few_reaching, flat_reaching
 from sae_train.kernels.products import row_products
 from sae_train.kernels.radix import positive
 
-FEW = 1 / 64
+FEW = 1 / 48
 """Share of kept entries up to which computing them twice costs less than a whole product does."""
 MANY = 1 / 16
 """Share of candidates from which on the whole product costs less than theirs one by one."""
