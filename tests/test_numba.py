@@ -232,6 +232,50 @@ def test_a_run_is_that_of_plain_torch(tmp_path: Path, sparsifier: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=lambda said, name=name: f"{name}: {said}")
 
 
+@pytest.mark.parametrize("dtypes", [("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "bf16"), ("fp32", "fp64")])
+def test_other_dtypes_are_plain_torchs(dtypes: tuple[str, str]) -> None:
+    """Rows and weights that a kernel would misread: what plain torch says to them is said here."""
+    names = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+    p = problem(9, 8, 21, seed=3, dtype=torch.float32)
+    rows, W = p.x.to(names[dtypes[0]]), p.W_dec.detach().to(names[dtypes[1]])
+
+    def found(call: Any) -> Any:
+        try:
+            return [each.float() for each in call()]
+        except (RuntimeError, KeyError) as error:
+            return type(error)
+
+    def attached() -> tuple[Tensor, ...]:
+        W_enc, b_enc = W.clone().requires_grad_(), p.b_enc.detach().to(W.dtype).requires_grad_()
+        value = kernels.attach(p.matches.value.to(rows.dtype), rows, W_enc, b_enc, *p.place)
+        return torch.autograd.grad(value.float().square().sum(), (W_enc, b_enc))
+
+    for call in (attached, lambda: (kernels.row_products(rows, W, *p.place),)):
+        here = found(call)
+        with plain():
+            there = found(call)
+        assert type(here) is type(there)
+        assert here is there or all(torch.equal(one, other) for one, other in zip(here, there, strict=True))
+
+
+def test_a_step_of_adam_in_another_default_dtype() -> None:
+    before = torch.get_default_dtype()
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            rows = [torch.eye(3, dtype=torch.float32) for _ in range(4)]
+            numba_adam.move(
+                rows[0], rows[1] + 1, torch.zeros(3, dtype=torch.float32), rows[2], rows[3], step=torch.tensor(1.0),
+                scale=None, halted=torch.tensor(False), lr=0.1, beta1=0.9, beta2=0.98, eps=1e-8,
+            )  # fmt: skip
+        finally:
+            torch.set_default_dtype(before)
+        found.append(rows[0])
+    assert torch.equal(found[0], found[1])
+    assert bool(found[0].isfinite().all())
+
+
 def test_gradients_are_written_to_what_the_last_step_gave_back() -> None:
     spare, like = Spare(), torch.zeros(())
     first, second = (spare.take((3, 2), like=like) for _ in range(2))
@@ -282,10 +326,41 @@ def test_broken_compiled_files_are_not_believed(tmp_path: Path) -> None:
     assert notice(NUMBA_CACHE_DIR=str(tmp_path)) == "None"
     left = [path for path in tmp_path.rglob("*") if path.suffix in (".nbi", ".nbc")]
     assert left
-    for broken in (b"", b"neither", left[0].read_bytes()[:100]):
+    whole = {path: path.read_bytes() for path in left}
+    changed = {path: bytes([*data[:40], data[40] ^ 0x40, *data[41:]]) for path, data in whole.items()}
+    for broken in (dict.fromkeys(left, b""), dict.fromkeys(left, b"neither"), changed):
         for path in left:
-            path.write_bytes(broken)
+            path.write_bytes(broken[path])
         assert notice(NUMBA_CACHE_DIR=str(tmp_path)) == "None"
+
+
+def test_a_forked_child_can_call_them() -> None:
+    """It has none of the threads that its parent's torch keeps."""
+    script = """
+import os, torch
+from sae_train.kernels.matches import flat_reaching
+ones = torch.ones(300, 500)
+assert len(flat_reaching(ones, torch.tensor(1.0))) == 150_000
+child = os.fork()
+if child == 0:
+    os._exit(0 if len(flat_reaching(ones[:3, :4], torch.tensor(1.0))) == 12 else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_helper_that_has_changed_is_compiled_anew(tmp_path: Path) -> None:
+    """Numba by itself looks at the file of the kernel, not at those that its helpers stand in."""
+    package = Path(kernels.__file__).parent.parent
+    shutil.copytree(package, tmp_path / "sae_train", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    before = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    assert notice(before) == "None"
+    team = tmp_path / "sae_train" / "kernels" / "numba_team.py"
+    source = team.read_text()
+    start = source.index("    return n * thread()")
+    team.write_text(source[:start] + "    return 0, 0\n" + source[source.index("\n", start) :])
+    assert "a kernel did not do what it should" in notice(before)
 
 
 def test_a_machine_without_them_says_so_in_one_line() -> None:

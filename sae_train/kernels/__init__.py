@@ -5,7 +5,7 @@ same names. `select_*` take pre-activations and return `Matches`; `decode` and `
 products over matches. On a CPU selection works on short candidate lists (`candidates.py`), of pre-activations that a
 product in bf16 has screened where the processor has one (`screen.py`); elsewhere on groups of neighbours, never waiting
 for the device (`grouped.py`). All keep the pairs that slow dense passes keep (`reference.py`), and a test says
-so. `backend.py` says where Triton's kernels do the products.
+so. `backend.py` says where kernels compiled by Triton or by Numba do the work.
 
 Letters: N tokens of this rank, D d_model, F n_features, M slots, R ranks.
 """

@@ -17,9 +17,10 @@ OLDEST = (8, 0)
 """Compute capability that Triton asks of a CUDA GPU."""
 
 
-def uses_numba(entries: Tensor) -> bool:
-    """Return whether kernels that Numba compiles work on `entries`."""
-    return entries.dtype in DTYPES and has_numba(entries.device)
+def uses_numba(*given: Tensor) -> bool:
+    """Return whether kernels that Numba compiles work on these tensors, all fp32 on a CPU."""
+    is_plain = all(each.device.type == "cpu" and each.dtype == torch.float32 for each in given)
+    return is_plain and why_not_numba() is None
 
 
 def has_numba(device: torch.device) -> bool:

@@ -1,8 +1,8 @@
 """Selection on a CPU: a bound that is surely low enough, a short list of what reaches it, and an exact cut.
 
-Maxima over groups of entries bound a cut from below: at least k entries reach the k-th largest of the maxima. Where few
-are kept, groups are whole cache lines and only those that reach the bound are read again; where more are, all entries
-are. That leaves a list little longer than the budget, in order of token, then feature, on which sorting is cheap.
+Maxima over groups of entries bound a cut from below: at least k entries reach the k-th largest of the maxima. All
+entries are held against it once. That leaves a list little longer than the budget, in order of token, then feature, in
+which the cut is looked for.
 Nothing here is an estimate, so results never depend on the grouping. Of screened pre-activations (screen.py) a group's
 maximum says what an exact one reaches at least, and the list has exact ones.
 """

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_train.kernels.backend import has_numba, uses_numba
+from sae_train.kernels.backend import DTYPES, has_numba
 
 
 class Matches(NamedTuple):
@@ -92,10 +92,10 @@ def few_reaching(entries_NF: Tensor, bound: Tensor, *, most: float) -> Tensor | 
     """Return the ascending flat indices of the entries that reach `bound`; None where they are more than `most`.
 
     Args:
-        entries_NF: of bf16 ones NaN may be among what is found.
+        entries_NF: of bf16 ones NaN may be among what is found, and counted.
         bound: of their dtype, scalar, [N, 1] or [1, F].
     """
-    if uses_numba(entries_NF):
+    if entries_NF.dtype == bound.dtype and entries_NF.dtype in DTYPES and has_numba(entries_NF.device):
         from sae_train.kernels import numba_scan
 
         rows = bound.expand(len(entries_NF), 1) if bound.dim() == 0 else bound

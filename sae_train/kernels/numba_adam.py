@@ -9,7 +9,7 @@ import torch
 from numba import carray, float32, njit
 from torch import Tensor
 
-from sae_train.kernels.numba_team import SUMS, at, kernel, run, share
+from sae_train.kernels.numba_team import SUMS, at, kernel, product, run, share
 
 
 def along_rows(gradient_FD: Tensor, weight_FD: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,16 +42,10 @@ def move(
     n_rows, width = weight_FD.shape
     unbias, root_unbias = 1 - beta1 ** float(step), (1 - beta2 ** float(step)) ** 0.5
     divisor = 1.0 if scale is None else float(scale)
-    number_I = torch.tensor([lr / unbias, root_unbias, divisor, beta1, 1 - beta1, beta2, 1 - beta2, eps])
+    number_I = torch.tensor(
+        [lr / unbias, root_unbias, divisor, beta1, 1 - beta1, beta2, 1 - beta2, eps], dtype=torch.float32
+    )
     run(_move, n_rows, width, weight_FD, gradient_FD.contiguous(), along_F, mean_FD, square_FD, number_I)
-
-
-@njit(fastmath=SUMS)
-def _product(a_D, b_D):
-    total = float32(0)
-    for d in range(len(a_D)):
-        total += a_D[d] * b_D[d]
-    return total
 
 
 @njit(fastmath=SUMS)
@@ -70,7 +64,7 @@ def _along_rows(words):
     along_F, square_F = carray(at(words[4]), shape[0], float32), carray(at(words[5]), shape[0], float32)
     low, high = share(shape[0])
     for row in range(low, high):
-        along_F[row] = _product(gradient_FD[row], weight_FD[row])
+        along_F[row] = product(gradient_FD[row], weight_FD[row])
         square_F[row] = _square_beside(gradient_FD[row], weight_FD[row], along_F[row])
 
 
@@ -101,6 +95,6 @@ def _move(words):
     low, high = share(shape[0])
     for row in range(low, high):
         _move_row(weight_FD[row], gradient_FD[row], along_F[row], mean_FD[row], square_FD[row], number_I)
-        norm = np.sqrt(_product(weight_FD[row], weight_FD[row]))
+        norm = np.sqrt(product(weight_FD[row], weight_FD[row]))
         if norm > 0:
             _divide(weight_FD[row], norm)

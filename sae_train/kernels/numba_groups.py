@@ -3,7 +3,6 @@
 Letters: C entries, G groups.
 """
 
-import numpy as np
 import torch
 from numba import carray, float32, int32, int64, njit, uint8
 from torch import Tensor
@@ -18,7 +17,7 @@ def by_group(group_C: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
     order_C = torch.empty(len(group_C), dtype=torch.int64)
     run(_count, n_groups, len(group_C), group_C, start_G)
     start_G = start_G.cumsum(0)
-    run(_place, n_groups, len(group_C), group_C, start_G, order_C)
+    run(_place, n_groups, len(group_C), group_C, start_G.clone(), order_C)
     return order_C, start_G
 
 
@@ -32,7 +31,7 @@ def leading(value_C: Tensor, group_C: Tensor, budget_G: Tensor) -> Tensor:
     order_C, start_G = by_group(group_C, len(budget_G))
     keep_C = torch.zeros(len(value_C), dtype=torch.bool)
     given = len(budget_G), len(value_C), value_C.contiguous(), order_C, start_G, budget_G.contiguous()
-    run(_lead, *given, keep_C)
+    run(_lead, *given, keep_C, value_C.new_empty(len(value_C)))
     return keep_C
 
 
@@ -49,14 +48,13 @@ def _count(words):
 @kernel
 def _place(words):
     """Write the entries of this thread's groups where they belong."""
-    group_C, start_G = carray(at(words[2]), words[1], int32), carray(at(words[3]), words[0] + 1, int64)
+    group_C, next_G = carray(at(words[2]), words[1], int32), carray(at(words[3]), words[0] + 1, int64)
     order_C = carray(at(words[4]), words[1], int64)
     low, high = share(words[0])
-    next_G = start_G[low:high].copy()
     for entry in range(len(group_C)):
         if low <= group_C[entry] < high:
-            order_C[next_G[group_C[entry] - low]] = entry
-            next_G[group_C[entry] - low] += 1
+            order_C[next_G[group_C[entry]]] = entry
+            next_G[group_C[entry]] += 1
 
 
 @njit
@@ -91,10 +89,7 @@ def _lead(words):
     start_G, budget_G = carray(at(words[4]), n_groups + 1, int64), carray(at(words[5]), n_groups, int64)
     keep_C = carray(at(words[6]), n_entries, uint8)
     low, high = share(n_groups)
-    longest = 0
-    for group in range(low, high):
-        longest = max(longest, start_G[group + 1] - start_G[group])
-    moved_E = np.empty(longest, dtype=float32)
+    moved_C = carray(at(words[7]), n_entries, float32)
     for group in range(low, high):
         begin, end, budget = start_G[group], start_G[group + 1], budget_G[group]
         if end - begin <= budget:
@@ -102,8 +97,8 @@ def _lead(words):
                 keep_C[order_C[place]] = 1
         elif budget > 0:
             for place in range(begin, end):
-                moved_E[place - begin] = value_C[order_C[place]]
-            cut = _kth_largest(moved_E[: end - begin], budget)
+                moved_C[place] = value_C[order_C[place]]
+            cut = _kth_largest(moved_C[begin:end], budget)
             left = budget
             for place in range(begin, end):
                 left -= value_C[order_C[place]] > cut

@@ -7,7 +7,7 @@ import numpy as np
 from numba import carray, float32, int32, int64, njit
 from torch import Tensor
 
-from sae_train.kernels.numba_team import SUMS, at, kernel, run, share
+from sae_train.kernels.numba_team import at, kernel, product, run, share
 
 
 def bags_and_totals(
@@ -71,14 +71,6 @@ def _add_four(out_D, rows, row_4, weight_4):
         out_D[i] = (((out_D[i] + a * a_D[i]) + b * b_D[i]) + c * c_D[i]) + d * d_D[i]
 
 
-@njit(fastmath=SUMS)
-def _product(a_D, b_D):
-    total = float32(0)
-    for d in range(len(a_D)):
-        total += a_D[d] * b_D[d]
-    return total
-
-
 @kernel
 def _bags(words):
     n_bags, width, n_rows, n_slots = words[0], words[1], words[2], words[3]
@@ -115,7 +107,7 @@ def _row_products(words):
     low, high = _share_of_slots(start_N)
     for token in range(low, high):
         for slot in range(start_N[token], start_N[token + 1]):
-            product_M[slot] = _product(rows_ND[token], W_FD[feature_M[slot]])
+            product_M[slot] = product(rows_ND[token], W_FD[feature_M[slot]])
 
 
 @kernel
@@ -128,4 +120,4 @@ def _entries(words):
     for entry in range(low, high):
         token = index_C[entry] // n_features
         feature = index_C[entry] - token * n_features
-        value_C[entry] = _product(x_ND[token], W_FD[feature]) + b_F[feature]
+        value_C[entry] = product(x_ND[token], W_FD[feature]) + b_F[feature]

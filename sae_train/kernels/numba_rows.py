@@ -1,7 +1,6 @@
-"""Passes over rows of parameters: rounding with norms, and a step of Adam on the decoder's unit rows.
+"""Rows in bf16, with what rounding took from them: the twin of screen.py's `rounded_rows`.
 
-Twins of plain torch's in screen.py and of triton_adam.py. A row is summed in the same order whatever the threads.
-Letters: R rows, D width.
+A row is summed in the same order whatever the threads. Letters: R rows, D width, T threads.
 """
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from numba import carray, float32, njit, uint16, uint32
 from torch import Tensor
 
-from sae_train.kernels.numba_team import SUMS, at, kernel, run, share
+from sae_train.kernels.numba_team import SUMS, at, kernel, run, share, thread
 
 
 def rounded(rows_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,7 +16,9 @@ def rounded(rows_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n_rows, width = rows_RD.shape
     bf16_RD = rows_RD.new_empty(n_rows, width, dtype=torch.bfloat16)
     norm_R, missed_R = rows_RD.new_empty(n_rows), rows_RD.new_empty(n_rows)
-    run(_rounded, n_rows, width, rows_RD.contiguous(), bf16_RD, norm_R, missed_R)
+    n_threads = torch.get_num_threads()
+    kept_TD = torch.empty(n_threads, width, dtype=torch.int32)
+    run(_rounded, n_rows, width, rows_RD.contiguous(), bf16_RD, norm_R, missed_R, n_threads, kept_TD)
     return bf16_RD, norm_R, missed_R
 
 
@@ -47,8 +48,9 @@ def _rounded(words):
     row_RD, bits_RD = carray(at(words[2]), shape, float32), carray(at(words[2]), shape, uint32)
     bf16_RD = carray(at(words[3]), shape, uint16)
     norm_R, missed_R = carray(at(words[4]), shape[0], float32), carray(at(words[5]), shape[0], float32)
-    kept_D = np.empty(shape[1], dtype=uint32)
+    kept_D = carray(at(words[7]), (words[6], shape[1]), uint32)[thread()]
+    numbers_D = carray(at(words[7]), (words[6], shape[1]), float32)[thread()]
     low, high = share(shape[0])
     for row in range(low, high):
         _round(bits_RD[row], kept_D, bf16_RD[row])
-        norm_R[row], missed_R[row] = _norms(row_RD[row], kept_D.view(float32))
+        norm_R[row], missed_R[row] = _norms(row_RD[row], numbers_D)

@@ -4,7 +4,6 @@ The bits of bf16, as unsigned integers, are in order among positive numbers, and
 those. So what reaches a bound are the bits between two others, and twice as many are compared at once as of fp32.
 """
 
-import numpy as np
 import torch
 from numba import carray, float32, int64, njit, uint8, uint16, uint64
 from torch import Tensor
@@ -27,6 +26,8 @@ def flat_reaching(entries_NF: Tensor, bound: Tensor, *, most: float) -> Tensor |
         bound: alike, [N, 1] or [1, F].
     """
     n_tokens, n_features = entries_NF.shape
+    if bound.shape not in ((n_tokens, 1), (1, n_features)):
+        raise ValueError(f"a bound of shape {tuple(bound.shape)} for entries {n_tokens}, {n_features}")
     if entries_NF.dtype == torch.bfloat16:
         scan, entries_NF = _scan_bf16, entries_NF.view(torch.uint16)
         low, high = _bits_between(bound)
@@ -35,11 +36,12 @@ def flat_reaching(entries_NF: Tensor, bound: Tensor, *, most: float) -> Tensor |
     entries_NF, low, high = (each.contiguous() for each in (entries_NF, low, high))
     given = n_tokens, n_features, int(bound.shape != (n_tokens, 1)), entries_NF, low, high
     n_threads = torch.get_num_threads()
+    flag_TF = torch.zeros(n_threads, -(-n_features // WORD) * WORD, dtype=torch.uint8)
     room = 1 + n_tokens * n_features // (FEW * n_threads)
     while True:
         count_T = torch.zeros(n_threads, dtype=torch.int64)
         index_TC = torch.empty(n_threads, room, dtype=torch.int64)
-        run(scan, *given, count_T, index_TC, n_threads, room)
+        run(scan, *given, count_T, index_TC, n_threads, room, flag_TF)
         counts = count_T.tolist()
         if sum(counts) > most:
             return None
@@ -87,10 +89,10 @@ def _write(flag_F, first: int, index_C, n_found: int):
 
 
 @njit
-def _scan(entries_NF, low, high, is_per_column: int, count_T, index_TC):
+def _scan(entries_NF, low, high, is_per_column: int, count_T, index_TC, flag_TF):
     """Write the indices of this thread's entries between the bounds, while there is room, and count them."""
     n_tokens, n_features = entries_NF.shape
-    flag_F = np.zeros((n_features + WORD - 1) // WORD * WORD, dtype=uint8)
+    flag_F = flag_TF[thread()]
     begin, end = share(n_tokens)
     n_found = 0
     for token in range(begin, end):
@@ -107,7 +109,8 @@ def _scan_bf16(words):
     shape, length = (words[0], words[1]), words[1] if words[2] else words[0]
     low, high = carray(at(words[4]), length, uint16), carray(at(words[5]), length, uint16)
     count_T, index_TC = carray(at(words[6]), words[8], int64), carray(at(words[7]), (words[8], words[9]), int64)
-    _scan(carray(at(words[3]), shape, uint16), low, high, words[2], count_T, index_TC)
+    flag_TF = carray(at(words[10]), (words[8], -(-words[1] // WORD) * WORD), uint8)
+    _scan(carray(at(words[3]), shape, uint16), low, high, words[2], count_T, index_TC, flag_TF)
 
 
 @kernel
@@ -115,4 +118,5 @@ def _scan_fp32(words):
     shape, length = (words[0], words[1]), words[1] if words[2] else words[0]
     low, high = carray(at(words[4]), length, float32), carray(at(words[5]), length, float32)
     count_T, index_TC = carray(at(words[6]), words[8], int64), carray(at(words[7]), (words[8], words[9]), int64)
-    _scan(carray(at(words[3]), shape, float32), low, high, words[2], count_T, index_TC)
+    flag_TF = carray(at(words[10]), (words[8], -(-words[1] // WORD) * WORD), uint8)
+    _scan(carray(at(words[3]), shape, float32), low, high, words[2], count_T, index_TC, flag_TF)

@@ -7,15 +7,16 @@ written depends on how many they are.
 """
 
 import ctypes
+import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import binding
-from numba import cfunc, njit, types
+from numba import cfunc, float32, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
@@ -46,14 +47,28 @@ for _name in ("omp_get_thread_num", "omp_get_num_threads"):
     binding.add_symbol(f"sae_train_{_name}", _address)  # by name, so that compiled code can be kept in a file
 thread = types.ExternalFunction("sae_train_omp_get_thread_num", types.int32())
 """Which of the team's threads this is, in a kernel."""
+_OWNER = os.getpid()
 _team = types.ExternalFunction("sae_train_omp_get_num_threads", types.int32())
 
 
+def _digest() -> str:
+    """Return what changes with any of our kernels' source: Numba looks at the file alone that a kernel stands in."""
+    sources = sorted(Path(__file__).parent.glob("numba_*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+
+
+_DIGEST = _digest()
+
+
 def kernel(body: Callable[..., None]) -> Any:
-    """Compile a kernel, or take it from the file that an earlier process left."""
+    """Compile a kernel, or take it from the file that an earlier process left.
+
+    A kernel must not allocate: Numba lets nobody know of what it raises.
+    """
+    body.__qualname__ += f"_{_DIGEST}"
     try:
         return cfunc(SIGNATURE, cache=True)(body)
-    except (RuntimeError, OSError, EOFError, UnpicklingError):  # no place for the file, no space, or a broken one
+    except Exception:  # no place for the file, no space, or a broken one; a fault of ours is raised again
         return cfunc(SIGNATURE)(body)
 
 
@@ -64,8 +79,10 @@ def run(compiled: Any, *given: Tensor | int) -> None:
         compiled: of `kernel`.
         given: what it takes, in its order; tensors are contiguous.
     """
+    assert all(each.is_contiguous() for each in given if isinstance(each, Tensor))
     words = np.array([each.data_ptr() if isinstance(each, Tensor) else each for each in given], dtype=np.int64)
-    _parallel(compiled.address, words.ctypes.data, torch.get_num_threads(), 0)
+    n_threads = torch.get_num_threads() if os.getpid() == _OWNER else 1  # a forked child has none of torch's threads
+    _parallel(compiled.address, words.ctypes.data, n_threads, 0)
 
 
 @intrinsic
@@ -82,3 +99,12 @@ def at(typing_context, address):
 def share(n: int):
     """Return lo, hi of this thread's part of n."""
     return n * thread() // _team(), n * (thread() + 1) // _team()
+
+
+@njit(fastmath=SUMS)
+def product(a_D, b_D):
+    """Return the inner product of two rows of fp32."""
+    total = float32(0)
+    for d in range(len(a_D)):
+        total += a_D[d] * b_D[d]
+    return total

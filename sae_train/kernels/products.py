@@ -189,7 +189,7 @@ def _row_products(rows_ND: Tensor, W_FD: Tensor, feature: Tensor, token: Tensor,
         from sae_train.kernels import triton_products
 
         return triton_products.row_products(rows_ND, W_FD, feature, start_N)
-    if uses_numba(rows_ND):
+    if uses_numba(rows_ND, W_FD):
         from sae_train.kernels import numba_products
 
         return numba_products.row_products(rows_ND, W_FD, feature, start_N)
@@ -224,7 +224,7 @@ def _bags_and_totals(
         from sae_train.kernels import triton_products
 
         return triton_products.bags_and_totals(rows, index, weight, start, order)
-    if uses_numba(rows):
+    if uses_numba(rows, weight):
         from sae_train.kernels import numba_products
 
         out = spare.take((len(start) - 1, rows.shape[1]), like=rows)

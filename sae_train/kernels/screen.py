@@ -62,7 +62,7 @@ class Screened:
 
     def exact(self, index_C: Tensor) -> Tensor:
         """Return the exact pre-activations at ascending flat indices [C]."""
-        if uses_numba(self.x_ND):
+        if uses_numba(self.x_ND, self.W_FD, self.b_F):
             from sae_train.kernels import numba_products
 
             return numba_products.entries(self.x_ND, self.W_FD, self.b_F, index_C)

@@ -14,8 +14,8 @@ class Spare:
 
     def take(self, shape: tuple[int, ...], *, like: Tensor) -> Tensor:
         """Return a tensor to write to, of `like`'s dtype and device; what it holds is left over from before."""
-        fits = (each for each in self._kept if each.shape == shape and each.dtype == like.dtype)
-        found = next(fits, None)
+        wanted = shape, like.dtype, like.device
+        found = next((each for each in self._kept if (each.shape, each.dtype, each.device) == wanted), None)
         self._kept = [each for each in self._kept if each is not found]
         if found is None:
             found = like.new_empty(shape)
@@ -23,6 +23,6 @@ class Spare:
         return found
 
     def keep(self, gradients: Iterable[Tensor]) -> None:
-        """Take back what was lent and nobody else uses any more; the rest of what was lent is forgotten."""
-        self._kept += [each for each in gradients if each.data_ptr() in self._lent]
+        """Take back what was lent, and only that is kept: the caller promises that nobody else uses it any more."""
+        self._kept = [each for each in gradients if each.data_ptr() in self._lent]
         self._lent.clear()

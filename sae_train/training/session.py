@@ -174,7 +174,7 @@ class Session:
                 did = "screened its pre-activations by a product in bf16"
                 warn(f"this run {did if before else 'computed its pre-activations whole'} so far and does not on this "
                      "processor or in this layout: it goes on, but not bit for bit.")  # fmt: skip
-            compiled, now = found.notes.get("is_compiled"), backend.has_numba(self.ranks.device)
+            compiled, now = found.notes.get("is_compiled"), self._is_compiled()
             if compiled is not None and compiled != now and self.ranks.is_first:
                 warn(f"this run computed {'with' if compiled else 'without'} compiled kernels so far and now "
                      f"{'has' if now else 'lacks'} them: it goes on, but not bit for bit.")  # fmt: skip
@@ -221,6 +221,9 @@ class Session:
         self._evaluation_due = False
         self._log(evaluation_row(figures, step=self.trainer.n_done, tokens=self.trainer.tokens))
 
+    def _is_compiled(self) -> bool:
+        return self.trainer.precision != "float64" and backend.has_numba(self.ranks.device)
+
     def _checkpoint(self) -> None:
         notes = {
             "step": self.trainer.n_done,
@@ -229,7 +232,7 @@ class Session:
             "seconds": self._seconds(),
             "threads": torch.get_num_threads(),
             "is_screened": self.trainer.is_screened,
-            "is_compiled": backend.has_numba(self.ranks.device),
+            "is_compiled": self._is_compiled(),
             "n_ranks": self.ranks.size,
             "identity": identity_digest(identity(self.config)),
             "n_features": self.plan.n_features,
