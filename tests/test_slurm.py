@@ -229,17 +229,15 @@ def same(run: Path, whole: Outcome, runs: Path) -> None:
 
 
 STUB = """
-import os, signal, sys, threading, time
+import contextlib, os, signal, sys, threading, time
 from pathlib import Path
 from sae_train.training import stop
 
 def signal_children():  # as SLURM may: it signals all processes of a job, once for the job and once for its step
     while True:
         for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(int(child), signal.SIGTERM)
-            except ProcessLookupError:
-                pass
 
 threading.Thread(target=signal_children, daemon=True).start()
 stop.listen()

@@ -69,15 +69,16 @@ class Ahead:
         """Begin nothing yet.
 
         Args:
-        find: returns the next piece of work, None while there is nothing to do; no change happens during the call.
-        is_on: false: never start it.
-        device: where the work is done.
-        threads: of torch's on the CPU for it; None: as many as anything else. Threads of its own make those of the step
-            sleep between any two operations, as OpenMP then sees more of them than cores.
+            find: returns the next piece of work, None while there is nothing to do; no change happens during the call.
+            is_on: false: never start it.
+            device: where the work is done.
+            threads: of torch's on the CPU for it; None: as many as anything else. Threads of its own make those of the
+                step sleep between any two operations, as OpenMP then sees more of them than cores.
         """
         self._find, self._is_on, self._device, self._threads = find, is_on, device, threads
         self._condition = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
+        self._step_threads = 0  # of the thread that starts ours, known then
         self._pauses, self._working, self._closed = 0, False, False
         self._error: BaseException | None = None
         self.seconds = self.blocked = 0.0

@@ -115,12 +115,12 @@ def _bounded(
     pre_NF: PreActivations, density: float
 ) -> tuple[Callable[[], Tensor], Callable[[Tensor], tuple[Tensor, Tensor]]]:
     """Return what gives a number that the largest entry of each group of a row reaches [N, groups], and `_reaching`."""
-    maxima = partial(_group_maxima, size=_group_size(density, pre_NF.shape[1]))
     if isinstance(pre_NF, Screened):
-        error_N1 = pre_NF.error_N1
-        maxima = partial(_group_maxima, size=_group_size(2 * density, pre_NF.shape[1]))  # candidates cost products
-        return partial(pre_NF.lows, maxima, error_N1), partial(pre_NF.reaching, error=error_N1)
-    return partial(maxima, pre_NF), partial(_reaching, pre_NF)
+        size = _group_size(2 * density, pre_NF.shape[1])  # candidates cost products
+        low = partial(pre_NF.lows, partial(_group_maxima, size=size), pre_NF.error_N1)
+        return low, partial(pre_NF.reaching, error=pre_NF.error_N1)
+    size = _group_size(density, pre_NF.shape[1])
+    return partial(_group_maxima, pre_NF, size=size), partial(_reaching, pre_NF)
 
 
 def _reaching(pre_NF: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
