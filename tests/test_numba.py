@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from small_runs import torch_threads
 from test_kernels import Problem, gradients, problem, sparse_reconstruction
 from torch import Tensor
 
@@ -32,16 +33,6 @@ NUMBERS = st.sampled_from(SPECIAL) | st.floats(width=32)
 
 SQUARED = st.sampled_from([x for x in SPECIAL if abs(x) != 3e38]) | st.floats(-(2.0**60), 2.0**60, width=32)
 """Numbers that have a square, or are none."""
-
-
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -83,7 +74,7 @@ def test_what_reaches_a_bound(case: tuple[Tensor, Tensor], n_threads: int, most:
     """All of it, however many; of bf16 NaN may be among it."""
     entries, bound = case
     expected = (entries >= bound).reshape(-1).nonzero().squeeze(1)
-    with threads(n_threads):
+    with torch_threads(n_threads):
         index = matches.flat_reaching(entries, bound)
         few = matches.few_reaching(entries, bound, most=len(expected) if most is None else most)
     is_number = ~entries.reshape(-1)[index].isnan()
@@ -121,7 +112,7 @@ def test_leading_entries_of_groups(values: list[float], n_groups: int, seed: int
     for each in range(n_groups):
         members = [i for i in range(len(values)) if group[i] == each]
         kept += sorted(members, key=lambda i: (-value[i], i))[: budget_G[each]]
-    with threads(n_threads):
+    with torch_threads(n_threads):
         keep = numba_groups.leading(value, group, budget_G)
         order, start_G = numba_groups.by_group(group, n_groups)
     assert keep.nonzero().squeeze(1).tolist() == sorted(kept)
@@ -148,7 +139,7 @@ def test_a_long_group_of_few_different_values() -> None:
 def test_rounded_rows(n: int, d: int, special: list[float], seed: int, n_threads: int) -> None:
     rows = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
     rows.view(-1)[: len(special)] = torch.tensor(special)[: n * d]
-    with threads(n_threads):
+    with torch_threads(n_threads):
         found = screen.rounded_rows(rows)
     with plain():
         expected = screen.rounded_rows(rows)
@@ -171,7 +162,7 @@ def test_products_and_their_gradients(n: int, d: int, f: int, seed: int, n_threa
     p = problem(n, d, f, seed=seed, dtype=torch.float32)
     results = []
     for one, on in ((p, n_threads), (p, 1), (as_float64(p), 1)):
-        with threads(on):
+        with torch_threads(on):
             value, rows = sparse_reconstruction(one)
             row_products = kernels.row_products(one.x, one.W_dec, *one.place)
             results.append([rows, row_products, *gradients(rows.square().sum() + (value**3).sum(), one)])
@@ -187,7 +178,7 @@ def test_nothing_of_unused_slots_and_empty_bags_is_read() -> None:
     index, weight = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([2.0, 3.0, torch.nan])
     start, order = torch.tensor([0, 0, 2, 2], dtype=torch.int32), torch.tensor([1, 0, 2])
     for n_threads in (1, 2, 3):
-        with threads(n_threads):
+        with torch_threads(n_threads):
             out, totals = numba_products.bags_and_totals(rows, index, weight, start, order, out=torch.full((3, 5), 9.0))
             product = numba_products.row_products(rows, rows, index, start)
         assert out.tolist() == [[0.0] * 5, [5.0] * 5, [0.0] * 5]
@@ -202,7 +193,7 @@ def test_a_step_of_adam_does_not_depend_on_threads() -> None:
         weight, gradient, mean = (each.clone() for each in start)
         weight /= weight.norm(dim=1, keepdim=True)
         square = mean.square()
-        with threads(n_threads):
+        with torch_threads(n_threads):
             along, beside = numba_adam.along_rows(gradient, weight)
             numba_adam.move(
                 weight, gradient, along, mean, square, step=torch.tensor(3.0), scale=torch.tensor(2.0),

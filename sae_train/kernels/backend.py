@@ -39,7 +39,9 @@ def why_not_numba() -> str | None:
 
         if numba.config.DISABLE_JIT:
             return "NUMBA_DISABLE_JIT is set"
-        from sae_train.kernels import numba_adam, numba_groups, numba_products, numba_rows, numba_scan  # noqa: F401
+        for name in ("adam", "products", "rows", "scan"):
+            importlib.import_module(f"sae_train.kernels.numba_{name}")
+        from sae_train.kernels import numba_groups
     except ImportError as error:
         return str(error)
     order, start = numba_groups.by_group(torch.tensor([1, 0, 1]), 2)

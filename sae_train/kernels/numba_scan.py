@@ -89,10 +89,14 @@ def _write(flag_F, first: int, index_C, n_found: int):
 
 
 @njit
-def _scan(entries_NF, low, high, is_per_column: int, count_T, index_TC, flag_TF):
+def _scan(words, dtype):
     """Write the indices of this thread's entries between the bounds, while there is room, and count them."""
-    n_tokens, n_features = entries_NF.shape
-    flag_F = flag_TF[thread()]
+    n_tokens, n_features, is_per_column, n_threads = words[0], words[1], words[2], words[8]
+    entries_NF = carray(at(words[3]), (n_tokens, n_features), dtype)
+    n_bounds = n_features if is_per_column else n_tokens
+    low, high = carray(at(words[4]), n_bounds, dtype), carray(at(words[5]), n_bounds, dtype)
+    count_T, index_TC = carray(at(words[6]), n_threads, int64), carray(at(words[7]), (n_threads, words[9]), int64)
+    flag_F = carray(at(words[10]), (n_threads, -(-n_features // WORD) * WORD), uint8)[thread()]
     begin, end = share(n_tokens)
     n_found = 0
     for token in range(begin, end):
@@ -106,17 +110,9 @@ def _scan(entries_NF, low, high, is_per_column: int, count_T, index_TC, flag_TF)
 
 @kernel
 def _scan_bf16(words):
-    shape, length = (words[0], words[1]), words[1] if words[2] else words[0]
-    low, high = carray(at(words[4]), length, uint16), carray(at(words[5]), length, uint16)
-    count_T, index_TC = carray(at(words[6]), words[8], int64), carray(at(words[7]), (words[8], words[9]), int64)
-    flag_TF = carray(at(words[10]), (words[8], -(-words[1] // WORD) * WORD), uint8)
-    _scan(carray(at(words[3]), shape, uint16), low, high, words[2], count_T, index_TC, flag_TF)
+    _scan(words, uint16)
 
 
 @kernel
 def _scan_fp32(words):
-    shape, length = (words[0], words[1]), words[1] if words[2] else words[0]
-    low, high = carray(at(words[4]), length, float32), carray(at(words[5]), length, float32)
-    count_T, index_TC = carray(at(words[6]), words[8], int64), carray(at(words[7]), (words[8], words[9]), int64)
-    flag_TF = carray(at(words[10]), (words[8], -(-words[1] // WORD) * WORD), uint8)
-    _scan(carray(at(words[3]), shape, float32), low, high, words[2], count_T, index_TC, flag_TF)
+    _scan(words, float32)

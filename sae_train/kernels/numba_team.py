@@ -68,7 +68,8 @@ def kernel(body: Callable[..., None]) -> Any:
     body.__qualname__ += f"_{_DIGEST}"
     try:
         return cfunc(SIGNATURE, cache=True)(body)
-    except Exception:  # no place for the file, no space, or a broken one; a fault of ours is raised again
+    except Exception:  # no place for the file, no space, or a broken one, of which pickle says anything at all;
+        # a fault of ours is raised again here, with its traceback
         return cfunc(SIGNATURE)(body)
 
 
