@@ -30,7 +30,7 @@ def compared(trainer: Trainer, sae: SparseAutoencoder, raw_ND: Tensor) -> Iterat
         if len(batch_ND) < trainer.plan.batch_tokens:
             return
         x_ND = ((batch_ND.double() - scaling.centre_D) / scaling.scale).to(trainer.dictionary.W_dec.dtype)
-        pre_NF = trainer.dictionary.pre_activations(x_ND, precision=trainer.precision)
+        pre_NF = trainer.dictionary.pre_activations(x_ND)
         code, _ = trainer.sparsifier.encode(
             trainer.dictionary, x_ND, pre_NF, moment=moment, firing=trainer.firing, ranks=trainer.ranks
         )

@@ -48,13 +48,28 @@ def problem(n: int, d: int, f: int, *, seed: int, dtype: torch.dtype = torch.flo
     return Problem(x, W_enc.requires_grad_(), b_enc.requires_grad_(), W_dec.requires_grad_(), matches, mask)
 
 
-def sparse_reconstruction(p: Problem) -> tuple[Tensor, Tensor]:
-    value = kernels.attach(p.matches.value, p.x, p.W_enc, p.b_enc, *p.place)
-    return value, kernels.decode(value, p.W_dec, *p.place)
+def sparse_reconstruction(p: Problem, precision: str = "float32") -> tuple[Tensor, Tensor]:
+    value = kernels.attach(p.matches.value, p.x, p.W_enc, p.b_enc, *p.place, precision=precision)
+    return value, kernels.decode(value, p.W_dec, *p.place, precision=precision)
 
 
 def gradients(loss: Tensor, p: Problem) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, (p.W_enc, p.b_enc, p.W_dec))
+
+
+def with_rounded_rows(p: Problem) -> list[tuple[Tensor, Tensor]]:
+    """Return what products over an fp32 problem come to in bf16, each beside what sums in float64 over rows so rounded
+    come to: the reconstruction, and the gradients of its square and of the cubes of the values."""
+    value, rows = sparse_reconstruction(p, "bf16")
+    found = [rows, *gradients(rows.square().sum() + (value**3).sum(), p)]
+    code = torch.zeros(p.mask.shape, dtype=torch.float64, device=rows.device)
+    used = int(p.matches.start[-1])
+    code[p.matches.token[:used].long(), p.matches.feature[:used].long()] = p.matches.value[:used].double()
+    x, W_dec = p.x.bfloat16().double(), p.W_dec.detach().bfloat16().double()
+    upstream = (2 * rows.detach()).bfloat16().double()
+    slopes = torch.where(p.mask.to(rows.device), upstream @ W_dec.t() + 3 * code**2, 0)
+    expected = [code @ W_dec, slopes.t() @ x, slopes.sum(0), code.t() @ upstream]
+    return list(zip([each.detach() for each in found], expected, strict=True))
 
 
 @pytest.mark.parametrize("on_host", [True, False], ids=["count read", "count on device"])
@@ -74,6 +89,21 @@ def test_values_and_gradients_are_dense_autograds(on_host: bool, n: int, d: int,
     assert torch.allclose(found, expected)
     for sparse, dense_one in zip(sparse_gradients, dense_gradients, strict=True):
         assert torch.allclose(sparse, dense_one)
+
+
+@SMALL
+@given(n=st.integers(1, 20), d=st.integers(1, 9), f=st.integers(1, 30), seed=st.integers(0, 10**6))
+def test_rows_in_bf16_are_read_rounded_and_summed_in_fp32(n: int, d: int, f: int, seed: int) -> None:
+    for found, expected in with_rounded_rows(problem(n, d, f, seed=seed, dtype=torch.float32)):
+        assert found.dtype == torch.float32
+        scale = float(expected.abs().max()) + 1
+        torch.testing.assert_close(found.double() / scale, expected / scale, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_is_of_fp32_alone() -> None:
+    p = problem(9, 6, 21, seed=3)
+    for one, other in zip(sparse_reconstruction(p), sparse_reconstruction(p, "bf16"), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("on_host", [True, False], ids=["count read", "count on device"])

@@ -38,7 +38,7 @@ def setting(*, n_dead: int, seed: int = 0) -> Setting:
     firing.since_F[:n_dead] = WINDOW
     firing.density_F = torch.rand(F, generator=generator, dtype=torch.float64) * 0.2
     firing.density_F[:n_dead] = 0
-    return Setting(dictionary, x, dictionary.pre_activations(x, precision="float64"), residual, firing)
+    return Setting(dictionary, x, dictionary.pre_activations(x), residual, firing)
 
 
 def aux_loss(kind: str = "aux_k", **settings: float | bool) -> AuxLoss:

@@ -32,7 +32,7 @@ def encoded(
     config = run_config(sparsifier="topk", batch_tokens=N, tokens=100 * N, **settings)
     sparsifier = build_sparsifier(config, n_features=F)
     moment = Moment(step=0, tokens=tokens, total_tokens=100 * N, batch_tokens=N, learning_rate=1e-3, seed=0)
-    pre_NF = dictionary.pre_activations(x_ND, precision="float64")
+    pre_NF = dictionary.pre_activations(x_ND)
     firing = Firing(F, half_life_tokens=1000, device=CPU)
     code, penalty = sparsifier.encode(dictionary, x_ND, pre_NF, moment=moment, firing=firing, ranks=Solo())
     assert isinstance(code, SparseCode)

@@ -16,7 +16,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_runs import torch_threads
-from test_kernels import Problem, gradients, problem, sparse_reconstruction
+from test_kernels import Problem, gradients, problem, sparse_reconstruction, with_rounded_rows
 from torch import Tensor
 
 from sae_train import kernels
@@ -139,12 +139,16 @@ def test_a_long_group_of_few_different_values() -> None:
 def test_rounded_rows(n: int, d: int, special: list[float], seed: int, n_threads: int) -> None:
     rows = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
     rows.view(-1)[: len(special)] = torch.tensor(special)[: n * d]
+    last = rows[:, 0].flip(0)
     with torch_threads(n_threads):
-        found = screen.rounded_rows(rows)
+        found = screen.rounded_rows(rows, last)
     with plain():
-        expected = screen.rounded_rows(rows)
-    assert torch.equal(found.bf16.isnan(), rows.isnan())
-    assert torch.equal(found.bf16.nan_to_num(nan=7.0), rows.bfloat16().nan_to_num(nan=7.0))
+        expected = screen.rounded_rows(rows, last)
+    assert torch.equal(found.padded.isnan(), expected.padded.isnan())
+    assert torch.equal(found.padded.nan_to_num(nan=7.0), expected.padded.nan_to_num(nan=7.0))
+    wanted = torch.nn.functional.pad(torch.cat([rows, last[:, None]], 1), (0, found.padded.shape[1] - d - 1))
+    assert torch.equal(found.padded.isnan(), wanted.isnan())
+    assert torch.equal(found.padded.nan_to_num(nan=7.0), wanted.bfloat16().nan_to_num(nan=7.0))
     for one, other in zip(found[1:], expected[1:], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-30, equal_nan=True)
 
@@ -153,6 +157,47 @@ def as_float64(p: Problem) -> Problem:
     W_enc, b_enc, W_dec = (each.detach().double().requires_grad_() for each in (p.W_enc, p.b_enc, p.W_dec))
     value = p.matches._replace(value=p.matches.value.double())
     return Problem(p.x.double(), W_enc, b_enc, W_dec, value, p.mask)
+
+
+@SMALL
+@given(n=st.integers(1, 20), d=st.integers(1, 70), f=st.integers(1, 30), seed=st.integers(0, 10**6), n_threads=THREADS)
+def test_products_of_rows_in_bf16(n: int, d: int, f: int, seed: int, n_threads: int) -> None:
+    """Those of float64 over rounded rows, compiled or not; compiled, bit for bit the same on one thread."""
+    p, results = problem(n, d, f, seed=seed, dtype=torch.float32), []
+    for on in (n_threads, 1):
+        with torch_threads(on):
+            results.append(with_rounded_rows(p))
+    with plain():
+        results.append(with_rounded_rows(p))
+    for found, again, simple in zip(*results, strict=True):
+        assert torch.equal(found[0], again[0])
+        for one, expected in (found, simple):
+            scale = float(expected.abs().max()) + 1
+            torch.testing.assert_close(one.double() / scale, expected / scale, rtol=1e-5, atol=1e-5)
+
+
+@SMALL
+@given(
+    n=st.integers(1, 6), d=st.integers(1, 70), f=st.integers(1, 12), seed=st.integers(0, 10**6), n_threads=THREADS,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_an_entry_does_not_depend_on_the_others(
+    n: int, d: int, f: int, seed: int, n_threads: int, dtype: torch.dtype
+) -> None:
+    """Bit for bit, or a run's numbers would depend on what screening lets through."""
+    generator = torch.Generator().manual_seed(seed)
+    x, W = (torch.randn(rows, d + 3, generator=generator).to(dtype) for rows in (n, f))
+    b = torch.randn(f, generator=generator)
+    index = (torch.rand(n * f, generator=generator) < 0.6).nonzero().squeeze(1)
+    with torch_threads(n_threads):
+        found = numba_products.entries(x, W, b, index, width=d)
+        alone = [numba_products.entries(x, W, b, index[i : i + 1], width=d) for i in range(len(index))]
+        start = torch.searchsorted(index, torch.arange(n + 1) * f).int()
+        products = numba_products.row_products(x[:, :d], W[:, :d], (index % f).int(), start)
+    assert torch.equal(found, torch.cat([*alone, torch.empty(0)]))
+    assert torch.equal(found, products + b[index % f])
+    expected = x[:, :d].double() @ W[:, :d].double().t() + b
+    torch.testing.assert_close(found.double(), expected.flatten()[index], rtol=1e-5, atol=1e-4)
 
 
 @SMALL

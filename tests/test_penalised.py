@@ -114,7 +114,7 @@ def test_with_its_zeros_or_without_is_one_function(
         shake(trainer)
         batch = trainer.stream.batch(0)
         dictionary = trainer.dictionary
-        pre = dictionary.pre_activations(batch, precision="float64")
+        pre = dictionary.pre_activations(batch)
         code, penalty = trainer.sparsifier.encode(
             dictionary, batch, pre, moment=trainer.moment(), firing=trainer.firing, ranks=Solo()
         )
@@ -271,7 +271,7 @@ def test_a_gated_feature_is_exported_as_the_jumprelu_feature_that_it_is(rows: Pa
     learn(trainer, 30)
     gated, dictionary, scaling = trainer.sparsifier, trainer.dictionary, trainer.stream.scaling
     x = trainer.stream.batch(30)
-    pre = dictionary.pre_activations(x, precision="float64")
+    pre = dictionary.pre_activations(x)
     code, _ = gated.encode(dictionary, x, pre, moment=trainer.moment(), firing=trainer.firing, ranks=Solo())
     trained = code.value if isinstance(code, DenseCode) else code.dense()
     W_enc, b_enc = gated.encoder(dictionary)
@@ -296,7 +296,7 @@ def test_a_gates_own_reconstruction_trains_no_decoder(rows: Path) -> None:
     dictionary, x = trainer.dictionary, trainer.stream.batch(0)
     gated = trainer.sparsifier
     assert isinstance(gated, Gated)
-    pre = DenseCode(value=dictionary.attach_dense(x, dictionary.pre_activations(x, precision="float64")))
+    pre = DenseCode(value=dictionary.attach_dense(x, dictionary.pre_activations(x)))
     loss = gated.extra_loss(dictionary, x, pre, n_tokens=len(x), ranks=Solo())
     x_hat = pre.value.relu() @ dictionary.W_dec + dictionary.b_dec
     torch.testing.assert_close(loss, (x - x_hat).square().sum() / len(x))
@@ -335,7 +335,7 @@ def test_l1_weighs_values_with_their_rows_norms(rows: Path, norms: str) -> None:
     norm_F = dictionary.W_dec.norm(dim=1)
     ones = torch.ones_like(norm_F)
     assert bool((norm_F - 1).abs().max() > 0.01) == (norms == "free")
-    pre = DenseCode(value=dictionary.pre_activations(x, precision="float64"))
+    pre = DenseCode(value=dictionary.pre_activations(x))
     relu = trainer.sparsifier
     assert isinstance(relu, ReLU)
     value, priced = relu.values(dictionary, pre, moment=trainer.moment(), ranks=Solo())
@@ -432,7 +432,7 @@ def test_what_dead_features_lack_to_fire_is_learned(rows: Path, kind: str) -> No
     dictionary, x, sparsifier = trainer.dictionary, trainer.stream.batch(0), trainer.sparsifier
     assert isinstance(sparsifier, penalised.Penalised)
     trainer.firing.since_F[:40] = trainer.plan.dead_window
-    pre = dictionary.pre_activations(x, precision="float64")
+    pre = dictionary.pre_activations(x)
     loss = sparsifier.revival(dictionary, x, n_tokens=2 * len(x), firing=trainer.firing)
     lacks = (dictionary.log_threshold.exp() if kind == "jumprelu" else 0) - pre
     torch.testing.assert_close(loss, 1e-3 * lacks[:, :40].sum() / (2 * len(x)))

@@ -67,7 +67,7 @@ def train(*, seed: int = 0, **choices: object) -> Dictionary:
             learning_rate=1e-3,
             seed=seed,
         )
-        pre = dictionary.pre_activations(x, precision="float32")
+        pre = dictionary.pre_activations(x)
         code = dictionary.attach(x, sparsifier.select(pre, moment=moment, firing=firing, ranks=Solo()))
         x_hat = dictionary.decode(code, ranks=Solo())
         loss = reconstruction_loss(x, x_hat, n_tokens=BATCH)

@@ -81,7 +81,7 @@ def rounded_product(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
 
 
 def screened(x: Tensor, W: Tensor, b: Tensor, *, precision: str) -> Screened:
-    rounded = (screen.rounded_rows(x), screen.rounded_rows(W))
+    rounded = (screen.rounded_rows(x, torch.ones(len(x))), screen.rounded_rows(W, b))
     found = screen.screened(rounded_product(x, W, b), x, W, b, rounded=rounded, precision=precision)
     assert isinstance(found, Screened)
     return found

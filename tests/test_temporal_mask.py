@@ -47,7 +47,7 @@ def learn(trainer: Trainer, steps: int) -> None:
 def encoded(trainer: Trainer) -> tuple[Tensor, Code, Tensor]:
     """Return the next batch, its code and the penalty, without a step."""
     x = trainer.stream.batch(trainer.n_done)
-    pre = trainer.dictionary.pre_activations(x, precision="float64")
+    pre = trainer.dictionary.pre_activations(x)
     code, penalty = trainer.sparsifier.encode(
         trainer.dictionary, x, pre, moment=trainer.moment(), firing=trainer.firing, ranks=Solo()
     )

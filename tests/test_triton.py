@@ -13,7 +13,7 @@ import torch
 from grid_world import build, config_of, weights, write_activations
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import Problem, gradients, problem, sparse_reconstruction
+from test_kernels import Problem, gradients, problem, sparse_reconstruction, with_rounded_rows
 from test_optimizer import schema_of
 from torch import Tensor
 
@@ -183,6 +183,9 @@ def test_public_products_and_their_gradients(
     all_products = torch.where(exact.mask, exact.x @ exact.W_dec.t(), 0)
     close(sums[:, 0], all_products.sum(0))
     close(sums[:, 1], (all_products**2).sum(0), tolerance=1e-5)
+    for one, other in with_rounded_rows(p):
+        assert one.dtype == torch.float32
+        close(one, other, tolerance=1e-5)
 
 
 def test_offsets_may_pass_two_to_the_31() -> None:

@@ -17,9 +17,9 @@ OLDEST = (8, 0)
 """Compute capability that Triton asks of a CUDA GPU."""
 
 
-def uses_numba(*given: Tensor) -> bool:
-    """Return whether kernels that Numba compiles work on these tensors, all fp32 on a CPU."""
-    is_plain = all(each.device.type == "cpu" and each.dtype == torch.float32 for each in given)
+def uses_numba(*given: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Return whether kernels that Numba compiles work on these tensors, all on a CPU and of that type."""
+    is_plain = all(each.device.type == "cpu" and each.dtype == dtype for each in given)
     return is_plain and why_not_numba() is None
 
 

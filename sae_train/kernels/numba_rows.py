@@ -1,6 +1,6 @@
 """Rows in bf16, with what rounding took from them: the twin of screen.py's `rounded_rows`.
 
-A row is summed in the same order whatever the threads. Letters: R rows, D width, T threads.
+A row is summed in the same order whatever the threads. Letters: R rows, D width, P padded width, T threads.
 """
 
 import numpy as np
@@ -11,26 +11,35 @@ from torch import Tensor
 from sae_train.kernels.numba_team import SUMS, at, kernel, run, share, thread
 
 
-def rounded(rows_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return fp32 rows in bf16 [R, D], their norms [R], and the norms of what rounding took from them [R]."""
+def rounded(rows_RD: Tensor, last_R: Tensor, *, padded: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return fp32 rows in bf16 [R, P], their norms [R], and the norms of what rounding took from them [R].
+
+    Args:
+        last_R: fp32, what stands behind each row; behind it are zeros.
+        padded: P, more than D.
+    """
     n_rows, width = rows_RD.shape
-    bf16_RD = rows_RD.new_empty(n_rows, width, dtype=torch.bfloat16)
+    bf16_RP = rows_RD.new_empty(n_rows, padded, dtype=torch.bfloat16)
     norm_R, missed_R = rows_RD.new_empty(n_rows), rows_RD.new_empty(n_rows)
     n_threads = torch.get_num_threads()
     kept_TD = torch.empty(n_threads, width, dtype=torch.int32)
-    run(_rounded, n_rows, width, rows_RD.contiguous(), bf16_RD, norm_R, missed_R, n_threads, kept_TD)
-    return bf16_RD, norm_R, missed_R
+    given = rows_RD.contiguous(), last_R.contiguous(), bf16_RP
+    run(_rounded, n_rows, width, padded, *given, norm_R, missed_R, n_threads, kept_TD)
+    return bf16_RP, norm_R, missed_R
 
 
 @njit
-def _round(bits_D, kept_D, bf16_D):
-    """Round to the nearest bf16, ties to even; a NaN stays one."""
+def _nearest(bits):
+    """Return the bits of the nearest bf16 as an fp32, ties to even; a NaN stays one."""
+    rounded = uint32(bits + uint32(0x7FFF) + (uint32(bits >> uint32(16)) & uint32(1))) & uint32(0xFFFF0000)
+    return uint32(0x7FC00000) if (bits & uint32(0x7FFFFFFF)) > uint32(0x7F800000) else rounded
+
+
+@njit
+def _round(bits_D, kept_D, bf16_P):
     for d in range(len(bits_D)):
-        bits = bits_D[d]
-        rounded = uint32(bits + uint32(0x7FFF) + (uint32(bits >> uint32(16)) & uint32(1))) & uint32(0xFFFF0000)
-        rounded = uint32(0x7FC00000) if (bits & uint32(0x7FFFFFFF)) > uint32(0x7F800000) else rounded
-        kept_D[d] = rounded
-        bf16_D[d] = rounded >> uint32(16)
+        kept_D[d] = _nearest(bits_D[d])
+        bf16_P[d] = kept_D[d] >> uint32(16)
 
 
 @njit(fastmath=SUMS)
@@ -44,13 +53,16 @@ def _norms(row_D, kept_D):
 
 @kernel
 def _rounded(words):
-    shape = (words[0], words[1])
-    row_RD, bits_RD = carray(at(words[2]), shape, float32), carray(at(words[2]), shape, uint32)
-    bf16_RD = carray(at(words[3]), shape, uint16)
-    norm_R, missed_R = carray(at(words[4]), shape[0], float32), carray(at(words[5]), shape[0], float32)
-    kept_D = carray(at(words[7]), (words[6], shape[1]), uint32)[thread()]
-    numbers_D = carray(at(words[7]), (words[6], shape[1]), float32)[thread()]
-    low, high = share(shape[0])
+    n_rows, width, padded = words[0], words[1], words[2]
+    row_RD, bits_RD = carray(at(words[3]), (n_rows, width), float32), carray(at(words[3]), (n_rows, width), uint32)
+    last_R, bf16_RP = carray(at(words[4]), n_rows, uint32), carray(at(words[5]), (n_rows, padded), uint16)
+    norm_R, missed_R = carray(at(words[6]), n_rows, float32), carray(at(words[7]), n_rows, float32)
+    kept_D = carray(at(words[9]), (words[8], width), uint32)[thread()]
+    numbers_D = carray(at(words[9]), (words[8], width), float32)[thread()]
+    low, high = share(n_rows)
     for row in range(low, high):
-        _round(bits_RD[row], kept_D, bf16_RD[row])
+        _round(bits_RD[row], kept_D, bf16_RP[row])
+        bf16_RP[row, width] = _nearest(last_R[row]) >> uint32(16)
+        for place in range(width + 1, padded):
+            bf16_RP[row, place] = 0
         norm_R[row], missed_R[row] = _norms(row_RD[row], numbers_D)

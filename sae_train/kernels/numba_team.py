@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import binding
+from llvmlite import binding, ir
 from numba import cfunc, float32, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -100,6 +100,21 @@ def at(typing_context, address):
 def share(n: int):
     """Return lo, hi of this thread's part of n."""
     return n * thread() // _team(), n * (thread() + 1) // _team()
+
+
+@intrinsic
+def number(typing_context, bits):
+    """Return a bf16, which Numba knows as its bits in a uint16, as fp32; an fp32 is one already."""
+    if bits == types.float32:
+        return types.float32(bits), lambda context, builder, signature, arguments: arguments[0]
+    if bits != types.uint16:
+        return None
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(word, ir.FloatType())
+
+    return types.float32(types.uint16), code
 
 
 @njit(fastmath=SUMS)

@@ -4,6 +4,9 @@ Affinities need the full product. Everything after selection costs k rows a toke
 bag of decoder rows, the gradient of a code value is one dot product, and with matches ordered by feature the
 gradient of each weight row is a weighted bag of token rows (the idea of Gao et al. 2024, arXiv 2406.04093). No
 intermediate of N*k*D numbers is made, and every sum has a fixed order.
+
+What these products wait for is rows of matrices. Under `precision` bf16 the rows that they read, of weights, tokens and
+gradients, are rounded to that, and half as many bytes move; weights of bags and all sums stay fp32.
 """
 
 import functools
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from sae_train.kernels.backend import uses_numba, uses_triton
+from sae_train.kernels.backend import DTYPES, uses_numba, uses_triton
 from sae_train.kernels.function import applied
 from sae_train.kernels.matches import FeatureOrder, by_feature
 from sae_train.kernels.spare import Spare
@@ -29,16 +32,19 @@ def decode(
     *,
     order: FeatureOrder | None = None,
     spare: Spare | None = None,
+    precision: str = "float32",
 ) -> Tensor:
     """Return for each token the sum of value * row of W over its matches [N, D]; differentiable in value and W.
 
     Args:
         order: the matches' own, if other products over them are to share it; `attach` alike.
         spare: where the gradient of W is to be written, if memory is to be used again; `attach` alike.
+        precision: of rows that are read, bf16, or float32 for that of W; `attach` alike.
     """
     used = _used_slots(start_N, len(value_M))
     value, feature, token = (t.narrow(0, 0, used) for t in (value_M, feature_M, token_M))
-    return applied(_Decode, value, W_FD, feature, token, start_N, order or FeatureOrder(), spare or Spare())
+    shared = order or FeatureOrder(), spare or Spare()
+    return applied(_Decode, value, W_FD, feature, token, start_N, *shared, precision)
 
 
 def attach(
@@ -52,12 +58,13 @@ def attach(
     *,
     order: FeatureOrder | None = None,
     spare: Spare | None = None,
+    precision: str = "float32",
 ) -> Tensor:
     """Return `value_M`, which holds x W^T + b at the matches, with the graph of that product for W and b."""
     used = _used_slots(start_N, len(value_M))
     value, feature, token = (t.narrow(0, 0, used) for t in (value_M, feature_M, token_M))
     shared = order or FeatureOrder(), spare or Spare()
-    attached = applied(_Attach, value, W_FD, b_F, x_ND, feature, token, start_N, *shared)
+    attached = applied(_Attach, value, W_FD, b_F, x_ND, feature, token, start_N, *shared, precision)
     if used == len(value_M):
         return attached
     return torch.cat([attached, value_M[used:].detach()])
@@ -94,6 +101,11 @@ def sums_by_feature(value_MC: Tensor, feature_M: Tensor, *, n_features: int) -> 
         return embedding_bag(order, value_MC, start_F, mode="sum", include_last_offset=True)
 
 
+def _read_rows(rows: Tensor, precision: str) -> Tensor:
+    """Return rows as products read them: rounded to bf16 where the precision says so."""
+    return rows.bfloat16() if precision == "bf16" and rows.dtype == torch.float32 else rows
+
+
 def _used_slots(start_N: Tensor, slots: int) -> int:
     """Return how many slots to work on: the matches alone where reading their count costs nothing."""
     return int(start_N[-1]) if start_N.device.type == "cpu" else slots
@@ -110,22 +122,24 @@ class _Decode(torch.autograd.Function):
         start_N: Tensor,
         order: FeatureOrder,
         spare: Spare,
+        precision: str,
     ) -> Tensor:
-        ctx.save_for_backward(value, W_FD, feature, token, start_N)
-        ctx.order, ctx.spare = order, spare
-        return _bags(W_FD, feature, value, start_N)
+        rows_FD = _read_rows(W_FD, precision)
+        ctx.save_for_backward(value, rows_FD, feature, token, start_N)
+        ctx.order, ctx.spare, ctx.precision = order, spare, precision
+        return _bags(rows_FD, feature, value, start_N)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        value, W_FD, feature, token, start_N = ctx.saved_tensors
-        grad_ND = grads[0].contiguous()
+        value, rows_FD, feature, token, start_N = ctx.saved_tensors
+        grad_ND = _read_rows(grads[0], ctx.precision).contiguous()
         grad_value = grad_W = None
         if ctx.needs_input_grad[0]:
-            grad_value = _row_products(grad_ND, W_FD, feature, token, start_N)
+            grad_value = _row_products(grad_ND, rows_FD, feature, token, start_N)
         if ctx.needs_input_grad[1]:
-            order, start_F = ctx.order(feature, len(W_FD))
+            order, start_F = ctx.order(feature, len(rows_FD))
             grad_W = _bags_and_totals(grad_ND, token, value, start_F, order, ctx.spare)[0]
-        return grad_value, grad_W, None, None, None, None, None
+        return grad_value, grad_W, None, None, None, None, None, None
 
 
 class _Attach(torch.autograd.Function):
@@ -141,9 +155,10 @@ class _Attach(torch.autograd.Function):
         start_N: Tensor,
         order: FeatureOrder,
         spare: Spare,
+        precision: str,
     ) -> Tensor:
         ctx.save_for_backward(x_ND, feature, token, start_N)
-        ctx.n_features, ctx.order, ctx.spare = len(W_FD), order, spare
+        ctx.n_features, ctx.order, ctx.spare, ctx.precision = len(W_FD), order, spare, precision
         return value.detach().clone()
 
     @staticmethod
@@ -151,8 +166,9 @@ class _Attach(torch.autograd.Function):
         x_ND, feature, token, start_N = ctx.saved_tensors
         grad = torch.where(_is_used(start_N, len(feature)), grads[0], 0)
         order, start_F = ctx.order(feature, ctx.n_features)
-        grad_W, grad_b = _bags_and_totals(x_ND, token, grad, start_F, order, ctx.spare)
-        return None, grad_W, grad_b, None, None, None, None, None, None
+        rows_ND = _read_rows(x_ND, ctx.precision)
+        grad_W, grad_b = _bags_and_totals(rows_ND, token, grad, start_F, order, ctx.spare)
+        return None, grad_W, grad_b, None, None, None, None, None, None, None
 
 
 class _AttachDense(torch.autograd.Function):
@@ -189,10 +205,11 @@ def _row_products(rows_ND: Tensor, W_FD: Tensor, feature: Tensor, token: Tensor,
         from sae_train.kernels import triton_products
 
         return triton_products.row_products(rows_ND, W_FD, feature, start_N)
-    if uses_numba(rows_ND, W_FD):
+    if uses_numba(rows_ND, W_FD) or uses_numba(rows_ND, W_FD, dtype=torch.bfloat16):
         from sae_train.kernels import numba_products
 
         return numba_products.row_products(rows_ND, W_FD, feature, start_N)
+    rows_ND, W_FD = (each.float() if each.dtype == torch.bfloat16 else each for each in (rows_ND, W_FD))
     if rows_ND.device.type == "cpu":
         used = int(start_N[-1])
         _hear_warning_of_sparse_matrices()
@@ -224,13 +241,13 @@ def _bags_and_totals(
         from sae_train.kernels import triton_products
 
         return triton_products.bags_and_totals(rows, index, weight, start, order)
-    if uses_numba(rows, weight):
+    if _is_numbas(rows, weight):
         from sae_train.kernels import numba_products
 
-        out = spare.take((len(start) - 1, rows.shape[1]), like=rows)
+        out = spare.take((len(start) - 1, rows.shape[1]), like=weight)
         return numba_products.bags_and_totals(rows, index, weight, start, order, out=out)
     index, weight = index[order], weight[order]
-    return _bags(rows, index, weight, start), _bags(rows.new_ones(len(rows), 1), index, weight, start).squeeze(1)
+    return _bags(rows, index, weight, start), _bags(weight.new_ones(len(rows), 1), index, weight, start).squeeze(1)
 
 
 def _bags(rows: Tensor, index: Tensor, weight: Tensor, start: Tensor) -> Tensor:
@@ -239,4 +256,14 @@ def _bags(rows: Tensor, index: Tensor, weight: Tensor, start: Tensor) -> Tensor:
         from sae_train.kernels import triton_products
 
         return triton_products.bags(rows, index, weight, start)
+    if _is_numbas(rows, weight):
+        from sae_train.kernels import numba_products
+
+        return numba_products.bags(rows, index, weight, start)
+    rows = rows.to(weight.dtype) if rows.dtype == torch.bfloat16 else rows
     return embedding_bag(index, rows, start, mode="sum", per_sample_weights=weight, include_last_offset=True)
+
+
+def _is_numbas(rows: Tensor, weight: Tensor) -> bool:
+    """Return whether Numba's kernels sum fp32 weights times rows, fp32 or bf16 ones."""
+    return uses_numba(weight) and rows.dtype in DTYPES

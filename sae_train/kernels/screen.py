@@ -6,7 +6,7 @@ The near ones come with a bound on their error, so no pair is missed: what is ke
 product in the run's precision would have given, but for the order of its sums. That holds for factors whose squares are
 fp32 numbers, neither 0 nor infinite, as those of scaled activations are.
 
-Letters: N tokens, F features, D width, C candidates.
+Letters: N tokens, F features, D width, P padded width, C candidates.
 """
 
 import functools
@@ -29,11 +29,14 @@ MANY = 1 / 16
 """Share of candidates from which on the whole product costs less than theirs one by one."""
 ROUNDOFF = 2.0**-8
 """Relative error of a normal number that is rounded to bf16, at most."""
+TILE = 32
+"""Numbers of a row that AMX takes at once."""
 TINY = 2.0**-126
 """The least normal number: AMX takes smaller ones for zero."""
 SUM_ROUNDOFF = 2.0**-23
 """Of two fp32 sums of the same products, the near one and the exact one, relative to the sum of magnitudes and a
-summand: 2^-24 each. Adding the bias is one more rounding, relative to the result."""
+summand: 2^-24 each. The bias is one more summand of the near one; adding it to the exact one is one more rounding,
+relative to the result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,17 +45,19 @@ class Screened:
 
     Attributes:
         near_NF: bf16, from fp32 sums over factors rounded to bf16; NaN where an exact one is.
-        x_ND: fp32 factors of the exact ones, themselves rounded to bf16 where the run's precision says so.
-        W_FD: alike.
+        x_NP: factors of the exact ones in their first `width` columns: fp32, or bf16 where the run's precision says so.
+        W_FP: alike.
         b_F: fp32.
+        width: D.
         error_N1: how far a token's near pre-activations were from the exact ones at most, before the sum was rounded.
         error_1F: the same of a feature's.
     """
 
     near_NF: Tensor
-    x_ND: Tensor
-    W_FD: Tensor
+    x_NP: Tensor
+    W_FP: Tensor
     b_F: Tensor
+    width: int
     error_N1: Tensor
     error_1F: Tensor
 
@@ -60,12 +65,22 @@ class Screened:
     def shape(self) -> tuple[int, int]:
         return self.near_NF.shape[0], self.near_NF.shape[1]
 
+    @property
+    def x_ND(self) -> Tensor:
+        """Rows of the exact ones, fp32."""
+        return self.x_NP[:, : self.width].float()
+
+    @property
+    def W_FD(self) -> Tensor:
+        """Rows of the exact ones, fp32."""
+        return self.W_FP[:, : self.width].float()
+
     def exact(self, index_C: Tensor) -> Tensor:
         """Return the exact pre-activations at ascending flat indices [C]."""
-        if uses_numba(self.x_ND, self.W_FD, self.b_F):
+        if uses_numba(self.b_F):
             from sae_train.kernels import numba_products
 
-            return numba_products.entries(self.x_ND, self.W_FD, self.b_F, index_C)
+            return numba_products.entries(self.x_NP, self.W_FP, self.b_F, index_C, width=self.width)
         n_tokens, n_features = self.shape
         token = torch.div(index_C, n_features, rounding_mode="floor")
         feature = (index_C - token * n_features).int()
@@ -74,7 +89,8 @@ class Screened:
 
     def columns(self, members: Tensor) -> Tensor:
         """Return the exact pre-activations of some features [N, len(members)]."""
-        return affine(self.x_ND, self.W_FD[members], self.b_F[members], precision="float32")
+        W_CD = self.W_FP[members, : self.width].float()
+        return affine(self.x_ND, W_CD, self.b_F[members], precision="float32")
 
     def lows(self, maxima: Callable[[Tensor], Tensor], error: Tensor) -> Tensor:
         """Return what the largest exact pre-activation of each group reaches, if it is positive.
@@ -156,29 +172,33 @@ def screen(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, *, precision: str, out: Tens
         out: [N, F] bf16 to write the near pre-activations to.
     """
     with torch.no_grad():
-        x, W = rounded_rows(x_ND), rounded_rows(W_FD)
-        torch.addmm(b_F.bfloat16(), x.bf16, W.bf16.t(), out=out)
+        x, W = rounded_rows(x_ND, x_ND.new_ones(len(x_ND))), rounded_rows(W_FD, b_F)
+        torch.mm(x.padded, W.padded.t(), out=out)
         return screened(out, x_ND, W_FD, b_F, rounded=(x, W), precision=precision)
 
 
 class Rounded(NamedTuple):
-    """Rows in bf16."""
+    """Rows in bf16, and behind each a number, so that a product takes the bias in its stride."""
 
-    bf16: Tensor
+    padded: Tensor
+    """[rows, P]: those, then zeros."""
     norm: Tensor
     """[rows] of what they were, fp32."""
     missed: Tensor
     """[rows] norms of what rounding took from them, fp32."""
 
 
-def rounded_rows(rows: Tensor) -> Rounded:
-    """Return fp32 rows in bf16."""
-    if uses_numba(rows):
+def rounded_rows(rows: Tensor, last: Tensor) -> Rounded:
+    """Return fp32 rows [R, D] in bf16, each with a number of `last` [R] behind it."""
+    n_rows, width = rows.shape
+    padded = -(-(width + 1) // TILE) * TILE
+    if uses_numba(rows, last):
         from sae_train.kernels import numba_rows
 
-        return Rounded(*numba_rows.rounded(rows))
-    bf16 = rows.bfloat16()
-    return Rounded(bf16, rows.norm(dim=1), (rows - bf16).norm(dim=1))
+        return Rounded(*numba_rows.rounded(rows, last, padded=padded))
+    bf16 = rows.new_zeros(n_rows, padded, dtype=torch.bfloat16)
+    bf16[:, :width], bf16[:, width] = rows, last
+    return Rounded(bf16, rows.norm(dim=1), (rows - bf16[:, :width]).norm(dim=1))
 
 
 def screened(
@@ -187,30 +207,32 @@ def screened(
     """Return what `screen` does for near pre-activations from anywhere.
 
     By Cauchy and Schwarz |x^ w^ - x w| is at most |x^ - x| |w^| + |x| |w^ - w|, ^ for rounded; to it come the rounding
-    of the bias and of both sums.
+    of the bias and of both sums, the near one's with the bias in it.
 
     Args:
         rounded: rows of x and of W.
     """
+    x, W = rounded
+    width, x_NP, W_FP = x_ND.shape[1], x_ND, W_FD
     if precision == "bf16":
-        x_ND, W_FD = (each.bf16.float() for each in rounded)
-        x, W = (Rounded(each.bf16, each.norm + each.missed, torch.zeros_like(each.norm)) for each in rounded)
-    else:
-        x, W = rounded
-    width, bias_F = x_ND.shape[1], (b_F - b_F.bfloat16()).abs()
+        x_NP, W_FP = x.padded, W.padded
+        x, W = (each._replace(norm=each.norm + each.missed, missed=torch.zeros_like(each.norm)) for each in rounded)
+    summands = width + 1
+    bias_F = (b_F - b_F.bfloat16()).abs() + SUM_ROUNDOFF * summands * b_F.bfloat16().abs()
 
     def error(norm_x: Tensor, missed_x: Tensor, norm_W: Tensor, missed_W: Tensor) -> Tensor:
         rounded_x, rounded_W = norm_x + missed_x, norm_W + missed_W
-        sums = SUM_ROUNDOFF * width * rounded_x * rounded_W
-        return missed_x * rounded_W + norm_x * missed_W + sums + width * TINY * (1 + rounded_x + rounded_W)
+        sums = SUM_ROUNDOFF * summands * rounded_x * rounded_W
+        return missed_x * rounded_W + norm_x * missed_W + sums + summands * TINY * (1 + rounded_x + rounded_W)
 
     error_N = error(x.norm, x.missed, W.norm.max(), W.missed.max()) + bias_F.max()
     error_F = error(x.norm.max(), x.missed.max(), W.norm, W.missed) + bias_F
     return Screened(
         near_NF=near_NF,
-        x_ND=x_ND,
-        W_FD=W_FD,
+        x_NP=x_NP,
+        W_FP=W_FP,
         b_F=b_F,
+        width=width,
         error_N1=error_N.unsqueeze(1),
         error_1F=error_F.unsqueeze(0),
     )

@@ -30,6 +30,7 @@ class Dictionary(nn.Module):
         b_enc: [F].
         W_dec: [F, D] decoder rows of unit norm, so that an affinity is a match's contribution.
         b_dec: [D].
+        precision: of the factors of products: bf16, float32 or float64.
         spare: memory for gradients of the rows.
     """
 
@@ -41,6 +42,7 @@ class Dictionary(nn.Module):
     """[F], with it: the magnitude's bias; b_enc is the gate's."""
     has_unit_norms = True
     """Whether decoder rows are kept at unit norm."""
+    precision = "float32"
 
     def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
         super().__init__()
@@ -58,6 +60,7 @@ class Dictionary(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
         features: tuple[int, int] | None = None,
+        precision: str = "float32",
     ) -> "Dictionary":
         """Draw random unit directions, the encoder a scaled copy of the decoder; biases zero.
 
@@ -66,6 +69,7 @@ class Dictionary(nn.Module):
         Args:
             n_features: of the whole dictionary.
             features: lo, hi of the share to hold; None holds all.
+            precision: see the class; its numbers are of `dtype`.
         """
         lo, hi = features or (0, n_features)
         blocks = range(lo // DRAWN_TOGETHER, -(-hi // DRAWN_TOGETHER))
@@ -77,7 +81,9 @@ class Dictionary(nn.Module):
         rows = torch.cat(drawn)[first : first + hi - lo].to(dtype)
         rows = (rows / rows.norm(dim=1, keepdim=True)).to(device)
         zeros = rows.new_zeros
-        return cls(cls.start(rows), zeros(hi - lo), rows, zeros(d_model))
+        made = cls(cls.start(rows), zeros(hi - lo), rows, zeros(d_model))
+        made.precision = precision
+        return made
 
     @staticmethod
     def start(rows_FD: Tensor) -> Tensor:
@@ -92,33 +98,31 @@ class Dictionary(nn.Module):
     def d_model(self) -> int:
         return self.W_dec.shape[1]
 
-    def pre_activations(self, x_ND: Tensor, *, precision: str, out: Tensor | None = None) -> Tensor:
+    def pre_activations(self, x_ND: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Return pre_NF = x W_enc^T + b_enc from fp32 accumulators, without a graph.
 
         Args:
             x_ND: normalised activations in the dictionary's dtype.
-            precision: of the product's factors: bf16, float32 or float64.
             out: where to, [N, F] in the dictionary's dtype.
         """
-        return kernels.affine(x_ND, self.W_enc, self.b_enc, precision=precision, out=out)
+        return kernels.affine(x_ND, self.W_enc, self.b_enc, precision=self.precision, out=out)
 
-    def screened(self, x_ND: Tensor, *, precision: str, out: Tensor) -> kernels.Screened:
+    def screened(self, x_ND: Tensor, *, out: Tensor) -> kernels.Screened:
         """Return what `pre_activations` does, screened, where `kernels.can_screen`; `out` is [N, F] bf16."""
-        return kernels.screen(x_ND, self.W_enc.detach(), self.b_enc.detach(), precision=precision, out=out)
+        return kernels.screen(x_ND, self.W_enc.detach(), self.b_enc.detach(), precision=self.precision, out=out)
 
-    def slopes(self, gradient_ND: Tensor, *, precision: str) -> Tensor:
+    def slopes(self, gradient_ND: Tensor) -> Tensor:
         """Return slope_NF = g W_dec^T: how fast a loss changes with the value of each feature, without a graph.
 
         Args:
             gradient_ND: of that loss with respect to the normalised activations, in the dictionary's dtype.
-            precision: as in `pre_activations`.
         """
-        return kernels.affine(gradient_ND, self.W_dec, self.b_enc.new_zeros(self.n_features), precision=precision)
+        return kernels.affine(gradient_ND, self.W_dec, self.b_enc.new_zeros(self.n_features), precision=self.precision)
 
     def attach(self, x_ND: Tensor, code: SparseCode) -> SparseCode:
         """Return `code` with values that are differentiable in W_enc and b_enc, at the cost of the matches only."""
         places = code.feature, code.token, code.start
-        value = kernels.attach(code.value, x_ND, self.W_enc, self.b_enc, *places, order=code.order, spare=self.spare)
+        value = kernels.attach(code.value, x_ND, self.W_enc, self.b_enc, *places, **self._shared(code))
         return replace(code, value=value)
 
     def attach_dense(self, x_ND: Tensor, pre_NF: Tensor) -> Tensor:
@@ -137,9 +141,17 @@ class Dictionary(nn.Module):
             rows_ND = code.value @ W_dec
         else:
             places = code.feature, code.token, code.start
-            rows_ND = kernels.decode(code.value, W_dec, *places, order=code.order, spare=self.spare)
+            rows_ND = self.bags(code, W_dec, *places)
         rows_ND = sum_of_shares(rows_ND, ranks)
         return rows_ND + b_dec if bias else rows_ND
+
+    def bags(self, code: SparseCode, W_dec: Tensor, feature_M: Tensor, bag_M: Tensor, start_B: Tensor) -> Tensor:
+        """Return what each bag of the code's matches adds up to [B, D], of decoder rows; differentiable."""
+        return kernels.decode(code.value, W_dec, feature_M, bag_M, start_B, **self._shared(code))
+
+    def _shared(self, code: SparseCode) -> dict[str, Any]:
+        """Return what all products over the matches share."""
+        return {"order": code.order, "spare": self.spare, "precision": self.precision}
 
     @torch.no_grad()
     def project_gradient(self) -> None:

@@ -9,7 +9,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sae_train import kernels
 from sae_train.config import MatryoshkaConfig, NestingConfig
 from sae_train.errors import ConfigError
 from sae_train.ranks import Ranks
@@ -88,7 +87,7 @@ def decode_prefixes(dictionary: Dictionary, code: Code, sizes: tuple[int, ...], 
     bounds = torch.arange(n_tokens * n_groups + 1, dtype=torch.int32, device=bag_M.device)
     start = torch.searchsorted(torch.where(used_M, bag_M, n_tokens * n_groups), bounds, out_int32=True)
     places = code.feature, torch.where(used_M, bag_M, 0), start
-    rows = kernels.decode(code.value, dictionary.W_dec, *places, order=code.order, spare=dictionary.spare)
+    rows = dictionary.bags(code, dictionary.W_dec, *places)
     return _prefixes(rows.view(n_tokens, n_groups, -1), ranks) + dictionary.b_dec
 
 

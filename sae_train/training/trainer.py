@@ -68,6 +68,7 @@ class Trainer:
             dtype=dtype,
             device=ranks.device,
             features=self.features,
+            precision=precision,
         )
         self.sparsifier = build_sparsifier(config, n_features=plan.n_features)
         self.sparsifier.equip(self.dictionary, dead_window=plan.dead_window)
@@ -139,7 +140,7 @@ class Trainer:
         pre_NF = self._pre_activations(x_ND)
         if own_gradient_ND is not None:
             gradient_ND = ranks.features.gather(own_gradient_ND).flatten(0, 1)
-            self.sparsifier.heed(dictionary.slopes(gradient_ND, precision=self.precision))
+            self.sparsifier.heed(dictionary.slopes(gradient_ND))
         code, penalty = self.sparsifier.encode(dictionary, x_ND, pre_NF, moment=moment, firing=self.firing, ranks=ranks)
         x_hat_ND, loss = self._reconstruct(x_ND, code)
         error_ND = (x_ND - x_hat_ND).detach()
@@ -173,7 +174,7 @@ class Trainer:
             dtype = torch.bfloat16 if self.is_screened else x_ND.dtype
             self._pre_NF = x_ND.new_empty(len(x_ND), self.dictionary.n_features, dtype=dtype)
         find = self.dictionary.screened if self.is_screened else self.dictionary.pre_activations
-        return find(x_ND, precision=self.precision, out=self._pre_NF)
+        return find(x_ND, out=self._pre_NF)
 
     def _split(self, own_NW: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the activations, and the gradients where the stream brings them."""
