@@ -48,7 +48,7 @@ class Scaling:
         dtype = torch.float64 if raw_NW.dtype == torch.float64 else torch.float32
         centre_D = self.centre_D.to(raw_NW.device, dtype)
         if self.gradient_scale is None:
-            return (raw_NW.to(dtype) - centre_D) / self.scale
+            return (raw_NW.to(dtype) - centre_D).div_(self.scale)
         raw_ND, gradient_ND = raw_NW.to(dtype).split(len(centre_D), dim=-1)
         return torch.cat([(raw_ND - centre_D) / self.scale, gradient_ND / self.gradient_scale], dim=-1)
 

@@ -117,15 +117,16 @@ def row_width(config: RunConfig, d_model: int) -> int:
 def prefetch_of(config: RunConfig) -> int:
     """Return how many batches may be harvested ahead; where the configuration leaves it open by rule.
 
-    Files are read a few batches ahead. With a GPU a language model is half a pool ahead, which is what a refill takes:
-    text and launches hide behind the device. Without one it would only take the step's cores (docs/metrics.md).
+    With a GPU files are read a few batches ahead, and a language model is half a pool ahead, which is what a refill
+    takes: text and launches hide behind the device. Without one all that would only take the step's cores
+    (docs/metrics.md).
     """
     given = config.harvest.prefetch
     if given is not None:
         return given
-    if isinstance(config.harvest, LiveHarvestConfig):
-        return config.harvest.pool_batches // 2 if torch.cuda.is_available() else 0
-    return FILES_PREFETCH
+    if not torch.cuda.is_available():
+        return 0
+    return config.harvest.pool_batches // 2 if isinstance(config.harvest, LiveHarvestConfig) else FILES_PREFETCH
 
 
 def whole_batches(config: RunConfig) -> int:

@@ -81,16 +81,19 @@ class TensorTable:
 
     def rows(self, index_N: Tensor) -> Tensor:
         """Return the rows [N, W] at int64 indices, in their order, on the CPU."""
-        out_NW = torch.empty(len(index_N), len(self._tensors[0]) * self.d_model, dtype=self.dtype)
-        order = index_N.argsort(stable=True)
-        bounds = torch.searchsorted(index_N[order], self._starts).tolist()
-        for file, (start, stop) in enumerate(pairwise(bounds)):
-            if start < stop:
-                place = order[start:stop]
-                row_N = index_N[place] - self._starts[file]
-                for half_ND, tensor in zip(out_NW.split(self.d_model, dim=1), self._tensors[file], strict=True):
-                    half_ND[place] = tensor[row_N].to(self.dtype)
-        return out_NW
+        if len(self.files) == 1:
+            return self._rows_of(0, index_N)
+        ascending_N, order = index_N.sort(stable=True)
+        bounds = torch.searchsorted(ascending_N, self._starts).tolist()
+        parts = [
+            self._rows_of(file, ascending_N[start:stop] - self._starts[file])
+            for file, (start, stop) in enumerate(pairwise(bounds))
+        ]
+        return torch.cat(parts).index_select(0, order.argsort())
+
+    def _rows_of(self, file: int, row_N: Tensor) -> Tensor:
+        halves = [tensor.index_select(0, row_N).to(self.dtype) for tensor in self._tensors[file]]
+        return halves[0] if len(halves) == 1 else torch.cat(halves, dim=1)
 
     def spans(self, start: int, stop: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         """Yield (first row, activations [N, D] and, where they are read, gradients) over start..stop in order.

@@ -5,12 +5,14 @@ ranks that hold other tokens (`ranks.data`) it is the loss.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sae_train import kernels
 from sae_train.config import AuxKConfig, AuxZipfConfig, NoAuxLossConfig, RunConfig
+from sae_train.kernels.function import applied
 from sae_train.ranks import Ranks
 from sae_train.sae.allocation import default_shift, zipf_mass
 from sae_train.sae.code import SparseCode
@@ -25,9 +27,30 @@ RERANKED_A_WINDOW = 8
 def reconstruction_loss(x_ND: Tensor, x_hat_ND: Tensor, *, n_tokens: int) -> Tensor:
     """Return the sum of squared errors of this rank's tokens over the global number of tokens, a scalar.
 
-    On inputs of mean squared norm 1 about their centre this is the share of the variance that is missed.
+    On inputs of mean squared norm 1 about their centre this is the share of the variance that is missed. Gradients
+    reach x_hat alone.
     """
-    return (x_ND - x_hat_ND).square().sum() / n_tokens
+    return squared_error(x_ND, x_hat_ND) / n_tokens
+
+
+def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
+    """Return the sum of squared differences of tensors that broadcast to x_hat's shape; differentiable in x_hat."""
+    return applied(_SquaredError, x_hat, x)
+
+
+class _SquaredError(torch.autograd.Function):
+    """One tensor of the inputs' size forward and one backward, where torch's own operations make five."""
+
+    @staticmethod
+    def forward(ctx: Any, x_hat: Tensor, x: Tensor) -> Tensor:
+        error = x_hat - x
+        ctx.save_for_backward(error)
+        return error.square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (error,) = ctx.saved_tensors
+        return error * (2 * grads[0]), None
 
 
 class AuxLoss:
@@ -86,7 +109,7 @@ class AuxLoss:
         code = SparseCode(**matches._asdict(), shape=(len(x_ND),), n_features=dictionary.n_features)
         code = dictionary.attach(x_ND, code)
         code = replace(code, value=code.value * underuse_F[code.feature.long()])
-        error = (residual_ND - dictionary.decode(code, ranks=ranks, bias=False)).square().sum()
+        error = squared_error(residual_ND, dictionary.decode(code, ranks=ranks, bias=False))
         variance = _total_variance(residual_ND, ranks.data)
         scale = (n_taking_part / self.slots).clamp(max=1)
         factor = torch.where(variance > 0, self.weight * scale / torch.where(variance > 0, variance, 1), 0)

@@ -14,7 +14,7 @@ from sae_train.errors import ConfigError
 from sae_train.ranks import Ranks
 from sae_train.sae.code import Code, DenseCode
 from sae_train.sae.dictionary import Dictionary, sum_of_shares
-from sae_train.sae.losses import reconstruction_loss
+from sae_train.sae.losses import reconstruction_loss, squared_error
 
 SEARCHED = 4096
 """How far from the given n_features one that all prefixes divide is looked for."""
@@ -98,4 +98,4 @@ def _prefixes(groups_NGD: Tensor, ranks: Ranks) -> Tensor:
 
 def nested_loss(x_ND: Tensor, prefixes_GND: Tensor, *, n_tokens: int) -> Tensor:
     """Return the sum over prefixes of `reconstruction_loss`, a scalar."""
-    return (x_ND - prefixes_GND).square().sum() / n_tokens
+    return squared_error(x_ND, prefixes_GND) / n_tokens
