@@ -4,8 +4,8 @@ Everything that costs k rows a token instead of n_features stands here, so that 
 same names. `select_*` take pre-activations and return `Matches`; `decode` and `attach` are differentiable
 products over matches. On a CPU selection works on short candidate lists (`candidates.py`), of pre-activations that a
 product in bf16 has screened where the processor has one (`screen.py`); elsewhere on groups of neighbours, never waiting
-for the device (`grouped.py`). All keep the pairs that slow dense passes keep (`reference.py`), and a test says
-so. `backend.py` says where kernels compiled by Triton or by Numba do the work.
+for the device (`grouped.py`). Both keep the pairs that slow dense passes keep, and a test says so. `backend.py` says
+where kernels compiled by Triton or by Numba do the work.
 
 Letters: N tokens of this rank, D d_model, F n_features, M slots, R ranks.
 """

@@ -30,7 +30,7 @@ def kth_largest(values: Tensor, k: int, ranks: Ranks) -> Tensor:
     values = values.reshape(-1)
     if k < 1:
         return values.new_full((), torch.inf)
-    if ranks.size == 1 and values.device.type == "cpu":
+    if ranks.size == 1:
         return _kth_largest_here(values, k)
     integer, n_bits = INTEGER[values.dtype]
     bits = torch.where(values > 0, values, 0).view(integer)

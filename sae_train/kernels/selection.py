@@ -8,7 +8,7 @@ and the same pairs are kept in every grid. Pairs are numbered within the rank.
 
 from torch import Tensor
 
-from sae_train.kernels import candidates, grouped, reference
+from sae_train.kernels import candidates, grouped
 from sae_train.kernels.hint import Hint
 from sae_train.kernels.matches import Matches, flat_nonzero, pack
 from sae_train.kernels.screen import PreActivations, Screened
@@ -66,7 +66,7 @@ def select_columns(pre_NF: PreActivations, *, budget_F: Tensor, capacity: int, r
     """
     if isinstance(pre_NF, Screened) or pre_NF.device.type == "cpu":
         return candidates.select_columns(pre_NF, budget_F=budget_F, capacity=capacity, ranks=ranks)
-    return reference.select_columns(pre_NF, budget_F=budget_F, capacity=capacity, ranks=ranks)
+    return grouped.select_columns(pre_NF, budget_F=budget_F, capacity=capacity, ranks=ranks)
 
 
 def select_above(pre_NF: Tensor, threshold_F: Tensor) -> Matches:

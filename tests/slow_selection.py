@@ -1,4 +1,4 @@
-"""Selection by dense passes of fixed shape: the twin that others are held against, and what does a device's columns.
+"""Selection by dense passes of fixed shape: what the product's backends are held against.
 
 Each selector finds per batch, row or column a cut and how many of the values that equal it are kept; one function
 turns both into matches. Ties at the cut go to the lower token, then the lower feature.
