@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,16 @@ from test_kernels import Problem, gradients, problem, sparse_reconstruction, wit
 from torch import Tensor
 
 from sae_train import kernels
-from sae_train.kernels import Spare, backend, matches, numba_adam, numba_groups, numba_products, numba_scan
+from sae_train.kernels import (
+    Spare,
+    backend,
+    matches,
+    numba_adam,
+    numba_groups,
+    numba_leading,
+    numba_products,
+    numba_scan,
+)
 from sae_train.ranks import Solo
 from sae_train.training.optimizer import Adam
 from sae_train.training.sphere_adam import SphereAdam
@@ -129,6 +139,39 @@ def test_a_long_group_of_few_different_values() -> None:
         keep = numba_groups.leading(value, group, budget_G)
         order = value.sort(descending=True, stable=True).indices
         assert torch.equal(keep.nonzero().squeeze(1), order[:100_000].sort().values)
+
+
+@SMALL
+@given(
+    n=st.integers(1, 9), f=st.integers(1, 150), size=st.sampled_from([1, 2, 4, 16]), k=st.integers(1, 40),
+    few=st.lists(NUMBERS, min_size=1, max_size=6), share=st.floats(0, 1), seed=st.integers(0, 2**31), n_threads=THREADS,
+    error=st.sampled_from([0.0, 1e-30, 0.1, 1.0, float("inf"), float("nan")]),
+)  # fmt: skip
+def test_leading_of_rows(
+    n: int, f: int, size: int, k: int, few: list[float], share: float, seed: int, n_threads: int, error: float
+) -> None:
+    """The bound that maxima give, and what reaches it, as plain torch finds them one after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    near = torch.randn(n, f, generator=generator)
+    picked = torch.tensor(few)[torch.randint(len(few), (n, f), generator=generator)]
+    near = torch.where(torch.rand(n, f, generator=generator) < share, picked, near).bfloat16()
+    error_N1 = error * torch.rand(n, 1, generator=generator)
+    pre = screen.Screened(
+        near_NF=near, x_NP=torch.zeros(n, 1), W_FP=torch.zeros(f, 1), b_F=torch.zeros(f), width=1, error_N1=error_N1,
+        error_1F=error_N1[:1],
+    )  # fmt: skip
+    with torch_threads(n_threads):
+        shares = {"of_near": 1 - screen.ROUNDOFF, "of_exact": 1 - 2 * screen.SUM_ROUNDOFF}
+        bound, index = numba_leading.leading_of_rows(near, error_N1, k, size=size, **shares)
+    maxima = pre.lows(partial(candidates._group_maxima, size=size), error_N1)
+    expected = candidates._kth_of_rows(maxima, k)
+    assert torch.equal(bound, expected)
+    reached = near >= screen._lowered(expected, error_N1)
+    found = torch.zeros(n * f, dtype=torch.bool)
+    found[index] = True
+    is_number = ~near.isnan().flatten()
+    assert torch.equal(found[is_number], reached.flatten()[is_number])
+    assert bool((index.diff() > 0).all())
 
 
 @SMALL

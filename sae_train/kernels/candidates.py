@@ -66,8 +66,11 @@ def select_rows(
         return few._replace(feature=feature)
     slots = row_slots(k, n_features, ranks.features)
     n_tokens, width = pre_NF.shape
-    low, reaching = _bounded(pre_NF, slots / max(1, width))
-    index, value = reaching(_kth_of_rows(low(), slots))
+    if isinstance(pre_NF, Screened) and uses_numba(pre_NF.b_F):
+        index, value = pre_NF.leading(slots, size=_group_size_screened(slots / max(1, width), width))
+    else:
+        low, reaching = _bounded(pre_NF, slots / max(1, width))
+        index, value = reaching(_kth_of_rows(low(), slots))
     token = torch.div(index, max(1, width), rounding_mode="floor")
     keep = _leading(value, token, torch.full((n_tokens,), slots)).nonzero().squeeze(1)
     index, value = index[keep], value[keep]
@@ -116,7 +119,7 @@ def _bounded(
 ) -> tuple[Callable[[], Tensor], Callable[[Tensor], tuple[Tensor, Tensor]]]:
     """Return what gives a number that the largest entry of each group of a row reaches [N, groups], and `_reaching`."""
     if isinstance(pre_NF, Screened):
-        size = _group_size(2 * density, pre_NF.shape[1])  # candidates cost products
+        size = _group_size_screened(density, pre_NF.shape[1])
         low = partial(pre_NF.lows, partial(_group_maxima, size=size), pre_NF.error_N1)
         return low, partial(pre_NF.reaching, error=pre_NF.error_N1)
     size = _group_size(density, pre_NF.shape[1])
@@ -161,6 +164,11 @@ def _group_size(density: float, length: int) -> int:
     while size < 256 and size * 2 * 3 * density <= 1 and size * 2 <= length:
         size *= 2
     return size
+
+
+def _group_size_screened(density: float, length: int) -> int:
+    """Return the same for screened ones, whose candidates cost products."""
+    return _group_size(2 * density, length)
 
 
 def _group_maxima(rows_NL: Tensor, size: int) -> Tensor:

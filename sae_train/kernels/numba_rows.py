@@ -29,7 +29,7 @@ def rounded(rows_RD: Tensor, last_R: Tensor, *, padded: int) -> tuple[Tensor, Te
 
 
 @njit
-def _nearest(bits):
+def nearest(bits):
     """Return the bits of the nearest bf16 as an fp32, ties to even; a NaN stays one."""
     rounded = uint32(bits + uint32(0x7FFF) + (uint32(bits >> uint32(16)) & uint32(1))) & uint32(0xFFFF0000)
     return uint32(0x7FC00000) if (bits & uint32(0x7FFFFFFF)) > uint32(0x7F800000) else rounded
@@ -38,7 +38,7 @@ def _nearest(bits):
 @njit
 def _round(bits_D, kept_D, bf16_P):
     for d in range(len(bits_D)):
-        kept_D[d] = _nearest(bits_D[d])
+        kept_D[d] = nearest(bits_D[d])
         bf16_P[d] = kept_D[d] >> uint32(16)
 
 
@@ -62,7 +62,7 @@ def _rounded(words):
     low, high = share(n_rows)
     for row in range(low, high):
         _round(bits_RD[row], kept_D, bf16_RP[row])
-        bf16_RP[row, width] = _nearest(last_R[row]) >> uint32(16)
+        bf16_RP[row, width] = nearest(last_R[row]) >> uint32(16)
         for place in range(width + 1, padded):
             bf16_RP[row, place] = 0
         norm_R[row], missed_R[row] = _norms(row_RD[row], numbers_D)

@@ -4,6 +4,9 @@ The bits of bf16, as unsigned integers, are in order among positive numbers, and
 those. So what reaches a bound are the bits between two others, and twice as many are compared at once as of fp32.
 """
 
+import math
+from typing import Any
+
 import torch
 from numba import carray, float32, int64, njit, uint8, uint16, uint64
 from torch import Tensor
@@ -34,14 +37,25 @@ def flat_reaching(entries_NF: Tensor, bound: Tensor, *, most: float) -> Tensor |
     else:
         scan, low, high = _scan_fp32, bound, torch.full_like(bound, torch.inf)
     entries_NF, low, high = (each.contiguous() for each in (entries_NF, low, high))
-    given = n_tokens, n_features, int(bound.shape != (n_tokens, 1)), entries_NF, low, high
+    is_per_column = int(bound.shape != (n_tokens, 1))
+    return collected(scan, is_per_column, entries_NF, low, high, shape=(n_tokens, n_features), most=most)
+
+
+def collected(scan: Any, *given: Tensor | int, shape: tuple[int, int], most: float = math.inf) -> Tensor | None:
+    """Return the ascending flat indices that a scan's threads find; None where they are more than `most`.
+
+    Args:
+        scan: a kernel that takes the shape and what `found_by_thread` makes of seven words, then what is given.
+        shape: tokens and features; each thread looks at its share of the tokens.
+    """
+    n_tokens, n_features = shape
     n_threads = torch.get_num_threads()
     flag_TF = torch.zeros(n_threads, -(-n_features // WORD) * WORD, dtype=torch.uint8)
     room = 1 + n_tokens * n_features // (FEW * n_threads)
     while True:
         count_T = torch.zeros(n_threads, dtype=torch.int64)
         index_TC = torch.empty(n_threads, room, dtype=torch.int64)
-        run(scan, *given, count_T, index_TC, n_threads, room, flag_TF)
+        run(scan, n_tokens, n_features, n_threads, room, flag_TF, count_T, index_TC, *given)
         counts = count_T.tolist()
         if sum(counts) > most:
             return None
@@ -59,7 +73,17 @@ def _bits_between(bound: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @njit
-def _flag(row_F, low, high, flag_F):
+def found_by_thread(words):
+    """Return this thread's flags of a row's features [F, filled up to words], what it finds, and how many all found."""
+    n_features, n_threads, room = words[1], words[2], words[3]
+    flag_F = carray(at(words[4]), (n_threads, -(-n_features // WORD) * WORD), uint8)[thread()]
+    index_C = carray(at(words[6]), (n_threads, room), int64)[thread()]
+    return flag_F, index_C, carray(at(words[5]), n_threads, int64)
+
+
+@njit
+def flag(row_F, low, high, flag_F):
+    """Flag the entries of a row that are between two."""
     for feature in range(len(row_F)):
         flag_F[feature] = (row_F[feature] >= low) & (row_F[feature] <= high)
 
@@ -71,7 +95,7 @@ def _flag_each(row_F, low_F, high_F, flag_F):
 
 
 @njit
-def _write(flag_F, first: int, index_C, n_found: int):
+def write(flag_F, first: int, index_C, n_found: int):
     """Write `first` plus the place of each flag that is set to index_C[n_found] and on, while there is room.
 
     Returns:
@@ -91,20 +115,19 @@ def _write(flag_F, first: int, index_C, n_found: int):
 @njit
 def _scan(words, dtype):
     """Write the indices of this thread's entries between the bounds, while there is room, and count them."""
-    n_tokens, n_features, is_per_column, n_threads = words[0], words[1], words[2], words[8]
-    entries_NF = carray(at(words[3]), (n_tokens, n_features), dtype)
+    n_tokens, n_features, is_per_column = words[0], words[1], words[7]
+    flag_F, index_C, count_T = found_by_thread(words)
+    entries_NF = carray(at(words[8]), (n_tokens, n_features), dtype)
     n_bounds = n_features if is_per_column else n_tokens
-    low, high = carray(at(words[4]), n_bounds, dtype), carray(at(words[5]), n_bounds, dtype)
-    count_T, index_TC = carray(at(words[6]), n_threads, int64), carray(at(words[7]), (n_threads, words[9]), int64)
-    flag_F = carray(at(words[10]), (n_threads, -(-n_features // WORD) * WORD), uint8)[thread()]
+    low, high = carray(at(words[9]), n_bounds, dtype), carray(at(words[10]), n_bounds, dtype)
     begin, end = share(n_tokens)
     n_found = 0
     for token in range(begin, end):
         if is_per_column:
             _flag_each(entries_NF[token], low, high, flag_F)
         else:
-            _flag(entries_NF[token], low[token], high[token], flag_F)
-        n_found = _write(flag_F, token * n_features, index_TC[thread()], n_found)
+            flag(entries_NF[token], low[token], high[token], flag_F)
+        n_found = write(flag_F, token * n_features, index_C, n_found)
     count_T[thread()] = n_found
 
 

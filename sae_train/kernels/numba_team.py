@@ -117,6 +117,16 @@ def number(typing_context, bits):
     return types.float32(types.uint16), code
 
 
+@intrinsic
+def bits_of(typing_context, number):
+    """Return an fp32 as its bits."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return (types.uint32(types.float32), code) if number == types.float32 else None
+
+
 @njit(fastmath=SUMS)
 def product(a_D, b_D):
     """Return the inner product of two rows of fp32."""

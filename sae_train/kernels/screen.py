@@ -105,6 +105,18 @@ class Screened:
         """Return all exact pre-activations [N, F]."""
         return affine(self.x_ND, self.W_FD, self.b_F, precision="float32")
 
+    def leading(self, k: int, *, size: int) -> tuple[Tensor, Tensor]:
+        """Return flat index (ascending) and exact value of positive entries, the k largest of each row among them.
+
+        Where Numba compiles, that is. `size`: of the groups whose maxima say what is surely not among those.
+        """
+        from sae_train.kernels import numba_leading
+
+        bound_N1, index = numba_leading.leading_of_rows(
+            self.near_NF, self.error_N1, k, size=size, of_near=1 - ROUNDOFF, of_exact=1 - 2 * SUM_ROUNDOFF
+        )
+        return self._exact_reaching(bound_N1, index)
+
     def reaching(self, bound: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         """Return flat index (ascending) and exact value of the positive entries that reach `bound`.
 
@@ -112,7 +124,10 @@ class Screened:
             bound: scalar, [N, 1] or [1, F].
             error: `error_N1` or `error_1F`.
         """
-        index = flat_reaching(self.near_NF, _lowered(bound, error))
+        return self._exact_reaching(bound, flat_reaching(self.near_NF, _lowered(bound, error)))
+
+    def _exact_reaching(self, bound: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which of the entries at `index` reach `bound`, and their exact values."""
         if len(index) > FEW * self.near_NF.numel():
             index = self._near_to_both(index, bound)
         if len(index) > MANY * self.near_NF.numel():

@@ -1,0 +1,107 @@
+"""What could be among the k largest of each row of screened pre-activations, in one pass over them.
+
+Maxima over groups of a row bound its cut from below (candidates.py); while the row is in cache it is held against that.
+Letters: N tokens, F features, G groups, T threads.
+"""
+
+import torch
+from numba import carray, float32, int16, int32, njit, uint16, uint32
+from torch import Tensor
+
+from sae_train.kernels.numba_rows import nearest
+from sae_train.kernels.numba_scan import INFINITY, NEGATIVE_ZERO, collected, flag, found_by_thread, write
+from sae_train.kernels.numba_team import at, bits_of, kernel, number, share, thread
+
+
+def leading_of_rows(
+    near_NF: Tensor, error_N1: Tensor, k: int, *, size: int, of_near: float, of_exact: float
+) -> tuple[Tensor, Tensor]:
+    """Return what at least k exact entries of each row reach [N, 1], or 0; and the ascending flat indices of the near
+    entries whose exact ones may reach it.
+
+    Args:
+        near_NF: bf16.
+        error_N1: fp32, how far near ones were from exact ones at most, before they were rounded.
+        size: entries of a group.
+        of_near: share of a near one that is left of what it was before, at least.
+        of_exact: share of an exact one that is left of what its sum was, at least.
+    """
+    n_tokens, n_features = near_NF.shape
+    n_threads, n_groups = torch.get_num_threads(), n_features // size + n_features % size
+    near_NF, error_N1 = near_NF.view(torch.uint16).contiguous(), error_N1.contiguous()
+    maximum_TG = torch.empty(n_threads, n_groups, dtype=torch.int16)
+    bound_N, share_2 = error_N1.new_empty(n_tokens), torch.tensor([of_near, of_exact], dtype=torch.float32)
+    given = size, k, near_NF, error_N1, share_2, maximum_TG, bound_N
+    index = collected(_leading, *given, shape=(n_tokens, n_features))
+    assert index is not None
+    return bound_N.unsqueeze(1), index
+
+
+@njit
+def _raise(maximum_G, row_G):
+    for group in range(len(row_G)):
+        maximum_G[group] = max(maximum_G[group], row_G[group])
+
+
+@njit
+def _maxima(row_F, size: int, maximum_G):
+    """Write the maxima of groups; entry i is of group i modulo their number, and what is left over stays single."""
+    n_whole = len(row_F) // size
+    maximum_G[:n_whole] = row_F[:n_whole]
+    for member in range(1, size):
+        _raise(maximum_G, row_F[member * n_whole : (member + 1) * n_whole])
+    maximum_G[n_whole:] = row_F[size * n_whole :]
+
+
+@njit
+def _n_reaching(number_G, least):
+    n = int32(0)
+    for group in range(len(number_G)):
+        n = int32(n + (number_G[group] >= least))
+    return n
+
+
+@njit
+def _kth_largest(number_G, k: int):
+    """Return the k-th largest of int16, 0 where there are not so many positive ones; bit after bit of it."""
+    found = 0
+    for place in range(14, -1, -1):
+        tried = found | 1 << place
+        if _n_reaching(number_G, int16(tried)) >= k:
+            found = tried
+    return int16(found)
+
+
+@njit
+def _clear_nans(number_G):
+    for group in range(len(number_G)):
+        number_G[group] = number_G[group] if number_G[group] <= int16(INFINITY) else int16(0)
+
+
+@kernel
+def _leading(words):
+    n_tokens, n_features, n_threads, size, k = words[0], words[1], words[2], words[7], words[8]
+    flag_F, index_C, count_T = found_by_thread(words)
+    n_groups = n_features // size + n_features % size
+    near_NF = carray(at(words[9]), (n_tokens, n_features), uint16)
+    ordered_NF = carray(at(words[9]), (n_tokens, n_features), int16)  # as integers positive floats are in order
+    error_N, share_2 = carray(at(words[10]), n_tokens, float32), carray(at(words[11]), 2, float32)
+    maximum_G = carray(at(words[12]), (n_threads, n_groups), int16)[thread()]
+    bound_N = carray(at(words[13]), n_tokens, float32)
+    begin, end = share(n_tokens)
+    n_found = 0
+    for token in range(begin, end):
+        error = error_N[token]
+        _maxima(ordered_NF[token], size, maximum_G)
+        _clear_nans(maximum_G)
+        low = number(uint16(_kth_largest(maximum_G, k))) * share_2[0] - error
+        bound_N[token] = low if low > 0 else float32(0)  # nor where it is NaN
+        lowest = uint16(nearest(bits_of(bound_N[token] * share_2[1] - error)) >> uint32(16))
+        near_bound, highest = number(lowest), uint16(INFINITY)
+        if near_bound <= 0:
+            lowest, highest = uint16(0), max(lowest, uint16(NEGATIVE_ZERO))
+        elif not near_bound > 0:  # NaN: what is reached is nothing
+            lowest, highest = uint16(1), uint16(0)
+        flag(near_NF[token], lowest, highest, flag_F)
+        n_found = write(flag_F, token * n_features, index_C, n_found)
+    count_T[thread()] = n_found
