@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +162,7 @@ def test_leading_of_rows(
     with torch_threads(n_threads):
         shares = {"of_near": 1 - screen.ROUNDOFF, "of_exact": 1 - 2 * screen.SUM_ROUNDOFF}
         bound, index = numba_leading.leading_of_rows(near, error_N1, k, size=size, **shares)
-    maxima = pre.lows(partial(candidates._group_maxima, size=size), error_N1)
+    maxima = pre.lows(candidates._group_maxima(pre.bits_NF, size), error_N1)
     expected = candidates._kth_of_rows(maxima, k)
     assert torch.equal(bound, expected)
     reached = near >= screen._lowered(expected, error_N1)

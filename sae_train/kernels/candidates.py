@@ -21,6 +21,8 @@ from sae_train.kernels.radix import INTEGER, kth_largest, positive, ties_kept
 from sae_train.kernels.screen import PreActivations, Screened
 from sae_train.ranks import Ranks
 
+_INFINITE_BITS = 0x7F80
+"""Of bf16."""
 HINT_SHARE = 0.95
 """Of an earlier cut. Cuts of batches differ by some percent, so a little below one is mostly a bound; it is counted."""
 
@@ -88,7 +90,8 @@ def select_columns(pre_NF: PreActivations, *, budget_F: Tensor, capacity: int, r
     n_tokens, n_features = pre_NF.shape
     local_F = budget_F.clamp(max=n_tokens)
     if isinstance(pre_NF, Screened):
-        bound_1F = _column_bounds(pre_NF.lows(_column_maxima, pre_NF.error_1F), local_F)
+        low_1F = pre_NF.lows(_column_bounds(_column_maxima(pre_NF.bits_NF), local_F), pre_NF.error_1F)
+        bound_1F = torch.fmax(low_1F, low_1F.new_zeros(()))
         index, value = pre_NF.reaching(bound_1F, pre_NF.error_1F)
     else:
         index, value = _reaching(pre_NF, _column_bounds(_column_maxima(pre_NF), local_F))
@@ -120,7 +123,10 @@ def _bounded(
     """Return what gives a number that the largest entry of each group of a row reaches [N, groups], and `_reaching`."""
     if isinstance(pre_NF, Screened):
         size = _group_size_screened(density, pre_NF.shape[1])
-        low = partial(pre_NF.lows, partial(_group_maxima, size=size), pre_NF.error_N1)
+
+        def low() -> Tensor:
+            return pre_NF.lows(_group_maxima(pre_NF.bits_NF, size), pre_NF.error_N1)
+
         return low, partial(pre_NF.reaching, error=pre_NF.error_N1)
     size = _group_size(density, pre_NF.shape[1])
     return partial(_group_maxima, pre_NF, size=size), partial(_reaching, pre_NF)
@@ -194,9 +200,10 @@ def _column_bounds(by_eight: Tensor, local_F: Tensor) -> Tensor:
     Groups are of 64 tokens where half as many groups as that have room for the budget, else of 8.
 
     Args:
-        by_eight: what the largest entry of each column's groups of 8 reaches [groups, F].
+        by_eight: the largest entry of each column's groups of 8 [groups, F], of floats or of the bits of bf16.
     """
-    bound_F = torch.where(local_F == 0, torch.inf, by_eight.new_zeros(by_eight.shape[1]))
+    infinity = torch.inf if by_eight.is_floating_point() else _INFINITE_BITS
+    bound_F = torch.where(local_F == 0, infinity, by_eight.new_zeros(by_eight.shape[1])).to(by_eight.dtype)
     by_sixty_four = _column_maxima(by_eight)
     is_small_F = local_F * 2 <= len(by_sixty_four)
     is_medium_F = ~is_small_F & (local_F * 6 <= len(by_eight) * 5)
@@ -204,7 +211,8 @@ def _column_bounds(by_eight: Tensor, local_F: Tensor) -> Tensor:
         members = (is_member_F & (local_F > 0)).nonzero().squeeze(1)
         if len(members) > 0:
             place = local_F[members] - 1
-            known = torch.fmax(maxima[:, members], maxima.new_zeros(()))  # topk takes NaN for the largest
+            known = maxima[:, members]
+            known = torch.where((known > 0) & (known <= infinity), known, 0)  # topk takes NaN for the largest
             largest = known.topk(int(place.max()) + 1, dim=0).values
             bound_F[members] = largest.gather(0, place.unsqueeze(0)).squeeze(0)
     return bound_F.unsqueeze(0)

@@ -10,7 +10,6 @@ Letters: N tokens, F features, D width, P padded width, C candidates.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -92,14 +91,18 @@ class Screened:
         W_CD = self.W_FP[members, : self.width].float()
         return affine(self.x_ND, W_CD, self.b_F[members], precision="float32")
 
-    def lows(self, maxima: Callable[[Tensor], Tensor], error: Tensor) -> Tensor:
-        """Return what the largest exact pre-activation of each group reaches, if it is positive.
+    @property
+    def bits_NF(self) -> Tensor:
+        """The near ones' bits, int16: positive floats are in order as integers, below infinity and any NaN."""
+        return self.near_NF.view(torch.int16)
+
+    def lows(self, bits: Tensor, error: Tensor) -> Tensor:
+        """Return what exact pre-activations reach at least, whose near ones' bits are given, if those are positive.
 
         Args:
-            maxima: of groups that `error` holds for. It is given bits: as integers positive floats are in order.
+            error: `error_N1` or `error_1F`, whichever holds for them.
         """
-        near = maxima(self.near_NF.view(torch.int16)).view(torch.bfloat16).float()
-        return near * (1 - ROUNDOFF) - error
+        return bits.view(torch.bfloat16).float() * (1 - ROUNDOFF) - error
 
     def whole(self) -> Tensor:
         """Return all exact pre-activations [N, F]."""
