@@ -68,7 +68,7 @@ class RunConfig:
     dead_window: int | None
     """Tokens without firing after which a feature is dead; null is 10M, or a 25th of a shorter run."""
     precision: str
-    """Of matrix products: auto, bf16, float32; float64 computes everything in float64."""
+    """Of matrix products, sparse ones too: auto, bf16, float32; float64 computes everything in float64."""
     evaluation_tokens: int
     """Held-out tokens behind every exported figure; as many again set the thresholds."""
     evaluate_every: int

@@ -66,8 +66,8 @@ class HarvestConfig:
     calibration_tokens: int
     """Tokens from which centre, scale and outlier limit are fixed, once."""
     prefetch: int | None
-    """Batches harvested beside the step, ahead of it, rounded up to whole forward passes of each lane; 0: none; null: 2
-    from files; half of pool_batches from a model on a GPU (not measured yet), none on a CPU (takes its cores)."""
+    """Batches harvested beside the step, ahead of it, rounded up to whole forward passes of each lane; 0: none; null:
+    on a GPU 2 from files and half of pool_batches from a model (not measured yet), none on a CPU (takes its cores)."""
 
     def problems(self) -> list[str]:
         found = []

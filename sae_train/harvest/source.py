@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sae_train.harvest.language_model import LanguageModel
 
 FILES_PREFETCH = 2
-"""Batches that are read ahead from files where nothing else is said."""
+"""Batches that are read ahead from files with a GPU, where nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

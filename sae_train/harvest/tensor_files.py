@@ -81,19 +81,16 @@ class TensorTable:
 
     def rows(self, index_N: Tensor) -> Tensor:
         """Return the rows [N, W] at int64 indices, in their order, on the CPU."""
-        if len(self.files) == 1:
-            return self._rows_of(0, index_N)
+        if len(self.files) == len(self._tensors[0]) == 1:
+            return self._tensors[0][0].index_select(0, index_N).to(self.dtype)
+        out_NW = torch.empty(len(index_N), len(self._tensors[0]) * self.d_model, dtype=self.dtype)
         ascending_N, order = index_N.sort(stable=True)
         bounds = torch.searchsorted(ascending_N, self._starts).tolist()
-        parts = [
-            self._rows_of(file, ascending_N[start:stop] - self._starts[file])
-            for file, (start, stop) in enumerate(pairwise(bounds))
-        ]
-        return torch.cat(parts).index_select(0, order.argsort())
-
-    def _rows_of(self, file: int, row_N: Tensor) -> Tensor:
-        halves = [tensor.index_select(0, row_N).to(self.dtype) for tensor in self._tensors[file]]
-        return halves[0] if len(halves) == 1 else torch.cat(halves, dim=1)
+        for file, (start, stop) in enumerate(pairwise(bounds)):
+            place, row_N = order[start:stop], ascending_N[start:stop] - self._starts[file]
+            for half_ND, tensor in zip(out_NW.split(self.d_model, dim=1), self._tensors[file], strict=True):
+                half_ND.index_copy_(0, place, tensor.index_select(0, row_N).to(self.dtype))
+        return out_NW
 
     def spans(self, start: int, stop: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         """Yield (first row, activations [N, D] and, where they are read, gradients) over start..stop in order.

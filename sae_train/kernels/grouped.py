@@ -3,8 +3,8 @@
 The K largest entries of a row, ties to the lower index, lie in the K groups of neighbours with the largest maxima, ties
 likewise to the lower: before an entry elsewhere go K groups, each with an entry that goes before it. So K groups of 64
 are left of a row, then K of 8 of those, and its cut is looked for among 8 K entries. A batch is one long row. Columns
-are rows of tokens, of which no more is gathered than the K groups of 64. On several ranks each keeps what could be kept
-of its own. A group with a NaN counts as empty: a step with one is void.
+are rows of tokens, of which no more than K groups of 64 are gathered. On several ranks each keeps what could be kept of
+its own. A group with a NaN counts as empty: a step with one is void.
 """
 
 from collections.abc import Iterator
@@ -93,7 +93,9 @@ def select_columns(pre_NF: Tensor, *, budget_F: Tensor, capacity: int, ranks: Ra
     cuts = [part.cuts() for part in parts]
     if ranks.data.size > 1:
         largest = [part.largest() for part in parts]
-        by_column = torch.cat([pre_NF.new_zeros(0), *largest])[_order_by_column(parts, local_F).to(pre_NF.device)]
+        by_column = torch.cat([pre_NF.new_zeros(0), *largest])[
+            _order_by_column(parts, local_F).to(pre_NF.device, non_blocking=True)
+        ]
         cut_F, left_F = column_cuts(by_column, local_F=local_F, budget_F=budget_F, ranks=ranks.data)
         cuts = [(cut_F[part.member_M1], left_F[part.member_M1]) for part in parts]
     if not parts:
@@ -162,20 +164,24 @@ def _order_by_column(parts: list[_Columns], local_F: Tensor) -> Tensor:
 
 
 def _column_maxima(pre_NF: Tensor) -> Tensor:
-    """Return the maxima [groups, F] of groups of tokens, in the one pass over all entries; none where one is short."""
-    n_groups = len(pre_NF) // SIZES[0] if len(pre_NF) % SIZES[0] == 0 else 0
-    return pre_NF[: n_groups * SIZES[0]].reshape(n_groups, SIZES[0], pre_NF.shape[1]).amax(1)
+    """Return the maxima [groups, F] of groups of tokens, the last one perhaps short: the one pass over all entries."""
+    whole = len(pre_NF) // SIZES[0] * SIZES[0]
+    maxima_GF = pre_NF[:whole].reshape(whole // SIZES[0], SIZES[0], pre_NF.shape[1]).amax(1)
+    return torch.cat([maxima_GF, pre_NF[whole:].amax(0, keepdim=True)]) if whole < len(pre_NF) else maxima_GF
 
 
 def _narrowed_columns(pre_NF: Tensor, maxima_GF: Tensor, member_M1: Tensor, k: int) -> _Entries:
     """Return entries of each of some columns among which are its k largest positive ones."""
-    member_M = member_M1.squeeze(1)
+    member_M, n_tokens = member_M1.squeeze(1), len(pre_NF)
     if len(maxima_GF) <= k:
-        return _narrowed(_Entries.of(pre_NF.index_select(1, member_M).t()), k)
+        value_MN = pre_NF.index_select(1, member_M).t()
+        return _narrowed(_Entries.of(torch.nn.functional.pad(value_MN, (0, -n_tokens % SIZES[0]))), k)
     group_MK, is_there = _largest_groups(maxima_GF.index_select(1, member_M).t(), k)
-    value_MKS = pre_NF.view(-1, SIZES[0], pre_NF.shape[1])[group_MK, :, member_M1]
-    value_MKS = torch.where(is_there.unsqueeze(2), value_MKS, 0)
-    return _narrowed(_Entries(value_MKS, group_MK * SIZES[0]), k)
+    first_MK = group_MK * SIZES[0]
+    token_MKS = first_MK.unsqueeze(2) + torch.arange(SIZES[0], device=first_MK.device)
+    value_MKS = pre_NF[token_MKS.clamp(max=n_tokens - 1), member_M1.unsqueeze(2)]
+    value_MKS = torch.where(is_there.unsqueeze(2) & (token_MKS < n_tokens), value_MKS, 0)
+    return _narrowed(_Entries(value_MKS, first_MK), k)
 
 
 def _up_to(value: Tensor, cut: Tensor, left: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ bag of decoder rows, the gradient of a code value is one dot product, and with m
 gradient of each weight row is a weighted bag of token rows (the idea of Gao et al. 2024, arXiv 2406.04093). No
 intermediate of N*k*D numbers is made, and every sum has a fixed order.
 
-What these products wait for is rows of matrices. Under `precision` bf16 the rows that they read, of weights, tokens and
-gradients, are rounded to that, and half as many bytes move; weights of bags and all sums stay fp32.
+What these products wait for is rows of matrices. Under `precision` bf16 `decode` and `attach` round the rows that they
+read, of weights, tokens and gradients, to that, and half as many bytes move; weights of bags and all sums stay fp32.
 """
 
 import functools

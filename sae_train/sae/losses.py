@@ -39,7 +39,7 @@ def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
 
 
 class _SquaredError(torch.autograd.Function):
-    """One tensor of the inputs' size forward and one backward, where torch's own operations make five."""
+    """Two tensors of the inputs' size forward and one backward, where torch's own operations make six."""
 
     @staticmethod
     def forward(ctx: Any, x_hat: Tensor, x: Tensor) -> Tensor:
