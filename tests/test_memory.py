@@ -53,6 +53,19 @@ def peak_bytes(trainer: Trainer) -> int:
     return most
 
 
+def test_a_bf16_run_holds_rounded_weights_besides(rows: Path) -> None:
+    """Wide, so that weights are most of what is held."""
+    held = {}
+    for precision in ("float32", "bf16"):
+        config = world.config_of(rows, ["sparsifier=topk"], precision=precision, n_features=200 * F)
+        trainer = world.build(replace(config, batch_tokens=16), Solo())
+        trainer.step(trainer.stream.batch(0))
+        held[precision] = peak_bytes(trainer), trainer.plan.memory_bytes
+    more, expected = (held["bf16"][i] - held["float32"][i] for i in (0, 1))
+    assert expected > 0
+    assert more <= 1.05 * expected
+
+
 @pytest.mark.parametrize("is_screened", [False, True], ids=["whole", "screened"])
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in CASES])
 def test_the_estimate_is_of_a_step_that_begins_dense(
