@@ -92,10 +92,8 @@ def select_columns(pre_NF: Tensor, *, budget_F: Tensor, capacity: int, ranks: Ra
     parts = [_Columns.found(pre_NF, maxima_GF, *part) for part in _alike(local_F, n_tokens)]
     cuts = [part.cuts() for part in parts]
     if ranks.data.size > 1:
-        largest = [part.largest() for part in parts]
-        by_column = torch.cat([pre_NF.new_zeros(0), *largest])[
-            _order_by_column(parts, local_F).to(pre_NF.device, non_blocking=True)
-        ]
+        order = _order_by_column(parts, local_F).to(pre_NF.device, non_blocking=True)
+        by_column = torch.cat([pre_NF.new_zeros(0), *(part.largest() for part in parts)])[order]
         cut_F, left_F = column_cuts(by_column, local_F=local_F, budget_F=budget_F, ranks=ranks.data)
         cuts = [(cut_F[part.member_M1], left_F[part.member_M1]) for part in parts]
     if not parts:
