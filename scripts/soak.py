@@ -3,6 +3,7 @@
     python scripts/soak.py --kills 200                    # one process
     python scripts/soak.py --kills 100 --ranks 2          # torchrun; signals reach one rank of it, or all
     python scripts/soak.py --kills 50 --signals SIGTERM
+    python scripts/soak.py --kills 50 --override checkpoint.beside=true
 
 A run of 16 steps is made once without a fault. Then the same command is started again and again, each time hit by one
 fault, until it comes to its end; weights and metrics must be the same, bit for bit, and every checkpoint that was ever
@@ -44,7 +45,10 @@ A_MINUTE = 75.0
 class Torn:
     """One run that is hit until it is at its end."""
 
-    def __init__(self, folder: Path, *, n_ranks: int, reference: "Reference", chance: random.Random) -> None:
+    def __init__(
+        self, folder: Path, *, n_ranks: int, arguments: list[str], reference: "Reference", chance: random.Random
+    ) -> None:
+        self.arguments = arguments
         self.folder, self.n_ranks, self.reference, self.chance = folder, n_ranks, reference, chance
         self.faults: list[str] = []
         self.problems: list[str] = []
@@ -57,14 +61,14 @@ class Torn:
             if not self._hit(kind, counts[kind]):
                 break
         else:
-            self._end(launch(self.folder, self.n_ranks, []))
+            self._end(launch(self.folder, self.n_ranks, self.arguments))
         self._compare()
         for kind in self.faults:
             counts[kind]["wrong" if self.problems else "right end"] += 1
 
     def _hit(self, kind: str, count: Counter[str]) -> bool:
         """Start the run and hit it; False if it came to its end before."""
-        process = launch(self.folder, self.n_ranks, [])
+        process = launch(self.folder, self.n_ranks, self.arguments)
         listens = self._wait_for_a_moment(process)
         self._wait(process, lambda: bool(self._ranks(process)))
         if process.poll() is not None:
@@ -198,6 +202,9 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--signals", default="mixed", help="mixed, or faults joined by commas: SIGKILL,SIGTERM")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--override", nargs="*", default=[], help="of the runs that are hit, not of the one that is not"
+    )
     parser.add_argument("--folder", type=Path, help="where the runs are written; a temporary folder unless given")
     options = parser.parse_args()
     known = ALONE if options.ranks == 1 else TOGETHER
@@ -211,7 +218,8 @@ def main() -> int:
     print(f"without a fault: {reference.start:.1f} s to the start, {reference.rest:.1f} s from there", flush=True)
     n_runs = n_wrong = 0
     while (left := options.kills - sum(count["faults"] for count in counts.values())) > 0:
-        torn = Torn(folder / f"torn{n_runs}", n_ranks=options.ranks, reference=reference, chance=chance)
+        given = {"n_ranks": options.ranks, "arguments": options.override, "reference": reference, "chance": chance}
+        torn = Torn(folder / f"torn{n_runs}", **given)
         torn.go(kinds, counts, left)
         n_runs += 1
         n_wrong += bool(torn.problems)

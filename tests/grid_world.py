@@ -197,10 +197,11 @@ def save(config: RunConfig, ranks: Ranks, folder: Path, *, steps: int) -> None:
     trainer = build(config, ranks)
     for step in range(steps):
         trainer.step(trainer.stream.batch(step))
-    checkpoint.save(
+    saving = checkpoint.begin(
         folder, notes={"step": steps, "tokens": trainer.tokens}, replicated=trainer.state(), features=trainer.features,
         feature_state=trainer.feature_state(), lane_states=trainer.stream.lane_states(), ranks=ranks, keep=0,
     )  # fmt: skip
+    saving.publish()
 
 
 def resume(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, torch.Tensor]:

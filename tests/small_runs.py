@@ -94,7 +94,7 @@ def run_config(
             warmup_tokens=None,
             decay_tokens=None,
         ),
-        checkpoint=schema.CheckpointConfig(every_tokens=None, keep=2),
+        checkpoint=schema.CheckpointConfig(every_tokens=None, keep=2, beside=None),
         parallel=schema.ParallelConfig(layout="data"),
         tracking=schema.TrackingConfig(name="none"),
     )

@@ -14,8 +14,8 @@ from sae_train.ranks import Solo
 from sae_train.training import checkpoint, restore
 
 
-def save(directory: Path, step: int, *, keep: int = 0) -> Path:
-    return checkpoint.save(
+def begin(directory: Path, step: int, *, keep: int = 0, beside: bool = False) -> checkpoint.Saving:
+    return checkpoint.begin(
         directory,
         notes={"step": step, "tokens": 10 * step, "identity": "3fa9c1", "n_features": 5},
         replicated={"a/w": torch.full((1000,), float(step)), "n": torch.tensor(step)},
@@ -27,7 +27,12 @@ def save(directory: Path, step: int, *, keep: int = 0) -> Path:
         },
         ranks=Solo(),
         keep=keep,
+        beside=beside,
     )
+
+
+def save(directory: Path, step: int, *, keep: int = 0) -> Path:
+    return begin(directory, step, keep=keep).publish()
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
@@ -173,18 +178,60 @@ def test_what_a_killed_writer_left_is_ignored_and_swept(tmp_path: Path) -> None:
     assert not partial.exists()
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+def test_one_written_beside_the_step_is_of_the_moment_it_was_begun(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    given = {"w": torch.zeros(300_000), "n": torch.tensor(7)}
+    saving = checkpoint.begin(
+        tmp_path,
+        notes={"step": 2, "tokens": 20, "identity": "3fa9c1", "n_features": 4},
+        replicated=given,
+        features=(0, 4),
+        feature_state={"rows": given["w"].view(4, -1)},
+        lane_states={0: {"pool": given["n"]}},
+        ranks=Solo(),
+        keep=1,
+        beside=True,
+    )
+    for each in given.values():
+        each += 1  # as the next step does
+    found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    assert found is not None
+    assert found.notes["step"] == 1  # until it is published
+    saving.publish()
+    found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    assert found is not None
+    assert found.notes["step"] == saving.step == 2
+    assert not found.replicated["w"].any()
+    assert not found.features(0, 4)["rows"].any()
+    assert int(found.replicated["n"]) == int(found.lane_state(0)["pool"]) == 7
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_one_that_is_never_published_was_never_there(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    thread = begin(tmp_path, 2, beside=True)._thread
+    assert thread is not None
+    thread.join()
+    found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    assert found is not None
+    assert found.notes["step"] == 1
+    begin(tmp_path, 2, beside=True).publish()  # a run that goes on makes the same step's again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["in the step", "beside it"])
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, beside: bool) -> None:
     """The file-size limit refuses writes as a full disk does: midway, by an OSError."""
     script = f"""
         import resource, sys, torch
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from test_checkpoint import save
+        from test_checkpoint import begin, save
         from pathlib import Path
         from sae_train.errors import CheckpointError
         save(Path({str(tmp_path)!r}), 1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         try:
-            save(Path({str(tmp_path)!r}), 2)
+            begin(Path({str(tmp_path)!r}), 2, beside={beside}).publish()
         except CheckpointError as error:
             print(error)
             sys.exit(2)

@@ -108,13 +108,14 @@ def kill_after_progress(process: "subprocess.Popen[str]", folder: Path, chance: 
     "arguments",
     [
         ["sparsifier=mutual_choice"],
+        ["checkpoint.beside=true"],
         pytest.param(
             ["sparsifier=feature_choice", "budget=zipf", "sparsifier.after=0.5"],
             marks=pytest.mark.slow,
         ),
         pytest.param(["sparsifier=gradient"], marks=pytest.mark.slow),
     ],
-    ids=["mutual_choice", "feature_choice", "gradient"],
+    ids=["mutual_choice", "written beside", "feature_choice", "gradient"],
 )
 def test_killed_runs_end_bitwise_alike(tmp_path: Path, n_ranks: int, arguments: list[str]) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"

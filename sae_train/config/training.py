@@ -101,6 +101,9 @@ class CheckpointConfig:
     """Tokens between checkpoints; null is a quarter of the run, at most 50M. 0 keeps none but the end."""
     keep: int
     """How many checkpoints to keep; 0 keeps all."""
+    beside: bool | None
+    """Written by a thread beside the step from a copy in the host's memory, and there from the next row of metrics on;
+    null: on a GPU (not measured yet)."""
 
     def problems(self) -> list[str]:
         return [

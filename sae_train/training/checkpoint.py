@@ -4,11 +4,13 @@
 `features_LO_HI.safetensors` (rows of weights, moments and counters of features LO to HI-1) and one
 `lanes_*.safetensors` (the lanes that it owns, whole), so that another number of ranks, in another layout, may each read
 what it needs; `checkpoint.json` says step, counts, and the size and SHA-256 of every file. All ranks write at once,
-under a temporary name; it is fsynced, and renamed.
+under a temporary name; it is fsynced, and renamed. Files may be written beside the training step, by a thread of each
+rank that speaks to no other, from copies that were taken at once; the name is given where the ranks meet again.
 """
 
 import json
 import shutil
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,12 @@ from torch import Tensor
 
 from sae_train.errors import CheckpointError
 from sae_train.formats.durable import explained, sync_directory, sync_file, write_text
+from sae_train.harvest.ahead import Outcome
 from sae_train.ranks import Ranks
 from sae_train.training.restore import NOTES, REPLICATED, digest_of, fingerprint, finished, place
 
 
-def save(
+def begin(
     directory: Path,
     *,
     notes: dict[str, Any],
@@ -33,8 +36,9 @@ def save(
     lane_states: dict[int, dict[str, Tensor]],
     ranks: Ranks,
     keep: int,
-) -> Path:
-    """Write a checkpoint, from all ranks at once, then drop all but the newest `keep` (0 keeps all).
+    beside: bool = False,
+) -> "Saving":
+    """Begin to write a checkpoint, from all ranks at once; it is there once `publish` has been called.
 
     Args:
         notes: JSON values; `step` names the checkpoint.
@@ -42,13 +46,13 @@ def save(
         features: lo, hi of the features that this rank holds.
         feature_state: tensors [hi - lo, ...]; the ranks that hold the same features write a share each.
         lane_states: of this rank's lanes.
+        keep: how many of the newest to leave when it is published; 0 keeps all.
+        beside: write copies of the tensors, as they are now, in a thread; else write before this returns.
 
     Raises:
-        CheckpointError: on every rank, if any rank could not write; earlier checkpoints stay as they were.
+        CheckpointError: on every rank, if the first cannot make the directory; earlier checkpoints stay as they were.
     """
-    final = place(directory, notes["step"])
     partial = directory / f"tmp-step_{notes['step']:08d}"
-    files: dict[str, Any] = {}
     problem: CheckpointError | None = None
     try:
         if ranks.is_first:
@@ -58,23 +62,70 @@ def save(
     except CheckpointError as error:
         problem = error
     ranks.raise_together(problem)
-    try:
-        share = _own_share(features, feature_state, ranks)
-        files = _write_share(partial, replicated if ranks.is_first else {}, share, lane_states)
-    except CheckpointError as error:
-        problem = error
-    shares = ranks.gather_objects((files, problem))
-    problem = next((found for _, found in shares if found is not None), None)
-    if problem is None and ranks.is_first:
+    shares = _shares(replicated if ranks.is_first else {}, _own_share(features, feature_state, ranks), lane_states)
+    if beside:
+        shares = {name: {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
+                  for name, tensors in shares.items()}  # fmt: skip
+    return Saving(partial, place(directory, notes["step"]), shares, notes=notes, ranks=ranks, keep=keep, beside=beside)
+
+
+class Saving:
+    """A checkpoint whose files are written, or being written. Ends with `publish`; else it was never there.
+
+    Attributes:
+        step: that it is of.
+    """
+
+    def __init__(
+        self,
+        partial: Path,
+        final: Path,
+        shares: dict[str, dict[str, Tensor]],
+        *,
+        notes: dict[str, Any],
+        ranks: Ranks,
+        keep: int,
+        beside: bool,
+    ) -> None:
+        self.step: int = notes["step"]
+        self._partial, self._final, self._notes, self._ranks, self._keep = partial, final, notes, ranks, keep
+        self._thread: threading.Thread | None = None
+        if beside:
+            self._thread = threading.Thread(target=self._write, args=(shares,), name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._write(shares)
+
+    def _write(self, shares: dict[str, dict[str, Tensor]]) -> None:
+        self._written = Outcome(lambda: _write(self._partial, shares))
+
+    def publish(self) -> Path:
+        """Wait for this rank's files, give the checkpoint its name once all are there, and drop older ones. Collective.
+
+        Raises:
+            CheckpointError: on every rank, if any rank could not write; earlier checkpoints stay as they were.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        files: dict[str, Any] = {}
+        problem: CheckpointError | None = None
         try:
-            _publish(partial, final, notes | {"files": {k: v for share, _ in shares for k, v in share.items()}})
-            _prune(directory, keep=keep, newest=final)
+            files = self._written.get()
         except CheckpointError as error:
             problem = error
-    if problem is not None and ranks.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-    ranks.raise_together(problem)
-    return final
+        shares = self._ranks.gather_objects((files, problem))
+        problem = next((found for _, found in shares if found is not None), None)
+        if problem is None and self._ranks.is_first:
+            written = {name: facts for share, _ in shares for name, facts in share.items()}
+            try:
+                _publish(self._partial, self._final, self._notes | {"files": written})
+                _prune(self._final.parent, keep=self._keep, newest=self._final)
+            except CheckpointError as error:
+                problem = error
+        if problem is not None and self._ranks.is_first:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        self._ranks.raise_together(problem)
+        return self._final
 
 
 def _own_share(features: tuple[int, int], state: dict[str, Tensor], ranks: Ranks) -> tuple[int, int, dict[str, Tensor]]:
@@ -84,13 +135,12 @@ def _own_share(features: tuple[int, int], state: dict[str, Tensor], ranks: Ranks
     return lo + first, lo + last, {name: value[first:last] for name, value in state.items()}
 
 
-def _write_share(
-    partial: Path,
+def _shares(
     replicated: dict[str, Tensor],
     features: tuple[int, int, dict[str, Tensor]],
     lanes: dict[int, dict[str, Tensor]],
-) -> dict[str, Any]:
-    """Write this rank's files; return their fingerprints by name."""
+) -> dict[str, dict[str, Tensor]]:
+    """Return what each of this rank's files holds, by their names."""
     shares = {REPLICATED: replicated} if replicated else {}
     lo, hi, state = features
     if hi > lo:
@@ -98,6 +148,11 @@ def _write_share(
     if lanes:
         name = f"lanes_{min(lanes):04d}_{max(lanes):04d}.safetensors"
         shares[name] = {f"{lane}/{key}": value for lane, state in lanes.items() for key, value in state.items()}
+    return shares
+
+
+def _write(partial: Path, shares: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    """Write this rank's files; return their fingerprints by name."""
     written = {}
     for name, tensors in shares.items():
         path = partial / name

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 import sae_train
 from sae_train.config import RunConfig, identity, identity_digest
-from sae_train.errors import CheckpointError, DataError, Preempted, UserError
+from sae_train.errors import CheckpointError, DataError, Preempted, StoppedByNumbers, UserError
 from sae_train.formats.durable import write_text
 from sae_train.harvest.stream import Stream, StreamFacts, build_stream
 from sae_train.kernels import backend
@@ -61,6 +61,7 @@ class Session:
         stack: ExitStack,
     ) -> None:
         self._agreement, self._saved_at = agreement, -1
+        self._saving: checkpoint.Saving | None = None
         self.config, self.directory, self.ranks, self._stack, self.facts = config, directory, ranks, stack, facts
         precision = resolve_precision(config, stored=stored, device=ranks.device)
         self.plan = plan = plan.as_begun(stored["plan"]) if stored else plan
@@ -114,15 +115,21 @@ class Session:
             total_tokens=self.plan.total_tokens, done_tokens=self.trainer.tokens, is_first=self.ranks.is_first
         )
         self._stack.callback(self.progress.close)
-        self.trainer.fit(
-            Events(
-                log=self._log,
-                evaluate=self._evaluate,
-                checkpoint=self._checkpoint,
-                advance=self.progress.advance,
-                stop=self._stop,
-            )
+        events = Events(
+            log=self._log,
+            evaluate=self._evaluate,
+            checkpoint=self._checkpoint,
+            advance=self.progress.advance,
+            stop=self._stop,
         )
+        try:
+            self.trainer.fit(events)
+        except BaseException as error:
+            if isinstance(error, StoppedByNumbers) or self.ranks.size == 1:  # else another rank may be elsewhere
+                with suppress(CheckpointError):
+                    self._publish()
+            raise
+        self._publish()
         self.progress.close()
         self._finish()
 
@@ -137,9 +144,7 @@ class Session:
         if not self._agreement.poll():
             return
         self._agreement.settle()
-        if self._saved_at != self.trainer.n_done:
-            self.trainer.halt.check(self.ranks, site=self.plan.label)
-            self._checkpoint()
+        self._save_this_step()
         raise self._agreement.preempted(step=self.trainer.n_done)
 
     def _stop_now(self) -> None:
@@ -205,6 +210,7 @@ class Session:
             row["perf/slurm_restarts"] = int(os.environ["SLURM_RESTART_COUNT"])
         if "train/fvu" in row:
             self.progress.show(row)
+        self._publish()
         self._on_first(lambda: self.metrics.append(row))
         self.dashboard.log(row)
 
@@ -213,10 +219,10 @@ class Session:
         try:
             _, figures = exported(self.trainer, between=self._stop_now)
         except Preempted:
+            self._publish()
             if self._saved_at != self.trainer.n_done:  # else it says so already
                 self._evaluation_due = True
-                self.trainer.halt.check(self.ranks, site=self.plan.label)
-                self._checkpoint()
+                self._save_this_step()
             raise
         self._evaluation_due = False
         self._log(evaluation_row(figures, step=self.trainer.n_done, tokens=self.trainer.tokens))
@@ -224,7 +230,26 @@ class Session:
     def _is_compiled(self) -> bool:
         return self.trainer.precision != "float64" and backend.has_numba(self.ranks.device)
 
+    def _save_this_step(self) -> None:
+        """Leave with a checkpoint of this very step, written and published."""
+        self._publish()
+        if self._saved_at != self.trainer.n_done:
+            self.trainer.halt.check(self.ranks, site=self.plan.label)
+            self._checkpoint()
+            self._publish()
+
+    def _publish(self) -> None:
+        """Have the checkpoint that is being written, if there is one, on disk and named. Collective."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.publish()
+            self._saved_at = saving.step
+
     def _checkpoint(self) -> None:
+        """Begin a checkpoint. Beside the step it is published at the next row, on all ranks at the same."""
+        self._publish()
+        beside = self.config.checkpoint.beside
+        beside = self.ranks.device.type == "cuda" if beside is None else beside
         notes = {
             "step": self.trainer.n_done,
             "tokens": self.trainer.tokens,
@@ -239,7 +264,7 @@ class Session:
             "evaluation_due": self._evaluation_due,
             "sae_train_version": sae_train.__version__,
         }
-        checkpoint.save(
+        self._saving = checkpoint.begin(
             self.directory.checkpoints,
             notes=notes,
             replicated=self.trainer.state(),
@@ -248,8 +273,10 @@ class Session:
             lane_states=self.stream.lane_states(),
             ranks=self.ranks,
             keep=self.config.checkpoint.keep,
+            beside=beside,
         )
-        self._saved_at = self.trainer.n_done
+        if not beside:
+            self._publish()
 
     def _finish(self) -> None:
         """Export, and write the summary last: its presence means finished."""
