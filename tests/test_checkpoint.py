@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -187,7 +188,7 @@ def test_one_written_beside_the_step_is_of_the_moment_it_was_begun(tmp_path: Pat
         replicated=given,
         features=(0, 4),
         feature_state={"rows": given["w"].view(4, -1)},
-        lane_states={0: {"pool": given["n"]}},
+        lane_states={0: {"pool": given["n"].clone()}},
         ranks=Solo(),
         keep=1,
         beside=True,
@@ -209,9 +210,9 @@ def test_one_written_beside_the_step_is_of_the_moment_it_was_begun(tmp_path: Pat
 
 def test_one_that_is_never_published_was_never_there(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    thread = begin(tmp_path, 2, beside=True)._thread
-    assert thread is not None
-    thread.join()
+    forgotten = begin(tmp_path, 2, beside=True)
+    while not forgotten.is_written():
+        time.sleep(0.01)
     found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
     assert found is not None
     assert found.notes["step"] == 1

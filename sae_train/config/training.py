@@ -102,8 +102,8 @@ class CheckpointConfig:
     keep: int
     """How many checkpoints to keep; 0 keeps all."""
     beside: bool | None
-    """Written by a thread beside the step from a copy in the host's memory, and there from the next row of metrics on;
-    null: on a GPU (not measured yet)."""
+    """Written by a thread beside the step from a copy in the host's memory, and there from the first row of metrics on
+    that finds it written, or from the next checkpoint, stop or end, which wait; null: on a GPU (not measured yet)."""
 
     def problems(self) -> list[str]:
         return [

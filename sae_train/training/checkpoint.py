@@ -45,9 +45,9 @@ def begin(
         replicated: what is the same on every rank; the first writes it.
         features: lo, hi of the features that this rank holds.
         feature_state: tensors [hi - lo, ...]; the ranks that hold the same features write a share each.
-        lane_states: of this rank's lanes.
+        lane_states: of this rank's lanes; CPU tensors that nothing changes any more.
         keep: how many of the newest to leave when it is published; 0 keeps all.
-        beside: write copies of the tensors, as they are now, in a thread; else write before this returns.
+        beside: write in a thread, the other tensors as they are now, from copies; else write before this returns.
 
     Raises:
         CheckpointError: on every rank, if the first cannot make the directory; earlier checkpoints stay as they were.
@@ -62,10 +62,10 @@ def begin(
     except CheckpointError as error:
         problem = error
     ranks.raise_together(problem)
-    shares = _shares(replicated if ranks.is_first else {}, _own_share(features, feature_state, ranks), lane_states)
+    own, replicated = _own_share(features, feature_state, ranks), replicated if ranks.is_first else {}
     if beside:
-        shares = {name: {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
-                  for name, tensors in shares.items()}  # fmt: skip
+        own, replicated = (*own[:2], _copied(own[2])), _copied(replicated)
+    shares = _shares(replicated, own, lane_states)
     return Saving(partial, place(directory, notes["step"]), shares, notes=notes, ranks=ranks, keep=keep, beside=beside)
 
 
@@ -89,15 +89,19 @@ class Saving:
     ) -> None:
         self.step: int = notes["step"]
         self._partial, self._final, self._notes, self._ranks, self._keep = partial, final, notes, ranks, keep
-        self._thread: threading.Thread | None = None
+        self._has_ended = threading.Event()  # of an interrupted Thread.join nothing is certain
         if beside:
-            self._thread = threading.Thread(target=self._write, args=(shares,), name="checkpoint", daemon=True)
-            self._thread.start()
+            threading.Thread(target=self._write, args=(shares,), name="checkpoint", daemon=True).start()
         else:
             self._write(shares)
 
     def _write(self, shares: dict[str, dict[str, Tensor]]) -> None:
         self._written = Outcome(lambda: _write(self._partial, shares))
+        self._has_ended.set()
+
+    def is_written(self) -> bool:
+        """Return whether no rank's files are waited for any more. Collective."""
+        return all(self._ranks.gather_objects(self._has_ended.is_set()))
 
     def publish(self) -> Path:
         """Wait for this rank's files, give the checkpoint its name once all are there, and drop older ones. Collective.
@@ -105,8 +109,7 @@ class Saving:
         Raises:
             CheckpointError: on every rank, if any rank could not write; earlier checkpoints stay as they were.
         """
-        if self._thread is not None:
-            self._thread.join()
+        self._has_ended.wait()
         files: dict[str, Any] = {}
         problem: CheckpointError | None = None
         try:
@@ -126,6 +129,10 @@ class Saving:
             shutil.rmtree(self._partial, ignore_errors=True)
         self._ranks.raise_together(problem)
         return self._final
+
+
+def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
 
 
 def _own_share(features: tuple[int, int], state: dict[str, Tensor], ranks: Ranks) -> tuple[int, int, dict[str, Tensor]]:

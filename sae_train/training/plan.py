@@ -206,14 +206,15 @@ def _holdings(
     if not facts.prefetch:  # never there together
         step, logits = (step, 0) if step >= logits else (0, logits)
     name = f"[{n_features}, {facts.d_model}]"
-    copied = 3 * element * parameters // n_ranks if config.checkpoint.beside and not torch.cuda.is_available() else 0
+    copied = (3 * element * parameters + facts.pool_bytes) // n_ranks
+    copied = copied if config.checkpoint.beside and not torch.cuda.is_available() else 0  # a GPU's are the host's
     rounds = config.precision == "bf16" or (config.precision == "auto" and torch.cuda.is_available())
     return (
         Holding(f"weights, gradients and two moments, 8 of {name}", 4 * element * parameters // columns,
                 (f"lower {width}", "parallel=features over several ranks")),
         Holding(f"weights rounded to bf16, 2 of {name}", 4 * n_features * facts.d_model // columns * rounds,
                 (f"lower {width}",)),
-        Holding(f"copies of weights and moments, 6 of {name}, while a checkpoint is written", copied,
+        Holding(f"copies of weights and moments, 6 of {name}, and of pools while a checkpoint is written", copied,
                 ("checkpoint.beside=false",)),
         Holding(f"pre-activations and what is as large, {held} of [{config.batch_tokens}, {n_features}]"
                 + (f" over {n_ranks} ranks" if n_ranks > 1 else ""), step,

@@ -31,7 +31,7 @@ class Checkpoint(NamedTuple):
     """A checkpoint that was read and found whole."""
 
     notes: dict[str, Any]
-    """step, tokens, identity, metrics_rows, seconds ... as given to `save`."""
+    """step, tokens, identity, metrics_rows, seconds ... as given to `begin`."""
     replicated: dict[str, Tensor]
     features: Callable[[int, int], dict[str, Tensor]]
     """Returns the state [hi - lo, ...] of features lo to hi - 1."""

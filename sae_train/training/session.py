@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from sae_train.formats.durable import write_text
 from sae_train.harvest.stream import Stream, StreamFacts, build_stream
 from sae_train.kernels import backend
 from sae_train.ranks import Ranks
-from sae_train.training import checkpoint, restore, stop
+from sae_train.training import restore, stop
 from sae_train.training.console import Progress, say, verdict, warn
 from sae_train.training.directory import RunDirectory, run_name
 from sae_train.training.finish import check_held_out, evaluation_row, exported, write_export
 from sae_train.training.plan import Plan
 from sae_train.training.provenance import check_source, provenance, resolve_precision
+from sae_train.training.saver import Saver
 from sae_train.training.tracking import Dashboard, MetricsFile, build_dashboard
 from sae_train.training.trainer import Events, Trainer
 
@@ -60,8 +61,8 @@ class Session:
         ranks: Ranks,
         stack: ExitStack,
     ) -> None:
-        self._agreement, self._saved_at = agreement, -1
-        self._saving: checkpoint.Saving | None = None
+        self._agreement = agreement
+        self._saver = Saver(directory.checkpoints, config.checkpoint, ranks=ranks)
         self.config, self.directory, self.ranks, self._stack, self.facts = config, directory, ranks, stack, facts
         precision = resolve_precision(config, stored=stored, device=ranks.device)
         self.plan = plan = plan.as_begun(stored["plan"]) if stored else plan
@@ -126,10 +127,9 @@ class Session:
             self.trainer.fit(events)
         except BaseException as error:
             if isinstance(error, StoppedByNumbers) or self.ranks.size == 1:  # else another rank may be elsewhere
-                with suppress(CheckpointError):
-                    self._publish()
+                self._saver.publish_at_last()
             raise
-        self._publish()
+        self._saver.publish()
         self.progress.close()
         self._finish()
 
@@ -164,7 +164,7 @@ class Session:
             self._together(lambda: self._load(found))
             self._evaluation_due = found.notes.get("evaluation_due", False)
             self.seconds_before, n_rows = found.notes.get("seconds", 0.0), found.notes.get("metrics_rows", 0)
-            self._saved_at = self.trainer.n_done
+            self._saver.saved_at = self.trainer.n_done
             restarts = os.environ.get("SLURM_RESTART_COUNT")
             again = f", restart {restarts} of the SLURM job" if restarts else ""
             self._say(
@@ -210,7 +210,7 @@ class Session:
             row["perf/slurm_restarts"] = int(os.environ["SLURM_RESTART_COUNT"])
         if "train/fvu" in row:
             self.progress.show(row)
-        self._publish()
+        self._saver.publish_if_written()
         self._on_first(lambda: self.metrics.append(row))
         self.dashboard.log(row)
 
@@ -219,8 +219,8 @@ class Session:
         try:
             _, figures = exported(self.trainer, between=self._stop_now)
         except Preempted:
-            self._publish()
-            if self._saved_at != self.trainer.n_done:  # else it says so already
+            self._saver.publish()
+            if self._saver.saved_at != self.trainer.n_done:  # else it says so already
                 self._evaluation_due = True
                 self._save_this_step()
             raise
@@ -232,24 +232,12 @@ class Session:
 
     def _save_this_step(self) -> None:
         """Leave with a checkpoint of this very step, written and published."""
-        self._publish()
-        if self._saved_at != self.trainer.n_done:
+        self._saver.publish()
+        if self._saver.saved_at != self.trainer.n_done:
             self.trainer.halt.check(self.ranks, site=self.plan.label)
-            self._checkpoint()
-            self._publish()
+            self._checkpoint(is_waited_for=True)
 
-    def _publish(self) -> None:
-        """Have the checkpoint that is being written, if there is one, on disk and named. Collective."""
-        if self._saving is not None:
-            saving, self._saving = self._saving, None
-            saving.publish()
-            self._saved_at = saving.step
-
-    def _checkpoint(self) -> None:
-        """Begin a checkpoint. Beside the step it is published at the next row, on all ranks at the same."""
-        self._publish()
-        beside = self.config.checkpoint.beside
-        beside = self.ranks.device.type == "cuda" if beside is None else beside
+    def _checkpoint(self, *, is_waited_for: bool = False) -> None:
         notes = {
             "step": self.trainer.n_done,
             "tokens": self.trainer.tokens,
@@ -264,19 +252,7 @@ class Session:
             "evaluation_due": self._evaluation_due,
             "sae_train_version": sae_train.__version__,
         }
-        self._saving = checkpoint.begin(
-            self.directory.checkpoints,
-            notes=notes,
-            replicated=self.trainer.state(),
-            features=self.trainer.features,
-            feature_state=self.trainer.feature_state(),
-            lane_states=self.stream.lane_states(),
-            ranks=self.ranks,
-            keep=self.config.checkpoint.keep,
-            beside=beside,
-        )
-        if not beside:
-            self._publish()
+        self._saver.save(self.trainer, notes, is_waited_for=is_waited_for)
 
     def _finish(self) -> None:
         """Export, and write the summary last: its presence means finished."""
