@@ -1,18 +1,23 @@
 """Checkpoints are whole or passed over; a refused write leaves the last good one."""
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import grid_world as world
 import pytest
 import torch
 
+from sae_train.config import CheckpointConfig
 from sae_train.errors import CheckpointError
 from sae_train.ranks import Solo
 from sae_train.training import checkpoint, restore
+from sae_train.training.saver import Saver
 
 
 def begin(directory: Path, step: int, *, keep: int = 0, beside: bool = False) -> checkpoint.Saving:
@@ -242,3 +247,51 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, beside: boo
     assert "cannot be written" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert json.loads((tmp_path / "step_00000001" / "checkpoint.json").read_text())["step"] == 1
+
+
+def saver_of(folder: Path) -> tuple[Saver, Callable[[], None]]:
+    """Return what saves a small run beside the step, and the call that begins a checkpoint of it."""
+    world.write_activations(folder)
+    trainer = world.build(world.config_of(folder, [], precision="float32", steps=4, n_features=64), Solo())
+    trainer.step(trainer.stream.batch(0))
+    saver = Saver(folder / "saved", CheckpointConfig(every_tokens=None, keep=2, beside=True), ranks=Solo())
+    notes = {"step": trainer.n_done, "tokens": trainer.tokens, "identity": "3fa9c1", "n_features": 64}
+    return saver, lambda: saver.save(trainer, notes)
+
+
+def test_an_interrupt_while_one_is_waited_for_does_not_lose_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver, save_it = saver_of(tmp_path)
+    save_it()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Saving, "publish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            saver.publish()
+    assert saver.saved_at == -1
+    saver.publish_at_last()
+    assert saver.saved_at == 1
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["step_00000001"]
+
+
+def interrupted(_: checkpoint.Saving) -> Path:
+    raise KeyboardInterrupt
+
+
+def test_one_that_fails_beside_the_step_is_told_where_it_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saver, save_it = saver_of(tmp_path)
+    (tmp_path / "saved").mkdir()
+    for tell in (saver.publish, saver.publish_at_last):
+        save_it()
+        while (tmp_path / "saved").exists():  # a file may come in between
+            shutil.rmtree(tmp_path / "saved", ignore_errors=True)
+        (tmp_path / "saved").write_text("")
+        if tell == saver.publish:
+            with pytest.raises(CheckpointError, match="saved"):
+                tell()
+        else:
+            tell()
+            assert "the checkpoint that was being written is lost" in capsys.readouterr().err
+        assert saver.saved_at == -1
+        tell()  # nothing is left to be told
+        (tmp_path / "saved").unlink()

@@ -21,8 +21,7 @@ from sae_train.kernels.radix import INTEGER, kth_largest, positive, ties_kept
 from sae_train.kernels.screen import PreActivations, Screened
 from sae_train.ranks import Ranks
 
-_INFINITE_BITS = 0x7F80
-"""Of bf16."""
+_INFINITE_BITS = int(torch.tensor(torch.inf, dtype=torch.bfloat16).view(torch.int16))
 HINT_SHARE = 0.95
 """Of an earlier cut. Cuts of batches differ by some percent, so a little below one is mostly a bound; it is counted."""
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_train.config import CheckpointConfig
+from sae_train.errors import UserError
 from sae_train.ranks import Ranks
 from sae_train.training import checkpoint
 from sae_train.training.console import warn
@@ -50,15 +51,15 @@ class Saver:
 
     def publish(self) -> None:
         """Have the checkpoint that is being written, if there is one, on disk and named."""
-        saving = self._saving
+        saving, self._saving = self._saving, None
         if saving is None:
             return
         try:
             saving.publish()
-        except Exception:  # an interrupt leaves it to `publish_at_last`
-            self._saving = None
+        except KeyboardInterrupt:
+            self._saving = saving  # `publish_at_last` waits for it once more
             raise
-        self._saving, self.saved_at = None, saving.step
+        self.saved_at = saving.step
 
     def publish_if_written(self) -> None:
         """Do the same where nothing has to be waited for."""
@@ -66,8 +67,8 @@ class Saver:
             self.publish()
 
     def publish_at_last(self) -> None:
-        """Do the same while something else is raised, and only say what this runs into."""
+        """Do the same while something else is raised, and only say why it fails, if the disk or memory is to blame."""
         try:
             self.publish()
-        except Exception as error:
+        except (UserError, MemoryError) as error:
             warn(f"the checkpoint that was being written is lost: {error}")
