@@ -32,7 +32,7 @@ def has_numba(device: torch.device) -> bool:
 def why_not_numba() -> str | None:
     """Return why Numba's kernels cannot run here, None where they can; the first call imports all and tries one.
 
-    That takes 0.4 s, and 5 s where they have to be compiled first.
+    That takes half a second, a whole one where it has to be compiled first, as every other does when it is first run.
     """
     try:
         import numba

@@ -9,7 +9,7 @@ import torch
 from numba import carray, float32, njit
 from torch import Tensor
 
-from sae_train.kernels.numba_team import SUMS, at, kernel, product, run, share
+from sae_train.kernels.numba_team import SUMS, Kernel, at, product, run, share
 
 
 def along_rows(gradient_FD: Tensor, weight_FD: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ def _square_beside(gradient_D, weight_D, along):
     return total
 
 
-@kernel
+@Kernel
 def _along_rows(words):
     shape = (words[0], words[1])
     gradient_FD, weight_FD = carray(at(words[2]), shape, float32), carray(at(words[3]), shape, float32)
@@ -86,7 +86,7 @@ def _divide(row_D, divisor):
         row_D[d] /= divisor
 
 
-@kernel
+@Kernel
 def _move(words):
     shape = (words[0], words[1])
     weight_FD, gradient_FD = carray(at(words[2]), shape, float32), carray(at(words[3]), shape, float32)

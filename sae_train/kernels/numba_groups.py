@@ -7,7 +7,7 @@ import torch
 from numba import carray, float32, int32, int64, njit, uint8
 from torch import Tensor
 
-from sae_train.kernels.numba_team import at, kernel, run, share
+from sae_train.kernels.numba_team import Kernel, at, run, share
 
 
 def by_group(group_C: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ def leading(value_C: Tensor, group_C: Tensor, budget_G: Tensor) -> Tensor:
     return keep_C
 
 
-@kernel
+@Kernel
 def _count(words):
     """Count the entries of this thread's groups into start_G[group + 1]."""
     group_C, start_G = carray(at(words[2]), words[1], int32), carray(at(words[3]), words[0] + 1, int64)
@@ -45,7 +45,7 @@ def _count(words):
             start_G[group_C[entry] + 1] += 1
 
 
-@kernel
+@Kernel
 def _place(words):
     """Write the entries of this thread's groups where they belong."""
     group_C, next_G = carray(at(words[2]), words[1], int32), carray(at(words[3]), words[0] + 1, int64)
@@ -82,7 +82,7 @@ def _kth_largest(value_E, k: int):
     return value_E[place]
 
 
-@kernel
+@Kernel
 def _lead(words):
     n_groups, n_entries = words[0], words[1]
     value_C, order_C = carray(at(words[2]), n_entries, float32), carray(at(words[3]), n_entries, int64)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_train.kernels.numba_rows import nearest
 from sae_train.kernels.numba_scan import INFINITY, NEGATIVE_ZERO, collected, flag, found_by_thread, write
-from sae_train.kernels.numba_team import at, bits_of, kernel, number, share, thread
+from sae_train.kernels.numba_team import Kernel, at, bits_of, number, share, thread
 
 
 def leading_of_rows(
@@ -78,7 +78,7 @@ def _clear_nans(number_G):
         number_G[group] = number_G[group] if number_G[group] <= int16(INFINITY) else int16(0)
 
 
-@kernel
+@Kernel
 def _leading(words):
     n_tokens, n_features, n_threads, size, k = words[0], words[1], words[2], words[7], words[8]
     flag_F, index_C, count_T = found_by_thread(words)

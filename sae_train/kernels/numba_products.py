@@ -8,7 +8,7 @@ import torch
 from numba import carray, float32, int32, int64, njit, uint16
 from torch import Tensor
 
-from sae_train.kernels.numba_team import SUMS, at, kernel, number, run, share
+from sae_train.kernels.numba_team import SUMS, Kernel, at, number, run, share
 
 
 def bags(rows: Tensor, index_M: Tensor, weight_M: Tensor, start_B: Tensor) -> Tensor:
@@ -123,12 +123,12 @@ def _bags(words, dtype):
         total_B[bag] = total
 
 
-@kernel
+@Kernel
 def _bags_fp32(words):
     _bags(words, float32)
 
 
-@kernel
+@Kernel
 def _bags_bf16(words):
     _bags(words, uint16)
 
@@ -164,12 +164,12 @@ def _row_products(words, dtype):
             slot = last + 1
 
 
-@kernel
+@Kernel
 def _row_products_fp32(words):
     _row_products(words, float32)
 
 
-@kernel
+@Kernel
 def _row_products_bf16(words):
     _row_products(words, uint16)
 
@@ -196,12 +196,12 @@ def _entries(words, dtype):
         entry = last + 1
 
 
-@kernel
+@Kernel
 def _entries_fp32(words):
     _entries(words, float32)
 
 
-@kernel
+@Kernel
 def _entries_bf16(words):
     _entries(words, uint16)
 

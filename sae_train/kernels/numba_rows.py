@@ -8,7 +8,7 @@ import torch
 from numba import carray, float32, njit, uint16, uint32
 from torch import Tensor
 
-from sae_train.kernels.numba_team import SUMS, at, kernel, run, share, thread
+from sae_train.kernels.numba_team import SUMS, Kernel, at, run, share, thread
 
 
 def rounded(rows_RD: Tensor, last_R: Tensor, *, padded: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +51,7 @@ def _norms(row_D, kept_D):
     return np.sqrt(square), np.sqrt(missed)
 
 
-@kernel
+@Kernel
 def _rounded(words):
     n_rows, width, padded = words[0], words[1], words[2]
     row_RD, bits_RD = carray(at(words[3]), (n_rows, width), float32), carray(at(words[3]), (n_rows, width), uint32)

@@ -5,13 +5,12 @@ those. So what reaches a bound are the bits between two others, and twice as man
 """
 
 import math
-from typing import Any
 
 import torch
 from numba import carray, float32, int64, njit, uint8, uint16, uint64
 from torch import Tensor
 
-from sae_train.kernels.numba_team import at, kernel, run, share, thread
+from sae_train.kernels.numba_team import Kernel, at, run, share, thread
 
 INFINITY, NEGATIVE_ZERO, LAST = 0x7F80, 0x8000, 0xFFFF
 """Bits of bf16 numbers; the last is none."""
@@ -41,7 +40,7 @@ def flat_reaching(entries_NF: Tensor, bound: Tensor, *, most: float) -> Tensor |
     return collected(scan, is_per_column, entries_NF, low, high, shape=(n_tokens, n_features), most=most)
 
 
-def collected(scan: Any, *given: Tensor | int, shape: tuple[int, int], most: float = math.inf) -> Tensor | None:
+def collected(scan: Kernel, *given: Tensor | int, shape: tuple[int, int], most: float = math.inf) -> Tensor | None:
     """Return the ascending flat indices that a scan's threads find; None where they are more than `most`.
 
     Args:
@@ -131,11 +130,11 @@ def _scan(words, dtype):
     count_T[thread()] = n_found
 
 
-@kernel
+@Kernel
 def _scan_bf16(words):
     _scan(words, uint16)
 
 
-@kernel
+@Kernel
 def _scan_fp32(words):
     _scan(words, float32)

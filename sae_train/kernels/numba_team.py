@@ -7,6 +7,7 @@ written depends on how many they are.
 """
 
 import ctypes
+import functools
 import hashlib
 import os
 from collections.abc import Callable
@@ -60,30 +61,37 @@ def _digest() -> str:
 _DIGEST = _digest()
 
 
-def kernel(body: Callable[..., None]) -> Any:
-    """Compile a kernel, or take it from the file that an earlier process left.
+class Kernel:
+    """Decorates what is compiled when it is first run, or taken from the file that an earlier process left.
 
-    A kernel must not allocate: Numba lets nobody know of what it raises.
+    A run needs half of the kernels, and each takes a second. A kernel must not allocate: Numba lets nobody know of what
+    it raises.
     """
-    body.__qualname__ += f"_{_DIGEST}"
-    try:
-        return cfunc(SIGNATURE, cache=True)(body)
-    except Exception:  # no place for the file, no space, or a broken one, of which pickle says anything at all;
-        # a fault of ours is raised again here, with its traceback
-        return cfunc(SIGNATURE)(body)
+
+    def __init__(self, body: Callable[..., None]) -> None:
+        body.__qualname__ += f"_{_DIGEST}"
+        self._body = body
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        try:
+            return cfunc(SIGNATURE, cache=True)(self._body)
+        except Exception:  # no place for the file, no space, or a broken one, of which pickle says anything at all;
+            # a fault of ours is raised again here, with its traceback
+            return cfunc(SIGNATURE)(self._body)
 
 
-def run(compiled: Any, *given: Tensor | int) -> None:
+def run(which: Kernel, *given: Tensor | int) -> None:
     """Run a kernel on torch's threads, and wait for it.
 
     Args:
-        compiled: of `kernel`.
+        which: what to run.
         given: what it takes, in its order; tensors are contiguous.
     """
     assert all(each.is_contiguous() for each in given if isinstance(each, Tensor))
     words = np.array([each.data_ptr() if isinstance(each, Tensor) else each for each in given], dtype=np.int64)
     n_threads = torch.get_num_threads() if os.getpid() == _OWNER else 1  # a forked child has none of torch's threads
-    _parallel(compiled.address, words.ctypes.data, n_threads, 0)
+    _parallel(which.compiled.address, words.ctypes.data, n_threads, 0)
 
 
 @intrinsic
