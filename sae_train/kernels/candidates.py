@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae_train.kernels.backend import uses_numba
 from sae_train.kernels.hint import Hint
-from sae_train.kernels.matches import Matches, flat_reaching, pack
+from sae_train.kernels.matches import Matches, flat_reaching, kept, pack
 from sae_train.kernels.owners import column_cuts, row_cuts, row_slots
 from sae_train.kernels.radix import INTEGER, kth_largest, positive, ties_kept
 from sae_train.kernels.screen import PreActivations, Screened
@@ -49,8 +49,9 @@ def select_batch(
         n_features=n_features,
         ranks=ranks,
     )
-    keep = (above | (tied & (tied.cumsum(0) <= left))).nonzero().squeeze(1)
-    return pack(index[keep], value[keep], shape=(n_tokens, width), capacity=capacity)
+    n_tied = int(tied.sum())
+    keep = value >= cut if int(left) >= n_tied else above | (tied & (tied.cumsum(0) <= left))
+    return pack(index, value, keep, shape=(n_tokens, width), capacity=capacity)
 
 
 def select_rows(
@@ -73,15 +74,14 @@ def select_rows(
         low, reaching = _bounded(pre_NF, slots / max(1, width))
         index, value = reaching(_kth_of_rows(low(), slots))
     token = torch.div(index, max(1, width), rounding_mode="floor")
-    keep = _leading(value, token, torch.full((n_tokens,), slots)).nonzero().squeeze(1)
-    index, value = index[keep], value[keep]
+    keep = _leading(value, token, torch.full((n_tokens,), slots))
     if ranks.features.size > 1:
         token = token[keep]
+        index, value = kept(index, value, keep)
         sent_NK = value.new_zeros(n_tokens, slots)
         sent_NK[token, _place_in_group(token, n_tokens)] = value
         keep = _at_least(value, token, *row_cuts(sent_NK, k=k, ranks=ranks.features))
-        index, value = index[keep], value[keep]
-    return pack(index, value, shape=(n_tokens, width), capacity=capacity)
+    return pack(index, value, keep, shape=(n_tokens, width), capacity=capacity)
 
 
 def select_columns(pre_NF: PreActivations, *, budget_F: Tensor, capacity: int, ranks: Ranks) -> Matches:
@@ -95,17 +95,16 @@ def select_columns(pre_NF: PreActivations, *, budget_F: Tensor, capacity: int, r
     else:
         index, value = _reaching(pre_NF, _column_bounds(_column_maxima(pre_NF), local_F))
     column = index.remainder(max(1, n_features))
-    keep = _leading(value, column, local_F).nonzero().squeeze(1)
-    index, value = index[keep], value[keep]
+    keep = _leading(value, column, local_F)
     if ranks.data.size > 1:
         column = column[keep]
+        index, value = kept(index, value, keep)
         slot_F = local_F.cumsum(0) - local_F
         sent_C = value.new_zeros(int(local_F.sum()))
         sent_C[slot_F[column] + _place_in_group(column, n_features)] = value
         cuts = column_cuts(sent_C, local_F=local_F, budget_F=budget_F, ranks=ranks.data)
         keep = _at_least(value, column, *cuts)
-        index, value = index[keep], value[keep]
-    return pack(index, value, shape=(n_tokens, n_features), capacity=capacity)
+    return pack(index, value, keep, shape=(n_tokens, n_features), capacity=capacity)
 
 
 def _at_least(value: Tensor, group: Tensor, cut_G: Tensor, left_G: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_train.kernels.backend import DTYPES, has_numba
+from sae_train.kernels.backend import DTYPES, has_numba, uses_numba
 
 
 class Matches(NamedTuple):
@@ -62,16 +62,52 @@ def by_feature(feature_M: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(ascending, bounds, out_int32=True)
 
 
-def pack(index_C: Tensor, value_C: Tensor, *, shape: tuple[int, int], capacity: int | None) -> Matches:
-    """Lay out pairs given by ascending flat index token * F + feature; `capacity` None makes M their number."""
+def kept(index_C: Tensor, value_C: Tensor, keep_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the index and the value of those entries that are to be kept, in order.
+
+    Args:
+        keep_C: bool.
+    """
+    if uses_numba(value_C):
+        from sae_train.kernels import numba_cut
+
+        return numba_cut.kept(index_C, value_C, keep_C)
+    keep = keep_C.nonzero().squeeze(1)
+    return index_C[keep], value_C[keep]
+
+
+def pack(
+    index_C: Tensor, value_C: Tensor, keep_C: Tensor | None, *, shape: tuple[int, int], capacity: int | None
+) -> Matches:
+    """Lay out the pairs that are to be kept.
+
+    Args:
+        index_C: ascending flat index token * F + feature.
+        value_C: of each.
+        keep_C: bool; None keeps all.
+        shape: N, F.
+        capacity: M; None makes it their number.
+
+    Raises:
+        ValueError: they are more than that.
+    """
     n_tokens, n_features = shape
-    used = len(index_C)
+    used = len(index_C) if keep_C is None else int(keep_C.count_nonzero())
     slots = used if capacity is None else capacity
     if used > slots:
         raise ValueError(f"{used} matches do not fit into {slots} slots")
     value = value_C.new_zeros(slots)
     feature = torch.zeros(slots, dtype=torch.int32, device=index_C.device)
     token = torch.zeros_like(feature)
+    if uses_numba(value_C):
+        from sae_train.kernels import numba_cut
+
+        keep_C = torch.ones(used, dtype=torch.bool) if keep_C is None else keep_C
+        start = torch.empty(n_tokens + 1, dtype=torch.int32)
+        places = {"value_M": value, "feature_M": feature, "token_M": token, "start_N": start}
+        numba_cut.pack(index_C, value_C, keep_C, n_features=max(1, n_features), **places)
+        return Matches(value, feature, token, start)
+    index_C, value_C = (index_C, value_C) if keep_C is None else kept(index_C, value_C, keep_C)
     value[:used] = value_C
     token_C = torch.div(index_C, n_features, rounding_mode="floor")
     token[:used] = token_C

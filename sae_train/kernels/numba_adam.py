@@ -9,7 +9,7 @@ import torch
 from numba import carray, float32, njit
 from torch import Tensor
 
-from sae_train.kernels.numba_team import SUMS, Kernel, at, product, run, share
+from sae_train.kernels.numba_team import SUMS, Kernel, at, product, run, share, wide
 
 
 def along_rows(gradient_FD: Tensor, weight_FD: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,6 +50,7 @@ def move(
 
 @njit(fastmath=SUMS)
 def _square_beside(gradient_D, weight_D, along):
+    wide()
     total = float32(0)
     for d in range(len(weight_D)):
         rest = gradient_D[d] - along * weight_D[d]

@@ -58,7 +58,7 @@ def _place(words):
 
 
 @njit
-def _kth_largest(value_E, k: int):
+def find(value_E, k: int):
     """Return the k-th largest of the values (Hoare 1961, FIND); they are moved about."""
     left, right, place = 0, len(value_E) - 1, k - 1
     while left < right:
@@ -98,7 +98,7 @@ def _lead(words):
         elif budget > 0:
             for place in range(begin, end):
                 moved_C[place] = value_C[order_C[place]]
-            cut = _kth_largest(moved_C[begin:end], budget)
+            cut = find(moved_C[begin:end], budget)
             left = budget
             for place in range(begin, end):
                 left -= value_C[order_C[place]] > cut

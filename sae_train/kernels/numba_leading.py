@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_train.kernels.numba_rows import nearest
 from sae_train.kernels.numba_scan import INFINITY, NEGATIVE_ZERO, collected, flag, found_by_thread, write
-from sae_train.kernels.numba_team import Kernel, at, bits_of, number, share, thread
+from sae_train.kernels.numba_team import Kernel, at, bits_of, number, share, thread, wide
 
 
 def leading_of_rows(
@@ -39,6 +39,7 @@ def leading_of_rows(
 
 @njit
 def _raise(maximum_G, row_G):
+    wide()
     for group in range(len(row_G)):
         maximum_G[group] = max(maximum_G[group], row_G[group])
 
@@ -55,6 +56,7 @@ def _maxima(row_F, size: int, maximum_G):
 
 @njit
 def _n_reaching(number_G, least):
+    wide()
     n = int32(0)
     for group in range(len(number_G)):
         n = int32(n + (number_G[group] >= least))

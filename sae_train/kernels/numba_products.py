@@ -8,7 +8,7 @@ import torch
 from numba import carray, float32, int32, int64, njit, uint16
 from torch import Tensor
 
-from sae_train.kernels.numba_team import SUMS, Kernel, at, number, run, share
+from sae_train.kernels.numba_team import SUMS, Kernel, at, number, run, share, wide
 
 
 def bags(rows: Tensor, index_M: Tensor, weight_M: Tensor, start_B: Tensor) -> Tensor:
@@ -80,6 +80,7 @@ def _share_of_slots(start_B):
 
 @njit(fastmath={"contract"})
 def _add(out_D, row_D, weight):
+    wide()
     for d in range(len(out_D)):
         out_D[d] += weight * number(row_D[d])
 
@@ -87,6 +88,7 @@ def _add(out_D, row_D, weight):
 @njit(fastmath={"contract"})
 def _add_four(out_D, rows, row_4, weight_4):
     """Do what `_add` does four times, one after the other; what they add to is read and written once."""
+    wide()
     a_D, b_D, c_D, d_D = rows[row_4[0]], rows[row_4[1]], rows[row_4[2]], rows[row_4[3]]
     a, b, c, d = weight_4
     for i in range(len(out_D)):
@@ -136,6 +138,7 @@ def _bags_bf16(words):
 @njit(fastmath=SUMS)
 def _four_products(x_D, a_D, b_D, c_D, d_D):
     """Return the products of one row with four, whose sums have the same order: places among the four are alike."""
+    wide()
     a, b, c, d = float32(0), float32(0), float32(0), float32(0)
     for i in range(len(x_D)):
         x = number(x_D[i])

@@ -8,7 +8,7 @@ import torch
 from numba import carray, float32, njit, uint16, uint32
 from torch import Tensor
 
-from sae_train.kernels.numba_team import SUMS, Kernel, at, run, share, thread
+from sae_train.kernels.numba_team import SUMS, Kernel, at, run, share, thread, wide
 
 
 def rounded(rows_RD: Tensor, last_R: Tensor, *, padded: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,6 +37,7 @@ def nearest(bits):
 
 @njit
 def _round(bits_D, kept_D, bf16_P):
+    wide()
     for d in range(len(bits_D)):
         kept_D[d] = nearest(bits_D[d])
         bf16_P[d] = kept_D[d] >> uint32(16)
@@ -44,6 +45,7 @@ def _round(bits_D, kept_D, bf16_P):
 
 @njit(fastmath=SUMS)
 def _norms(row_D, kept_D):
+    wide()
     square, missed = float32(0), float32(0)
     for d in range(len(row_D)):
         square += row_D[d] * row_D[d]

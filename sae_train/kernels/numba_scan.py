@@ -10,7 +10,7 @@ import torch
 from numba import carray, float32, int64, njit, uint8, uint16, uint64
 from torch import Tensor
 
-from sae_train.kernels.numba_team import Kernel, at, run, share, thread
+from sae_train.kernels.numba_team import Kernel, at, run, share, thread, wide
 
 INFINITY, NEGATIVE_ZERO, LAST = 0x7F80, 0x8000, 0xFFFF
 """Bits of bf16 numbers; the last is none."""
@@ -83,12 +83,14 @@ def found_by_thread(words):
 @njit
 def flag(row_F, low, high, flag_F):
     """Flag the entries of a row that are between two."""
+    wide()
     for feature in range(len(row_F)):
         flag_F[feature] = (row_F[feature] >= low) & (row_F[feature] <= high)
 
 
 @njit
 def _flag_each(row_F, low_F, high_F, flag_F):
+    wide()
     for feature in range(len(row_F)):
         flag_F[feature] = (row_F[feature] >= low_F[feature]) & (row_F[feature] <= high_F[feature])
 

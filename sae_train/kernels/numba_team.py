@@ -104,6 +104,42 @@ def at(typing_context, address):
     return types.voidptr(types.int64), code
 
 
+_WIDE = '"prefer-vector-width"="512"'
+
+
+def _can_be_wide() -> bool:
+    """Return whether functions may ask for vectors of 512 bits, on processors that lose no clock by them.
+
+    Those with AMX, for which LLVM chooses 256 all the same. llvmlite has a list of attributes that does not know the
+    one that says so; whether it takes it by the way that `wide` goes is tried on an empty function.
+    """
+    if not binding.get_host_cpu_features().get("amx-bf16", False):
+        return False
+    module = ir.Module()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), []), "tried")
+    ir.IRBuilder(function.append_basic_block()).ret_void()
+    try:
+        set.add(function.attributes, _WIDE)
+        return _WIDE in str(binding.parse_assembly(str(module)))
+    except (TypeError, RuntimeError):
+        return False
+
+
+_IS_WIDE = _can_be_wide()
+
+
+@intrinsic
+def wide(typing_context):
+    """Let the loops of the function that calls this use vectors of 512 bits where that is faster."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if _IS_WIDE:
+            set.add(builder.function.attributes, _WIDE)
+        return context.get_dummy_value()
+
+    return types.void(), code
+
+
 @njit
 def share(n: int):
     """Return lo, hi of this thread's part of n."""
@@ -138,6 +174,7 @@ def bits_of(typing_context, number):
 @njit(fastmath=SUMS)
 def product(a_D, b_D):
     """Return the inner product of two rows of fp32."""
+    wide()
     total = float32(0)
     for d in range(len(a_D)):
         total += a_D[d] * b_D[d]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_train.kernels.affine import affine
 from sae_train.kernels.backend import has_numba, uses_numba
-from sae_train.kernels.matches import few_reaching, flat_reaching
+from sae_train.kernels.matches import few_reaching, flat_reaching, kept
 from sae_train.kernels.products import row_products
 from sae_train.kernels.radix import positive
 
@@ -138,8 +138,7 @@ class Screened:
             index = flat_reaching(whole_NF, positive(bound))
             return index, whole_NF.reshape(-1)[index]
         value = self.exact(index)
-        kept = (value >= self._of_entries(positive(bound), index)).nonzero().squeeze(1)
-        return index[kept], value[kept]
+        return kept(index, value, value >= self._of_entries(positive(bound), index))
 
     def above(self, bound_F: Tensor, *, most: float) -> tuple[Tensor, Tensor] | None:
         """Return flat index (ascending) and exact value of the entries above their feature's bound, positive or not.
@@ -151,8 +150,7 @@ class Screened:
         if index is None:
             return None
         value = self.exact(index)
-        kept = (value > self._of_entries(bound_1F, index)).nonzero().squeeze(1)
-        return index[kept], value[kept]
+        return kept(index, value, value > self._of_entries(bound_1F, index))
 
     def _near_to_both(self, index_C: Tensor, bound: Tensor) -> Tensor:
         """Return the candidates that the smaller of their token's and their feature's error leaves."""

@@ -81,7 +81,7 @@ def select_few_above(pre_NF: PreActivations, bound_F: Tensor, *, most: float) ->
     """
     if isinstance(pre_NF, Screened):
         found = pre_NF.above(bound_F, most=most)
-        return None if found is None else pack(*found, shape=pre_NF.shape, capacity=None)
+        return None if found is None else pack(*found, None, shape=pre_NF.shape, capacity=None)
     keep_NF = pre_NF > bound_F
     return None if int(keep_NF.count_nonzero()) > most else select_where(pre_NF, keep_NF)
 
@@ -89,4 +89,4 @@ def select_few_above(pre_NF: PreActivations, bound_F: Tensor, *, most: float) ->
 def select_where(pre_NF: Tensor, keep_NF: Tensor) -> Matches:
     """Keep the entries where `keep_NF` holds, positive or not; as many slots as matches: waits for the device."""
     index = flat_nonzero(keep_NF)
-    return pack(index, pre_NF.reshape(-1)[index], shape=(pre_NF.shape[0], pre_NF.shape[1]), capacity=None)
+    return pack(index, pre_NF.reshape(-1)[index], None, shape=(pre_NF.shape[0], pre_NF.shape[1]), capacity=None)
