@@ -70,7 +70,7 @@ def gradients(loss: Tensor, s: Setting) -> list[Tensor]:
 
 def test_reconstruction_loss_is_global() -> None:
     x, x_hat = torch.ones(3, 2), torch.zeros(3, 2)
-    assert float(reconstruction_loss(x, x_hat, n_tokens=12)) == 0.5
+    assert float(reconstruction_loss(x, x_hat, n_tokens=12)) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("n_dead", [1, 3, 5, 17, 40])

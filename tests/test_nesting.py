@@ -16,7 +16,7 @@ from sae_train.ranks import Ranks, Solo
 from sae_train.sae.code import SparseCode
 from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.losses import reconstruction_loss
-from sae_train.sae.nesting import decode_prefixes, nested_loss, prefix_sizes
+from sae_train.sae.nesting import decode_prefixes, prefix_sizes
 
 D_MODEL, FEATURES = 5, 12
 
@@ -71,7 +71,7 @@ def test_each_prefix_is_a_decode_of_its_own(case: tuple[torch.Tensor, tuple[int,
 
     fast_NF = dense_NF.clone().requires_grad_()
     prefixes = decode_prefixes(dictionary, code_of(fast_NF, spare=spare), sizes, ranks=Solo())
-    fast = nested_loss(x_ND, prefixes, n_tokens=7)
+    fast = reconstruction_loss(x_ND, prefixes, n_tokens=7)
     fast.backward()
     assert prefixes.shape == (len(sizes), len(dense_NF), D_MODEL)
     torch.testing.assert_close(fast, slow)

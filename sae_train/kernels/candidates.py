@@ -40,17 +40,17 @@ def select_batch(
     cut = kth_largest(value, budget, ranks)
     hint.cut = cut
     above, tied = value > cut, value == cut
+    n_tied = tied.count_nonzero()
     left = ties_kept(
-        above.sum(),
-        tied.sum(),
+        above.count_nonzero(),
+        n_tied,
         lambda: index[tied],
         budget=budget,
         shape=(n_tokens, width),
         n_features=n_features,
         ranks=ranks,
     )
-    n_tied = int(tied.sum())
-    keep = value >= cut if int(left) >= n_tied else above | (tied & (tied.cumsum(0) <= left))
+    keep = value >= cut if bool(left >= n_tied) else above | (tied & (tied.cumsum(0) <= left))
     return pack(index, value, keep, shape=(n_tokens, width), capacity=capacity)
 
 

@@ -20,6 +20,14 @@ def along_rows(gradient_FD: Tensor, weight_FD: Tensor) -> tuple[Tensor, Tensor]:
     return along_F, square_F
 
 
+def squares(rows_FD: Tensor) -> Tensor:
+    """Return the squared norm of each row [F]; fp32."""
+    n_rows, width = rows_FD.shape
+    square_F = rows_FD.new_empty(n_rows)
+    run(_squares, n_rows, width, rows_FD.contiguous(), square_F)
+    return square_F
+
+
 def move(
     weight_FD: Tensor,
     gradient_FD: Tensor,
@@ -67,6 +75,14 @@ def _along_rows(words):
     for row in range(low, high):
         along_F[row] = product(gradient_FD[row], weight_FD[row])
         square_F[row] = _square_beside(gradient_FD[row], weight_FD[row], along_F[row])
+
+
+@Kernel
+def _squares(words):
+    rows_FD, square_F = carray(at(words[2]), (words[0], words[1]), float32), carray(at(words[3]), words[0], float32)
+    low, high = share(words[0])
+    for row in range(low, high):
+        square_F[row] = product(rows_FD[row], rows_FD[row])
 
 
 @njit(error_model="numpy", fastmath={"contract"})  # nothing is raised, so that loops vectorise

@@ -123,12 +123,11 @@ def _pack(words):
     bound = 0 if last < 0 else index_C[last] // n_features + 1  # the first that no earlier thread sets
     for entry in range(low, high):
         if keep_C[entry]:
-            token = index_C[entry] // n_features
-            while bound <= token:
+            while index_C[entry] >= bound * n_features:
                 start_N[bound] = slot
                 bound += 1
-            value_M[slot], token_M[slot] = value_C[entry], token
-            feature_M[slot] = index_C[entry] - token * n_features
+            value_M[slot], token_M[slot] = value_C[entry], bound - 1
+            feature_M[slot] = index_C[entry] - (bound - 1) * n_features
             slot += 1
     if _set(keep_C[high:]) == 0:  # what is left over: of several threads that see no more all write the same
         while bound < n_bounds:

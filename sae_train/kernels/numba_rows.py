@@ -28,6 +28,13 @@ def rounded(rows_RD: Tensor, last_R: Tensor, *, padded: int) -> tuple[Tensor, Te
     return bf16_RP, norm_R, missed_R
 
 
+def bf16(rows_RD: Tensor) -> Tensor:
+    """Return fp32 rows in bf16 [R, D]."""
+    bf16_RD = torch.empty_like(rows_RD, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+    run(_bf16, *rows_RD.shape, rows_RD.contiguous(), bf16_RD)
+    return bf16_RD
+
+
 @njit
 def nearest(bits):
     """Return the bits of the nearest bf16 as an fp32, ties to even; a NaN stays one."""
@@ -41,6 +48,22 @@ def _round(bits_D, kept_D, bf16_P):
     for d in range(len(bits_D)):
         kept_D[d] = nearest(bits_D[d])
         bf16_P[d] = kept_D[d] >> uint32(16)
+
+
+@njit
+def _round_alone(bits_D, bf16_D):
+    wide()
+    for d in range(len(bits_D)):
+        bf16_D[d] = nearest(bits_D[d]) >> uint32(16)
+
+
+@Kernel
+def _bf16(words):
+    bits_RD = carray(at(words[2]), (words[0], words[1]), uint32)
+    bf16_RD = carray(at(words[3]), (words[0], words[1]), uint16)
+    low, high = share(words[0])
+    for row in range(low, high):
+        _round_alone(bits_RD[row], bf16_RD[row])
 
 
 @njit(fastmath=SUMS)

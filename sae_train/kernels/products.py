@@ -103,7 +103,13 @@ def sums_by_feature(value_MC: Tensor, feature_M: Tensor, *, n_features: int) -> 
 
 def _read_rows(rows: Tensor, precision: str) -> Tensor:
     """Return rows as products read them: rounded to bf16 where the precision says so."""
-    return rows.bfloat16() if precision == "bf16" and rows.dtype == torch.float32 else rows
+    if precision != "bf16" or rows.dtype != torch.float32:
+        return rows
+    if uses_numba(rows):
+        from sae_train.kernels import numba_rows
+
+        return numba_rows.bf16(rows)
+    return rows.bfloat16()
 
 
 def _used_slots(start_N: Tensor, slots: int) -> int:
@@ -164,7 +170,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, feature, token, start_N = ctx.saved_tensors
-        grad = torch.where(_is_used(start_N, len(feature)), grads[0], 0)
+        grad = _of_used_slots(grads[0], start_N)
         order, start_F = ctx.order(feature, ctx.n_features)
         rows_ND = _read_rows(x_ND, ctx.precision)
         grad_W, grad_b = _bags_and_totals(rows_ND, token, grad, start_F, order, ctx.spare)
@@ -193,7 +199,7 @@ class _OfFeatures(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         feature, token, start_N = ctx.saved_tensors
-        grad = torch.where(_is_used(start_N, len(feature)), grads[0], 0)
+        grad = _of_used_slots(grads[0], start_N)
         ones_N1 = grad.new_ones(len(start_N) - 1, 1)
         order, start_F = by_feature(feature, ctx.n_features)
         return _bags_and_totals(ones_N1, token, grad, start_F, order, Spare())[1], None, None, None
@@ -218,7 +224,7 @@ def _row_products(rows_ND: Tensor, W_FD: Tensor, feature: Tensor, token: Tensor,
         product = torch.sparse.sampled_addmm(places, rows_ND, W_FD.t(), beta=0).values()
         return torch.nn.functional.pad(product, (0, len(feature) - used))
     product = torch.ops.aten._embedding_bag_per_sample_weights_backward(rows_ND, W_FD, feature, start_N, token, 0, -1)
-    return torch.where(_is_used(start_N, len(feature)), product, 0)
+    return _of_used_slots(product, start_N)
 
 
 @functools.cache
@@ -229,8 +235,12 @@ def _hear_warning_of_sparse_matrices() -> None:
         torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), check_invariants=False)
 
 
-def _is_used(start_N: Tensor, slots: int) -> Tensor:
-    return torch.arange(slots, device=start_N.device) < start_N[-1]
+def _of_used_slots(value_M: Tensor, start_N: Tensor) -> Tensor:
+    """Return the values of the slots that hold a match, and 0 in the others."""
+    if value_M.device.type == "cpu" and _used_slots(start_N, len(value_M)) == len(value_M):
+        return value_M
+    is_used = torch.arange(len(value_M), device=start_N.device) < start_N[-1]
+    return torch.where(is_used, value_M, 0)
 
 
 def _bags_and_totals(

@@ -42,6 +42,10 @@ class SparseCode:
     def n_tokens(self) -> int:
         return len(self.start) - 1
 
+    def _all_fire(self) -> bool:
+        """Return whether every slot holds a match with a positive value, where that costs nothing to know."""
+        return self.value.device.type == "cpu" and bool((self.value.detach() > 0).all())
+
     def used(self) -> Tensor:
         """[M] bool: which slots hold a match."""
         return torch.arange(len(self.value), device=self.value.device) < self.count
@@ -55,12 +59,16 @@ class SparseCode:
 
     def l0(self) -> Tensor:
         """[N] int32: how many features fire on each token (value > 0)."""
+        if self._all_fire():
+            return self.start.diff()
         fires = (self.value.detach() > 0).int()
         before = torch.cat([fires.new_zeros(1), fires.cumsum(0, dtype=torch.int32)])
         return before[self.start.long()].diff()
 
     def firing_counts(self) -> Tensor:
         """[F] int64: on how many tokens each feature fires (value > 0)."""
+        if self._all_fire():
+            return self.order(self.feature, self.n_features)[1].diff().long()
         fires = (self.value.detach() > 0).long()
         return torch.zeros(self.n_features, dtype=torch.int64, device=self.value.device).index_add_(
             0, self.feature.long(), fires

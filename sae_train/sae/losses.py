@@ -29,28 +29,39 @@ def reconstruction_loss(x_ND: Tensor, x_hat_ND: Tensor, *, n_tokens: int) -> Ten
 
     On inputs of mean squared norm 1 about their centre this is the share of the variance that is missed. Gradients
     reach x_hat alone.
+
+    Args:
+        x_ND: activations.
+        x_hat_ND: their reconstruction, or several [G, N, D], each of which is a summand.
+        n_tokens: of the global batch.
     """
-    return squared_error(x_ND, x_hat_ND) / n_tokens
+    return squared_error(x_hat_ND, missed(x_ND, x_hat_ND)) / n_tokens
 
 
-def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Return the sum of squared differences of tensors that broadcast to x_hat's shape; differentiable in x_hat."""
-    return applied(_SquaredError, x_hat, x)
+@torch.no_grad()
+def missed(x: Tensor, x_hat: Tensor) -> Tensor:
+    """Return x - x_hat, without a graph."""
+    return x - x_hat
+
+
+def squared_error(x_hat: Tensor, error: Tensor) -> Tensor:
+    """Return the sum of squares of `error`, which is what x_hat has `missed`; differentiable in x_hat."""
+    return applied(_SquaredError, x_hat, error)
 
 
 class _SquaredError(torch.autograd.Function):
-    """Two tensors of the inputs' size forward and one backward, where torch's own operations make six."""
+    """One tensor of the inputs' size, backward, where torch's own operations make five."""
 
     @staticmethod
-    def forward(ctx: Any, x_hat: Tensor, x: Tensor) -> Tensor:
-        error = x_hat - x
+    def forward(ctx: Any, x_hat: Tensor, error: Tensor) -> Tensor:
         ctx.save_for_backward(error)
-        return error.square().sum()
+        norms: Tensor = torch.linalg.vector_norm(error, dim=-1)
+        return norms.square().sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (error,) = ctx.saved_tensors
-        return error * (2 * grads[0]), None
+        return error * (-2 * grads[0]), None
 
 
 class AuxLoss:
@@ -109,7 +120,8 @@ class AuxLoss:
         code = SparseCode(**matches._asdict(), shape=(len(x_ND),), n_features=dictionary.n_features)
         code = dictionary.attach(x_ND, code)
         code = replace(code, value=code.value * underuse_F[code.feature.long()])
-        error = squared_error(residual_ND, dictionary.decode(code, ranks=ranks, bias=False))
+        x_hat_ND = dictionary.decode(code, ranks=ranks, bias=False)
+        error = squared_error(x_hat_ND, missed(residual_ND, x_hat_ND))
         variance = _total_variance(residual_ND, ranks.data)
         scale = (n_taking_part / self.slots).clamp(max=1)
         factor = torch.where(variance > 0, self.weight * scale / torch.where(variance > 0, variance, 1), 0)

@@ -14,7 +14,7 @@ from sae_train.errors import ConfigError
 from sae_train.ranks import Ranks
 from sae_train.sae.code import Code, DenseCode
 from sae_train.sae.dictionary import Dictionary, sum_of_shares
-from sae_train.sae.losses import reconstruction_loss, squared_error
+from sae_train.sae.losses import missed, squared_error
 
 SEARCHED = 4096
 """How far from the given n_features one that all prefixes divide is looked for."""
@@ -50,7 +50,9 @@ def _sizes(shares: list[float], n_features: int) -> tuple[int, ...] | None:
 def reconstruct(
     dictionary: Dictionary, x_ND: Tensor, code: Code, *, sizes: tuple[int, ...], n_tokens: int, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
-    """Return the reconstruction from all features [N, D], and the loss: the sum over prefixes, a scalar.
+    """Return what the reconstruction from all features misses [N, D], x - x_hat without a graph, and the loss.
+
+    That is the sum of `reconstruction_loss` over prefixes, a scalar.
 
     Args:
         sizes: of the prefixes, as `prefix_sizes` gives them.
@@ -58,9 +60,11 @@ def reconstruct(
     """
     if len(sizes) == 1:
         x_hat_ND = dictionary.decode(code, ranks=ranks)
-        return x_hat_ND, reconstruction_loss(x_ND, x_hat_ND, n_tokens=n_tokens)
+        error_ND = missed(x_ND, x_hat_ND)
+        return error_ND, squared_error(x_hat_ND, error_ND) / n_tokens
     prefixes_GND = decode_prefixes(dictionary, code, sizes, ranks=ranks)
-    return prefixes_GND[-1], nested_loss(x_ND, prefixes_GND, n_tokens=n_tokens)
+    error_GND = missed(x_ND, prefixes_GND)
+    return error_GND[-1], squared_error(prefixes_GND, error_GND) / n_tokens
 
 
 def decode_prefixes(dictionary: Dictionary, code: Code, sizes: tuple[int, ...], *, ranks: Ranks) -> Tensor:
@@ -94,8 +98,3 @@ def decode_prefixes(dictionary: Dictionary, code: Code, sizes: tuple[int, ...], 
 def _prefixes(groups_NGD: Tensor, ranks: Ranks) -> Tensor:
     """Return the running sums over groups, of all ranks' features [G, N, D]."""
     return sum_of_shares(groups_NGD, ranks).cumsum(1).transpose(0, 1)
-
-
-def nested_loss(x_ND: Tensor, prefixes_GND: Tensor, *, n_tokens: int) -> Tensor:
-    """Return the sum over prefixes of `reconstruction_loss`, a scalar."""
-    return squared_error(x_ND, prefixes_GND) / n_tokens

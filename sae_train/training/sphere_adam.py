@@ -45,7 +45,15 @@ class SphereAdam(Adam):
         """Do nothing: `step` did."""
 
     def _square(self, name: str, gradient: Tensor) -> Tensor:
-        return self._square_F.double().sum() if name == "W_dec" else super()._square(name, gradient)
+        if name == "W_dec":
+            square_F: Tensor = self._square_F
+        elif gradient.dim() == 2 and uses_numba(gradient):
+            from sae_train.kernels import numba_adam
+
+            square_F = numba_adam.squares(gradient)
+        else:
+            return super()._square(name, gradient)
+        return square_F.double().sum()
 
     def _move(
         self, names: list[str], given: dict[str, Tensor], *, lr: float, scale: Tensor | None, halted: Tensor

@@ -142,8 +142,7 @@ class Trainer:
             gradient_ND = ranks.features.gather(own_gradient_ND).flatten(0, 1)
             self.sparsifier.heed(dictionary.slopes(gradient_ND))
         code, penalty = self.sparsifier.encode(dictionary, x_ND, pre_NF, moment=moment, firing=self.firing, ranks=ranks)
-        x_hat_ND, loss = self._reconstruct(x_ND, code)
-        error_ND = (x_ND - x_hat_ND).detach()
+        error_ND, loss = self._reconstruct(x_ND, code)
         self.sparsifier.observe(dictionary, code, error_ND, moment=moment, ranks=ranks)
         aux, total = None, loss
         if self.aux_loss is not None:
@@ -184,7 +183,7 @@ class Trainer:
         return own_ND.contiguous(), gradient_ND.contiguous()
 
     def _reconstruct(self, x_ND: Tensor, code: Code) -> tuple[Tensor, Tensor]:
-        """Return the reconstruction from all features, and the loss."""
+        """Return what the reconstruction from all features misses, without a graph, and the loss."""
         kept, n_tokens = self.sparsifier.kept(code), self.plan.batch_tokens
         return reconstruct(self.dictionary, x_ND, kept, sizes=self.prefixes, n_tokens=n_tokens, ranks=self.ranks)
 
