@@ -38,6 +38,7 @@ def add_step(totals: Totals, seed: int) -> tuple[torch.Tensor, torch.Tensor, Spa
     loss = error.square().sum() / 20
     totals.add(
         x_ND=x,
+        norm_N=x.norm(dim=1),
         error_ND=error,
         l0_N=code.start.diff().long(),
         code=code,

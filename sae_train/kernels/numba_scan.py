@@ -10,7 +10,7 @@ import torch
 from numba import carray, float32, int64, njit, uint8, uint16, uint64
 from torch import Tensor
 
-from sae_train.kernels.numba_team import Kernel, at, run, share, thread, wide
+from sae_train.kernels.numba_team import Kernel, at, first_bit, run, share, thread, wide
 
 INFINITY, NEGATIVE_ZERO, LAST = 0x7F80, 0x8000, 0xFFFF
 """Bits of bf16 numbers; the last is none."""
@@ -104,12 +104,12 @@ def write(flag_F, first: int, index_C, n_found: int):
     """
     word_W = flag_F.view(uint64)
     for word in range(len(word_W)):
-        if word_W[word] != 0:
-            for place in range(word * WORD, word * WORD + WORD):
-                if flag_F[place] != 0:
-                    if n_found < len(index_C):
-                        index_C[n_found] = first + place
-                    n_found += 1
+        flags = word_W[word]
+        while flags != 0:
+            if n_found < len(index_C):
+                index_C[n_found] = first + word * WORD + (first_bit(flags) >> 3)
+            n_found += 1
+            flags &= flags - uint64(1)
     return n_found
 
 

@@ -162,6 +162,16 @@ def number(typing_context, bits):
 
 
 @intrinsic
+def first_bit(typing_context, word):
+    """Return the place of the lowest bit that is set, of a word that is not 0."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return (types.int64(types.uint64), code) if word == types.uint64 else None
+
+
+@intrinsic
 def bits_of(typing_context, number):
     """Return an fp32 as its bits."""
 

@@ -41,8 +41,7 @@ def decode(
         spare: where the gradient of W is to be written, if memory is to be used again; `attach` alike.
         precision: of rows that are read, bf16, or float32 for that of W; `attach` alike.
     """
-    used = _used_slots(start_N, len(value_M))
-    value, feature, token = (t.narrow(0, 0, used) for t in (value_M, feature_M, token_M))
+    value, feature, token = _of_matches(start_N, value_M, feature_M, token_M)
     shared = order or FeatureOrder(), spare or Spare()
     return applied(_Decode, value, W_FD, feature, token, start_N, *shared, precision)
 
@@ -61,13 +60,12 @@ def attach(
     precision: str = "float32",
 ) -> Tensor:
     """Return `value_M`, which holds x W^T + b at the matches, with the graph of that product for W and b."""
-    used = _used_slots(start_N, len(value_M))
-    value, feature, token = (t.narrow(0, 0, used) for t in (value_M, feature_M, token_M))
+    value, feature, token = _of_matches(start_N, value_M, feature_M, token_M)
     shared = order or FeatureOrder(), spare or Spare()
     attached = applied(_Attach, value, W_FD, b_F, x_ND, feature, token, start_N, *shared, precision)
-    if used == len(value_M):
+    if len(value) == len(value_M):
         return attached
-    return torch.cat([attached, value_M[used:].detach()])
+    return torch.cat([attached, value_M[len(value) :].detach()])
 
 
 def attach_dense(pre_NF: Tensor, x_ND: Tensor, W_FD: Tensor, b_F: Tensor) -> Tensor:
@@ -110,6 +108,13 @@ def _read_rows(rows: Tensor, precision: str) -> Tensor:
 
         return numba_rows.bf16(rows)
     return rows.bfloat16()
+
+
+def _of_matches(start_N: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+    """Return what slots hold, [M] each: of the slots to work on."""
+    slots = len(given[0])
+    used = _used_slots(start_N, slots)
+    return given if used == slots else tuple(each.narrow(0, 0, used) for each in given)
 
 
 def _used_slots(start_N: Tensor, slots: int) -> int:
@@ -237,7 +242,7 @@ def _hear_warning_of_sparse_matrices() -> None:
 
 def _of_used_slots(value_M: Tensor, start_N: Tensor) -> Tensor:
     """Return the values of the slots that hold a match, and 0 in the others."""
-    if value_M.device.type == "cpu" and _used_slots(start_N, len(value_M)) == len(value_M):
+    if start_N.device.type == "cpu" and int(start_N[-1]) == len(value_M):
         return value_M
     is_used = torch.arange(len(value_M), device=start_N.device) < start_N[-1]
     return torch.where(is_used, value_M, 0)

@@ -44,7 +44,7 @@ class SparseCode:
 
     def _all_fire(self) -> bool:
         """Return whether every slot holds a match with a positive value, where that costs nothing to know."""
-        return self.value.device.type == "cpu" and bool((self.value.detach() > 0).all())
+        return self.value.device.type == "cpu" and len(self.value) > 0 and float(self.value.detach().min()) > 0
 
     def used(self) -> Tensor:
         """[M] bool: which slots hold a match."""

@@ -143,7 +143,7 @@ class Dictionary(nn.Module):
             places = code.feature, code.token, code.start
             rows_ND = self.bags(code, W_dec, *places)
         rows_ND = sum_of_shares(rows_ND, ranks)
-        return rows_ND + b_dec if bias else rows_ND
+        return rows_ND.add_(b_dec) if bias else rows_ND
 
     def bags(self, code: SparseCode, W_dec: Tensor, feature_M: Tensor, bag_M: Tensor, start_B: Tensor) -> Tensor:
         """Return what each bag of the code's matches adds up to [B, D], of decoder rows; differentiable."""

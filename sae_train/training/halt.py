@@ -20,16 +20,16 @@ class Halt:
         self._facts = torch.zeros(len(FACTS), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def watch(self, *, step: int, loss: Tensor, grad_norm: Tensor, x_ND: Tensor) -> None:
-        """Look at a step's loss and gradient norm (scalars, over all ranks) and at this rank's activations."""
-        norm_N = x_ND.norm(dim=1).double()
+    def watch(self, *, step: int, loss: Tensor, grad_norm: Tensor, norm_N: Tensor) -> None:
+        """Look at a step's loss and gradient norm (scalars, over all ranks) and at this rank's activations' norms."""
+        norm_N = norm_N.double()
         facts = torch.stack([
             torch.full_like(grad_norm, step, dtype=torch.float64),
             loss.double(),
             grad_norm.double(),
             (~norm_N.isfinite()).sum().double(),
             norm_N.nan_to_num(nan=0.0, posinf=0.0).max(),
-            torch.full_like(grad_norm, len(x_ND), dtype=torch.float64),
+            torch.full_like(grad_norm, len(norm_N), dtype=torch.float64),
         ])  # fmt: skip
         bad = ~(loss.isfinite() & grad_norm.isfinite())
         self._facts = torch.where(self.flag | ~bad, self._facts, facts)

@@ -35,6 +35,7 @@ class Totals:
         self,
         *,
         x_ND: Tensor,
+        norm_N: Tensor,
         error_ND: Tensor,
         l0_N: Tensor,
         code: Code,
@@ -47,14 +48,15 @@ class Totals:
 
         Args:
             x_ND, error_ND, l0_N: of the tokens that this rank harvested.
+            norm_N: of x_ND.
             code: of the tokens and features that it holds.
             loss, aux: its shares; over all ranks they sum to the whole.
             budget: expected number of matches of its tokens.
         """
         value = code.value.detach().flatten()
         device_values = [
-            _sum_of_squares(error_ND),
-            _sum_of_squares(x_ND),
+            _sum_of_squares(torch.linalg.vector_norm(error_ND, dim=1)),
+            _sum_of_squares(norm_N),
             loss.detach().double(),
             torch.zeros_like(loss, dtype=torch.float64) if aux is None else aux.detach().double(),
             l0_N.sum().double(),
@@ -112,8 +114,7 @@ class Totals:
                 own.copy_(stacked.min(0).values if name == "least_kept" else stacked.sum(0))
 
 
-def _sum_of_squares(rows_ND: Tensor) -> Tensor:
-    norm_N: Tensor = torch.linalg.vector_norm(rows_ND, dim=1)
+def _sum_of_squares(norm_N: Tensor) -> Tensor:
     return norm_N.double().square().sum()
 
 

@@ -150,7 +150,8 @@ class Trainer:
         for part in (aux, penalty):
             total = total if part is None else total + part
         total.backward()
-        grad_norm = self._update(loss.detach(), own_ND)
+        norm_N: Tensor = torch.linalg.vector_norm(own_ND, dim=1)
+        grad_norm = self._update(loss.detach(), norm_N)
         self.firing.update(code, n_tokens=self.plan.batch_tokens, ranks=ranks)
         lost = self._learning_rate(self.tokens, decays=False) - moment.learning_rate
         self.sparsifier.revive(dictionary, firing=self.firing, lost_rate=lost, halted=self.halt.flag)
@@ -158,6 +159,7 @@ class Trainer:
         own = slice(first, first + len(own_ND))
         self.totals.add(
             x_ND=own_ND,
+            norm_N=norm_N,
             error_ND=error_ND[own],
             l0_N=ranks.features.sum(code.l0())[own].long(),
             code=code,
@@ -275,8 +277,13 @@ class Trainer:
             total_tokens=plan.total_tokens,
         )
 
-    def _update(self, loss: Tensor, own_ND: Tensor) -> Tensor:
-        """Sum gradients over ranks, project, clip, step, renormalise; return the gradient's norm."""
+    def _update(self, loss: Tensor, norm_N: Tensor) -> Tensor:
+        """Sum gradients over ranks, project, clip, step, renormalise; return the gradient's norm.
+
+        Args:
+            loss: this rank's share.
+            norm_N: of this rank's activations.
+        """
         for parameter in self.dictionary.parameters():
             if parameter.grad is not None:
                 self.ranks.data.sum_in_place(parameter.grad)
@@ -285,7 +292,7 @@ class Trainer:
             parameter.grad = self.ranks.features.broadcast(parameter.grad, 0)
         self.optimizer.project()
         norm = self.optimizer.gradient_norm(self.ranks)
-        self.halt.watch(step=self.n_done, loss=self.ranks.data.sum(loss), grad_norm=norm, x_ND=own_ND)
+        self.halt.watch(step=self.n_done, loss=self.ranks.data.sum(loss), grad_norm=norm, norm_N=norm_N)
         self.optimizer.step(lr=self._learning_rate(self.tokens), norm=norm, halted=self.halt.flag)
         self.optimizer.normalise()
         return norm
