@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sae_train.kernels.backend import uses_numba
+from sae_train.kernels.backend import has_numba, uses_numba
 from sae_train.kernels.hint import Hint
 from sae_train.kernels.matches import Matches, flat_reaching, kept, pack
 from sae_train.kernels.owners import column_cuts, row_cuts, row_slots
@@ -89,7 +89,8 @@ def select_columns(pre_NF: PreActivations, *, budget_F: Tensor, capacity: int, r
     n_tokens, n_features = pre_NF.shape
     local_F = budget_F.clamp(max=n_tokens)
     if isinstance(pre_NF, Screened):
-        low_1F = pre_NF.lows(_column_bounds(_column_maxima(pre_NF.bits_NF), local_F), pre_NF.error_1F)
+        by_eight = _column_maxima(pre_NF.bits_NF)
+        low_1F = pre_NF.lows(_column_bounds_of_bits(by_eight, local_F), pre_NF.error_1F)
         bound_1F = torch.fmax(low_1F, low_1F.new_zeros(()))
         index, value = pre_NF.reaching(bound_1F, pre_NF.error_1F)
     else:
@@ -190,6 +191,15 @@ def _kth_of_rows(rows_NL: Tensor, k: int) -> Tensor:
         return rows_NL.new_zeros(len(rows_NL), 1)
     known_NL = torch.fmax(rows_NL, rows_NL.new_zeros(()))  # topk takes NaN for the largest
     return known_NL.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+
+
+def _column_bounds_of_bits(by_eight: Tensor, local_F: Tensor) -> Tensor:
+    """Return what `_column_bounds` does for the bits of bf16; where Numba compiles, from groups of 8 throughout."""
+    if not has_numba(by_eight.device):
+        return _column_bounds(by_eight, local_F)
+    from sae_train.kernels import numba_leading
+
+    return numba_leading.kth_of_columns(by_eight, local_F).unsqueeze(0)
 
 
 def _column_bounds(by_eight: Tensor, local_F: Tensor) -> Tensor:

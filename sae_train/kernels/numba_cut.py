@@ -22,6 +22,21 @@ def kth_largest(value_C: Tensor, k: int) -> Tensor:
     return cut
 
 
+def reaching(index_C: Tensor, value_C: Tensor, bound: Tensor, *, n_features: int) -> Tensor:
+    """Return which entries reach the bound of their token, or of their feature [C] bool.
+
+    Args:
+        index_C: ascending flat index.
+        value_C: fp32.
+        bound: fp32 [N, 1] or [1, F].
+        n_features: F.
+    """
+    keep_C, is_per_feature = torch.empty(len(index_C), dtype=torch.bool), bound.shape == (1, n_features)
+    given = index_C.contiguous(), value_C.contiguous(), bound.contiguous()
+    run(_reaching, len(index_C), bound.numel(), n_features, int(is_per_feature), *given, keep_C)
+    return keep_C
+
+
 def kept(index_C: Tensor, value_C: Tensor, keep_C: Tensor) -> tuple[Tensor, Tensor]:
     """Return the entries that are to be kept, in order; see matches.kept."""
     n_kept = _n_kept(keep_C)
@@ -78,6 +93,20 @@ def _cut(words):
             moved_C[n_moved] = value_C[entry]
             n_moved += 1
     carray(at(words[5]), 1, float32)[0] = find(moved_C[:n_moved], missing)
+
+
+@Kernel
+def _reaching(words):
+    n_entries, n_bounds, n_features, is_per_feature = words[0], words[1], words[2], words[3]
+    index_C, value_C = carray(at(words[4]), n_entries, int64), carray(at(words[5]), n_entries, float32)
+    bound_B, keep_C = carray(at(words[6]), n_bounds, float32), carray(at(words[7]), n_entries, uint8)
+    low, high = share(n_entries)
+    token = index_C[low] // n_features if low < high else 0
+    for entry in range(low, high):
+        while index_C[entry] >= (token + 1) * n_features:
+            token += 1
+        place = index_C[entry] - token * n_features if is_per_feature else token
+        keep_C[entry] = value_C[entry] >= bound_B[place]
 
 
 @njit

@@ -1,16 +1,19 @@
-"""What could be among the k largest of each row of screened pre-activations, in one pass over them.
+"""What could be among the k largest of each row of screened pre-activations, in one pass over them; bounds of columns.
 
 Maxima over groups of a row bound its cut from below (candidates.py); while the row is in cache it is held against that.
-Letters: N tokens, F features, G groups, T threads.
+Letters: N tokens, F features, G groups, T threads, B columns of a block.
 """
 
 import torch
-from numba import carray, float32, int16, int32, njit, uint16, uint32
+from numba import carray, float32, int16, int32, int64, njit, uint16, uint32
 from torch import Tensor
 
 from sae_train.kernels.numba_rows import nearest
 from sae_train.kernels.numba_scan import INFINITY, NEGATIVE_ZERO, collected, flag, found_by_thread, write
-from sae_train.kernels.numba_team import Kernel, at, bits_of, number, share, thread, wide
+from sae_train.kernels.numba_team import Kernel, at, bits_of, number, run, share, thread, wide
+
+COLUMNS = 32
+"""Columns that are turned into rows together: as many bf16 as a cache line has."""
 
 
 def leading_of_rows(
@@ -35,6 +38,21 @@ def leading_of_rows(
     index = collected(_leading, *given, shape=(n_tokens, n_features))
     assert index is not None
     return bound_N.unsqueeze(1), index
+
+
+def kth_of_columns(maxima_GF: Tensor, k_F: Tensor) -> Tensor:
+    """Return the k_F[j]-th largest of each column, 0 where there are fewer positive ones, infinity's bits for k of 0.
+
+    Args:
+        maxima_GF: bits of bf16, int16.
+        k_F: int64.
+    """
+    n_groups, n_features = maxima_GF.shape
+    n_threads, bound_F = torch.get_num_threads(), torch.zeros(n_features, dtype=torch.int16)
+    moved_TBG = torch.empty(n_threads, COLUMNS, n_groups, dtype=torch.int16)
+    given = maxima_GF.contiguous(), k_F.contiguous(), moved_TBG, bound_F
+    run(_kth_of_columns, n_groups, n_features, n_threads, *given)
+    return bound_F
 
 
 @njit
@@ -78,6 +96,27 @@ def _kth_largest(number_G, k: int):
 def _clear_nans(number_G):
     for group in range(len(number_G)):
         number_G[group] = number_G[group] if number_G[group] <= int16(INFINITY) else int16(0)
+
+
+@Kernel
+def _kth_of_columns(words):
+    n_groups, n_features = words[0], words[1]
+    maxima_GF, k_F = carray(at(words[3]), (n_groups, n_features), int16), carray(at(words[4]), n_features, int64)
+    moved_BG = carray(at(words[5]), (words[2], COLUMNS, n_groups), int16)[thread()]
+    bound_F = carray(at(words[6]), n_features, int16)
+    begin, end = share(n_features)
+    for first in range(begin, end, COLUMNS):
+        width = min(COLUMNS, end - first)
+        for group in range(n_groups):
+            for column in range(width):
+                moved_BG[column, group] = maxima_GF[group, first + column]
+        for column in range(width):
+            _clear_nans(moved_BG[column])
+            k = k_F[first + column]
+            if k == 0:
+                bound_F[first + column] = int16(INFINITY)
+            elif k <= n_groups:
+                bound_F[first + column] = _kth_largest(moved_BG[column], k)
 
 
 @Kernel

@@ -138,7 +138,7 @@ class Screened:
             index = flat_reaching(whole_NF, positive(bound))
             return index, whole_NF.reshape(-1)[index]
         value = self.exact(index)
-        return kept(index, value, value >= self._of_entries(positive(bound), index))
+        return kept(index, value, self._reached(positive(bound), index, value))
 
     def above(self, bound_F: Tensor, *, most: float) -> tuple[Tensor, Tensor] | None:
         """Return flat index (ascending) and exact value of the entries above their feature's bound, positive or not.
@@ -159,6 +159,14 @@ class Screened:
         error_C = torch.minimum(error_N[token], error_F[index_C - token * self.shape[1]])
         near_bound_C = _lowered(self._of_entries(bound, index_C), error_C)
         return index_C[self.near_NF.reshape(-1)[index_C] >= near_bound_C]
+
+    def _reached(self, bound: Tensor, index_C: Tensor, value_C: Tensor) -> Tensor:
+        """Return which of these entries reach the bound, scalar, [N, 1] or [1, F]."""
+        if bound.dim() == 0 or not uses_numba(value_C, bound):
+            return value_C >= self._of_entries(bound, index_C)
+        from sae_train.kernels import numba_cut
+
+        return numba_cut.reaching(index_C, value_C, bound, n_features=self.shape[1])
 
     def _of_entries(self, bound: Tensor, index_C: Tensor) -> Tensor:
         """Return the bound, scalar, [N, 1] or [1, F], of each of these entries."""
