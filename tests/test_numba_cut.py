@@ -90,6 +90,11 @@ def test_entries_that_reach_the_bound_of_their_row_or_column(
     assert found.tolist() == (value >= bound.expand(n, f).reshape(-1)[index]).tolist()
 
 
+def test_the_bound_of_a_single_row_is_not_taken_for_its_first_columns() -> None:
+    bound = torch.tensor([0.5, 5.0, 5.0])[:1].view(1, 1)
+    assert numba_cut.reaching(torch.arange(3), torch.ones(3), bound, n_features=3).tolist() == [True] * 3
+
+
 @SMALL
 @given(
     n_groups=st.integers(1, 70),
@@ -103,9 +108,11 @@ def test_kth_of_columns(n_groups: int, n_features: int, few: list[float], seed: 
     drawn = torch.randn(n_groups, n_features, generator=generator)
     chosen = torch.tensor(few)[torch.randint(len(few), drawn.shape, generator=generator)]
     maxima = torch.where(torch.rand(drawn.shape, generator=generator) < 0.5, drawn, chosen).bfloat16()
+    bits = maxima.view(torch.int16)
+    bits = torch.where(maxima.isnan() & (drawn > 0), bits & 0x7FFF, bits)  # NaN of either sign
     k_F = torch.randint(n_groups + 3, (n_features,), generator=generator)
     with torch_threads(n_threads):
-        found = numba_leading.kth_of_columns(maxima.view(torch.int16), k_F).view(torch.bfloat16)
+        found = numba_leading.kth_of_columns(bits, k_F).view(torch.bfloat16)
     for column, k, bound in zip(maxima.t(), k_F.tolist(), found.tolist(), strict=True):
         positive = sorted((value for value in column.tolist() if value > 0), reverse=True)
         assert bound == (float("inf") if k == 0 else positive[k - 1] if k <= len(positive) else 0)

@@ -158,7 +158,7 @@ def _pack(words):
             value_M[slot], token_M[slot] = value_C[entry], bound - 1
             feature_M[slot] = index_C[entry] - (bound - 1) * n_features
             slot += 1
-    if _set(keep_C[high:]) == 0:  # what is left over: of several threads that see no more all write the same
+    if high == len(keep_C):  # what is left over; of several threads that come to the end all write the same
         while bound < n_bounds:
             start_N[bound] = slot
             bound += 1

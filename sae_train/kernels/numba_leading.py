@@ -115,7 +115,7 @@ def _kth_of_columns(words):
             k = k_F[first + column]
             if k == 0:
                 bound_F[first + column] = int16(INFINITY)
-            elif k <= n_groups:
+            else:
                 bound_F[first + column] = _kth_largest(moved_BG[column], k)
 
 
