@@ -69,6 +69,7 @@ def scans(draw: Any) -> tuple[Tensor, Tensor]:
     drawn = torch.randn(n, f, generator=generator)
     chosen = torch.tensor(few)[torch.randint(len(few), (n, f), generator=generator)]
     entries = torch.where(torch.rand(n, f, generator=generator) < 0.5, drawn, chosen)
+    entries = torch.where(torch.rand(n, f, generator=generator) < 0.5, entries, -entries)  # NaN of either sign
     shape = draw(st.sampled_from([(n, 1), (1, f), ()]))
     count = max(1, n if shape == (n, 1) else f if shape else 1)
     bound = torch.tensor(draw(st.lists(NUMBERS, min_size=count, max_size=count))).reshape(shape)
@@ -154,6 +155,7 @@ def test_leading_of_rows(
     near = torch.randn(n, f, generator=generator)
     picked = torch.tensor(few)[torch.randint(len(few), (n, f), generator=generator)]
     near = torch.where(torch.rand(n, f, generator=generator) < share, picked, near).bfloat16()
+    near = torch.where(torch.rand(n, f, generator=generator) < 0.5, near, -near)  # NaN of either sign
     error_N1 = error * torch.rand(n, 1, generator=generator)
     pre = screen.Screened(
         near_NF=near, x_NP=torch.zeros(n, 1), W_FP=torch.zeros(f, 1), b_F=torch.zeros(f), width=1, error_N1=error_N1,
