@@ -91,7 +91,9 @@ def build(point: dict[str, Any], scratch: Path) -> Trainer:
     stream = build_stream(config, ranks=ranks, dtype=torch.float32)
     stream.start()
     precision = resolve_precision(config, stored=None, device=ranks.device)
-    return Trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+    trainer = Trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+    trainer.is_screened = trainer.is_screened and not point["unscreened"]
+    return trainer
 
 
 def timed(act: Callable[[], Any]) -> float:
@@ -238,13 +240,14 @@ def main() -> None:
     parser.add_argument("--dead", type=float, default=0.0)
     parser.add_argument("--train", type=Path)
     parser.add_argument("--override", nargs="*", default=[], help="more settings of sae-train")
+    parser.add_argument("--unscreened", action="store_true", help="as on a processor without AMX")
     parser.add_argument("--warm-up", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--json", type=Path, help="append every setting's figures as a line")
     args = parser.parse_args()
-    common = {name: getattr(args, name) for name in ("dead", "override", "warm_up", "repeats", "threads")}
+    common = {name: getattr(args, name) for name in ("dead", "override", "unscreened", "warm_up", "repeats", "threads")}
     common["train"] = "" if args.train is None else str(args.train)
     names = (*BASE, "sparsifier", "aux_loss", "precision")
     chosen = {name: getattr(args, name) for name in names}

@@ -1,0 +1,86 @@
+"""What a run takes from end to end, beside harvest alone and training alone.
+
+    python scripts/bench_end_to_end.py [--rounds 5] [--steps 64] [sparsifier=topk ...]
+
+Takes the settings that `sae-train` takes; the default is its own, the bundled model. By turns: steps as a run
+takes them, as many batches harvested alone, and steps on those batches from memory. Printed: seconds of each, and the
+run over the sum of the two.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sae_train.compose import compose_config
+from sae_train.harvest.stream import build_stream, check_stream
+from sae_train.ranks import Solo
+from sae_train.training.plan import make_plan
+from sae_train.training.provenance import resolve_precision
+from sae_train.training.trainer import Trainer
+
+
+def build(said: list[str]) -> Trainer:
+    """Return a trainer of these settings, its stream begun."""
+    config = compose_config(["tracking=none", *said])
+    ranks = Solo(torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))
+    plan = make_plan(config, check_stream(config, n_ranks=1), n_ranks=1)
+    stream = build_stream(config, ranks=ranks, dtype=torch.float32)
+    stream.start()
+    precision = resolve_precision(config, stored=None, device=ranks.device)
+    return Trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+
+
+def timed(act: Callable[[], Any]) -> float:
+    """Return the wall seconds of `act`, the device's work in them."""
+    began = time.perf_counter()
+    act()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=64, help="in each part of a round")
+    parser.add_argument("said", nargs="*", help="settings of sae-train")
+    args = parser.parse_args()
+    trainer = build([f"tokens={10**9}", *args.said])
+    batches: list[torch.Tensor] = []
+    n_read = 0
+
+    def read() -> torch.Tensor:
+        nonlocal n_read
+        n_read += 1
+        return trainer.stream.batch(n_read - 1)
+
+    def both() -> None:
+        for _ in range(args.steps):
+            trainer.step(read())
+
+    def harvest() -> None:
+        batches.extend(read().clone() for _ in range(args.steps))
+
+    def train() -> None:
+        for batch in batches:
+            trainer.step(batch)
+
+    both()  # not counted: first steps compile, and fill pools
+    ratios = []
+    print("| run s | harvest s | training s | run / sum |\n|---|---|---|---|", flush=True)
+    for _ in range(args.rounds):
+        batches.clear()
+        run, harvested, trained = timed(both), timed(harvest), timed(train)
+        ratios.append(run / (harvested + trained))
+        print(f"| {run:.3f} | {harvested:.3f} | {trained:.3f} | {ratios[-1]:.3f} |", flush=True)
+    print(f"median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
+    trainer.stream.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
