@@ -230,4 +230,4 @@ def _column_maxima(rows_NF: Tensor) -> Tensor:
     """Return the maxima of groups of 8 rows [N // 8 + rest, F]; the rest stay single."""
     n_groups, n_features = len(rows_NF) // 8, rows_NF.shape[1]
     grouped = rows_NF[: n_groups * 8].reshape(n_groups, 8, n_features).amax(1)
-    return torch.cat([grouped, rows_NF[n_groups * 8 :]])
+    return grouped if n_groups * 8 == len(rows_NF) else torch.cat([grouped, rows_NF[n_groups * 8 :]])
