@@ -11,7 +11,7 @@ asked for, is plain TopK's.
 
 import math
 
-from torch import Tensor, float64, where
+from torch import Tensor, addcmul, float64, where
 
 from sae_train import kernels
 from sae_train.config import GradientConfig, RunConfig
@@ -53,6 +53,6 @@ class Gradient(TopK):
         The mean is over all ranks: each holds tokens or features of its own.
         """
         size_NF = slope_NF.abs_()
-        mean = ranks.sum(size_NF.sum(dtype=float64)) / (n_tokens * self.n_features)
+        mean = ranks.sum(size_NF.sum(1).sum(dtype=float64)) / (n_tokens * self.n_features)
         factor = where(mean > 0, self._beta / where(mean > 0, mean, 1), 0)
-        return size_NF.mul_(factor).add_(1).mul_(pre_NF)
+        return addcmul(pre_NF, pre_NF, size_NF.mul_(factor), out=size_NF)
