@@ -13,12 +13,11 @@ from sae_train.training.metrics import Totals
 from sae_train.training.tracking import MetricsFile
 
 
-def random_code(n_tokens: int, n_features: int, *, seed: int) -> SparseCode:
+def random_code(n_tokens: int, n_features: int, *, seed: int, spare: int = 5) -> SparseCode:
     generator = torch.Generator().manual_seed(seed)
     dense = torch.rand(n_tokens, n_features, generator=generator)
     dense = torch.where(torch.rand(dense.shape, generator=generator) < 0.3, dense + 0.1, torch.zeros(()))
     token, feature = dense.nonzero(as_tuple=True)
-    spare = 5
     pad = torch.zeros(spare, dtype=torch.int32)
     start = torch.cat([torch.zeros(1), (dense > 0).sum(1).cumsum(0)]).int()
     return SparseCode(
@@ -98,10 +97,17 @@ def test_figures_of_an_interval_that_began_on_two_ranks_and_ends_on_one() -> Non
     assert row["train/loss"] == pytest.approx(sum(losses) / 2)  # two steps, of the first of which each rank had a part
 
 
-def test_code_round_trip_and_counts() -> None:
-    code = random_code(7, 5, seed=3)
+@pytest.mark.parametrize("spare", [0, 5])
+@pytest.mark.parametrize("silent", [0, 2])
+def test_code_round_trip_and_counts(spare: int, silent: int) -> None:
+    """Where all slots are used and fire, and where not: a match of value 0 or less is none that fires."""
+    code = random_code(7, 5, seed=3, spare=spare)
+    code.value[:silent] *= -1
     dense = code.dense()
     assert torch.equal(code.firing_counts(), (dense > 0).sum(0))
+    assert torch.equal(code.l0(), (dense > 0).sum(1).int())
+    code.value[:silent] *= -1
+    dense = code.dense()
     assert int(code.used().sum()) == int(code.count) == int((dense > 0).sum())
 
 

@@ -68,7 +68,7 @@ class SparseCode:
     def firing_counts(self) -> Tensor:
         """[F] int64: on how many tokens each feature fires (value > 0)."""
         if self._all_fire():
-            return self.order(self.feature, self.n_features)[1].diff().long()
+            return self.feature.bincount(minlength=self.n_features)
         fires = (self.value.detach() > 0).long()
         return torch.zeros(self.n_features, dtype=torch.int64, device=self.value.device).index_add_(
             0, self.feature.long(), fires
