@@ -37,9 +37,10 @@ from sae_train import kernels
 from sae_train.compose import compose_config
 from sae_train.harvest.stream import build_stream, check_stream
 from sae_train.ranks import Solo
+from sae_train.training.clock import peak_memory_bytes
 from sae_train.training.plan import make_plan
 from sae_train.training.provenance import resolve_precision
-from sae_train.training.trainer import Trainer, peak_memory_bytes
+from sae_train.training.trainer import Trainer
 
 ADAM_BYTES, TRIAD_BYTES = 28, 12
 """Of a parameter: gradient read, weight and two moments read and written; of an element of a + b -> c, all fp32."""

@@ -1,6 +1,5 @@
 """The training loop: what happens in a step, and in which order things happen between steps."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from sae_train.sae.losses import build_aux_loss
 from sae_train.sae.moment import Moment
 from sae_train.sae.nesting import prefix_sizes, reconstruct
 from sae_train.sparsifiers import build_sparsifier
+from sae_train.training.clock import Clock
 from sae_train.training.halt import Halt
 from sae_train.training.metrics import Totals, firing_row
 from sae_train.training.plan import Plan
@@ -85,7 +85,7 @@ class Trainer:
         self._pre_NF: Tensor | None = None  # the largest thing that a step makes: kept from step to step
         kept, own = self.sparsifier.kept_a_token, self.dictionary.n_features
         self.is_screened = kernels.can_screen(n_features=own, kept_a_token=kept, device=ranks.device, dtype=dtype)
-        self._clock = _Clock()
+        self._clock = Clock()
 
     @property
     def tokens(self) -> int:
@@ -306,51 +306,3 @@ def _has_features(name: str) -> bool:
 
 def _joined(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     return {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
-
-
-class _Clock:
-    """Wall time of an interval's steps: the whole, what they waited for activations, what was harvested beside them."""
-
-    def __init__(self) -> None:
-        self._waited, self._busy, self._tokens, self._steps = 0.0, 0.0, 0, 0
-        self._beside = 0.0
-
-    def start(self, tokens: int) -> None:
-        self._mark = time.perf_counter()
-        self._tokens += tokens
-        self._steps += 1
-
-    def harvested(self) -> None:
-        now = time.perf_counter()
-        self._waited += now - self._mark
-        self._busy += now - self._mark
-        self._mark = now
-
-    def stop(self) -> None:
-        self._busy += time.perf_counter() - self._mark
-
-    def row(self, *, beside: float) -> dict[str, float]:
-        """Return the interval's `perf/` figures and start the next.
-
-        `beside`: seconds of harvest so far that no step waited for. On the step's own thread all of it is waited for.
-        """
-        busy = max(self._busy, 1e-9)
-        row = {
-            "perf/tokens_per_second": self._tokens / busy,
-            "perf/harvest_fraction": (self._waited + beside - self._beside) / busy,
-            "perf/wait_fraction": self._waited / busy,
-            "perf/step_ms": 1e3 * (busy - self._waited) / max(self._steps, 1),
-            "perf/peak_memory_gb": peak_memory_bytes() / 1e9,
-        }
-        self._waited, self._busy, self._tokens, self._steps = 0.0, 0.0, 0, 0
-        self._beside = beside
-        return row
-
-
-def peak_memory_bytes() -> int:
-    """Return the most memory this process has held: of the accelerator where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
