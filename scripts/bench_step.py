@@ -241,7 +241,9 @@ def main() -> None:
     parser.add_argument("--dead", type=float, default=0.0)
     parser.add_argument("--train", type=Path)
     parser.add_argument("--override", nargs="*", default=[], help="more settings of sae-train")
-    parser.add_argument("--unscreened", action="store_true", help="as on a processor without AMX")
+    parser.add_argument(
+        "--unscreened", action="store_true", help="as on a processor without AMX, but for vectors' width"
+    )
     parser.add_argument("--warm-up", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")

@@ -430,6 +430,32 @@ assert os.waitpid(child, 0)[1] == 0
     assert done.returncode == 0, done.stderr
 
 
+def test_a_fork_waits_for_what_another_thread_compiles(tmp_path: Path) -> None:
+    """The child would wait for it for ever."""
+    script = """
+import os, signal, threading, time, torch
+from sae_train.kernels import backend, numba_leading
+assert backend.why_not_numba() is None
+near, error = torch.ones(9, 50).bfloat16(), torch.zeros(9, 1)
+def lead():
+    numba_leading.leading_of_rows(near, error, 3, size=2, of_near=1.0, of_exact=1.0)
+thread = threading.Thread(target=lead)
+thread.start()
+time.sleep(0.3)
+assert thread.is_alive()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    lead()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+thread.join()
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_helper_that_has_changed_is_compiled_anew(tmp_path: Path) -> None:
     """Numba by itself looks at the file of the kernel, not at those that its helpers stand in."""
     package = Path(kernels.__file__).parent.parent

@@ -30,9 +30,9 @@ def has_numba(device: torch.device) -> bool:
 
 @cache
 def why_not_numba() -> str | None:
-    """Return why Numba's kernels cannot run here, None where they can; the first call imports all and tries one.
+    """Return why Numba's kernels cannot run here, None where they can; the first call imports all and tries two.
 
-    That takes half a second, a whole one where it has to be compiled first, as every other does when it is first run.
+    That takes half a second, a whole one where they have to be compiled first, as every other is when it is first run.
     """
     try:
         import numba

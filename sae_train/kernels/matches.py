@@ -83,7 +83,7 @@ def pack(
 
     Args:
         index_C: ascending flat index token * F + feature.
-        value_C: of each.
+        value_C: of each; the matches' are detached.
         keep_C: bool; None keeps all.
         shape: N, F.
         capacity: M; None makes it their number.
@@ -108,7 +108,7 @@ def pack(
         numba_cut.pack(index_C, value_C, keep_C, n_features=max(1, n_features), **places)
         return Matches(value, feature, token, start)
     index_C, value_C = (index_C, value_C) if keep_C is None else kept(index_C, value_C, keep_C)
-    value[:used] = value_C
+    value[:used] = value_C.detach()
     token_C = torch.div(index_C, n_features, rounding_mode="floor")
     token[:used] = token_C
     feature[:used] = index_C - token_C * n_features

@@ -1,6 +1,6 @@
 """A cut among candidates, and what is kept of them, on a CPU.
 
-Letters: C candidates, M slots of matches, N tokens, B bins.
+Letters: C candidates, K those that are kept, M slots of matches, N tokens, B bins, or bounds.
 """
 
 import torch
@@ -39,7 +39,7 @@ def reaching(index_C: Tensor, value_C: Tensor, bound: Tensor, *, n_features: int
 
 def kept(index_C: Tensor, value_C: Tensor, keep_C: Tensor) -> tuple[Tensor, Tensor]:
     """Return the entries that are to be kept, in order; see matches.kept."""
-    n_kept = _n_kept(keep_C)
+    n_kept = int(keep_C.count_nonzero())
     index, value = index_C.new_empty(n_kept), value_C.new_empty(n_kept)
     run(_kept, *_given(index_C, value_C, keep_C), index, value)
     return index, value
@@ -64,10 +64,6 @@ def pack(
 
 def _given(index_C: Tensor, value_C: Tensor, keep_C: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
     return len(index_C), index_C.contiguous(), value_C.contiguous(), keep_C.contiguous()
-
-
-def _n_kept(keep_C: Tensor) -> int:
-    return int(keep_C.count_nonzero())
 
 
 @Kernel

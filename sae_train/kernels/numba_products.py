@@ -47,8 +47,8 @@ def row_products(rows_ND: Tensor, W_FD: Tensor, feature_M: Tensor, start_N: Tens
     """
     product_M = rows_ND.new_zeros(len(feature_M), dtype=torch.float32)
     given = [each.contiguous() for each in (rows_ND, W_FD, feature_M, start_N)]
-    compiled = _ROW_PRODUCTS[rows_ND.dtype, W_FD.dtype]
-    run(compiled, len(rows_ND), rows_ND.shape[1], len(W_FD), len(feature_M), *given, product_M)
+    kernel = _ROW_PRODUCTS[rows_ND.dtype, W_FD.dtype]
+    run(kernel, len(rows_ND), rows_ND.shape[1], len(W_FD), len(feature_M), *given, product_M)
     return product_M
 
 
@@ -63,8 +63,8 @@ def entries(x_NP: Tensor, W_FP: Tensor, b_F: Tensor, index_C: Tensor, *, width: 
     """
     value_C = b_F.new_empty(len(index_C))
     given = [each.contiguous() for each in (x_NP, W_FP, b_F, index_C)]
-    compiled = _ENTRIES[x_NP.dtype, W_FP.dtype]
-    run(compiled, len(x_NP), width, len(W_FP), len(index_C), x_NP.shape[1], W_FP.shape[1], *given, value_C)
+    kernel = _ENTRIES[x_NP.dtype, W_FP.dtype]
+    run(kernel, len(x_NP), width, len(W_FP), len(index_C), x_NP.shape[1], W_FP.shape[1], *given, value_C)
     return value_C
 
 

@@ -7,7 +7,6 @@ written depends on how many they are.
 """
 
 import ctypes
-import functools
 import hashlib
 import os
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 from llvmlite import binding, ir
 from numba import cfunc, float32, njit, types
 from numba.core import cgutils
+from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -71,14 +71,26 @@ class Kernel:
     def __init__(self, body: Callable[..., None]) -> None:
         body.__qualname__ += f"_{_DIGEST}"
         self._body = body
+        self._compiled: Any = None
 
-    @functools.cached_property
+    @property
     def compiled(self) -> Any:
-        try:
-            return cfunc(SIGNATURE, cache=True)(self._body)
-        except Exception:  # no place for the file, no space, or a broken one, of which pickle says anything at all;
-            # a fault of ours is raised again here, with its traceback
-            return cfunc(SIGNATURE)(self._body)
+        """Numba's function of it; threads that ask for it at once get one each."""
+        if self._compiled is None:
+            try:
+                self._compiled = cfunc(SIGNATURE, cache=True)(self._body)
+            except Exception:  # no place for the file, no space, or a broken one, of which pickle says anything at all;
+                # a fault of ours is raised again here, with its traceback
+                self._compiled = cfunc(SIGNATURE)(self._body)
+        return self._compiled
+
+
+# A fork waits until what another thread compiles is done: the child would wait for that thread for ever.
+os.register_at_fork(
+    before=global_compiler_lock.acquire,
+    after_in_parent=global_compiler_lock.release,
+    after_in_child=global_compiler_lock.release,
+)
 
 
 def run(which: Kernel, *given: Tensor | int) -> None:

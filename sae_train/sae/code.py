@@ -43,7 +43,7 @@ class SparseCode:
         return len(self.start) - 1
 
     def _all_fire(self) -> bool:
-        """Return whether every slot holds a match with a positive value, where that costs nothing to know."""
+        """Return whether every slot holds a match with a positive value, where the host need not wait to know."""
         return self.value.device.type == "cpu" and len(self.value) > 0 and float(self.value.detach().min()) > 0
 
     def used(self) -> Tensor:
