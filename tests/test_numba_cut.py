@@ -145,7 +145,7 @@ def test_vectors_of_512_bits_are_asked_for_where_they_are_faster(
     monkeypatch.setattr(numba_team, "_IS_WIDE", is_wide)
 
     @njit(fastmath=numba_team.SUMS)
-    def total(a_D):  # type: ignore[no-untyped-def]
+    def total(a_D: Any) -> Any:
         numba_team.wide()
         found = numba.float32(0)
         for d in range(len(a_D)):

@@ -64,8 +64,8 @@ _DIGEST = _digest()
 class Kernel:
     """Decorates what is compiled when it is first run, or taken from the file that an earlier process left.
 
-    A run needs half of the kernels, and each takes a second. A kernel must not allocate: Numba lets nobody know of what
-    it raises.
+    A run needs half of the kernels, and most take half a second.
+    A kernel must not allocate: Numba lets nobody know of what it raises.
     """
 
     def __init__(self, body: Callable[..., None]) -> None:

@@ -58,13 +58,10 @@ def reconstruct(
         sizes: of the prefixes, as `prefix_sizes` gives them.
         n_tokens: of the global batch.
     """
-    if len(sizes) == 1:
-        x_hat_ND = dictionary.decode(code, ranks=ranks)
-        error_ND = missed(x_ND, x_hat_ND)
-        return error_ND, squared_error(x_hat_ND, error_ND) / n_tokens
-    prefixes_GND = decode_prefixes(dictionary, code, sizes, ranks=ranks)
-    error_GND = missed(x_ND, prefixes_GND)
-    return error_GND[-1], squared_error(prefixes_GND, error_GND) / n_tokens
+    has_one = len(sizes) == 1
+    x_hat = dictionary.decode(code, ranks=ranks) if has_one else decode_prefixes(dictionary, code, sizes, ranks=ranks)
+    error = missed(x_ND, x_hat)
+    return error if has_one else error[-1], squared_error(x_hat, error) / n_tokens
 
 
 def decode_prefixes(dictionary: Dictionary, code: Code, sizes: tuple[int, ...], *, ranks: Ranks) -> Tensor:

@@ -53,6 +53,7 @@ class Gradient(TopK):
         The mean is over all ranks: each holds tokens or features of its own.
         """
         size_NF = slope_NF.abs_()
+        # a row's in fp32: of all pairs float64 would take a sixth of the step
         mean = ranks.sum(size_NF.sum(1).sum(dtype=float64)) / (n_tokens * self.n_features)
         factor = where(mean > 0, self._beta / where(mean > 0, mean, 1), 0)
         return addcmul(pre_NF, pre_NF, size_NF.mul_(factor), out=size_NF)
