@@ -9,7 +9,7 @@ from numba import carray, float32, int16, int32, int64, njit, uint16, uint32
 from torch import Tensor
 
 from sae_train.kernels.numba_rows import nearest
-from sae_train.kernels.numba_scan import INFINITY, NEGATIVE_ZERO, collected, flag, found_by_thread, write
+from sae_train.kernels.numba_scan import INFINITY, NEGATIVE_ZERO, collected, find, found_by_thread
 from sae_train.kernels.numba_team import Kernel, at, bits_of, number, run, share, thread, wide
 
 COLUMNS = 32
@@ -121,14 +121,14 @@ def _kth_of_columns(words):
 
 @Kernel
 def _leading(words):
-    n_tokens, n_features, n_threads, size, k = words[0], words[1], words[2], words[7], words[8]
-    flag_F, index_C, count_T = found_by_thread(words)
+    n_tokens, n_features, n_threads, size, k = words[0], words[1], words[2], words[6], words[7]
+    index_C, count_T = found_by_thread(words)
     n_groups = n_features // size + n_features % size
-    near_NF = carray(at(words[9]), (n_tokens, n_features), uint16)
-    ordered_NF = carray(at(words[9]), (n_tokens, n_features), int16)  # as integers positive floats are in order
-    error_N, share_2 = carray(at(words[10]), n_tokens, float32), carray(at(words[11]), 2, float32)
-    maximum_G = carray(at(words[12]), (n_threads, n_groups), int16)[thread()]
-    bound_N = carray(at(words[13]), n_tokens, float32)
+    near_NF = carray(at(words[8]), (n_tokens, n_features), uint16)
+    ordered_NF = carray(at(words[8]), (n_tokens, n_features), int16)  # as integers positive floats are in order
+    error_N, share_2 = carray(at(words[9]), n_tokens, float32), carray(at(words[10]), 2, float32)
+    maximum_G = carray(at(words[11]), (n_threads, n_groups), int16)[thread()]
+    bound_N = carray(at(words[12]), n_tokens, float32)
     begin, end = share(n_tokens)
     n_found = 0
     for token in range(begin, end):
@@ -143,6 +143,5 @@ def _leading(words):
             lowest, highest = uint16(0), max(lowest, uint16(NEGATIVE_ZERO))
         elif not near_bound > 0:  # NaN: what is reached is nothing
             lowest, highest = uint16(1), uint16(0)
-        flag(near_NF[token], lowest, highest, flag_F)
-        n_found = write(flag_F, token * n_features, index_C, n_found)
+        n_found = find(near_NF[token], lowest, highest, token * n_features, index_C, n_found)
     count_T[thread()] = n_found

@@ -69,7 +69,7 @@ def entries(x_NP: Tensor, W_FP: Tensor, b_F: Tensor, index_C: Tensor, *, width: 
 
 
 @njit
-def _share_of_slots(start_B):
+def share_of_slots(start_B):
     """Return lo, hi of this thread's bags: those that begin in its part of the slots."""
     n_bags = len(start_B) - 1
     low, high = share(start_B[n_bags])
@@ -103,7 +103,7 @@ def _bags(words, dtype):
     index_M, weight_M = carray(at(words[6]), n_slots, int32), carray(at(words[7]), n_slots, float32)
     start_B, order_M = carray(at(words[8]), n_bags + 1, int32), carray(at(words[9]), n_ordered, int64)
     out, total_B = carray(at(words[10]), (n_bags, width), float32), carray(at(words[11]), n_bags, float32)
-    low, high = _share_of_slots(start_B)
+    low, high = share_of_slots(start_B)
     is_ordered = n_ordered > 0
     for bag in range(low, high):
         out[bag] = 0
@@ -155,7 +155,7 @@ def _row_products(words, dtype):
     rows_ND, W_FD = carray(at(words[4]), (n_tokens, width), dtype), carray(at(words[5]), (n_features, width), dtype)
     feature_M, start_N = carray(at(words[6]), n_slots, int32), carray(at(words[7]), n_tokens + 1, int32)
     product_M = carray(at(words[8]), n_slots, float32)
-    low, high = _share_of_slots(start_N)
+    low, high = share_of_slots(start_N)
     for token in range(low, high):
         slot, end = start_N[token], start_N[token + 1]
         while slot < end:  # by fours, of which the last are repeated where there are fewer

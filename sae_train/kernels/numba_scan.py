@@ -7,17 +7,15 @@ those. So what reaches a bound are the bits between two others, and twice as man
 import math
 
 import torch
-from numba import carray, float32, int64, njit, uint8, uint16, uint64
+from numba import carray, float32, int64, njit, uint16, uint64
 from torch import Tensor
 
-from sae_train.kernels.numba_team import Kernel, at, first_bit, run, share, thread, wide
+from sae_train.kernels.numba_team import WORD, Kernel, at, between, first_bit, of, run, share, thread, wide
 
 INFINITY, NEGATIVE_ZERO, LAST = 0x7F80, 0x8000, 0xFFFF
 """Bits of bf16 numbers; the last is none."""
 FEW = 16
 """One entry of so many is made room for at first; where more reach the bound, they are looked for twice."""
-WORD = 8
-"""Flags that are looked at together; few such words have one that is set."""
 
 
 def flat_reaching(entries_NF: Tensor, bound: Tensor, *, most: float) -> Tensor | None:
@@ -44,17 +42,16 @@ def collected(scan: Kernel, *given: Tensor | int, shape: tuple[int, int], most: 
     """Return the ascending flat indices that a scan's threads find; None where they are more than `most`.
 
     Args:
-        scan: a kernel that takes the shape and what `found_by_thread` makes of seven words, then what is given.
+        scan: a kernel that takes the shape and what `found_by_thread` makes of six words, then what is given.
         shape: tokens and features; each thread looks at its share of the tokens.
     """
     n_tokens, n_features = shape
     n_threads = torch.get_num_threads()
-    flag_TF = torch.zeros(n_threads, -(-n_features // WORD) * WORD, dtype=torch.uint8)
     room = 1 + n_tokens * n_features // (FEW * n_threads)
     while True:
         count_T = torch.zeros(n_threads, dtype=torch.int64)
         index_TC = torch.empty(n_threads, room, dtype=torch.int64)
-        run(scan, n_tokens, n_features, n_threads, room, flag_TF, count_T, index_TC, *given)
+        run(scan, n_tokens, n_features, n_threads, room, count_T, index_TC, *given)
         counts = count_T.tolist()
         if sum(counts) > most:
             return None
@@ -73,62 +70,62 @@ def _bits_between(bound: Tensor) -> tuple[Tensor, Tensor]:
 
 @njit
 def found_by_thread(words):
-    """Return this thread's flags of a row's features [F, filled up to words], what it finds, and how many all found."""
-    n_features, n_threads, room = words[1], words[2], words[3]
-    flag_F = carray(at(words[4]), (n_threads, -(-n_features // WORD) * WORD), uint8)[thread()]
-    index_C = carray(at(words[6]), (n_threads, room), int64)[thread()]
-    return flag_F, index_C, carray(at(words[5]), n_threads, int64)
+    """Return where this thread's indices go, and where how many each thread found."""
+    n_threads, room = words[2], words[3]
+    index_C = carray(at(words[5]), (n_threads, room), int64)[thread()]
+    return index_C, carray(at(words[4]), n_threads, int64)
 
 
 @njit
-def flag(row_F, low, high, flag_F):
-    """Flag the entries of a row that are between two."""
-    wide()
-    for feature in range(len(row_F)):
-        flag_F[feature] = (row_F[feature] >= low) & (row_F[feature] <= high)
+def find(row_F, low, high, first: int, index_C, n_found: int):
+    """Write `first` plus the place of each entry between two to index_C[n_found] and on, while there is room.
 
-
-@njit
-def _flag_each(row_F, low_F, high_F, flag_F):
-    wide()
-    for feature in range(len(row_F)):
-        flag_F[feature] = (row_F[feature] >= low_F[feature]) & (row_F[feature] <= high_F[feature])
-
-
-@njit
-def write(flag_F, first: int, index_C, n_found: int):
-    """Write `first` plus the place of each flag that is set to index_C[n_found] and on, while there is room.
+    Args:
+        row_F: entries.
+        low: of their type, one for all or one for each.
+        high: alike.
 
     Returns:
         How many have been found.
     """
-    word_W = flag_F.view(uint64)
-    for word in range(len(word_W)):
-        flags = word_W[word]
+    wide()
+    end = len(row_F) // WORD * WORD
+    for place in range(0, len(row_F), WORD):
+        flags = between(row_F, place, low, high) if place < end else _between_last(row_F, place, low, high)
         while flags != 0:
             if n_found < len(index_C):
-                index_C[n_found] = first + word * WORD + (first_bit(flags) >> 3)
+                index_C[n_found] = first + place + first_bit(flags)
             n_found += 1
             flags &= flags - uint64(1)
     return n_found
 
 
 @njit
+def _between_last(row_F, place, low, high):
+    """Return what `between` does, of the fewer than WORD entries at a row's end."""
+    flags = uint64(0)
+    for entry in range(place, len(row_F)):
+        if of(low, entry) <= row_F[entry] <= of(high, entry):
+            flags |= uint64(1) << uint64(entry - place)
+    return flags
+
+
+@njit
 def _scan(words, dtype):
     """Write the indices of this thread's entries between the bounds, while there is room, and count them."""
-    n_tokens, n_features, is_per_column = words[0], words[1], words[7]
-    flag_F, index_C, count_T = found_by_thread(words)
-    entries_NF = carray(at(words[8]), (n_tokens, n_features), dtype)
+    n_tokens, n_features, is_per_column = words[0], words[1], words[6]
+    index_C, count_T = found_by_thread(words)
+    entries_NF = carray(at(words[7]), (n_tokens, n_features), dtype)
     n_bounds = n_features if is_per_column else n_tokens
-    low, high = carray(at(words[9]), n_bounds, dtype), carray(at(words[10]), n_bounds, dtype)
+    low, high = carray(at(words[8]), n_bounds, dtype), carray(at(words[9]), n_bounds, dtype)
     begin, end = share(n_tokens)
     n_found = 0
     for token in range(begin, end):
+        first = token * n_features
         if is_per_column:
-            _flag_each(entries_NF[token], low, high, flag_F)
+            n_found = find(entries_NF[token], low, high, first, index_C, n_found)
         else:
-            flag(entries_NF[token], low[token], high[token], flag_F)
-        n_found = write(flag_F, token * n_features, index_C, n_found)
+            n_found = find(entries_NF[token], low[token], high[token], first, index_C, n_found)
     count_T[thread()] = n_found
 
 

@@ -173,6 +173,44 @@ def number(typing_context, bits):
     return types.float32(types.uint16), code
 
 
+WORD = 64
+"""Entries that are compared together."""
+
+
+def _alike(entries: Any, bound: Any) -> bool:
+    return bound == entries.dtype or (isinstance(bound, types.Array) and bound.dtype == entries.dtype)
+
+
+@intrinsic
+def between(typing_context, row_F, place, low, high):
+    """Return which of WORD entries of a row, from `place` on, are between two, a bit each, the first the lowest.
+
+    Integers count as unsigned; NaN is between nothing. Each of `low` and `high` is a number, or a row of as many.
+    """
+    if not (_alike(row_F, low) and _alike(row_F, high)):
+        return None
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = context.get_value_type(row_F.dtype)
+        vector = ir.VectorType(kind, WORD)
+
+        def entries(which: int) -> Any:
+            if not isinstance(signature.args[which], types.Array):
+                first = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[which], cgutils.int32_t(0))
+                everywhere = ir.Constant(ir.VectorType(cgutils.int32_t, WORD), None)
+                return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), everywhere)
+            row = context.make_array(signature.args[which])(context, builder, value=arguments[which])
+            address = builder.bitcast(builder.gep(row.data, [arguments[1]]), vector.as_pointer())
+            return builder.load(address, align=row_F.dtype.bitwidth // 8)
+
+        compare = builder.icmp_unsigned if isinstance(kind, ir.IntType) else builder.fcmp_ordered
+        found = entries(0)
+        flags = builder.and_(compare(">=", found, entries(2)), compare("<=", found, entries(3)))
+        return builder.bitcast(flags, ir.IntType(WORD))
+
+    return types.uint64(row_F, types.int64, low, high), code
+
+
 @intrinsic
 def first_bit(typing_context, word):
     """Return the place of the lowest bit that is set, of a word that is not 0."""
@@ -181,6 +219,19 @@ def first_bit(typing_context, word):
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
 
     return (types.int64(types.uint64), code) if word == types.uint64 else None
+
+
+@intrinsic
+def of(typing_context, bound, entry):
+    """Return a number, or that of a row at a place."""
+    if not isinstance(bound, types.Array):
+        return bound(bound, types.int64), lambda context, builder, signature, arguments: arguments[0]
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        row = context.make_array(bound)(context, builder, value=arguments[0])
+        return builder.load(builder.gep(row.data, [arguments[1]]))
+
+    return bound.dtype(bound, types.int64), code
 
 
 @intrinsic

@@ -145,6 +145,13 @@ class _Decode(torch.autograd.Function):
         value, rows_FD, feature, token, start_N = ctx.saved_tensors
         grad_ND = _read_rows(grads[0], ctx.precision).contiguous()
         grad_value = grad_W = None
+        if all(ctx.needs_input_grad[:2]) and _is_numbas(grad_ND, value) and rows_FD.dtype == grad_ND.dtype:
+            from sae_train.kernels import numba_backward
+
+            order, start_F = ctx.order(feature, len(rows_FD))
+            grad_W = ctx.spare.take(rows_FD.shape, like=value)
+            grad_value = numba_backward.gradients(grad_ND, rows_FD, value, token, start_F, order, out=grad_W)
+            return grad_value, grad_W, None, None, None, None, None, None
         if ctx.needs_input_grad[0]:
             grad_value = _row_products(grad_ND, rows_FD, feature, token, start_N)
         if ctx.needs_input_grad[1]:
