@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sae_train import kernels
 from sae_train.kernels import (
-    Spare,
+    Workspace,
     backend,
     matches,
     numba_adam,
@@ -357,17 +357,17 @@ def test_a_step_of_adam_in_another_default_dtype() -> None:
 
 
 def test_gradients_are_written_to_what_the_last_step_gave_back() -> None:
-    spare, like = Spare(), torch.zeros(())
-    first, second = (spare.take((3, 2), like=like) for _ in range(2))
+    space, like = Workspace(), torch.zeros(())
+    first, second = (space.take((3, 2), like=like) for _ in range(2))
     assert first.data_ptr() != second.data_ptr()
     foreign = torch.zeros(3, 2)
-    spare.keep([second, foreign])
-    assert spare.take((3, 2), like=like) is second
-    assert spare.take((3, 2), like=like).data_ptr() not in (second.data_ptr(), foreign.data_ptr())
-    assert spare.take((2, 3), like=like).shape == (2, 3)
-    spare.keep([])
-    spare.keep([second])  # no longer lent
-    assert spare.take((3, 2), like=like) is not second
+    space.keep([second, foreign])
+    assert space.take((3, 2), like=like) is second
+    assert space.take((3, 2), like=like).data_ptr() not in (second.data_ptr(), foreign.data_ptr())
+    assert space.take((2, 3), like=like).shape == (2, 3)
+    space.keep([])
+    space.keep([second])  # no longer lent
+    assert space.take((3, 2), like=like) is not second
 
 
 NOTICE = """

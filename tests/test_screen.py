@@ -345,7 +345,10 @@ SPARSIFIERS = [
 def test_a_run_is_the_same_but_for_the_order_of_sums(
     rows: Path, monkeypatch: pytest.MonkeyPatch, precision: str, overrides: list[str]
 ) -> None:
-    """Screened or computed whole, with features that an auxiliary loss revives: the same matches, and nearly so on."""
+    """Screened or computed whole, with features that an auxiliary loss revives: the same matches, and nearly so on.
+
+    Less nearly in bf16, where a difference in an fp32 number's last bit is one of 2^-8 in one of so many weights.
+    """
     trained = []
     for is_screened in (False, True):
         monkeypatch.setattr(screen, "has_bf16_products", lambda answer=is_screened: answer)
@@ -367,4 +370,5 @@ def test_a_run_is_the_same_but_for_the_order_of_sums(
     assert torch.equal(code.feature, whole_code.feature)
     torch.testing.assert_close(code.value, whole_code.value, rtol=1e-5, atol=1e-6)
     for name, parameter in expected.items():
-        assert float((found[name] - parameter).norm() / parameter.norm()) < 1e-3, name
+        difference = float((found[name] - parameter).norm() / parameter.norm())
+        assert difference < (1e-2 if precision == "bf16" else 1e-3), name

@@ -17,7 +17,7 @@ from sae_train.kernels.matches import FeatureOrder, Matches, flat_nonzero
 from sae_train.kernels.products import attach, attach_dense, decode, of_features, row_products, sums_by_feature
 from sae_train.kernels.screen import PreActivations, Screened, can_screen, screen
 from sae_train.kernels.selection import select_above, select_batch, select_columns, select_few_above, select_rows
-from sae_train.kernels.spare import Spare
+from sae_train.kernels.workspace import Workspace
 
 __all__ = [
     "FeatureOrder",
@@ -25,7 +25,7 @@ __all__ = [
     "Matches",
     "PreActivations",
     "Screened",
-    "Spare",
+    "Workspace",
     "affine",
     "attach",
     "attach_dense",

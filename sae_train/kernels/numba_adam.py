@@ -6,10 +6,11 @@ order of their own, whatever the threads.
 
 import numpy as np
 import torch
-from numba import carray, float32, njit
+from numba import carray, float32, njit, uint16, uint32
 from torch import Tensor
 
-from sae_train.kernels.numba_team import SUMS, Kernel, at, product, run, share, wide
+from sae_train.kernels.numba_rows import round_alone, round_row
+from sae_train.kernels.numba_team import SUMS, Kernel, at, product, run, share, thread, wide
 
 
 def along_rows(gradient_FD: Tensor, weight_FD: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,18 +43,61 @@ def move(
     beta1: float,
     beta2: float,
     eps: float,
+    rounded_FD: Tensor | None = None,
 ) -> None:
-    """Update unit rows and their moments in place; see triton_adam.move."""
-    torch.autograd.graph.increment_version((weight_FD, mean_FD, square_FD))  # as torch's own updates in place do
+    """Update unit rows and their moments in place; see triton_adam.move.
+
+    Args:
+        rounded_FD: bf16, where to write the rows in that, unless halted.
+    """
+    torch.autograd.graph.increment_version((weight_FD, mean_FD, square_FD))  # as updates in place do
     if bool(halted):
         return
     n_rows, width = weight_FD.shape
+    rounded_FD = torch.empty(0, width, dtype=torch.bfloat16) if rounded_FD is None else rounded_FD
+    given = weight_FD, gradient_FD.contiguous(), along_F, mean_FD, square_FD, rounded_FD
+    run(_move, n_rows, width, len(rounded_FD), *given, _numbers(step, scale, lr, beta1, beta2, eps))
+
+
+def move_free(
+    weight_FD: Tensor,
+    gradient_FD: Tensor,
+    mean_FD: Tensor,
+    square_FD: Tensor,
+    *,
+    step: Tensor,
+    scale: Tensor | None,
+    halted: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    rounded: tuple[Tensor, Tensor, Tensor] | None,
+) -> None:
+    """Update rows of any norm and their moments in place, as `move` does its rows.
+
+    Args:
+        rounded: what numba_rows.rounded returned, to write to, all but what stands behind the rows; unless halted.
+    """
+    torch.autograd.graph.increment_version((weight_FD, mean_FD, square_FD))
+    if bool(halted):
+        return
+    n_rows, width = weight_FD.shape
+    rounded = rounded or (weight_FD.new_empty(n_rows, 0), *weight_FD.new_empty(2, 0))
+    n_threads = torch.get_num_threads()
+    kept_TD = torch.empty(n_threads, width, dtype=torch.int32)
+    given = weight_FD, gradient_FD.contiguous(), mean_FD, square_FD, *rounded
+    numbers = _numbers(step, scale, lr, beta1, beta2, eps)
+    run(_move_free, n_rows, width, rounded[0].shape[1], n_threads, kept_TD, *given, numbers)
+
+
+def _numbers(step: Tensor, scale: Tensor | None, lr: float, beta1: float, beta2: float, eps: float) -> Tensor:
+    """Return what `_move_row` wants to know."""
     unbias, root_unbias = 1 - beta1 ** float(step), (1 - beta2 ** float(step)) ** 0.5
     divisor = 1.0 if scale is None else float(scale)
-    number_I = torch.tensor(
+    return torch.tensor(
         [lr / unbias, root_unbias, divisor, beta1, 1 - beta1, beta2, 1 - beta2, eps], dtype=torch.float32
     )
-    run(_move, n_rows, width, weight_FD, gradient_FD.contiguous(), along_F, mean_FD, square_FD, number_I)
 
 
 @njit(fastmath=SUMS)
@@ -106,12 +150,32 @@ def _divide(row_D, divisor):
 @Kernel
 def _move(words):
     shape = (words[0], words[1])
-    weight_FD, gradient_FD = carray(at(words[2]), shape, float32), carray(at(words[3]), shape, float32)
-    along_F, number_I = carray(at(words[4]), shape[0], float32), carray(at(words[7]), 8, float32)
-    mean_FD, square_FD = carray(at(words[5]), shape, float32), carray(at(words[6]), shape, float32)
+    weight_FD, gradient_FD = carray(at(words[3]), shape, float32), carray(at(words[4]), shape, float32)
+    along_F, number_I = carray(at(words[5]), shape[0], float32), carray(at(words[9]), 8, float32)
+    mean_FD, square_FD = carray(at(words[6]), shape, float32), carray(at(words[7]), shape, float32)
+    bits_FD, rounded_FD = carray(at(words[3]), shape, uint32), carray(at(words[8]), (words[2], shape[1]), uint16)
     low, high = share(shape[0])
     for row in range(low, high):
         _move_row(weight_FD[row], gradient_FD[row], along_F[row], mean_FD[row], square_FD[row], number_I)
         norm = np.sqrt(product(weight_FD[row], weight_FD[row]))
         if norm > 0:
             _divide(weight_FD[row], norm)
+        if len(rounded_FD) > 0:
+            round_alone(bits_FD[row], rounded_FD[row])
+
+
+@Kernel
+def _move_free(words):
+    shape = (words[0], words[1])
+    weight_FD, gradient_FD = carray(at(words[5]), shape, float32), carray(at(words[6]), shape, float32)
+    mean_FD, square_FD = carray(at(words[7]), shape, float32), carray(at(words[8]), shape, float32)
+    bits_FD, bf16_FP = carray(at(words[5]), shape, uint32), carray(at(words[9]), (shape[0], words[2]), uint16)
+    norm_F, missed_F = carray(at(words[10]), shape[0], float32), carray(at(words[11]), shape[0], float32)
+    number_I = carray(at(words[12]), 8, float32)
+    bits_kept_D = carray(at(words[4]), (words[3], shape[1]), uint32)[thread()]
+    kept_D = carray(at(words[4]), (words[3], shape[1]), float32)[thread()]
+    low, high = share(shape[0])
+    for row in range(low, high):
+        _move_row(weight_FD[row], gradient_FD[row], float32(0), mean_FD[row], square_FD[row], number_I)
+        if bf16_FP.shape[1] > 0:
+            norm_F[row], missed_F[row] = round_row(weight_FD[row], bits_FD[row], kept_D, bits_kept_D, bf16_FP[row])

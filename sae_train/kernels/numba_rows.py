@@ -51,7 +51,8 @@ def _round(bits_D, kept_D, bf16_P):
 
 
 @njit
-def _round_alone(bits_D, bf16_D):
+def round_alone(bits_D, bf16_D):
+    """Write a row, given as its bits, in bf16."""
     wide()
     for d in range(len(bits_D)):
         bf16_D[d] = nearest(bits_D[d]) >> uint32(16)
@@ -63,7 +64,7 @@ def _bf16(words):
     bf16_RD = carray(at(words[3]), (words[0], words[1]), uint16)
     low, high = share(words[0])
     for row in range(low, high):
-        _round_alone(bits_RD[row], bf16_RD[row])
+        round_alone(bits_RD[row], bf16_RD[row])
 
 
 @njit(fastmath=SUMS)
@@ -76,18 +77,34 @@ def _norms(row_D, kept_D):
     return np.sqrt(square), np.sqrt(missed)
 
 
+@njit
+def round_row(row_D, bits_D, kept_D, bits_kept_D, bf16_P):
+    """Write a row in bf16, and zeros behind it.
+
+    Args:
+        row_D: the row.
+        bits_D: the same as bits.
+        kept_D: scratch, for what is left of the row.
+        bits_kept_D: the same as bits.
+
+    Returns:
+        Its norm, and the norm of what rounding took from it.
+    """
+    _round(bits_D, bits_kept_D, bf16_P)
+    for place in range(len(row_D), len(bf16_P)):
+        bf16_P[place] = 0
+    return _norms(row_D, kept_D)
+
+
 @Kernel
 def _rounded(words):
     n_rows, width, padded = words[0], words[1], words[2]
     row_RD, bits_RD = carray(at(words[3]), (n_rows, width), float32), carray(at(words[3]), (n_rows, width), uint32)
     last_R, bf16_RP = carray(at(words[4]), n_rows, uint32), carray(at(words[5]), (n_rows, padded), uint16)
     norm_R, missed_R = carray(at(words[6]), n_rows, float32), carray(at(words[7]), n_rows, float32)
-    kept_D = carray(at(words[9]), (words[8], width), uint32)[thread()]
-    numbers_D = carray(at(words[9]), (words[8], width), float32)[thread()]
+    bits_kept_D = carray(at(words[9]), (words[8], width), uint32)[thread()]
+    kept_D = carray(at(words[9]), (words[8], width), float32)[thread()]
     low, high = share(n_rows)
     for row in range(low, high):
-        _round(bits_RD[row], kept_D, bf16_RP[row])
+        norm_R[row], missed_R[row] = round_row(row_RD[row], bits_RD[row], kept_D, bits_kept_D, bf16_RP[row])
         bf16_RP[row, width] = nearest(last_R[row]) >> uint32(16)
-        for place in range(width + 1, padded):
-            bf16_RP[row, place] = 0
-        norm_R[row], missed_R[row] = _norms(row_RD[row], numbers_D)

@@ -20,7 +20,7 @@ from torch.nn.functional import embedding_bag
 from sae_train.kernels.backend import DTYPES, uses_numba, uses_triton
 from sae_train.kernels.function import applied
 from sae_train.kernels.matches import FeatureOrder, by_feature
-from sae_train.kernels.spare import Spare
+from sae_train.kernels.workspace import Workspace
 
 
 def decode(
@@ -31,18 +31,18 @@ def decode(
     start_N: Tensor,
     *,
     order: FeatureOrder | None = None,
-    spare: Spare | None = None,
+    workspace: Workspace | None = None,
     precision: str = "float32",
 ) -> Tensor:
     """Return for each token the sum of value * row of W over its matches [N, D]; differentiable in value and W.
 
     Args:
         order: the matches' own, if other products over them are to share it; `attach` alike.
-        spare: where the gradient of W is to be written, if memory is to be used again; `attach` alike.
+        workspace: whose memory the gradient of W is written to, and which knows W's rows in bf16; `attach` alike.
         precision: of rows that are read, bf16, or float32 for that of W; `attach` alike.
     """
     value, feature, token = _of_matches(start_N, value_M, feature_M, token_M)
-    shared = order or FeatureOrder(), spare or Spare()
+    shared = order or FeatureOrder(), workspace or Workspace()
     return applied(_Decode, value, W_FD, feature, token, start_N, *shared, precision)
 
 
@@ -56,12 +56,12 @@ def attach(
     start_N: Tensor,
     *,
     order: FeatureOrder | None = None,
-    spare: Spare | None = None,
+    workspace: Workspace | None = None,
     precision: str = "float32",
 ) -> Tensor:
     """Return `value_M`, which holds x W^T + b at the matches, with the graph of that product for W and b."""
     value, feature, token = _of_matches(start_N, value_M, feature_M, token_M)
-    shared = order or FeatureOrder(), spare or Spare()
+    shared = order or FeatureOrder(), workspace or Workspace()
     attached = applied(_Attach, value, W_FD, b_F, x_ND, feature, token, start_N, *shared, precision)
     if len(value) == len(value_M):
         return attached
@@ -99,15 +99,20 @@ def sums_by_feature(value_MC: Tensor, feature_M: Tensor, *, n_features: int) -> 
         return embedding_bag(order, value_MC, start_F, mode="sum", include_last_offset=True)
 
 
-def _read_rows(rows: Tensor, precision: str) -> Tensor:
-    """Return rows as products read them: rounded to bf16 where the precision says so."""
+def _read_rows(rows: Tensor, precision: str, workspace: Workspace | None = None) -> Tensor:
+    """Return rows as products read them: rounded to bf16 where the precision says so, once for one workspace."""
     if precision != "bf16" or rows.dtype != torch.float32:
         return rows
-    if uses_numba(rows):
+    if not uses_numba(rows):
+        return rows.bfloat16()
+    rounded: Tensor | None = None if workspace is None else workspace.noted(rows, "bf16")
+    if rounded is None:
         from sae_train.kernels import numba_rows
 
-        return numba_rows.bf16(rows)
-    return rows.bfloat16()
+        rounded = numba_rows.bf16(rows)
+        if workspace is not None:
+            workspace.note(rows, bf16=rounded)
+    return rounded
 
 
 def _of_matches(start_N: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
@@ -132,12 +137,12 @@ class _Decode(torch.autograd.Function):
         token: Tensor,
         start_N: Tensor,
         order: FeatureOrder,
-        spare: Spare,
+        workspace: Workspace,
         precision: str,
     ) -> Tensor:
-        rows_FD = _read_rows(W_FD, precision)
+        rows_FD = _read_rows(W_FD, precision, workspace)
         ctx.save_for_backward(value, rows_FD, feature, token, start_N)
-        ctx.order, ctx.spare, ctx.precision = order, spare, precision
+        ctx.order, ctx.workspace, ctx.precision = order, workspace, precision
         return _bags(rows_FD, feature, value, start_N)
 
     @staticmethod
@@ -149,14 +154,14 @@ class _Decode(torch.autograd.Function):
             from sae_train.kernels import numba_backward
 
             order, start_F = ctx.order(feature, len(rows_FD))
-            grad_W = ctx.spare.take(rows_FD.shape, like=value)
+            grad_W = ctx.workspace.take(rows_FD.shape, like=value)
             grad_value = numba_backward.gradients(grad_ND, rows_FD, value, token, start_F, order, out=grad_W)
             return grad_value, grad_W, None, None, None, None, None, None
         if ctx.needs_input_grad[0]:
             grad_value = _row_products(grad_ND, rows_FD, feature, token, start_N)
         if ctx.needs_input_grad[1]:
             order, start_F = ctx.order(feature, len(rows_FD))
-            grad_W = _bags_and_totals(grad_ND, token, value, start_F, order, ctx.spare)[0]
+            grad_W = _bags_and_totals(grad_ND, token, value, start_F, order, ctx.workspace)[0]
         return grad_value, grad_W, None, None, None, None, None, None
 
 
@@ -172,11 +177,11 @@ class _Attach(torch.autograd.Function):
         token: Tensor,
         start_N: Tensor,
         order: FeatureOrder,
-        spare: Spare,
+        workspace: Workspace,
         precision: str,
     ) -> Tensor:
         ctx.save_for_backward(x_ND, feature, token, start_N)
-        ctx.n_features, ctx.order, ctx.spare, ctx.precision = len(W_FD), order, spare, precision
+        ctx.n_features, ctx.order, ctx.workspace, ctx.precision = len(W_FD), order, workspace, precision
         return value.detach().clone()
 
     @staticmethod
@@ -185,7 +190,7 @@ class _Attach(torch.autograd.Function):
         grad = _of_used_slots(grads[0], start_N)
         order, start_F = ctx.order(feature, ctx.n_features)
         rows_ND = _read_rows(x_ND, ctx.precision)
-        grad_W, grad_b = _bags_and_totals(rows_ND, token, grad, start_F, order, ctx.spare)
+        grad_W, grad_b = _bags_and_totals(rows_ND, token, grad, start_F, order, ctx.workspace)
         return None, grad_W, grad_b, None, None, None, None, None, None, None
 
 
@@ -214,7 +219,7 @@ class _OfFeatures(torch.autograd.Function):
         grad = _of_used_slots(grads[0], start_N)
         ones_N1 = grad.new_ones(len(start_N) - 1, 1)
         order, start_F = by_feature(feature, ctx.n_features)
-        return _bags_and_totals(ones_N1, token, grad, start_F, order, Spare())[1], None, None, None
+        return _bags_and_totals(ones_N1, token, grad, start_F, order, Workspace())[1], None, None, None
 
 
 def _row_products(rows_ND: Tensor, W_FD: Tensor, feature: Tensor, token: Tensor, start_N: Tensor) -> Tensor:
@@ -256,7 +261,7 @@ def _of_used_slots(value_M: Tensor, start_N: Tensor) -> Tensor:
 
 
 def _bags_and_totals(
-    rows: Tensor, index: Tensor, weight: Tensor, start: Tensor, order: Tensor, spare: Spare
+    rows: Tensor, index: Tensor, weight: Tensor, start: Tensor, order: Tensor, workspace: Workspace
 ) -> tuple[Tensor, Tensor]:
     """Return for each bag the sum of weight * rows[index] over its slots, and of the weights; slot i is order[i]."""
     if uses_triton(rows):
@@ -266,7 +271,7 @@ def _bags_and_totals(
     if _is_numbas(rows, weight):
         from sae_train.kernels import numba_products
 
-        out = spare.take((len(start) - 1, rows.shape[1]), like=weight)
+        out = workspace.take((len(start) - 1, rows.shape[1]), like=weight)
         return numba_products.bags_and_totals(rows, index, weight, start, order, out=out)
     index, weight = index[order], weight[order]
     return _bags(rows, index, weight, start), _bags(weight.new_ones(len(rows), 1), index, weight, start).squeeze(1)

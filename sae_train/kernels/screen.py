@@ -21,6 +21,7 @@ from sae_train.kernels.backend import has_numba, uses_numba
 from sae_train.kernels.matches import few_reaching, flat_reaching, kept
 from sae_train.kernels.products import row_products
 from sae_train.kernels.radix import positive
+from sae_train.kernels.workspace import Workspace
 
 FEW = 1 / 48
 """Share of kept entries up to which computing them twice costs less than a whole product does."""
@@ -185,8 +186,10 @@ PreActivations = Tensor | Screened
 """What selection selects from."""
 
 
-def screen(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, *, precision: str, out: Tensor) -> Screened:
-    """Return x W^T + b, screened.
+def screen(
+    x_ND: Tensor, W_FD: Tensor, b_F: Tensor, *, precision: str, out: Tensor, workspace: Workspace | None = None
+) -> Screened:
+    """Return x W^T + b, screened; good for as long as neither W nor what was written to `out` is changed.
 
     Args:
         x_ND: fp32.
@@ -194,9 +197,10 @@ def screen(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, *, precision: str, out: Tens
         b_F: fp32.
         precision: of what is exact: float32, or bf16 for factors rounded to that.
         out: [N, F] bf16 to write the near pre-activations to.
+        workspace: which knows W's rows in bf16.
     """
     with torch.no_grad():
-        x, W = rounded_rows(x_ND, x_ND.new_ones(len(x_ND))), rounded_rows(W_FD, b_F)
+        x, W = rounded_rows(x_ND, x_ND.new_ones(len(x_ND))), _known_rows(W_FD, b_F, workspace or Workspace())
         torch.mm(x.padded, W.padded.t(), out=out)
         return screened(out, x_ND, W_FD, b_F, rounded=(x, W), precision=precision)
 
@@ -223,6 +227,18 @@ def rounded_rows(rows: Tensor, last: Tensor) -> Rounded:
     bf16 = rows.new_zeros(n_rows, padded, dtype=torch.bfloat16)
     bf16[:, :width], bf16[:, width] = rows, last
     return Rounded(bf16, rows.norm(dim=1), (rows - bf16[:, :width]).norm(dim=1))
+
+
+def _known_rows(rows: Tensor, last: Tensor, workspace: Workspace) -> Rounded:
+    """Return what `rounded_rows` does, of rows that may have been rounded when they were last written."""
+    found: Rounded | None = workspace.noted(rows, "rounded")
+    if found is not None:
+        found.padded[:, rows.shape[1]] = last
+        return found
+    found = rounded_rows(rows, last)
+    if uses_numba(rows):
+        workspace.note(rows, rounded=found)
+    return found
 
 
 def screened(

@@ -31,7 +31,7 @@ class Dictionary(nn.Module):
         W_dec: [F, D] decoder rows of unit norm, so that an affinity is a match's contribution.
         b_dec: [D].
         precision: of the factors of products: bf16, float32 or float64.
-        spare: memory for gradients of the rows.
+        workspace: memory for gradients of the rows, and what is known of them.
     """
 
     log_threshold: nn.Parameter
@@ -46,7 +46,7 @@ class Dictionary(nn.Module):
 
     def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
         super().__init__()
-        self.spare = kernels.Spare()
+        self.workspace = kernels.Workspace()
         self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
 
@@ -109,7 +109,8 @@ class Dictionary(nn.Module):
 
     def screened(self, x_ND: Tensor, *, out: Tensor) -> kernels.Screened:
         """Return what `pre_activations` does, screened, where `kernels.can_screen`; `out` is [N, F] bf16."""
-        return kernels.screen(x_ND, self.W_enc.detach(), self.b_enc.detach(), precision=self.precision, out=out)
+        rows, workspace = (self.W_enc.detach(), self.b_enc.detach()), self.workspace
+        return kernels.screen(x_ND, *rows, precision=self.precision, out=out, workspace=workspace)
 
     def slopes(self, gradient_ND: Tensor) -> Tensor:
         """Return slope_NF = g W_dec^T: how fast a loss changes with the value of each feature, without a graph.
@@ -151,7 +152,7 @@ class Dictionary(nn.Module):
 
     def _shared(self, code: SparseCode) -> dict[str, Any]:
         """Return what all products over the matches share."""
-        return {"order": code.order, "spare": self.spare, "precision": self.precision}
+        return {"order": code.order, "workspace": self.workspace, "precision": self.precision}
 
     @torch.no_grad()
     def project_gradient(self) -> None:
@@ -183,7 +184,7 @@ class AlignedDictionary(Dictionary):
 
     def __init__(self, W_free: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
         nn.Module.__init__(self)
-        self.spare = kernels.Spare()
+        self.workspace = kernels.Workspace()
         self.W_free, self.b_enc = nn.Parameter(W_free), nn.Parameter(b_enc)
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
         self._made: tuple[tuple[int, int], Tensor] | None = None

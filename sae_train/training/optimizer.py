@@ -64,7 +64,7 @@ class Adam:
                 names = [name for name in given if self._rates[name] == rate]
                 if names:
                     self._move(names, given, lr=lr * rate, scale=scale, halted=halted)
-        self._dictionary.spare.keep(given.values())
+        self._dictionary.workspace.keep(given.values())
         for parameter in self._named.values():
             parameter.grad = None
 
@@ -91,6 +91,7 @@ class Adam:
             grad_scale=None if scale is None else scale.float(), found_inf=halted.float(),
         )  # fmt: skip
         torch._foreach_sub_(steps, [halted.float()] * len(steps))
+        torch.autograd.graph.increment_version([self._named[name] for name in names])  # torch's operation does not
 
     def state(self) -> dict[str, Tensor]:
         """Return step counts and moments by parameter and name, 'W_enc.exp_avg'."""

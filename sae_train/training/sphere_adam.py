@@ -1,6 +1,7 @@
 """Adam with the decoder's projection and normalisation inside its pass, where compiled kernels can run."""
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,16 +59,31 @@ class SphereAdam(Adam):
     def _move(
         self, names: list[str], given: dict[str, Tensor], *, lr: float, scale: Tensor | None, halted: Tensor
     ) -> None:
-        others = [name for name in names if name != "W_dec"]
+        betas = {"beta1": self._config.beta1, "beta2": self._config.beta2, "eps": self._config.eps}
+        numbers = {"lr": lr, "scale": scale, "halted": halted, **betas}
+        others = [name for name in names if not self._move_alone(name, given[name], numbers)]
         if others:
             super()._move(others, given, lr=lr, scale=scale, halted=halted)
-        if others == names:
-            return
-        own = self._state["W_dec"]
+
+    def _move_alone(self, name: str, gradient: Tensor, numbers: dict[str, Any]) -> bool:
+        """Move a parameter in a pass of its own, if it has one, and return whether it has.
+
+        Rows that the step read in bf16 are left in that for the next one, while they are in cache.
+        """
+        weight, own, workspace = self._named[name].detach(), self._state[name], self._dictionary.workspace
+        is_decoder = name == "W_dec"
+        if not is_decoder and (weight.dim() != 2 or uses_triton(weight) or not uses_numba(weight)):
+            return False
+        known = "bf16" if is_decoder else "rounded"
+        rounded = workspace.noted(weight, known)
         own["step"].add_(1)
-        _kernels(given["W_dec"]).move(
-            self._named["W_dec"].detach(), given["W_dec"], self._along_F, own["exp_avg"], own["exp_avg_sq"],
-            step=own["step"], scale=scale, halted=halted, lr=lr, beta1=self._config.beta1, beta2=self._config.beta2,
-            eps=self._config.eps,
-        )  # fmt: skip
-        own["step"].sub_(halted.float())
+        moments = own["exp_avg"], own["exp_avg_sq"]
+        if is_decoder:
+            more = {} if rounded is None else {"rounded_FD": rounded}
+            _kernels(weight).move(weight, gradient, self._along_F, *moments, step=own["step"], **numbers, **more)
+        else:
+            _kernels(weight).move_free(weight, gradient, *moments, step=own["step"], **numbers, rounded=rounded)
+        own["step"].sub_(numbers["halted"].float())
+        if rounded is not None and not bool(numbers["halted"]):
+            workspace.note(weight, **{known: rounded})
+        return True
