@@ -36,9 +36,9 @@ def add_step(totals: Totals, seed: int) -> tuple[torch.Tensor, torch.Tensor, Spa
     code = random_code(20, 8, seed=seed)
     loss = error.square().sum() / 20
     totals.add(
-        x_ND=x,
+        sum_D=x.sum(0, dtype=torch.float64),
         norm_N=x.norm(dim=1),
-        error_ND=error,
+        missed_N=error.norm(dim=1),
         l0_N=code.start.diff().long(),
         code=code,
         loss=loss,

@@ -15,6 +15,7 @@ from sae_train.kernels.heap import keep_freed_memory
 from sae_train.kernels.hint import Hint
 from sae_train.kernels.matches import FeatureOrder, Matches, flat_nonzero
 from sae_train.kernels.products import attach, attach_dense, decode, of_features, row_products, sums_by_feature
+from sae_train.kernels.rows import Missed, missed, norms_and_sum
 from sae_train.kernels.screen import PreActivations, Screened, can_screen, screen
 from sae_train.kernels.selection import select_above, select_batch, select_columns, select_few_above, select_rows
 from sae_train.kernels.workspace import Workspace
@@ -23,6 +24,7 @@ __all__ = [
     "FeatureOrder",
     "Hint",
     "Matches",
+    "Missed",
     "PreActivations",
     "Screened",
     "Workspace",
@@ -33,6 +35,8 @@ __all__ = [
     "decode",
     "flat_nonzero",
     "keep_freed_memory",
+    "missed",
+    "norms_and_sum",
     "of_features",
     "row_products",
     "screen",

@@ -9,7 +9,7 @@ from numba import carray, float32, int16, int32, int64, njit, uint16, uint32
 from torch import Tensor
 
 from sae_train.kernels.numba_rows import nearest
-from sae_train.kernels.numba_scan import INFINITY, NEGATIVE_ZERO, collected, find, found_by_thread
+from sae_train.kernels.numba_scan import INFINITY, bits_between, collected, find, found_by_thread
 from sae_train.kernels.numba_team import Kernel, at, bits_of, number, run, share, thread, wide
 
 COLUMNS = 32
@@ -137,11 +137,7 @@ def _leading(words):
         _clear_nans(maximum_G)
         low = number(uint16(_kth_largest(maximum_G, k))) * share_2[0] - error
         bound_N[token] = low if low > 0 else float32(0)  # nor where it is NaN
-        lowest = uint16(nearest(bits_of(bound_N[token] * share_2[1] - error)) >> uint32(16))
-        near_bound, highest = number(lowest), uint16(INFINITY)
-        if near_bound <= 0:
-            lowest, highest = uint16(0), max(lowest, uint16(NEGATIVE_ZERO))
-        elif not near_bound > 0:  # NaN: what is reached is nothing
-            lowest, highest = uint16(1), uint16(0)
+        near_bound = uint16(nearest(bits_of(bound_N[token] * share_2[1] - error)) >> uint32(16))
+        lowest, highest = bits_between(near_bound)
         n_found = find(near_NF[token], lowest, highest, token * n_features, index_C, n_found)
     count_T[thread()] = n_found

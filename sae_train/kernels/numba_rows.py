@@ -1,6 +1,6 @@
-"""Rows in bf16, with what rounding took from them: the twin of screen.py's `rounded_rows`.
+"""Rows in bf16, with what rounding took from them: the twin of screen.py's `rounded_rows`; and the twins of rows.py.
 
-A row is summed in the same order whatever the threads. Letters: R rows, D width, P padded width, T threads.
+A row is summed in the same order whatever the threads. Letters: R rows, D width, P padded width, T threads, C chunks.
 """
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from numba import carray, float32, njit, uint16, uint32
 from torch import Tensor
 
-from sae_train.kernels.numba_team import SUMS, Kernel, at, run, share, thread, wide
+from sae_train.kernels.numba_team import SUMS, Kernel, at, product, run, share, thread, wide
 
 
 def rounded(rows_RD: Tensor, last_R: Tensor, *, padded: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,6 +33,22 @@ def bf16(rows_RD: Tensor) -> Tensor:
     bf16_RD = torch.empty_like(rows_RD, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
     run(_bf16, *rows_RD.shape, rows_RD.contiguous(), bf16_RD)
     return bf16_RD
+
+
+def missed(x_ND: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x - x_hat [..., N, D], and the norms of its rows [..., N]; fp32, see rows.missed."""
+    error, norm = torch.empty_like(x_hat), x_hat.new_empty(x_hat.shape[:-1])
+    run(_missed, len(x_ND), x_ND.shape[1], norm.numel(), x_ND, x_hat, error, norm)
+    return error, norm
+
+
+def norms_and_sums(x_RD: Tensor, *, together: int) -> tuple[Tensor, Tensor]:
+    """Return the norms of rows [R], and the sums of every so many rows that stand together [C, D]; fp32."""
+    n_rows, width = x_RD.shape
+    n_chunks = -(-n_rows // together)
+    norm_R, sum_CD = x_RD.new_empty(n_rows), x_RD.new_empty(n_chunks, width)
+    run(_norms_and_sums, n_rows, width, n_chunks, together, x_RD.contiguous(), norm_R, sum_CD)
+    return norm_R, sum_CD
 
 
 @njit
@@ -108,3 +124,45 @@ def _rounded(words):
     for row in range(low, high):
         norm_R[row], missed_R[row] = round_row(row_RD[row], bits_RD[row], kept_D, bits_kept_D, bf16_RP[row])
         bf16_RP[row, width] = nearest(last_R[row]) >> uint32(16)
+
+
+@njit(fastmath=SUMS)
+def _miss(x_D, x_hat_D, error_D):
+    """Write what is missed, and return the sum of its squares."""
+    wide()
+    total = float32(0)
+    for d in range(len(x_D)):
+        error = x_D[d] - x_hat_D[d]
+        error_D[d] = error
+        total += error * error
+    return total
+
+
+@Kernel
+def _missed(words):
+    n_tokens, width, n_rows = words[0], words[1], words[2]
+    x_ND, x_hat_RD = carray(at(words[3]), (n_tokens, width), float32), carray(at(words[4]), (n_rows, width), float32)
+    error_RD, norm_R = carray(at(words[5]), (n_rows, width), float32), carray(at(words[6]), n_rows, float32)
+    low, high = share(n_rows)
+    for row in range(low, high):
+        norm_R[row] = np.sqrt(_miss(x_ND[row % n_tokens], x_hat_RD[row], error_RD[row]))
+
+
+@njit
+def _add(sum_D, row_D):
+    wide()
+    for d in range(len(row_D)):
+        sum_D[d] += row_D[d]
+
+
+@Kernel
+def _norms_and_sums(words):
+    n_rows, width, n_chunks, together = words[0], words[1], words[2], words[3]
+    x_RD, norm_R = carray(at(words[4]), (n_rows, width), float32), carray(at(words[5]), n_rows, float32)
+    sum_CD = carray(at(words[6]), (n_chunks, width), float32)
+    low, high = share(n_chunks)
+    for chunk in range(low, high):
+        sum_CD[chunk] = 0
+        for row in range(chunk * together, min((chunk + 1) * together, n_rows)):
+            norm_R[row] = np.sqrt(product(x_RD[row], x_RD[row]))
+            _add(sum_CD[chunk], x_RD[row])

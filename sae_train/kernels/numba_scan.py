@@ -62,10 +62,29 @@ def collected(scan: Kernel, *given: Tensor | int, shape: tuple[int, int], most: 
 
 def _bits_between(bound: Tensor) -> tuple[Tensor, Tensor]:
     """Return the lowest and the highest bits of what reaches a bf16 bound; of NaN none."""
-    bits = bound.view(torch.uint16).int()
-    low = torch.where(bound > 0, bits, torch.where(bound.isnan(), LAST, 0))
-    high = torch.where(bound > 0, INFINITY, torch.where(bound.isnan(), 0, bits.clamp(min=NEGATIVE_ZERO)))
-    return low.to(torch.uint16), high.to(torch.uint16)
+    low, high = (torch.empty(bound.shape, dtype=torch.uint16) for _ in range(2))
+    run(_bounds, bound.numel(), bound.contiguous(), low, high)
+    return low, high
+
+
+@njit
+def bits_between(bits):
+    """Return what `_bits_between` does of one bound, given as its bits."""
+    magnitude = bits & uint16(0x7FFF)
+    if magnitude > INFINITY:
+        return uint16(LAST), uint16(0)
+    if bits == magnitude and bits > 0:
+        return uint16(bits), uint16(INFINITY)
+    return uint16(0), uint16(max(bits, uint16(NEGATIVE_ZERO)))
+
+
+@Kernel
+def _bounds(words):
+    bits = carray(at(words[1]), words[0], uint16)
+    low, high = carray(at(words[2]), words[0], uint16), carray(at(words[3]), words[0], uint16)
+    begin, end = share(words[0])
+    for i in range(begin, end):
+        low[i], high[i] = bits_between(bits[i])
 
 
 @njit

@@ -35,33 +35,26 @@ def reconstruction_loss(x_ND: Tensor, x_hat_ND: Tensor, *, n_tokens: int) -> Ten
         x_hat_ND: their reconstruction, or several [G, N, D], each of which is a summand.
         n_tokens: of the global batch.
     """
-    return squared_error(x_hat_ND, missed(x_ND, x_hat_ND)) / n_tokens
+    return squared_error(x_hat_ND, kernels.missed(x_ND, x_hat_ND)) / n_tokens
 
 
-@torch.no_grad()
-def missed(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Return x - x_hat, without a graph."""
-    return x - x_hat
-
-
-def squared_error(x_hat: Tensor, error: Tensor) -> Tensor:
-    """Return the sum of squares of `error`, which is what x_hat has `missed`; differentiable in x_hat."""
-    return applied(_SquaredError, x_hat, error)
+def squared_error(x_hat: Tensor, missed: kernels.Missed) -> Tensor:
+    """Return the sum of squares of what x_hat has missed; differentiable in x_hat."""
+    return applied(_SquaredError, x_hat, *missed)
 
 
 class _SquaredError(torch.autograd.Function):
     """One tensor of the inputs' size, backward, where torch's own operations make five."""
 
     @staticmethod
-    def forward(ctx: Any, x_hat: Tensor, error: Tensor) -> Tensor:
+    def forward(ctx: Any, x_hat: Tensor, error: Tensor, norm: Tensor) -> Tensor:
         ctx.save_for_backward(error)
-        norms: Tensor = torch.linalg.vector_norm(error, dim=-1)
-        return norms.square().sum()
+        return norm.square().sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (error,) = ctx.saved_tensors
-        return error * (-2 * grads[0]), None
+        return error * (-2 * grads[0]), None, None
 
 
 class AuxLoss:
@@ -121,7 +114,7 @@ class AuxLoss:
         code = dictionary.attach(x_ND, code)
         code = replace(code, value=code.value * underuse_F[code.feature.long()])
         x_hat_ND = dictionary.decode(code, ranks=ranks, bias=False)
-        error = squared_error(x_hat_ND, missed(residual_ND, x_hat_ND))
+        error = squared_error(x_hat_ND, kernels.missed(residual_ND, x_hat_ND))
         variance = _total_variance(residual_ND, ranks.data)
         scale = (n_taking_part / self.slots).clamp(max=1)
         factor = torch.where(variance > 0, self.weight * scale / torch.where(variance > 0, variance, 1), 0)

@@ -9,12 +9,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from sae_train import kernels
 from sae_train.config import MatryoshkaConfig, NestingConfig
 from sae_train.errors import ConfigError
 from sae_train.ranks import Ranks
 from sae_train.sae.code import Code, DenseCode
 from sae_train.sae.dictionary import Dictionary, sum_of_shares
-from sae_train.sae.losses import missed, squared_error
+from sae_train.sae.losses import squared_error
 
 SEARCHED = 4096
 """How far from the given n_features one that all prefixes divide is looked for."""
@@ -49,8 +50,8 @@ def _sizes(shares: list[float], n_features: int) -> tuple[int, ...] | None:
 
 def reconstruct(
     dictionary: Dictionary, x_ND: Tensor, code: Code, *, sizes: tuple[int, ...], n_tokens: int, ranks: Ranks
-) -> tuple[Tensor, Tensor]:
-    """Return what the reconstruction from all features misses [N, D], x - x_hat without a graph, and the loss.
+) -> tuple[kernels.Missed, Tensor]:
+    """Return what the reconstruction from all features misses [N, D], and the loss.
 
     That is the sum of `reconstruction_loss` over prefixes, a scalar.
 
@@ -60,8 +61,9 @@ def reconstruct(
     """
     has_one = len(sizes) == 1
     x_hat = dictionary.decode(code, ranks=ranks) if has_one else decode_prefixes(dictionary, code, sizes, ranks=ranks)
-    error = missed(x_ND, x_hat)
-    return error if has_one else error[-1], squared_error(x_hat, error) / n_tokens
+    missed = kernels.missed(x_ND, x_hat)
+    of_all = missed if has_one else kernels.Missed(*(each[-1] for each in missed))
+    return of_all, squared_error(x_hat, missed) / n_tokens
 
 
 def decode_prefixes(dictionary: Dictionary, code: Code, sizes: tuple[int, ...], *, ranks: Ranks) -> Tensor:

@@ -22,6 +22,9 @@ class Halt:
     @torch.no_grad()
     def watch(self, *, step: int, loss: Tensor, grad_norm: Tensor, norm_N: Tensor) -> None:
         """Look at a step's loss and gradient norm (scalars, over all ranks) and at this rank's activations' norms."""
+        bad = ~(loss.isfinite() & grad_norm.isfinite())
+        if bad.device.type == "cpu" and not bool(bad):  # where the host need not wait to know
+            return
         norm_N = norm_N.double()
         facts = torch.stack([
             torch.full_like(grad_norm, step, dtype=torch.float64),
@@ -31,7 +34,6 @@ class Halt:
             norm_N.nan_to_num(nan=0.0, posinf=0.0).max(),
             torch.full_like(grad_norm, len(norm_N), dtype=torch.float64),
         ])  # fmt: skip
-        bad = ~(loss.isfinite() & grad_norm.isfinite())
         self._facts = torch.where(self.flag | ~bad, self._facts, facts)
         self.flag = self.flag | bad
 

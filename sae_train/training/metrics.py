@@ -14,9 +14,6 @@ from sae_train.ranks import Ranks
 from sae_train.sae.code import Code
 from sae_train.sae.firing import Firing
 
-SUMMED_TOGETHER = 256
-"""Rows that are added in their own precision; sums of so many, and squared norms of rows, are added in float64."""
-
 
 class Totals:
     """What the steps since the last row add up to, this rank's share."""
@@ -34,9 +31,9 @@ class Totals:
     def add(
         self,
         *,
-        x_ND: Tensor,
+        sum_D: Tensor,
         norm_N: Tensor,
-        error_ND: Tensor,
+        missed_N: Tensor,
         l0_N: Tensor,
         code: Code,
         loss: Tensor,
@@ -47,26 +44,28 @@ class Totals:
         """Add one step.
 
         Args:
-            x_ND, error_ND, l0_N: of the tokens that this rank harvested.
-            norm_N: of x_ND.
+            sum_D: float64, of the activations that this rank harvested.
+            norm_N: of those activations.
+            missed_N: norms of what their reconstructions missed.
+            l0_N: of those tokens.
             code: of the tokens and features that it holds.
             loss, aux: its shares; over all ranks they sum to the whole.
             budget: expected number of matches of its tokens.
         """
         value = code.value.detach().flatten()
         device_values = [
-            _sum_of_squares(torch.linalg.vector_norm(error_ND, dim=1)),
+            _sum_of_squares(missed_N),
             _sum_of_squares(norm_N),
             loss.detach().double(),
             torch.zeros_like(loss, dtype=torch.float64) if aux is None else aux.detach().double(),
             l0_N.sum().double(),
         ]
-        self.scalars[0] += len(x_ND)
+        self.scalars[0] += len(norm_N)
         self.scalars[1:6] += torch.stack(device_values)
         self.scalars[6] += budget
         self.scalars[7] += self._share
         self.scalars[8] += grad_norm.double() * self._share
-        self.sum_D += torch.stack([part.sum(0) for part in x_ND.split(SUMMED_TOGETHER)]).sum(0, dtype=torch.float64)
+        self.sum_D += sum_D
         self.l0_histogram.index_add_(0, l0_N.clamp_max(L0_BINS), torch.ones_like(l0_N))  # bincount would ask the device
         if len(value) > 0:
             smallest = torch.where(value > 0, value, torch.inf).min().double()

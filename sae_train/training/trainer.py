@@ -142,15 +142,15 @@ class Trainer:
             gradient_ND = ranks.features.gather(own_gradient_ND).flatten(0, 1)
             self.sparsifier.heed(dictionary.slopes(gradient_ND))
         code, penalty = self.sparsifier.encode(dictionary, x_ND, pre_NF, moment=moment, firing=self.firing, ranks=ranks)
-        error_ND, loss = self._reconstruct(x_ND, code)
-        self.sparsifier.observe(dictionary, code, error_ND, moment=moment, ranks=ranks)
+        missed, loss = self._reconstruct(x_ND, code)
+        self.sparsifier.observe(dictionary, code, missed.error, moment=moment, ranks=ranks)
         aux, total = None, loss
         if self.aux_loss is not None:
-            aux = self.aux_loss(dictionary, x_ND, pre_NF, error_ND, firing=self.firing, moment=moment, ranks=ranks)
+            aux = self.aux_loss(dictionary, x_ND, pre_NF, missed.error, firing=self.firing, moment=moment, ranks=ranks)
         for part in (aux, penalty):
             total = total if part is None else total + part
         total.backward()
-        norm_N: Tensor = torch.linalg.vector_norm(own_ND, dim=1)
+        norm_N, sum_D = kernels.norms_and_sum(own_ND)
         grad_norm = self._update(loss.detach(), norm_N)
         self.firing.update(code, n_tokens=self.plan.batch_tokens, ranks=ranks)
         lost = self._learning_rate(self.tokens, decays=False) - moment.learning_rate
@@ -158,9 +158,9 @@ class Trainer:
         first = ranks.features.rank * len(own_ND)
         own = slice(first, first + len(own_ND))
         self.totals.add(
-            x_ND=own_ND,
+            sum_D=sum_D,
             norm_N=norm_N,
-            error_ND=error_ND[own],
+            missed_N=missed.norm[own],
             l0_N=ranks.features.sum(code.l0())[own].long(),
             code=code,
             loss=loss / ranks.features.size,
@@ -184,8 +184,8 @@ class Trainer:
         own_ND, gradient_ND = own_NW.split(self.plan.d_model, dim=1)
         return own_ND.contiguous(), gradient_ND.contiguous()
 
-    def _reconstruct(self, x_ND: Tensor, code: Code) -> tuple[Tensor, Tensor]:
-        """Return what the reconstruction from all features misses, without a graph, and the loss."""
+    def _reconstruct(self, x_ND: Tensor, code: Code) -> tuple[kernels.Missed, Tensor]:
+        """Return what the reconstruction from all features misses, and the loss."""
         kept, n_tokens = self.sparsifier.kept(code), self.plan.batch_tokens
         return reconstruct(self.dictionary, x_ND, kept, sizes=self.prefixes, n_tokens=n_tokens, ranks=self.ranks)
 
