@@ -125,9 +125,10 @@ def test_near_ones_are_as_near_as_they_say(case: tuple[tuple[Tensor, Tensor, Ten
 def test_batch(case: tuple[tuple[Tensor, Tensor, Tensor], str], share: float, cut: float | None) -> None:
     pre = screened(*case[0], precision=case[1])
     exact_NF, hint = whole(pre), kernels.Hint()
-    hint.cut = None if cut is None else torch.tensor(cut)
+    if cut is not None:
+        hint.learn(torch.tensor(cut))
     budget = max(1, round(share * exact_NF.numel()))
-    for _ in range(2):  # with a wrong hint or none, then with the cut itself
+    for _ in range(2):  # with a wrong hint or none, then with a better one
         matches = kernels.select_batch(
             pre, budget=budget, capacity=budget, n_features=pre.shape[1], ranks=Solo(), hint=hint
         )

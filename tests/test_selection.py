@@ -97,15 +97,41 @@ def test_batch_keeps_the_largest(backend: ModuleType, pre: Tensor, share: float,
 
 
 @SMALL
-@given(pre=batches(), share=st.floats(0, 1.2) | st.floats(0, 1 / 64), cut=st.sampled_from(CUTS))
-def test_a_hint_changes_nothing(pre: Tensor, share: float, cut: float) -> None:
+@given(pre=batches(), share=st.floats(0, 1.2) | st.floats(0, 1 / 64), cuts=st.lists(st.sampled_from(CUTS), max_size=3))
+def test_a_hint_changes_nothing(pre: Tensor, share: float, cuts: list[float]) -> None:
     budget, hint = max(1, round(share * pre.numel())), kernels.Hint()
-    hint.cut = pre.new_tensor(cut)
-    for _ in range(2):  # with a wrong hint, then with the cut itself
+    for cut in cuts:
+        hint.learn(pre.new_tensor(cut))
+    for _ in range(2):  # with a wrong hint, then with a better one
         matches = candidates.select_batch(pre, budget=budget, capacity=budget, hint=hint, **alone(pre))
         assert pairs(matches) == kept_by_sorting(pre, group="batch", budgets=[budget])
-        used = int(matches.start[-1])
-        assert float(hint.cut) == (float(matches.value[:used].min()) if used == budget else 0.0)
+        if int(matches.start[-1]) < budget:  # all that is positive is kept: a cut of 0 hints at nothing
+            assert hint.guess(pre.dtype) is None
+
+
+@given(first=st.floats(1e-6, 1e6), drift=st.floats(0.97, 1.05), noise=st.floats(0, 0.02), seed=st.integers(0, 2**31))
+def test_a_hint_is_a_little_below_the_next_cut(first: float, drift: float, noise: float, seed: int) -> None:
+    """Of cuts that drift, and wander about that: all but few guesses are below, none far below."""
+    generator, hint, cut, below = torch.Generator().manual_seed(seed), kernels.Hint(), torch.tensor(first).double(), []
+    for batch in range(60):
+        guess = hint.guess(torch.float64)
+        if batch >= 20:
+            assert guess is not None
+            below.append(1 - float(guess / cut))
+        hint.learn(cut)
+        cut = cut * drift * (1 + noise * torch.randn((), generator=generator, dtype=torch.float64)).clamp(0.8, 1.2)
+    assert sum(each < 0 for each in below) <= 6
+    assert max(below) < 0.02 + 16 * noise
+
+
+def test_a_hint_recovers_from_cuts_of_any_kind() -> None:
+    for odd in (0.0, float("inf"), float("nan"), 1e-30, 1e30):
+        hint = kernels.Hint()
+        for cut in (1.0, 1.0, odd, *[1.0] * 60):
+            hint.learn(torch.tensor(cut))
+        guess = hint.guess(torch.float32)
+        assert guess is not None
+        assert 0.9 < float(guess) < 1
 
 
 @BACKENDS

@@ -104,14 +104,14 @@ def test_columns(backend: ModuleType, drawn: tuple[tuple[int, int], Tensor], dat
 @pytest.mark.parametrize("grid", [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)], ids=str)
 @pytest.mark.parametrize("f", [64, 65, 192])  # 65: a rank's share divides into lines, the other's does not
 @pytest.mark.parametrize("cut", [0.0, 1.0, 2.0, float("inf")])
-@pytest.mark.parametrize("times", [1, 2])  # with a wrong hint; then with the cut itself
+@pytest.mark.parametrize("times", [1, 2])  # with a wrong hint; then with a better one
 def test_a_hint_changes_nothing(grid: tuple[int, int], f: int, cut: float, times: int) -> None:
     whole = drawn_batch("ties", 8, f, seed=f, dtype=torch.float32)
     budget = 8 * f // 70
 
     def select(own: Tensor, first: tuple[int, int], ranks: Ranks) -> tuple[Matches, int]:
         hint = kernels.Hint()
-        hint.cut = own.new_tensor(cut)
+        hint.learn(own.new_tensor(cut))
         for _ in range(times):
             matches = candidates.select_batch(own, budget=budget, capacity=budget, n_features=f, ranks=ranks, hint=hint)
         return matches, budget

@@ -22,8 +22,6 @@ from sae_train.kernels.screen import PreActivations, Screened
 from sae_train.ranks import Ranks
 
 _INFINITE_BITS = int(torch.tensor(torch.inf, dtype=torch.bfloat16).view(torch.int16))
-HINT_SHARE = 0.95
-"""Of an earlier cut. Cuts of batches differ by some percent, so a little below one is mostly a bound; it is counted."""
 
 
 def select_batch(
@@ -33,25 +31,32 @@ def select_batch(
     hint, (n_tokens, width) = hint or Hint(), pre_NF.shape
     density = budget / max(1, n_tokens * width * ranks.size)
     low, reaching = _bounded(pre_NF, density)
-    found = None if hint.cut is None else reaching(hint.cut * HINT_SHARE)
-    if found is None or int(ranks.sum(torch.tensor(len(found[0])))) < budget:
+    guess = hint.guess(torch.float32 if isinstance(pre_NF, Screened) else pre_NF.dtype)
+    found = None if guess is None else reaching(guess)
+    if found is None or _of_all(len(found[0]), ranks) < budget:
         found = reaching(kth_largest(low(), budget, ranks))
     index, value = found
     cut = kth_largest(value, budget, ranks)
-    hint.cut = cut
-    above, tied = value > cut, value == cut
-    n_tied = tied.count_nonzero()
-    left = ties_kept(
-        above.count_nonzero(),
-        n_tied,
-        lambda: index[tied],
-        budget=budget,
-        shape=(n_tokens, width),
-        n_features=n_features,
-        ranks=ranks,
-    )
-    keep = value >= cut if bool(left >= n_tied) else above | (tied & (tied.cumsum(0) <= left))
+    hint.learn(cut)
+    keep = value >= cut
+    if _of_all(int(keep.count_nonzero()), ranks) > budget:
+        above, tied = value > cut, value == cut
+        left = ties_kept(
+            above.count_nonzero(),
+            tied.count_nonzero(),
+            lambda: index[tied],
+            budget=budget,
+            shape=(n_tokens, width),
+            n_features=n_features,
+            ranks=ranks,
+        )
+        keep = above | (tied & (tied.cumsum(0) <= left))
     return pack(index, value, keep, shape=(n_tokens, width), capacity=capacity)
+
+
+def _of_all(count: int, ranks: Ranks) -> int:
+    """Return the sum of all ranks' counts."""
+    return count if ranks.size == 1 else int(ranks.sum(torch.tensor(count)))
 
 
 def select_rows(

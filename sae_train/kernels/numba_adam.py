@@ -110,6 +110,13 @@ def _square_beside(gradient_D, weight_D, along):
     return total
 
 
+@njit
+def split(gradient_D, weight_D):
+    """Return a gradient's component along its unit row, and the squared norm of the rest of it."""
+    along = product(gradient_D, weight_D)
+    return along, _square_beside(gradient_D, weight_D, along)
+
+
 @Kernel
 def _along_rows(words):
     shape = (words[0], words[1])
@@ -117,8 +124,7 @@ def _along_rows(words):
     along_F, square_F = carray(at(words[4]), shape[0], float32), carray(at(words[5]), shape[0], float32)
     low, high = share(shape[0])
     for row in range(low, high):
-        along_F[row] = product(gradient_FD[row], weight_FD[row])
-        square_F[row] = _square_beside(gradient_FD[row], weight_FD[row], along_F[row])
+        along_F[row], square_F[row] = split(gradient_FD[row], weight_FD[row])
 
 
 @Kernel

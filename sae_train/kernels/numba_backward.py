@@ -8,6 +8,7 @@ import torch
 from numba import carray, float32, int32, int64, njit, uint16
 from torch import Tensor
 
+from sae_train.kernels.numba_adam import split
 from sae_train.kernels.numba_products import share_of_slots
 from sae_train.kernels.numba_team import SUMS, Kernel, at, number, run, wide
 
@@ -20,9 +21,10 @@ def gradients(
     start_F: Tensor,
     order_M: Tensor,
     *,
+    unit_FD: Tensor,
     out: Tensor,
-) -> Tensor:
-    """Write the gradient of W, and return that of the values [M] fp32.
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Write the gradient of W, and return that of the values [M] fp32, and what numba_adam.along_rows says of W's.
 
     Args:
         grad_ND: of the reconstruction, fp32 or bf16.
@@ -31,13 +33,14 @@ def gradients(
         token_M: int32.
         start_F: int32 [F + 1], into the order.
         order_M: int64, matches by feature.
+        unit_FD: fp32, W as it was before it was rounded.
         out: [F, D] fp32.
     """
-    grad_M = torch.empty_like(value_M)
-    given = [each.contiguous() for each in (grad_ND, W_FD, value_M, token_M, start_F, order_M)]
+    grad_M, split_2F = torch.empty_like(value_M), out.new_empty(2, len(out))
+    given = [each.contiguous() for each in (grad_ND, W_FD, value_M, token_M, start_F, order_M, unit_FD)]
     kernel = _GRADIENTS[grad_ND.dtype, W_FD.dtype]
-    run(kernel, len(W_FD), W_FD.shape[1], len(grad_ND), len(order_M), *given, grad_M, out)
-    return grad_M
+    run(kernel, len(W_FD), W_FD.shape[1], len(grad_ND), len(order_M), *given, grad_M, out, *split_2F)
+    return grad_M, tuple(split_2F)
 
 
 @njit(fastmath=SUMS)
@@ -77,7 +80,9 @@ def _gradients(words, dtype):
     grad_ND, W_FD = carray(at(words[4]), (n_tokens, width), dtype), carray(at(words[5]), (n_features, width), dtype)
     value_M, token_M = carray(at(words[6]), n_matches, float32), carray(at(words[7]), n_matches, int32)
     start_F, order_M = carray(at(words[8]), n_features + 1, int32), carray(at(words[9]), n_matches, int64)
-    grad_M, out = carray(at(words[10]), n_matches, float32), carray(at(words[11]), (n_features, width), float32)
+    unit_FD, grad_M = carray(at(words[10]), (n_features, width), float32), carray(at(words[11]), n_matches, float32)
+    out, along_F = carray(at(words[12]), (n_features, width), float32), carray(at(words[13]), n_features, float32)
+    square_F = carray(at(words[14]), n_features, float32)
     low, high = share_of_slots(start_F)
     for feature in range(low, high):
         out[feature] = 0
@@ -94,6 +99,7 @@ def _gradients(words, dtype):
             match = order_M[slot]
             grad_M[match] = _both(out[feature], W_FD[feature], grad_ND[token_M[match]], value_M[match])
             slot += 1
+        along_F[feature], square_F[feature] = split(out[feature], unit_FD[feature])
 
 
 @Kernel

@@ -8,7 +8,7 @@ import torch
 from numba import carray, float32, int32, int64, njit, uint16
 from torch import Tensor
 
-from sae_train.kernels.numba_team import SUMS, Kernel, at, number, run, share, wide
+from sae_train.kernels.numba_team import SUMS, Kernel, at, number, product, run, share, wide
 
 
 def bags(rows: Tensor, index_M: Tensor, weight_M: Tensor, start_B: Tensor) -> Tensor:
@@ -18,23 +18,45 @@ def bags(rows: Tensor, index_M: Tensor, weight_M: Tensor, start_B: Tensor) -> Te
 
 
 def bags_and_totals(
-    rows: Tensor, index_M: Tensor, weight_M: Tensor, start_B: Tensor, order_M: Tensor | None, *, out: Tensor
+    rows: Tensor,
+    index_M: Tensor,
+    weight_M: Tensor,
+    start_B: Tensor,
+    order_M: Tensor | None,
+    *,
+    out: Tensor,
+    square_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of weight * row over each bag's slots [B, D], and of the weights alone [B].
 
     Args:
-        rows: [R, D] fp32 or bf16.
+        rows: [R, D] fp32 or bf16, or wider: of their columns the first D are read.
         index_M: int32, rows.
         weight_M: fp32.
         start_B: int32 [B + 1].
         order_M: int64; slot i stands for order[i], for itself if None.
         out: [B, D] fp32 to write to.
+        square_B: fp32, where to write the squared norms of what is written there.
     """
     n_bags, width = out.shape
     total_B = out.new_empty(n_bags)
+    square_B = out.new_empty(0) if square_B is None else square_B
     order_M = index_M.new_empty(0, dtype=torch.int64) if order_M is None else order_M
     given = [each.contiguous() for each in (rows, index_M, weight_M, start_B, order_M)]
-    run(_BAGS[rows.dtype], n_bags, width, len(rows), len(index_M), len(order_M), *given, out, total_B)
+    run(
+        _BAGS[rows.dtype],
+        n_bags,
+        width,
+        len(rows),
+        len(index_M),
+        len(order_M),
+        *given,
+        out,
+        total_B,
+        square_B,
+        len(square_B),
+        rows.shape[1],
+    )
     return out, total_B
 
 
@@ -99,10 +121,11 @@ def _add_four(out_D, rows, row_4, weight_4):
 @njit
 def _bags(words, dtype):
     n_bags, width, n_rows, n_slots, n_ordered = words[0], words[1], words[2], words[3], words[4]
-    rows = carray(at(words[5]), (n_rows, width), dtype)
+    rows = carray(at(words[5]), (n_rows, words[14]), dtype)
     index_M, weight_M = carray(at(words[6]), n_slots, int32), carray(at(words[7]), n_slots, float32)
     start_B, order_M = carray(at(words[8]), n_bags + 1, int32), carray(at(words[9]), n_ordered, int64)
     out, total_B = carray(at(words[10]), (n_bags, width), float32), carray(at(words[11]), n_bags, float32)
+    square_B = carray(at(words[12]), words[13], float32)
     low, high = share_of_slots(start_B)
     is_ordered = n_ordered > 0
     for bag in range(low, high):
@@ -123,6 +146,8 @@ def _bags(words, dtype):
             total += weight_M[match]
             slot += 1
         total_B[bag] = total
+        if len(square_B) > 0:
+            square_B[bag] = product(out[bag], out[bag])
 
 
 @Kernel

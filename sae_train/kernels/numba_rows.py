@@ -8,7 +8,7 @@ import torch
 from numba import carray, float32, njit, uint16, uint32
 from torch import Tensor
 
-from sae_train.kernels.numba_team import SUMS, Kernel, at, product, run, share, thread, wide
+from sae_train.kernels.numba_team import SUMS, Kernel, at, bits_of, number, product, run, share, team, thread, wide
 
 
 def rounded(rows_RD: Tensor, last_R: Tensor, *, padded: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,6 +49,28 @@ def norms_and_sums(x_RD: Tensor, *, together: int) -> tuple[Tensor, Tensor]:
     norm_R, sum_CD = x_RD.new_empty(n_rows), x_RD.new_empty(n_chunks, width)
     run(_norms_and_sums, n_rows, width, n_chunks, together, x_RD.contiguous(), norm_R, sum_CD)
     return norm_R, sum_CD
+
+
+def errors(
+    x: tuple[Tensor, Tensor],
+    W: tuple[Tensor, Tensor],
+    b_F: Tensor,
+    *,
+    bounds: tuple[float, float],
+    are_rounded: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return how far near pre-activations are from exact ones at most, of each token [N] and feature [F]; fp32.
+
+    Args:
+        x: norms of rows [N], and of what rounding took from them [N].
+        W: alike [F].
+        bounds: of the roundoff of a sum, relative to its magnitudes; and of summands too small for AMX.
+        are_rounded: whether exact ones are of rounded rows.
+    """
+    error_N, error_F = torch.empty_like(x[0]), torch.empty_like(W[0])
+    given = (*x, *W, b_F.contiguous(), torch.tensor(bounds, dtype=torch.float32))
+    run(_errors, len(error_N), len(error_F), int(are_rounded), *given, error_N, error_F)
+    return error_N, error_F
 
 
 @njit
@@ -166,3 +188,59 @@ def _norms_and_sums(words):
         for row in range(chunk * together, min((chunk + 1) * together, n_rows)):
             norm_R[row] = np.sqrt(product(x_RD[row], x_RD[row]))
             _add(sum_CD[chunk], x_RD[row])
+
+
+@njit
+def _largest(number_R):
+    """Return the largest of numbers none of which is negative, or NaN if there is one: their bits are in order."""
+    wide()
+    largest = uint32(0)
+    for row in range(len(number_R)):
+        largest = max(largest, bits_of(number_R[row]))
+    return number(largest)
+
+
+@njit
+def _largest_bias_error(b_F, bits_F, of_sums):
+    wide()
+    largest = uint32(0)
+    for feature in range(len(b_F)):
+        largest = max(largest, bits_of(_bias_error(b_F[feature], bits_F[feature], of_sums)))
+    return number(largest)
+
+
+@njit
+def _bias_error(bias, bits, of_sums):
+    """Return what the rounding of a bias, given as its bits, too, and of the sum that it is in, may come to."""
+    near = number(uint16(nearest(bits) >> uint32(16)))
+    return abs(bias - near) + of_sums * abs(near)
+
+
+@njit
+def _error(norm_x, missed_x, norm_W, missed_W, of_sums, tiny, are_rounded):
+    """Return the bound of screen.screened."""
+    rounded_x, rounded_W = norm_x + missed_x, norm_W + missed_W
+    if are_rounded:
+        norm_x, missed_x, norm_W, missed_W = rounded_x, float32(0), rounded_W, float32(0)
+    sums = of_sums * rounded_x * rounded_W
+    return missed_x * rounded_W + norm_x * missed_W + sums + tiny * (float32(1) + rounded_x + rounded_W)
+
+
+@Kernel
+def _errors(words):
+    n_tokens, n_features, are_rounded = words[0], words[1], words[2] != 0
+    norm_N, missed_N = carray(at(words[3]), n_tokens, float32), carray(at(words[4]), n_tokens, float32)
+    norm_F, missed_F = carray(at(words[5]), n_features, float32), carray(at(words[6]), n_features, float32)
+    b_F, bits_F = carray(at(words[7]), n_features, float32), carray(at(words[7]), n_features, uint32)
+    of_sums, tiny = carray(at(words[8]), 2, float32)[0], carray(at(words[8]), 2, float32)[1]
+    error_N, error_F = carray(at(words[9]), n_tokens, float32), carray(at(words[10]), n_features, float32)
+    if thread() == 0:
+        most = _largest(norm_N), _largest(missed_N)
+        for feature in range(n_features):
+            error = _error(most[0], most[1], norm_F[feature], missed_F[feature], of_sums, tiny, are_rounded)
+            error_F[feature] = error + _bias_error(b_F[feature], bits_F[feature], of_sums)
+    if thread() == team() - 1:
+        most, bias = (_largest(norm_F), _largest(missed_F)), _largest_bias_error(b_F, bits_F, of_sums)
+        for token in range(n_tokens):
+            error = _error(norm_N[token], missed_N[token], most[0], most[1], of_sums, tiny, are_rounded)
+            error_N[token] = error + bias

@@ -49,7 +49,8 @@ for _name in ("omp_get_thread_num", "omp_get_num_threads"):
 thread = types.ExternalFunction("sae_train_omp_get_thread_num", types.int32())
 """Which of the team's threads this is, in a kernel."""
 _OWNER = os.getpid()
-_team = types.ExternalFunction("sae_train_omp_get_num_threads", types.int32())
+team = types.ExternalFunction("sae_train_omp_get_num_threads", types.int32())
+"""How many threads the team has, in a kernel."""
 
 
 def _digest() -> str:
@@ -155,22 +156,24 @@ def wide(typing_context):
 @njit
 def share(n: int):
     """Return lo, hi of this thread's part of n."""
-    return n * thread() // _team(), n * (thread() + 1) // _team()
+    return n * thread() // team(), n * (thread() + 1) // team()
 
 
 @intrinsic
 def number(typing_context, bits):
-    """Return a bf16, which Numba knows as its bits in a uint16, as fp32; an fp32 is one already."""
+    """Return the bits of a bf16 in a uint16, or of an fp32 in a uint32, as fp32; an fp32 is one already."""
     if bits == types.float32:
         return types.float32(bits), lambda context, builder, signature, arguments: arguments[0]
-    if bits != types.uint16:
+    if bits not in (types.uint16, types.uint32):
         return None
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        word = arguments[0]
+        if bits == types.uint16:
+            word = builder.shl(builder.zext(word, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
         return builder.bitcast(word, ir.FloatType())
 
-    return types.float32(types.uint16), code
+    return types.float32(bits), code
 
 
 WORD = 64

@@ -38,7 +38,8 @@ def decode(
 
     Args:
         order: the matches' own, if other products over them are to share it; `attach` alike.
-        workspace: whose memory the gradient of W is written to, and which knows W's rows in bf16; `attach` alike.
+        workspace: whose memory the gradient of W is written to, and which knows W's rows in bf16, and of gradients what
+            numba_adam.along_rows or .squares would say; `attach` alike.
         precision: of rows that are read, bf16, or float32 for that of W; `attach` alike.
     """
     value, feature, token = _of_matches(start_N, value_M, feature_M, token_M)
@@ -141,13 +142,13 @@ class _Decode(torch.autograd.Function):
         precision: str,
     ) -> Tensor:
         rows_FD = _read_rows(W_FD, precision, workspace)
-        ctx.save_for_backward(value, rows_FD, feature, token, start_N)
+        ctx.save_for_backward(value, rows_FD, W_FD, feature, token, start_N)
         ctx.order, ctx.workspace, ctx.precision = order, workspace, precision
         return _bags(rows_FD, feature, value, start_N)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        value, rows_FD, feature, token, start_N = ctx.saved_tensors
+        value, rows_FD, W_FD, feature, token, start_N = ctx.saved_tensors
         grad_ND = _read_rows(grads[0], ctx.precision).contiguous()
         grad_value = grad_W = None
         if all(ctx.needs_input_grad[:2]) and _is_numbas(grad_ND, value) and rows_FD.dtype == grad_ND.dtype:
@@ -155,13 +156,15 @@ class _Decode(torch.autograd.Function):
 
             order, start_F = ctx.order(feature, len(rows_FD))
             grad_W = ctx.workspace.take(rows_FD.shape, like=value)
-            grad_value = numba_backward.gradients(grad_ND, rows_FD, value, token, start_F, order, out=grad_W)
+            given = grad_ND, rows_FD, value, token, start_F, order
+            grad_value, split_FF = numba_backward.gradients(*given, unit_FD=W_FD, out=grad_W)
+            ctx.workspace.note(grad_W, along_rows=split_FF)
             return grad_value, grad_W, None, None, None, None, None, None
         if ctx.needs_input_grad[0]:
             grad_value = _row_products(grad_ND, rows_FD, feature, token, start_N)
         if ctx.needs_input_grad[1]:
             order, start_F = ctx.order(feature, len(rows_FD))
-            grad_W = _bags_and_totals(grad_ND, token, value, start_F, order, ctx.workspace)[0]
+            grad_W = _bags_and_totals(grad_ND, token, value, start_F, order, ctx.workspace, width=grad_ND.shape[1])[0]
         return grad_value, grad_W, None, None, None, None, None, None
 
 
@@ -189,8 +192,9 @@ class _Attach(torch.autograd.Function):
         x_ND, feature, token, start_N = ctx.saved_tensors
         grad = _of_used_slots(grads[0], start_N)
         order, start_F = ctx.order(feature, ctx.n_features)
-        rows_ND = _read_rows(x_ND, ctx.precision)
-        grad_W, grad_b = _bags_and_totals(rows_ND, token, grad, start_F, order, ctx.workspace)
+        rounded = ctx.workspace.noted(x_ND, "padded") if ctx.precision == "bf16" else None
+        rows_N = _read_rows(x_ND, ctx.precision) if rounded is None else rounded
+        grad_W, grad_b = _bags_and_totals(rows_N, token, grad, start_F, order, ctx.workspace, width=x_ND.shape[1])
         return None, grad_W, grad_b, None, None, None, None, None, None, None
 
 
@@ -219,7 +223,7 @@ class _OfFeatures(torch.autograd.Function):
         grad = _of_used_slots(grads[0], start_N)
         ones_N1 = grad.new_ones(len(start_N) - 1, 1)
         order, start_F = by_feature(feature, ctx.n_features)
-        return _bags_and_totals(ones_N1, token, grad, start_F, order, Workspace())[1], None, None, None
+        return _bags_and_totals(ones_N1, token, grad, start_F, order, Workspace(), width=1)[1], None, None, None
 
 
 def _row_products(rows_ND: Tensor, W_FD: Tensor, feature: Tensor, token: Tensor, start_N: Tensor) -> Tensor:
@@ -261,9 +265,13 @@ def _of_used_slots(value_M: Tensor, start_N: Tensor) -> Tensor:
 
 
 def _bags_and_totals(
-    rows: Tensor, index: Tensor, weight: Tensor, start: Tensor, order: Tensor, workspace: Workspace
+    rows: Tensor, index: Tensor, weight: Tensor, start: Tensor, order: Tensor, workspace: Workspace, *, width: int
 ) -> tuple[Tensor, Tensor]:
-    """Return for each bag the sum of weight * rows[index] over its slots, and of the weights; slot i is order[i]."""
+    """Return for each bag the sum of weight * rows[index] over its slots, and of the weights; slot i is order[i].
+
+    Args:
+        width: columns to read; there are more only where Numba's kernels work.
+    """
     if uses_triton(rows):
         from sae_train.kernels import triton_products
 
@@ -271,8 +279,11 @@ def _bags_and_totals(
     if _is_numbas(rows, weight):
         from sae_train.kernels import numba_products
 
-        out = workspace.take((len(start) - 1, rows.shape[1]), like=weight)
-        return numba_products.bags_and_totals(rows, index, weight, start, order, out=out)
+        out = workspace.take((len(start) - 1, width), like=weight)
+        square_B = out.new_empty(len(out))
+        found = numba_products.bags_and_totals(rows, index, weight, start, order, out=out, square_B=square_B)
+        workspace.note(out, squares=square_B)
+        return found
     index, weight = index[order], weight[order]
     return _bags(rows, index, weight, start), _bags(weight.new_ones(len(rows), 1), index, weight, start).squeeze(1)
 

@@ -197,10 +197,13 @@ def screen(
         b_F: fp32.
         precision: of what is exact: float32, or bf16 for factors rounded to that.
         out: [N, F] bf16 to write the near pre-activations to.
-        workspace: which knows W's rows in bf16.
+        workspace: which knows W's rows in bf16, and is told x's.
     """
     with torch.no_grad():
-        x, W = rounded_rows(x_ND, x_ND.new_ones(len(x_ND))), _known_rows(W_FD, b_F, workspace or Workspace())
+        workspace = workspace or Workspace()
+        x, W = rounded_rows(x_ND, x_ND.new_ones(len(x_ND))), _known_rows(W_FD, b_F, workspace)
+        if uses_numba(x_ND):
+            workspace.note(x_ND, padded=x.padded)
         torch.mm(x.padded, W.padded.t(), out=out)
         return screened(out, x_ND, W_FD, b_F, rounded=(x, W), precision=precision)
 
@@ -256,17 +259,7 @@ def screened(
     width, x_NP, W_FP = x_ND.shape[1], x_ND, W_FD
     if precision == "bf16":
         x_NP, W_FP = x.padded, W.padded
-        x, W = (each._replace(norm=each.norm + each.missed, missed=torch.zeros_like(each.norm)) for each in rounded)
-    summands = width + 1
-    bias_F = (b_F - b_F.bfloat16()).abs() + SUM_ROUNDOFF * summands * b_F.bfloat16().abs()
-
-    def error(norm_x: Tensor, missed_x: Tensor, norm_W: Tensor, missed_W: Tensor) -> Tensor:
-        rounded_x, rounded_W = norm_x + missed_x, norm_W + missed_W
-        sums = SUM_ROUNDOFF * summands * rounded_x * rounded_W
-        return missed_x * rounded_W + norm_x * missed_W + sums + summands * TINY * (1 + rounded_x + rounded_W)
-
-    error_N = error(x.norm, x.missed, W.norm.max(), W.missed.max()) + bias_F.max()
-    error_F = error(x.norm.max(), x.missed.max(), W.norm, W.missed) + bias_F
+    error_N, error_F = _errors(x, W, b_F, summands=width + 1, are_rounded=precision == "bf16")
     return Screened(
         near_NF=near_NF,
         x_NP=x_NP,
@@ -276,6 +269,30 @@ def screened(
         error_N1=error_N.unsqueeze(1),
         error_1F=error_F.unsqueeze(0),
     )
+
+
+def _errors(x: Rounded, W: Rounded, b_F: Tensor, *, summands: int, are_rounded: bool) -> tuple[Tensor, Tensor]:
+    """Return the error of a token's near pre-activations at most [N], and of a feature's [F].
+
+    Args:
+        are_rounded: whether exact ones are of rounded rows.
+    """
+    if uses_numba(b_F):
+        from sae_train.kernels import numba_rows
+
+        bounds = SUM_ROUNDOFF * summands, summands * TINY
+        return numba_rows.errors(x[1:], W[1:], b_F, bounds=bounds, are_rounded=are_rounded)
+    if are_rounded:
+        x, W = (each._replace(norm=each.norm + each.missed, missed=torch.zeros_like(each.norm)) for each in (x, W))
+    bias_F = (b_F - b_F.bfloat16()).abs() + SUM_ROUNDOFF * summands * b_F.bfloat16().abs()
+
+    def error(norm_x: Tensor, missed_x: Tensor, norm_W: Tensor, missed_W: Tensor) -> Tensor:
+        rounded_x, rounded_W = norm_x + missed_x, norm_W + missed_W
+        sums = SUM_ROUNDOFF * summands * rounded_x * rounded_W
+        return missed_x * rounded_W + norm_x * missed_W + sums + summands * TINY * (1 + rounded_x + rounded_W)
+
+    error_N = error(x.norm, x.missed, W.norm.max(), W.missed.max()) + bias_F.max()
+    return error_N, error(x.norm.max(), x.missed.max(), W.norm, W.missed) + bias_F
 
 
 def can_screen(*, n_features: int, kept_a_token: float, device: torch.device, dtype: torch.dtype) -> bool:

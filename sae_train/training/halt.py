@@ -3,6 +3,8 @@
 It lives on the device: steps after a bad one change nothing until the host looks, at the next row or checkpoint.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,9 @@ class Halt:
     @torch.no_grad()
     def watch(self, *, step: int, loss: Tensor, grad_norm: Tensor, norm_N: Tensor) -> None:
         """Look at a step's loss and gradient norm (scalars, over all ranks) and at this rank's activations' norms."""
+        if loss.device.type == "cpu" and math.isfinite(float(loss)) and math.isfinite(float(grad_norm)):
+            return  # where the host need not wait to know
         bad = ~(loss.isfinite() & grad_norm.isfinite())
-        if bad.device.type == "cpu" and not bool(bad):  # where the host need not wait to know
-            return
         norm_N = norm_N.double()
         facts = torch.stack([
             torch.full_like(grad_norm, step, dtype=torch.float64),

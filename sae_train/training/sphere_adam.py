@@ -40,7 +40,8 @@ class SphereAdam(Adam):
         gradient = self._dictionary.W_dec.grad
         if gradient is not None:
             weight = self._dictionary.W_dec.detach()
-            self._along_F, self._square_F = _kernels(weight).along_rows(gradient, weight)
+            known = self._dictionary.workspace.noted(gradient, "along_rows")  # of rows that have not moved since
+            self._along_F, self._square_F = known or _kernels(weight).along_rows(gradient, weight)
 
     def normalise(self) -> None:
         """Do nothing: `step` did."""
@@ -51,7 +52,8 @@ class SphereAdam(Adam):
         elif gradient.dim() == 2 and uses_numba(gradient):
             from sae_train.kernels import numba_adam
 
-            square_F = numba_adam.squares(gradient)
+            known: Tensor | None = self._dictionary.workspace.noted(gradient, "squares")
+            square_F = numba_adam.squares(gradient) if known is None else known
         else:
             return super()._square(name, gradient)
         return square_F.double().sum()
