@@ -9,8 +9,8 @@ from numba import carray, float32, int32, int64, njit, uint16
 from torch import Tensor
 
 from sae_train.kernels.numba_adam import split
-from sae_train.kernels.numba_products import share_of_slots
-from sae_train.kernels.numba_team import SUMS, Kernel, at, number, run, wide
+from sae_train.kernels.numba_products import AHEAD, share_of_slots
+from sae_train.kernels.numba_team import SUMS, Kernel, at, fetch, number, run, wide
 
 
 def gradients(
@@ -92,6 +92,9 @@ def _gradients(words, dtype):
             i, j, k, m = token_M[a], token_M[b], token_M[c], token_M[d]
             weights = value_M[a], value_M[b], value_M[c], value_M[d]
             rows = grad_ND[i], grad_ND[j], grad_ND[k], grad_ND[m]
+            if slot + AHEAD + 4 <= n_matches:
+                for ahead in range(slot + AHEAD, slot + AHEAD + 4):
+                    fetch(grad_ND[token_M[order_M[ahead]]])
             found = _both_of_four(out[feature], W_FD[feature], rows[0], rows[1], rows[2], rows[3], weights)
             grad_M[a], grad_M[b], grad_M[c], grad_M[d] = found
             slot += 4

@@ -8,7 +8,10 @@ import torch
 from numba import carray, float32, int32, int64, njit, uint16
 from torch import Tensor
 
-from sae_train.kernels.numba_team import SUMS, Kernel, at, number, product, run, share, wide
+from sae_train.kernels.numba_team import SUMS, Kernel, at, fetch, number, product, run, share, wide
+
+AHEAD = 4
+"""Slots between the rows that are read and those that are asked for: in no order, they come from far in a cache."""
 
 
 def bags(rows: Tensor, index_M: Tensor, weight_M: Tensor, start_B: Tensor) -> Tensor:
@@ -137,6 +140,9 @@ def _bags(words, dtype):
             if is_ordered:
                 a, b, c, d = order_M[a], order_M[b], order_M[c], order_M[d]
             weights = weight_M[a], weight_M[b], weight_M[c], weight_M[d]
+            if slot + AHEAD + 4 <= n_slots:
+                for ahead in range(slot + AHEAD, slot + AHEAD + 4):
+                    fetch(rows[index_M[order_M[ahead] if is_ordered else ahead], :width])
             _add_four(out[bag], rows, (index_M[a], index_M[b], index_M[c], index_M[d]), weights)
             total = (((total + weights[0]) + weights[1]) + weights[2]) + weights[3]
             slot += 4
@@ -218,6 +224,9 @@ def _entries(words, dtype):
         a, b, c, d = entry, min(entry + 1, last), min(entry + 2, last), last
         i, j, k, m = index_C[a] - before, index_C[b] - before, index_C[c] - before, index_C[d] - before
         rows = W_FP[i, :width], W_FP[j, :width], W_FP[k, :width], W_FP[m, :width]
+        if entry + AHEAD + 4 <= n_entries:
+            for ahead in range(entry + AHEAD, entry + AHEAD + 4):
+                fetch(W_FP[index_C[ahead] % n_features, :width])
         found = _four_products(x_NP[token, :width], *rows)
         value_C[a], value_C[b], value_C[c] = found[0] + b_F[i], found[1] + b_F[j], found[2] + b_F[k]
         value_C[d] = found[3] + b_F[m]

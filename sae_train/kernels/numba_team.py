@@ -214,6 +214,42 @@ def between(typing_context, row_F, place, low, high):
     return types.uint64(row_F, types.int64, low, high), code
 
 
+LINE, FETCHED = 64, 512
+"""Bytes of a cache line, and of a row that are asked for at most: what follows the processor asks for by itself."""
+
+
+@intrinsic
+def _fetch_line(typing_context, address):
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, *[cgutils.int32_t] * 3])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
+        to_read, into_all, of_data = (cgutils.int32_t(number) for number in (0, 3, 1))
+        builder.call(prefetch, [builder.inttoptr(arguments[0], cgutils.voidptr_t), to_read, into_all, of_data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
+
+
+@intrinsic
+def _place_of(typing_context, row):
+    """Return where a row begins, and its number's size in bytes."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(row)(context, builder, value=arguments[0]).data
+        both = builder.ptrtoint(data, ir.IntType(64)), ir.Constant(ir.IntType(64), row.dtype.bitwidth // 8)
+        return context.make_tuple(builder, signature.return_type, both)
+
+    return types.UniTuple(types.int64, 2)(row), code
+
+
+@njit
+def fetch(row_D):
+    """Have a row brought into cache, and do not wait for it."""
+    first, size = _place_of(row_D)
+    for line in range(first, first + min(len(row_D) * size, FETCHED), LINE):
+        _fetch_line(line)
+
+
 @intrinsic
 def first_bit(typing_context, word):
     """Return the place of the lowest bit that is set, of a word that is not 0."""
