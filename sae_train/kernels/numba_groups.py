@@ -1,23 +1,25 @@
 """Entries by group, and the leading ones of each: counting in place of sorting.
 
-Letters: C entries, G groups.
+Letters: C entries, G groups, T threads.
 """
 
 import torch
 from numba import carray, float32, int32, int64, njit, uint8
 from torch import Tensor
 
-from sae_train.kernels.numba_team import Kernel, at, run, share
+from sae_train.kernels.numba_team import Kernel, at, run, share, thread
 
 
 def by_group(group_C: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
     """Return the entries by group, each group's in order [C] int64, and where in them each group begins [G+1] int64."""
-    group_C = group_C.int().contiguous()
+    group_C, n_threads = group_C.int().contiguous(), torch.get_num_threads()
+    count_TG = torch.zeros(n_threads, n_groups, dtype=torch.int32)
+    run(_count, n_groups, len(group_C), n_threads, group_C, count_TG)
+    through_TG = count_TG.cumsum(0, dtype=torch.int32)
     start_G = torch.zeros(n_groups + 1, dtype=torch.int64)
-    order_C = torch.empty(len(group_C), dtype=torch.int64)
-    run(_count, n_groups, len(group_C), group_C, start_G)
-    start_G = start_G.cumsum(0)
-    run(_place, n_groups, len(group_C), group_C, start_G.clone(), order_C)
+    torch.cumsum(through_TG[-1], 0, out=start_G[1:])
+    order_C, next_TG = torch.empty(len(group_C), dtype=torch.int64), through_TG.sub_(count_TG).add_(start_G[:-1])
+    run(_place, n_groups, len(group_C), n_threads, group_C, next_TG, order_C)
     return order_C, start_G
 
 
@@ -37,24 +39,24 @@ def leading(value_C: Tensor, group_C: Tensor, budget_G: Tensor) -> Tensor:
 
 @Kernel
 def _count(words):
-    """Count the entries of this thread's groups into start_G[group + 1]."""
-    group_C, start_G = carray(at(words[2]), words[1], int32), carray(at(words[3]), words[0] + 1, int64)
-    low, high = share(words[0])
-    for entry in range(len(group_C)):
-        if low <= group_C[entry] < high:
-            start_G[group_C[entry] + 1] += 1
+    """Count this thread's entries of each group."""
+    group_C = carray(at(words[3]), words[1], int32)
+    count_G = carray(at(words[4]), (words[2], words[0]), int32)[thread()]
+    low, high = share(words[1])
+    for entry in range(low, high):
+        count_G[group_C[entry]] += 1
 
 
 @Kernel
 def _place(words):
-    """Write the entries of this thread's groups where they belong."""
-    group_C, next_G = carray(at(words[2]), words[1], int32), carray(at(words[3]), words[0] + 1, int64)
-    order_C = carray(at(words[4]), words[1], int64)
-    low, high = share(words[0])
-    for entry in range(len(group_C)):
-        if low <= group_C[entry] < high:
-            order_C[next_G[group_C[entry]]] = entry
-            next_G[group_C[entry]] += 1
+    """Write this thread's entries where they belong: in each group behind those of the threads before."""
+    group_C = carray(at(words[3]), words[1], int32)
+    next_G = carray(at(words[4]), (words[2], words[0]), int32)[thread()]
+    order_C = carray(at(words[5]), words[1], int64)
+    low, high = share(words[1])
+    for entry in range(low, high):
+        order_C[next_G[group_C[entry]]] = entry
+        next_G[group_C[entry]] += 1
 
 
 @njit
