@@ -16,7 +16,7 @@ from sae_train.ranks import Ranks, Solo
 from sae_train.sae.code import SparseCode
 from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.losses import reconstruction_loss
-from sae_train.sae.nesting import decode_prefixes, prefix_sizes
+from sae_train.sae.nesting import decode_prefixes, prefix_sizes, reconstruct
 
 D_MODEL, FEATURES = 5, 12
 
@@ -70,11 +70,12 @@ def test_each_prefix_is_a_decode_of_its_own(case: tuple[torch.Tensor, tuple[int,
     dictionary.zero_grad(set_to_none=True)
 
     fast_NF = dense_NF.clone().requires_grad_()
-    prefixes = decode_prefixes(dictionary, code_of(fast_NF, spare=spare), sizes, ranks=Solo())
-    fast = reconstruction_loss(x_ND, prefixes, n_tokens=7)
+    code = code_of(fast_NF, spare=spare)
+    missed, fast = reconstruct(dictionary, x_ND, code, sizes=sizes, n_tokens=7, ranks=Solo())
     fast.backward()
-    assert prefixes.shape == (len(sizes), len(dense_NF), D_MODEL)
     torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(missed.error, x_ND - dense_NF @ dictionary.W_dec - dictionary.b_dec, check_dtype=True)
+    torch.testing.assert_close(missed.norm, missed.error.norm(dim=1))
     kept = dense_NF != 0
     assert fast_NF.grad is not None
     assert slow_NF.grad is not None

@@ -15,7 +15,7 @@ from sae_train.kernels.heap import keep_freed_memory
 from sae_train.kernels.hint import Hint
 from sae_train.kernels.matches import FeatureOrder, Matches, flat_nonzero
 from sae_train.kernels.products import attach, attach_dense, decode, of_features, row_products, sums_by_feature
-from sae_train.kernels.rows import Missed, missed, norms_and_sum
+from sae_train.kernels.rows import Missed, missed, norms_and_sum, scaled_and_sum
 from sae_train.kernels.screen import PreActivations, Screened, can_screen, screen
 from sae_train.kernels.selection import select_above, select_batch, select_columns, select_few_above, select_rows
 from sae_train.kernels.workspace import Workspace
@@ -39,6 +39,7 @@ __all__ = [
     "norms_and_sum",
     "of_features",
     "row_products",
+    "scaled_and_sum",
     "screen",
     "select_above",
     "select_batch",

@@ -35,11 +35,21 @@ def bf16(rows_RD: Tensor) -> Tensor:
     return bf16_RD
 
 
-def missed(x_ND: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x - x_hat [..., N, D], and the norms of its rows [..., N]; fp32, see rows.missed."""
+def missed(x_ND: Tensor, x_hat: Tensor, bias_D: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x - (x_hat + bias) [..., N, D], and the norms of its rows [..., N]; fp32, see rows.missed."""
     error, norm = torch.empty_like(x_hat), x_hat.new_empty(x_hat.shape[:-1])
-    run(_missed, len(x_ND), x_ND.shape[1], norm.numel(), x_ND, x_hat, error, norm)
+    run(_missed, len(x_ND), x_ND.shape[1], norm.numel(), x_ND, x_hat, bias_D.contiguous(), error, norm)
     return error, norm
+
+
+def scaled_and_sums(rows: Tensor, factor: float, *, together: int) -> tuple[Tensor, Tensor]:
+    """Return rows [..., D] times a factor, and of that the sums of every so many rows [C, D]; fp32."""
+    rows, width = rows.contiguous(), rows.shape[-1]
+    n_rows = rows[..., 0].numel()
+    scaled, sum_CD = torch.empty_like(rows), rows.new_empty(-(-n_rows // together), width)
+    factor_1 = torch.tensor([factor], dtype=torch.float32)
+    run(_scaled_and_sums, n_rows, width, len(sum_CD), together, rows, factor_1, scaled, sum_CD)
+    return scaled, sum_CD
 
 
 def norms_and_sums(x_RD: Tensor, *, together: int) -> tuple[Tensor, Tensor]:
@@ -149,12 +159,12 @@ def _rounded(words):
 
 
 @njit(fastmath=SUMS)
-def _miss(x_D, x_hat_D, error_D):
+def _miss(x_D, x_hat_D, bias_D, error_D):
     """Write what is missed, and return the sum of its squares."""
     wide()
     total = float32(0)
     for d in range(len(x_D)):
-        error = x_D[d] - x_hat_D[d]
+        error = x_D[d] - (x_hat_D[d] + bias_D[d])
         error_D[d] = error
         total += error * error
     return total
@@ -164,10 +174,11 @@ def _miss(x_D, x_hat_D, error_D):
 def _missed(words):
     n_tokens, width, n_rows = words[0], words[1], words[2]
     x_ND, x_hat_RD = carray(at(words[3]), (n_tokens, width), float32), carray(at(words[4]), (n_rows, width), float32)
-    error_RD, norm_R = carray(at(words[5]), (n_rows, width), float32), carray(at(words[6]), n_rows, float32)
+    error_RD, norm_R = carray(at(words[6]), (n_rows, width), float32), carray(at(words[7]), n_rows, float32)
+    bias_D = carray(at(words[5]), width, float32)
     low, high = share(n_rows)
     for row in range(low, high):
-        norm_R[row] = np.sqrt(_miss(x_ND[row % n_tokens], x_hat_RD[row], error_RD[row]))
+        norm_R[row] = np.sqrt(_miss(x_ND[row % n_tokens], x_hat_RD[row], bias_D, error_RD[row]))
 
 
 @njit
@@ -175,6 +186,26 @@ def _add(sum_D, row_D):
     wide()
     for d in range(len(row_D)):
         sum_D[d] += row_D[d]
+
+
+@njit
+def _scale(row_D, factor, scaled_D):
+    wide()
+    for d in range(len(row_D)):
+        scaled_D[d] = factor * row_D[d]
+
+
+@Kernel
+def _scaled_and_sums(words):
+    n_rows, width, n_chunks, together = words[0], words[1], words[2], words[3]
+    row_RD, factor = carray(at(words[4]), (n_rows, width), float32), carray(at(words[5]), 1, float32)[0]
+    scaled_RD, sum_CD = carray(at(words[6]), (n_rows, width), float32), carray(at(words[7]), (n_chunks, width), float32)
+    low, high = share(n_chunks)
+    for chunk in range(low, high):
+        sum_CD[chunk] = 0
+        for row in range(chunk * together, min((chunk + 1) * together, n_rows)):
+            _scale(row_RD[row], factor, scaled_RD[row])
+            _add(sum_CD[chunk], scaled_RD[row])
 
 
 @Kernel

@@ -38,23 +38,26 @@ def reconstruction_loss(x_ND: Tensor, x_hat_ND: Tensor, *, n_tokens: int) -> Ten
     return squared_error(x_hat_ND, kernels.missed(x_ND, x_hat_ND)) / n_tokens
 
 
-def squared_error(x_hat: Tensor, missed: kernels.Missed) -> Tensor:
-    """Return the sum of squares of what x_hat has missed; differentiable in x_hat."""
-    return applied(_SquaredError, x_hat, *missed)
+def squared_error(x_hat: Tensor, missed: kernels.Missed, bias_D: Tensor | None = None) -> Tensor:
+    """Return the sum of squares of what x_hat + bias has missed; differentiable in x_hat and the bias."""
+    return applied(_SquaredError, x_hat, *missed, bias_D)
 
 
 class _SquaredError(torch.autograd.Function):
     """One tensor of the inputs' size, backward, where torch's own operations make five."""
 
     @staticmethod
-    def forward(ctx: Any, x_hat: Tensor, error: Tensor, norm: Tensor) -> Tensor:
+    def forward(ctx: Any, x_hat: Tensor, error: Tensor, norm: Tensor, bias_D: Tensor | None) -> Tensor:
         ctx.save_for_backward(error)
         return norm.square().sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (error,) = ctx.saved_tensors
-        return error * (-2 * grads[0]), None, None
+        if not ctx.needs_input_grad[3]:
+            return error * (-2 * grads[0]), None, None, None
+        grad, grad_bias = kernels.scaled_and_sum(error, -2 * grads[0])
+        return grad, None, None, grad_bias
 
 
 class AuxLoss:

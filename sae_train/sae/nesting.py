@@ -60,14 +60,17 @@ def reconstruct(
         n_tokens: of the global batch.
     """
     has_one = len(sizes) == 1
-    x_hat = dictionary.decode(code, ranks=ranks) if has_one else decode_prefixes(dictionary, code, sizes, ranks=ranks)
-    missed = kernels.missed(x_ND, x_hat)
+    if has_one:
+        x_hat = dictionary.decode(code, ranks=ranks, bias=False)
+    else:
+        x_hat = decode_prefixes(dictionary, code, sizes, ranks=ranks)
+    missed = kernels.missed(x_ND, x_hat, dictionary.b_dec)
     of_all = missed if has_one else kernels.Missed(*(each[-1] for each in missed))
-    return of_all, squared_error(x_hat, missed) / n_tokens
+    return of_all, squared_error(x_hat, missed, dictionary.b_dec) / n_tokens
 
 
 def decode_prefixes(dictionary: Dictionary, code: Code, sizes: tuple[int, ...], *, ranks: Ranks) -> Tensor:
-    """Return the reconstructions from the first sizes[g] features [G, N, D], the bias in each; differentiable.
+    """Return the reconstructions from the first sizes[g] features [G, N, D] without the bias; differentiable.
 
     A token's matches are sorted by feature, so those of one group of features between two prefixes stand together: a
     bag for each token and group costs the matches once, and the running sum over groups makes prefixes of them.
@@ -83,7 +86,7 @@ def decode_prefixes(dictionary: Dictionary, code: Code, sizes: tuple[int, ...], 
         between = pairwise([0, *ends.tolist(), hi - lo])
         own = [code.value[:, a:b] @ dictionary.W_dec[a:b] for a, b in between]
         rows = torch.stack(own, dim=1)
-        return _prefixes(rows, ranks) + dictionary.b_dec
+        return _prefixes(rows, ranks)
     group_M = torch.bucketize(code.feature, ends.to(code.feature.device), right=True, out_int32=True)
     bag_M = code.token * n_groups + group_M
     used_M = torch.arange(len(bag_M), device=bag_M.device) < code.start[-1]
@@ -91,7 +94,7 @@ def decode_prefixes(dictionary: Dictionary, code: Code, sizes: tuple[int, ...], 
     start = torch.searchsorted(torch.where(used_M, bag_M, n_tokens * n_groups), bounds, out_int32=True)
     places = code.feature, torch.where(used_M, bag_M, 0), start
     rows = dictionary.bags(code, dictionary.W_dec, *places)
-    return _prefixes(rows.view(n_tokens, n_groups, -1), ranks) + dictionary.b_dec
+    return _prefixes(rows.view(n_tokens, n_groups, -1), ranks)
 
 
 def _prefixes(groups_NGD: Tensor, ranks: Ranks) -> Tensor:

@@ -1,0 +1,111 @@
+"""What one step leaves for the next holds, or is not believed."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import grid_world as world
+import pytest
+import torch
+from torch import Tensor
+
+from sae_train.kernels import Workspace, numba_adam, numba_rows
+from sae_train.ranks import Solo
+
+RUNS = [
+    ["sparsifier=mutual_choice", "aux_loss=aux_k"],
+    ["sparsifier=topk", "aux_loss=none", "nesting=matryoshka", "nesting.prefixes=[0.5,1.0]"],
+    ["sparsifier=mutual_choice", "aux_loss=aux_zipf", "aux_loss.tau=0.5", "parametrisation=aligned"],
+    ["sparsifier=feature_choice", "sparsifier.after=0.25", "aux_loss=aux_k"],
+    ["sparsifier=gated", "aux_loss=none"],
+]
+
+
+def again(name: str, of: Tensor, known: Any, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return what is known beside what is found anew."""
+    of = of.detach()
+    if name == "bf16":
+        return [(known, of.bfloat16())]
+    if name == "padded":
+        return [(known[:, : of.shape[1]], of.bfloat16())]
+    if name == "squares":
+        return [(known, numba_adam.squares(of))]
+    if name == "along_rows":
+        return list(zip(known, numba_adam.along_rows(of, weight), strict=True))
+    assert name == "rounded"
+    found = numba_rows.rounded(of, torch.zeros(len(of)), padded=known.padded.shape[1])
+    known.padded[:, of.shape[1]] = 0  # what stands behind the rows is written anew in any case
+    return list(zip(known, found, strict=True))
+
+
+@pytest.mark.parametrize("is_screened", [True, False])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("case", RUNS, ids=lambda case: "-".join(case[:2]).replace("sparsifier=", ""))
+def test_what_a_run_knows_is_what_it_would_find(
+    case: list[str], precision: str, is_screened: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two gradients of a weight, a step that halts, and weights that change between two steps."""
+    world.write_activations(tmp_path)
+    config = world.config_of(tmp_path, case, precision=precision, steps=12, n_features=1536, dead_window=16)
+    trainer = world.build(config, Solo())
+    trainer.is_screened = is_screened and trainer.is_screened
+    asked, noted = set(), Workspace.noted
+
+    def checked(self: Workspace, of: Tensor, name: str) -> Any:
+        known = noted(self, of, name)
+        if known is not None:
+            asked.add(name)
+            for one, other in again(name, of, known, trainer.dictionary.W_dec.detach()):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, equal_nan=True)
+        return known
+
+    monkeypatch.setattr(Workspace, "noted", checked)
+    for step in range(12):
+        if step == 4:
+            with torch.no_grad():
+                for parameter in trainer.dictionary.parameters():
+                    parameter.mul_(1.01)
+        if step == 8:
+            trainer.halt.flag = torch.ones((), dtype=torch.bool)
+        trainer.step(trainer.stream.batch(step))
+        trainer.halt.flag = torch.zeros((), dtype=torch.bool)
+    if trainer.is_screened and "parametrisation=aligned" not in case:
+        assert "rounded" in asked
+    if precision == "bf16" and "sparsifier=gated" not in case:
+        assert "bf16" in asked
+
+
+def test_a_note_holds_until_its_tensor_changes() -> None:
+    space, rows = Workspace(), torch.zeros(3, 3)
+    assert space.noted(rows, "sum") is None
+    space.note(rows, sum=0.0)
+    assert space.noted(rows, "sum") == 0.0
+    assert space.noted(rows.detach(), "sum") == 0.0  # the same numbers by another name
+    for other in (rows.clone(), rows.t(), rows[:2], rows.view(torch.int32), rows.view(9)):
+        assert space.noted(other, "sum") is None
+    rows.add_(1)
+    assert space.noted(rows, "sum") is None
+    space.note(rows, sum=9.0)
+    torch.autograd.graph.increment_version(rows)
+    assert space.noted(rows, "sum") is None
+
+
+def test_no_other_tensor_comes_to_an_address_that_is_noted() -> None:
+    space, address = Workspace(), 0
+    rows = torch.zeros(1000, 7)
+    address = rows.data_ptr()
+    space.note(rows, sum=0.0)
+    del rows
+    assert all(torch.ones(1000, 7).data_ptr() != address for _ in range(20))
+
+
+def test_a_copy_begins_with_nothing() -> None:
+    space, rows = Workspace(), torch.zeros(3)
+    space.note(rows, sum=0.0)
+    for other in (copy.deepcopy(space), pickle.loads(pickle.dumps(space))):
+        assert other.noted(rows, "sum") is None
+    with torch.inference_mode():
+        inferred = torch.zeros(3)
+        space.note(inferred, sum=0.0)
+        assert space.noted(inferred, "sum") == 0.0
