@@ -249,10 +249,10 @@ def _bias_error(bias, bits, of_sums):
 
 @njit
 def _error(norm_x, missed_x, norm_W, missed_W, of_sums, tiny, are_rounded):
-    """Return the bound of screen.screened."""
+    """Return the bound that screen.screened explains, but for the bias."""
     rounded_x, rounded_W = norm_x + missed_x, norm_W + missed_W
     if are_rounded:
-        norm_x, missed_x, norm_W, missed_W = rounded_x, float32(0), rounded_W, float32(0)
+        missed_x, missed_W = float32(0), float32(0)
     sums = of_sums * rounded_x * rounded_W
     return missed_x * rounded_W + norm_x * missed_W + sums + tiny * (float32(1) + rounded_x + rounded_W)
 

@@ -282,14 +282,14 @@ def _errors(x: Rounded, W: Rounded, b_F: Tensor, *, summands: int, are_rounded: 
 
         bounds = SUM_ROUNDOFF * summands, summands * TINY
         return numba_rows.errors(x[1:], W[1:], b_F, bounds=bounds, are_rounded=are_rounded)
-    if are_rounded:
-        x, W = (each._replace(norm=each.norm + each.missed, missed=torch.zeros_like(each.norm)) for each in (x, W))
     near_F = b_F.bfloat16().float()
     bias_F = (b_F - near_F).abs() + SUM_ROUNDOFF * summands * near_F.abs()
 
     def error(norm_x: Tensor, missed_x: Tensor, norm_W: Tensor, missed_W: Tensor) -> Tensor:
         rounded_x, rounded_W = norm_x + missed_x, norm_W + missed_W
         sums = SUM_ROUNDOFF * summands * rounded_x * rounded_W
+        if are_rounded:
+            missed_x, missed_W = torch.zeros_like(missed_x), torch.zeros_like(missed_W)
         return missed_x * rounded_W + norm_x * missed_W + sums + summands * TINY * (1 + rounded_x + rounded_W)
 
     error_N = error(x.norm, x.missed, W.norm.max(), W.missed.max()) + bias_F.max()
