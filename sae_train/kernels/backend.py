@@ -39,7 +39,7 @@ def why_not_numba() -> str | None:
 
         if numba.config.DISABLE_JIT:
             return "NUMBA_DISABLE_JIT is set"
-        for name in ("adam", "cut", "leading", "products", "rows", "scan"):
+        for name in ("adam", "backward", "cut", "leading", "products", "rows", "scan"):
             importlib.import_module(f"sae_train.kernels.numba_{name}")
         from sae_train.kernels import numba_groups
     except ImportError as error:
