@@ -92,12 +92,15 @@ def test_a_note_holds_until_its_tensor_changes() -> None:
 
 
 def test_no_other_tensor_comes_to_an_address_that_is_noted() -> None:
-    space, address = Workspace(), 0
-    rows = torch.zeros(1000, 7)
-    address = rows.data_ptr()
-    space.note(rows, sum=0.0)
-    del rows
-    assert all(torch.ones(1000, 7).data_ptr() != address for _ in range(20))
+    """An allocator gives what was just given back to whoever asks next for as much."""
+    space, addresses = Workspace(), set()
+    for name in ("rows", "columns", "sums"):
+        of = torch.ones(1000, 7)
+        addresses.add(of.data_ptr())
+        space.note(of, **{name: 0.0})
+        del of
+    assert len(addresses) == 3
+    assert all(torch.ones(1000, 7).data_ptr() not in addresses for _ in range(20))
 
 
 def test_a_copy_begins_with_nothing() -> None:
