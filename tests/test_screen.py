@@ -15,6 +15,7 @@ import torch
 from grid_of_threads import on_grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from small_runs import kept_by_sorting
 from test_selection import check_layout, pairs
 from torch import Tensor
@@ -298,14 +299,18 @@ def test_nothing_makes_it_compute_much_more(kind: str) -> None:
 def test_where_many_are_near_the_product_is_computed(
     case: tuple[tuple[Tensor, Tensor, Tensor], str], share: float
 ) -> None:
+    """Rows keep its values; a batch those of pairs one by one, as a hint may spare it the product."""
     pre = screened(*case[0], precision=case[1])
-    whole_NF = pre.columns(torch.arange(pre.shape[1]))
-    budget = max(1, round(share * whole_NF.numel()))
+    (n, f), whole_NF, exact_NF = pre.shape, pre.columns(torch.arange(pre.shape[1])), whole(pre)
+    budget, k = max(1, round(share * n * f)), max(1, round(share * f))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(screen, "MANY", -1.0)
-        matches = kernels.select_batch(pre, budget=budget, capacity=budget, n_features=pre.shape[1], ranks=Solo())
-    check_layout(matches, whole_NF, capacity=budget)
-    assert pairs(matches) == kept_by_sorting(whole_NF, group="batch", budgets=[budget])
+        of_batch = kernels.select_batch(pre, budget=budget, capacity=budget, n_features=f, ranks=Solo())
+        of_rows = kernels.select_rows(pre, k=k, capacity=k * n, n_features=f, ranks=Solo())
+    check_layout(of_batch, exact_NF, capacity=budget)
+    assert pairs(of_batch) == kept_by_sorting(exact_NF, group="batch", budgets=[budget])
+    check_layout(of_rows, whole_NF, capacity=k * n)
+    assert pairs(of_rows) == kept_by_sorting(whole_NF, group="row", budgets=[k] * n)
 
 
 def test_the_processor_makes_the_same_near_ones() -> None:
@@ -373,3 +378,57 @@ def test_a_run_is_the_same_but_for_the_order_of_sums(
     for name, parameter in expected.items():
         difference = float((found[name] - parameter).norm() / parameter.norm())
         assert difference < (1e-2 if precision == "bf16" else 1e-3), name
+
+
+@SMALL
+@given(
+    case=cases(), share=st.floats(0, 1), of_cut=st.floats(0, 1.5) | st.sampled_from([0.99, 1.01]), many=st.floats(-1, 1)
+)
+def test_no_hint_moves_a_bit(
+    case: tuple[tuple[Tensor, Tensor, Tensor], str], share: float, of_cut: float, many: float
+) -> None:
+    """However many entries a hint, or the want of one, lets through: values are the same numbers."""
+    pre = screened(*case[0], precision=case[1])
+    exact_NF = whole(pre)
+    budget = max(1, round(share * exact_NF.numel()))
+    hint = kernels.Hint()
+    cut = exact_NF.flatten().topk(budget).values[-1]
+    hint.learn(of_cut * cut)
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        for at, hinted in ((2.0, None), (many, None), (many, hint), (many, hint), (0.0, hint)):
+            patch.setattr(screen, "MANY", at)
+            found.append(
+                kernels.select_batch(
+                    pre, budget=budget, capacity=budget, n_features=pre.shape[1], ranks=Solo(), hint=hinted
+                )
+            )
+    assert pairs(found[0]) == kept_by_sorting(exact_NF, group="batch", budgets=[budget])
+    for each in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(each, found[0], strict=True))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_run_that_forgets_its_hints_goes_on_to_the_bit(
+    tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that is resumed: of rows whose norms wander, so that hints are now far off, now near."""
+    monkeypatch.setattr(screen, "MANY", 1 / 16)
+    monkeypatch.setattr(screen, "has_bf16_products", lambda: True)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.rand(6000, 64, generator=generator) * (torch.rand(6000, 64, generator=generator) < 0.06)
+    size = torch.exp(0.15 * torch.randn(6000 // 50, 1, generator=generator)).repeat_interleave(50, dim=0)
+    save_file({"activations": size * codes @ torch.randn(64, 32, generator=generator)}, tmp_path / "rows.safetensors")
+    case = ["sparsifier=mutual_choice", "aux_loss=none"]
+    config = world.config_of(tmp_path, case, precision=precision, steps=16, n_features=320)
+    ends = []
+    for forgotten in ((), (1, 2, 5), (3, 4, 11)):
+        trainer = world.build(config, Solo())
+        assert trainer.is_screened
+        for step in range(16):
+            if step in forgotten:
+                trainer.sparsifier._hint = kernels.Hint()
+            trainer.step(trainer.stream.batch(step))
+        ends.append([parameter.detach().clone() for parameter in trainer.dictionary.parameters()])
+    for end in ends[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(end, ends[0], strict=True))

@@ -121,7 +121,7 @@ def test_a_hint_is_a_little_below_the_next_cut(first: float, drift: float, noise
         hint.learn(cut)
         cut = cut * drift * (1 + noise * torch.randn((), generator=generator, dtype=torch.float64)).clamp(0.8, 1.2)
     assert sum(each < 0 for each in below) <= 6
-    assert max(below) < 0.02 + 16 * noise
+    assert max(below) < 0.03 + 16 * noise
 
 
 def test_a_hint_recovers_from_cuts_of_any_kind() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae_train import kernels
 from sae_train.kernels import Workspace, numba_adam, numba_rows
 from sae_train.ranks import Solo
 
@@ -103,12 +104,73 @@ def test_no_other_tensor_comes_to_an_address_that_is_noted() -> None:
     assert all(torch.ones(1000, 7).data_ptr() not in addresses for _ in range(20))
 
 
+def test_what_was_found_of_lent_memory_goes_with_it() -> None:
+    """Of that no reference is held, so another tensor may come to its address."""
+    space, like, came_again = Workspace(), torch.zeros(()), 0
+    for _ in range(20):
+        gradient = space.take((1000, 7), like=like)
+        address = gradient.data_ptr()
+        space.note(gradient, sum=0.0)
+        assert space.noted(gradient.detach(), "sum") == 0.0
+        del gradient
+        others = [torch.empty(1000, 7) for _ in range(8)]
+        came_again += any(other.data_ptr() == address for other in others)
+        assert all(space.noted(other, "sum") is None for other in others)
+    assert came_again > 0
+
+
+def test_memory_that_is_lent_again_is_another_tensor() -> None:
+    space, like = Workspace(), torch.zeros(())
+    gradient = space.take((5, 3), like=like)
+    space.note(gradient, sum=0.0)
+    assert space.noted(gradient, "sum") == 0.0
+    space.keep([gradient])
+    again = space.take((5, 3), like=like)
+    assert again.data_ptr() == gradient.data_ptr()
+    assert space.noted(again, "sum") is None
+
+
+def test_gradients_are_added_where_they_stand() -> None:
+    """What is noted of one does not make another tensor of the sum, which would not be given back."""
+    space = Workspace()
+    W = torch.nn.Parameter(torch.randn(40, 6))
+    feature, token, start = torch.tensor([3, 7], dtype=torch.int32), torch.tensor([0, 1]).int(), torch.arange(3).int()
+    value = torch.ones(2, requires_grad=True)
+    first = kernels.decode(value, W, feature, token, start, workspace=space)
+    second = kernels.decode(value.detach(), W, feature, token, start, workspace=space)
+    (first.square().sum() + second.sum()).backward()
+    assert W.grad is not None
+    assert space.noted(W.grad, "along_rows") is None
+    assert space.noted(W.grad, "squares") is None
+    space.keep([W.grad])
+    assert space.take((40, 6), like=W.detach()).data_ptr() == W.grad.data_ptr()
+
+
+def test_gradients_of_rows_that_are_bf16_themselves() -> None:
+    """Of weights that no fp32 ones stand behind."""
+    rows = torch.randn(10, 64).bfloat16()
+    feature, token, start = torch.tensor([3, 9]).int(), torch.tensor([0, 1]).int(), torch.arange(3).int()
+    found = []
+    for W in (rows.requires_grad_(), rows.detach().float().requires_grad_()):
+        value, space = torch.tensor([2.0, 3.0], requires_grad=True), Workspace()
+        kernels.decode(value, W, feature, token, start, workspace=space, precision="bf16").sum().backward()
+        assert W.grad is not None
+        assert space.noted(W.grad, "along_rows") is None or W.dtype == torch.float32
+        found.append((value.grad, W.grad.float()))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_copy_begins_with_nothing() -> None:
     space, rows = Workspace(), torch.zeros(3)
     space.note(rows, sum=0.0)
     for other in (copy.deepcopy(space), pickle.loads(pickle.dumps(space))):
         assert other.noted(rows, "sum") is None
+
+
+def test_nothing_is_known_of_what_changes_uncounted() -> None:
+    space = Workspace()
     with torch.inference_mode():
-        inferred = torch.zeros(3)
-        space.note(inferred, sum=0.0)
-        assert space.noted(inferred, "sum") == 0.0
+        rows = torch.zeros(3)
+        space.note(rows, sum=0.0)
+        assert space.noted(rows, "sum") is None

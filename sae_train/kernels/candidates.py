@@ -7,9 +7,6 @@ Nothing here is an estimate, so results never depend on the grouping. Of screene
 maximum says what an exact one reaches at least, and the list has exact ones.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -22,6 +19,8 @@ from sae_train.kernels.screen import PreActivations, Screened
 from sae_train.ranks import Ranks
 
 _INFINITE_BITS = int(torch.tensor(torch.inf, dtype=torch.bfloat16).view(torch.int16))
+_NONE = -(1 << 48)
+"""What a rank counts that has found nothing: all ranks' then count as too few."""
 
 
 def select_batch(
@@ -29,12 +28,11 @@ def select_batch(
 ) -> Matches:
     """Keep the `budget` largest positive entries of the whole grid; see selection.select_batch."""
     hint, (n_tokens, width) = hint or Hint(), pre_NF.shape
-    density = budget / max(1, n_tokens * width * ranks.size)
-    low, reaching = _bounded(pre_NF, density)
     guess = hint.guess(torch.float32 if isinstance(pre_NF, Screened) else pre_NF.dtype)
-    found = None if guess is None else reaching(guess)
-    if found is None or _of_all(len(found[0]), ranks) < budget:
-        found = reaching(kth_largest(low(), budget, ranks))
+    found = None if guess is None else _few_reaching(pre_NF, guess)
+    if _of_all(_NONE if found is None else len(found[0]), ranks) < budget or found is None:
+        low = _low(pre_NF, budget / max(1, n_tokens * width * ranks.size))
+        found = _largest(pre_NF, budget, kth_largest(low, budget, ranks))
     index, value = found
     cut = kth_largest(value, budget, ranks)
     hint.learn(cut)
@@ -76,8 +74,7 @@ def select_rows(
     if isinstance(pre_NF, Screened) and uses_numba(pre_NF.b_F):
         index, value = pre_NF.leading(slots, size=_group_size_screened(slots / max(1, width), width))
     else:
-        low, reaching = _bounded(pre_NF, slots / max(1, width))
-        index, value = reaching(_kth_of_rows(low(), slots))
+        index, value = _reaching(pre_NF, _kth_of_rows(_low(pre_NF, slots / max(1, width)), slots))
     token = torch.div(index, max(1, width), rounding_mode="floor")
     keep = _leading(value, token, torch.full((n_tokens,), slots))
     if ranks.features.size > 1:
@@ -121,25 +118,34 @@ def _at_least(value: Tensor, group: Tensor, cut_G: Tensor, left_G: Tensor) -> Te
     return keep
 
 
-def _bounded(
-    pre_NF: PreActivations, density: float
-) -> tuple[Callable[[], Tensor], Callable[[Tensor], tuple[Tensor, Tensor]]]:
-    """Return what gives a number that the largest entry of each group of a row reaches [N, groups], and `_reaching`."""
+def _low(pre_NF: PreActivations, density: float) -> Tensor:
+    """Return a number that the largest entry of each group of a row reaches [N, groups]."""
     if isinstance(pre_NF, Screened):
         size = _group_size_screened(density, pre_NF.shape[1])
-
-        def low() -> Tensor:
-            return pre_NF.lows(_group_maxima(pre_NF.bits_NF, size), pre_NF.error_N1)
-
-        return low, partial(pre_NF.reaching, error=pre_NF.error_N1)
-    size = _group_size(density, pre_NF.shape[1])
-    return partial(_group_maxima, pre_NF, size=size), partial(_reaching, pre_NF)
+        return pre_NF.lows(_group_maxima(pre_NF.bits_NF, size), pre_NF.error_N1)
+    return _group_maxima(pre_NF, _group_size(density, pre_NF.shape[1]))
 
 
-def _reaching(pre_NF: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
-    """Return flat index (ascending) and value of the positive entries that reach `bound`: scalar, [N, 1] or [1, F]."""
+def _reaching(pre_NF: PreActivations, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """Return flat index (ascending) and value of the positive entries that reach `bound`.
+
+    Args:
+        bound: scalar or [N, 1]; for entries that are not screened also [1, F].
+    """
+    if isinstance(pre_NF, Screened):
+        return pre_NF.reaching(bound, pre_NF.error_N1)
     index = flat_reaching(pre_NF, positive(bound))
     return index, pre_NF.reshape(-1)[index]
+
+
+def _few_reaching(pre_NF: PreActivations, guess: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return what `_reaching` does for a scalar; None where that is more work than finding a better one."""
+    return pre_NF.few_reaching(guess) if isinstance(pre_NF, Screened) else _reaching(pre_NF, guess)
+
+
+def _largest(pre_NF: PreActivations, k: int, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `_reaching` does for a scalar that k entries reach, the k largest among it."""
+    return pre_NF.largest(k, bound) if isinstance(pre_NF, Screened) else _reaching(pre_NF, bound)
 
 
 def _leading(value: Tensor, group: Tensor, budget_G: Tensor) -> Tensor:

@@ -11,7 +11,11 @@ from sae_train.kernels.numba_team import Kernel, at, run, share, thread
 
 
 def by_group(group_C: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
-    """Return the entries by group, each group's in order [C] int64, and where in them each group begins [G+1] int64."""
+    """Return the entries by group, each group's in order [C] int64, and where in them each group begins [G+1] int64.
+
+    Args:
+        group_C: each of 0..n_groups-1.
+    """
     group_C, n_threads = group_C.int().contiguous(), torch.get_num_threads()
     count_TG = torch.zeros(n_threads, n_groups, dtype=torch.int32)
     run(_count, n_groups, len(group_C), n_threads, group_C, count_TG)

@@ -151,14 +151,15 @@ class _Decode(torch.autograd.Function):
         value, rows_FD, W_FD, feature, token, start_N = ctx.saved_tensors
         grad_ND = _read_rows(grads[0], ctx.precision).contiguous()
         grad_value = grad_W = None
-        if all(ctx.needs_input_grad[:2]) and _is_numbas(grad_ND, value) and rows_FD.dtype == grad_ND.dtype:
+        is_plain = uses_numba(value, W_FD) and grad_ND.dtype == rows_FD.dtype and grad_ND.dtype in DTYPES
+        if all(ctx.needs_input_grad[:2]) and is_plain:
             from sae_train.kernels import numba_backward
 
             order, start_F = ctx.order(feature, len(rows_FD))
             grad_W = ctx.workspace.take(rows_FD.shape, like=value)
             given = grad_ND, rows_FD, value, token, start_F, order
-            grad_value, split_FF = numba_backward.gradients(*given, unit_FD=W_FD, out=grad_W)
-            ctx.workspace.note(grad_W, along_rows=split_FF)
+            grad_value, split_2F = numba_backward.gradients(*given, unit_FD=W_FD, out=grad_W)
+            ctx.workspace.note(grad_W, along_rows=split_2F)
             return grad_value, grad_W, None, None, None, None, None, None
         if ctx.needs_input_grad[0]:
             grad_value = _row_products(grad_ND, rows_FD, feature, token, start_N)

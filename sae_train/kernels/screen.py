@@ -20,8 +20,9 @@ from sae_train.kernels.affine import affine
 from sae_train.kernels.backend import has_numba, uses_numba
 from sae_train.kernels.matches import few_reaching, flat_reaching, kept
 from sae_train.kernels.products import row_products
-from sae_train.kernels.radix import positive
+from sae_train.kernels.radix import kth_largest, positive
 from sae_train.kernels.workspace import Workspace
+from sae_train.ranks import Solo
 
 FEW = 1 / 48
 """Share of kept entries up to which computing them twice costs less than a whole product does."""
@@ -132,14 +133,55 @@ class Screened:
 
     def _exact_reaching(self, bound: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return which of the entries at `index` reach `bound`, and their exact values."""
-        if len(index) > FEW * self.near_NF.numel():
-            index = self._near_to_both(index, bound)
-        if len(index) > MANY * self.near_NF.numel():
+        index = self._candidates(bound, index)
+        if self._are_many(index):
             whole_NF = self.whole()
             index = flat_reaching(whole_NF, positive(bound))
             return index, whole_NF.reshape(-1)[index]
+        return self._one_by_one(bound, index)
+
+    def few_reaching(self, bound: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return what `reaching` does for a scalar, or None where too many may reach it to compute them one by one."""
+        index = self._candidates(bound, flat_reaching(self.near_NF, _lowered(bound, self.error_N1)))
+        return None if self._are_many(index) else self._one_by_one(bound, index)
+
+    def largest(self, k: int, bound: Tensor) -> tuple[Tensor, Tensor]:
+        """Return flat index (ascending) and exact value of entries that reach `bound`, the k largest among them.
+
+        Where many may be, the whole product says which few, near as it is: it sums in another order. So an exact value
+        is the same number whatever the bound.
+
+        Args:
+            bound: a scalar that k positive entries reach, or 0.
+        """
+        found = self.few_reaching(bound)
+        if found is not None:
+            return found
+        whole_NF, error_1F = self.whole(), self._error_of_order()
+        index = flat_reaching(whole_NF, bound - error_1F)
+        near, error = whole_NF.reshape(-1)[index], error_1F.squeeze(0)[index.remainder(self.shape[1])]
+        surely = kth_largest(near - error, k, Solo(near.device))
+        return self._one_by_one(bound, index[near + error >= surely])
+
+    def _candidates(self, bound: Tensor, index: Tensor) -> Tensor:
+        """Return which of the entries at `index` may reach `bound`; many are looked at once more."""
+        return self._near_to_both(index, bound) if len(index) > FEW * self.near_NF.numel() else index
+
+    def _are_many(self, index: Tensor) -> bool:
+        return len(index) > MANY * self.near_NF.numel()
+
+    def _one_by_one(self, bound: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which of the entries at `index` reach `bound`, and their exact values."""
         value = self.exact(index)
         return kept(index, value, self._reached(positive(bound), index, value))
+
+    def _error_of_order(self) -> Tensor:
+        """Return how far a feature's sums of the same products in two orders may be from each other [1, F]."""
+        summands = self.width + 3  # the bias, and what comes of adding and subtracting this
+        norm_N, norm_F = self.x_ND.norm(dim=1), self.W_FD.norm(dim=1)
+        sums_F = SUM_ROUNDOFF * summands * (norm_N.max() * norm_F + self.b_F.abs())
+        error_F: Tensor = sums_F + summands * TINY * (1 + norm_N.max() + norm_F)
+        return error_F.unsqueeze(0)
 
     def above(self, bound_F: Tensor, *, most: float) -> tuple[Tensor, Tensor] | None:
         """Return flat index (ascending) and exact value of the entries above their feature's bound, positive or not.
