@@ -71,6 +71,10 @@ def test_what_a_run_knows_is_what_it_would_find(
             trainer.halt.flag = torch.ones((), dtype=torch.bool)
         trainer.step(trainer.stream.batch(step))
         trainer.halt.flag = torch.zeros((), dtype=torch.bool)
+        if "bf16" in asked:
+            assert noted(trainer.dictionary.workspace, trainer.dictionary.W_dec, "bf16") is not None
+        if "rounded" in asked:
+            assert noted(trainer.dictionary.workspace, trainer.dictionary.W_enc, "rounded") is not None
     if trainer.is_screened and "parametrisation=aligned" not in case:
         assert "rounded" in asked
     if precision == "bf16" and "sparsifier=gated" not in case:

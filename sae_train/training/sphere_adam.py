@@ -86,6 +86,6 @@ class SphereAdam(Adam):
         else:
             _kernels(weight).move_free(weight, gradient, *moments, step=own["step"], **numbers, rounded=rounded)
         own["step"].sub_(numbers["halted"].float())
-        if rounded is not None and not bool(numbers["halted"]):
+        if rounded is not None:  # unmoved like the weight, where the step halted
             workspace.note(weight, **{known: rounded})
         return True
