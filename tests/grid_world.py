@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from sae_train.compose import compose_config
 from sae_train.config import RunConfig
 from sae_train.harvest.stream import build_stream, check_stream
+from sae_train.kernels import Workspace
 from sae_train.ranks import Ranks, Solo, find_ranks, leave
 from sae_train.sae.code import Code, DenseCode, SparseCode
 from sae_train.sparsifiers.base import Sparsifier
@@ -236,6 +237,14 @@ def traffic(config: RunConfig, ranks: Ranks) -> dict[str, int]:
     ranks.traffic.clear()
     trainer.step(x_ND)
     return {verb: count for verb, count in ranks.traffic.items() if count}
+
+
+def known_after_a_sum(ranks: Ranks) -> bool:
+    """Return whether what was found of a tensor is still said of it when all ranks' are added in its place."""
+    space, gradient = Workspace(), torch.ones(3)
+    space.note(gradient, squares=3.0)
+    ranks.sum_in_place(gradient)
+    return space.noted(gradient, "squares") is not None
 
 
 def join(rank: int, size: int, port: int) -> Ranks:
