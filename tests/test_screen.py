@@ -21,7 +21,7 @@ from test_selection import check_layout, pairs
 from torch import Tensor
 
 from sae_train import kernels
-from sae_train.kernels import Matches, Screened
+from sae_train.kernels import Screened
 from sae_train.ranks import Ranks, Solo
 from sae_train.sparsifiers import penalised
 
@@ -197,16 +197,32 @@ def test_rows_among_allowed_columns(case: tuple[tuple[Tensor, Tensor, Tensor], s
 
 
 @SMALL
-@given(grid=st.sampled_from(GRIDS), case=cases(tokens=6, features=2), share=st.floats(0, 0.3), k=st.integers(1, 4))
+@given(
+    grid=st.sampled_from(GRIDS),
+    case=cases(tokens=6, features=2),
+    share=st.floats(0, 0.3),
+    k=st.integers(1, 4),
+    of_cut=st.floats(0, 1.5),
+    many=st.just(2.0) | st.floats(0, 0.5),
+)
 def test_on_several_ranks(
-    grid: tuple[int, int], case: tuple[tuple[Tensor, Tensor, Tensor], str], share: float, k: int
+    grid: tuple[int, int],
+    case: tuple[tuple[Tensor, Tensor, Tensor], str],
+    share: float,
+    k: int,
+    of_cut: float,
+    many: float,
 ) -> None:
-    """Every grid keeps the pairs that one process keeps, though each rank bounds the errors of its own share."""
+    """Every grid keeps the pairs that one process keeps, though each rank bounds the errors of its own share.
+
+    And though a hint may let through too many on some ranks only.
+    """
     (x, W, b), precision = case
     n_tokens, n_features = len(x), len(W)
     exact_NF = whole(screened(x, W, b, precision=precision))
     budget = round(share * exact_NF.numel())
     budget_F = torch.full((n_features,), k)
+    cut = exact_NF.flatten().topk(max(1, budget)).values[-1]
 
     def work(ranks: Ranks) -> list[set[tuple[int, int]]]:
         lo, hi = ranks.features.slice(n_features)
@@ -217,19 +233,27 @@ def test_on_several_ranks(
             pre = exact_NF[first : first + own, lo:hi]
         given = {"n_features": n_features, "ranks": ranks}
         most = own * (hi - lo)
-        kept: list[Matches] = [
-            kernels.select_batch(pre, budget=budget, capacity=budget, **given),
-            kernels.select_rows(pre, k=k, capacity=own * k, **given),
-            kernels.select_columns(pre, budget_F=budget_F[lo:hi], capacity=most, ranks=ranks),
-        ]
+        if many < 2:
+            hint = kernels.Hint()
+            hint.learn(of_cut * cut)
+            kept = [kernels.select_batch(pre, budget=budget, capacity=budget, hint=hint, **given)]
+        else:  # where it is less the whole product's values are kept of rows and columns
+            kept = [
+                kernels.select_batch(pre, budget=budget, capacity=budget, **given),
+                kernels.select_rows(pre, k=k, capacity=own * k, **given),
+                kernels.select_columns(pre, budget_F=budget_F[lo:hi], capacity=most, ranks=ranks),
+            ]
         return [pairs(matches, first=(first, lo)) for matches in kept]
 
-    found = [set().union(*parts) for parts in zip(*on_grid(grid, work), strict=True)]
-    assert found == [
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(screen, "MANY", many)
+        found = [set().union(*parts) for parts in zip(*on_grid(grid, work), strict=True)]
+    expected = [
         kept_by_sorting(exact_NF, group="batch", budgets=[budget]),
         kept_by_sorting(exact_NF, group="row", budgets=[k] * n_tokens),
         kept_by_sorting(exact_NF, group="column", budgets=[k] * n_features),
     ]
+    assert found == expected[: len(found)]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
