@@ -29,6 +29,7 @@ from sae_train.kernels import (
     numba_leading,
     numba_products,
     numba_scan,
+    screened,
 )
 from sae_train.ranks import Solo
 from sae_train.training.optimizer import Adam
@@ -157,17 +158,17 @@ def test_leading_of_rows(
     near = torch.where(torch.rand(n, f, generator=generator) < share, picked, near).bfloat16()
     near = torch.where(torch.rand(n, f, generator=generator) < 0.5, near, -near)  # NaN of either sign
     error_N1 = error * torch.rand(n, 1, generator=generator)
-    pre = screen.Screened(
+    pre = screened.Screened(
         near_NF=near, x_NP=torch.zeros(n, 1), W_FP=torch.zeros(f, 1), b_F=torch.zeros(f), width=1, error_N1=error_N1,
         error_1F=error_N1[:1],
     )  # fmt: skip
     with torch_threads(n_threads):
-        shares = {"of_near": 1 - screen.ROUNDOFF, "of_exact": 1 - 2 * screen.SUM_ROUNDOFF}
+        shares = {"of_near": 1 - screened.ROUNDOFF, "of_exact": 1 - 2 * screened.SUM_ROUNDOFF}
         bound, index = numba_leading.leading_of_rows(near, error_N1, k, size=size, **shares)
     maxima = pre.lows(candidates._group_maxima(pre.bits_NF, size), error_N1)
     expected = candidates._kth_of_rows(maxima, k)
     assert torch.equal(bound, expected)
-    reached = near >= screen._lowered(expected, error_N1)
+    reached = near >= screened._lowered(expected, error_N1)
     found = torch.zeros(n * f, dtype=torch.bool)
     found[index] = True
     is_number = ~near.isnan().flatten()

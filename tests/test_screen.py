@@ -33,7 +33,7 @@ SMALL = settings(deadline=None, max_examples=80)
 def _one_by_one() -> Iterator[None]:
     """Have candidates computed one by one however many they are, so that their values are the oracle's to the bit."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(screen, "MANY", 2.0)
+        patch.setattr(kernels.screened, "MANY", 2.0)
         yield
 
 
@@ -246,7 +246,7 @@ def test_on_several_ranks(
         return [pairs(matches, first=(first, lo)) for matches in kept]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(screen, "MANY", many)
+        patch.setattr(kernels.screened, "MANY", many)
         found = [set().union(*parts) for parts in zip(*on_grid(grid, work), strict=True)]
     expected = [
         kept_by_sorting(exact_NF, group="batch", budgets=[budget]),
@@ -311,7 +311,7 @@ def test_nothing_makes_it_compute_much_more(kind: str) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Screened, "exact", counted)
-        patch.setattr(screen, "MANY", 1 / 16)
+        patch.setattr(kernels.screened, "MANY", 1 / 16)
         kernels.select_batch(pre, budget=16384, capacity=16384, n_features=2048, ranks=Solo())
         kernels.select_rows(pre, k=32, capacity=16384, n_features=2048, ranks=Solo())
         kernels.select_columns(pre, budget_F=budget_F, capacity=16384, ranks=Solo())
@@ -328,7 +328,7 @@ def test_where_many_are_near_the_product_is_computed(
     (n, f), whole_NF, exact_NF = pre.shape, pre.columns(torch.arange(pre.shape[1])), whole(pre)
     budget, k = max(1, round(share * n * f)), max(1, round(share * f))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(screen, "MANY", -1.0)
+        patch.setattr(kernels.screened, "MANY", -1.0)
         of_batch = kernels.select_batch(pre, budget=budget, capacity=budget, n_features=f, ranks=Solo())
         of_rows = kernels.select_rows(pre, k=k, capacity=k * n, n_features=f, ranks=Solo())
     check_layout(of_batch, exact_NF, capacity=budget)
@@ -421,7 +421,7 @@ def test_no_hint_moves_a_bit(
     found = []
     with pytest.MonkeyPatch.context() as patch:
         for at, hinted in ((2.0, None), (many, None), (many, hint), (many, hint), (0.0, hint)):
-            patch.setattr(screen, "MANY", at)
+            patch.setattr(kernels.screened, "MANY", at)
             found.append(
                 kernels.select_batch(
                     pre, budget=budget, capacity=budget, n_features=pre.shape[1], ranks=Solo(), hint=hinted
@@ -437,7 +437,7 @@ def test_a_run_that_forgets_its_hints_goes_on_to_the_bit(
     tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one does that is resumed: of rows whose norms wander, so that hints are now far off, now near."""
-    monkeypatch.setattr(screen, "MANY", 1 / 16)
+    monkeypatch.setattr(kernels.screened, "MANY", 1 / 16)
     monkeypatch.setattr(screen, "has_bf16_products", lambda: True)
     generator = torch.Generator().manual_seed(0)
     codes = torch.rand(6000, 64, generator=generator) * (torch.rand(6000, 64, generator=generator) < 0.06)

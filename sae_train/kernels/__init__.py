@@ -16,7 +16,8 @@ from sae_train.kernels.hint import Hint
 from sae_train.kernels.matches import FeatureOrder, Matches, flat_nonzero
 from sae_train.kernels.products import attach, attach_dense, decode, of_features, row_products, sums_by_feature
 from sae_train.kernels.rows import Missed, missed, norms_and_sum, scaled_and_sum
-from sae_train.kernels.screen import PreActivations, Screened, can_screen, screen
+from sae_train.kernels.screen import can_screen, screen
+from sae_train.kernels.screened import PreActivations, Screened
 from sae_train.kernels.selection import select_above, select_batch, select_columns, select_few_above, select_rows
 from sae_train.kernels.workspace import Workspace
 

@@ -3,8 +3,8 @@
 Maxima over groups of entries bound a cut from below: at least k entries reach the k-th largest of the maxima. All
 entries are held against it once. That leaves a list little longer than the budget, in order of token, then feature, in
 which the cut is looked for.
-Nothing here is an estimate, so results never depend on the grouping. Of screened pre-activations (screen.py) a group's
-maximum says what an exact one reaches at least, and the list has exact ones.
+Nothing here is an estimate, so results never depend on the grouping. Of screened pre-activations (screened.py) a
+group's maximum says what an exact one reaches at least, and the list has exact ones.
 """
 
 import torch
@@ -15,7 +15,7 @@ from sae_train.kernels.hint import Hint
 from sae_train.kernels.matches import Matches, flat_reaching, kept, pack
 from sae_train.kernels.owners import column_cuts, row_cuts, row_slots
 from sae_train.kernels.radix import INTEGER, kth_largest, positive, ties_kept
-from sae_train.kernels.screen import PreActivations, Screened
+from sae_train.kernels.screened import PreActivations, Screened
 from sae_train.ranks import Ranks
 
 _INFINITE_BITS = int(torch.tensor(torch.inf, dtype=torch.bfloat16).view(torch.int16))

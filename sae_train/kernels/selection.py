@@ -11,7 +11,7 @@ from torch import Tensor
 from sae_train.kernels import candidates, grouped
 from sae_train.kernels.hint import Hint
 from sae_train.kernels.matches import Matches, flat_nonzero, pack
-from sae_train.kernels.screen import PreActivations, Screened
+from sae_train.kernels.screened import PreActivations, Screened
 from sae_train.ranks import Ranks
 
 
