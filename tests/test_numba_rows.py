@@ -46,6 +46,29 @@ def test_what_reconstructions_miss(n: int, d: int, groups: int, seed: int, n_thr
 
 @SMALL
 @given(
+    rows=st.integers(1, 300), n=st.integers(0, 90), d=st.integers(1, 70) | st.sampled_from([384, 1000]),
+    few=st.lists(NUMBERS, min_size=1, max_size=5), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 10**6),
+    n_threads=THREADS,
+)  # fmt: skip
+def test_normalised_rows(rows: int, n: int, d: int, few: list[float], scale: float, seed: int, n_threads: int) -> None:
+    """Those of plain torch to the bit, so that a run is the same with and without compiled kernels to feed it."""
+    generator = torch.Generator().manual_seed(seed)
+    table, centre = drawn(rows, d, seed=seed), drawn(d, seed=seed + 1)
+    table.view(-1)[torch.randint(table.numel(), (3,), generator=generator)] = torch.tensor(few)[[0, -1, 0]]
+    index = torch.randint(rows, (n,), generator=generator)
+    for of in (table, table.t().contiguous().t(), table.double()):
+        like = centre.to(of.dtype)
+        with plain():
+            expected = kernels.normalised(of, index, like, scale)
+        assert torch.equal(expected.nan_to_num(nan=7.0), ((of[index] - like) / scale).nan_to_num(nan=7.0))
+        with torch_threads(n_threads):
+            found = kernels.normalised(of, index, like, scale)
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+
+
+@SMALL
+@given(
     n=st.integers(1, 9), f=st.integers(1, 90), few=st.lists(NUMBERS, min_size=1, max_size=5),
     share=st.sampled_from([0.0, 0.05]), seed=st.integers(0, 10**6), are_rounded=st.booleans(), n_threads=THREADS,
 )  # fmt: skip

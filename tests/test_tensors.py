@@ -119,6 +119,24 @@ def test_normalised_rows_have_unit_mean_square_and_no_mean(tmp_path):
     assert stream.scaling.gamma == pytest.approx(float(stream.scaling.centre_D.norm()) / stream.scaling.scale)
 
 
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_batches_are_the_same_to_the_bit_from_one_file_or_three(tmp_path, dtype, precision):
+    whole = rows_of(6000, width=37).to(dtype)
+    one, three = write(tmp_path / "one", whole), write(tmp_path / "three", whole[:7], whole[7:3000], whole[3000:])
+    given = {"precision": precision, "batch_tokens": 64}
+    streams = [started(tensors_config(folder, **given)) for folder in (one, three)]
+    for step in range(3):
+        batches = [stream.batch(step) for stream in streams]
+        assert torch.equal(*batches)
+        assert torch.equal(batches[0], streams[0].scaling.normalise(raw_of(streams[0], step)))
+
+
+def raw_of(stream: TensorStream, step: int) -> Tensor:
+    """Return the rows of a step's batch as they were saved."""
+    return stream._table.rows(stream._indices(64 * step, 64 * step + 64))
+
+
 def test_float64_stays_float64(tmp_path):
     whole = rows_of(6000).double() + 1e-12
     stream = started(tensors_config(write(tmp_path / "t", whole), precision="float64", batch_tokens=32))

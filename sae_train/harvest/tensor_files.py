@@ -79,6 +79,12 @@ class TensorTable:
         self._starts = torch.tensor([0, *(fact.n_rows for fact in self.files)]).cumsum(0)
         self.n_rows = int(self._starts[-1])
 
+    @property
+    def whole_RD(self) -> Tensor | None:
+        """All rows as they are returned, where one file holds them so."""
+        tensors = [tensor for of_file in self._tensors for tensor in of_file]
+        return tensors[0] if len(tensors) == 1 and tensors[0].dtype == self.dtype else None
+
     def rows(self, index_N: Tensor) -> Tensor:
         """Return the rows [N, W] at int64 indices, in their order, on the CPU."""
         if len(self.files) == len(self._tensors[0]) == 1:

@@ -131,7 +131,10 @@ class TensorStream(Stream):
     def _read(self, step: int) -> Tensor:
         n_local = self._config.batch_tokens // self._ranks.size
         first = step * self._config.batch_tokens + self._ranks.rank * n_local
-        rows_NW = self._table.rows(self._indices(first, first + n_local))
+        index_N, whole_RD = self._indices(first, first + n_local), self._table.whole_RD
+        if whole_RD is not None and self._ranks.device.type == "cpu":
+            return self.scaling.normalise_rows(whole_RD, index_N)
+        rows_NW = self._table.rows(index_N)
         return self.scaling.normalise(rows_NW.to(self._ranks.device))
 
     def _find_work(self) -> Callable[[], None] | None:

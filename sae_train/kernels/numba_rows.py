@@ -5,10 +5,26 @@ A row is summed in the same order whatever the threads. Letters: R rows, D width
 
 import numpy as np
 import torch
-from numba import carray, float32, njit, uint16, uint32
+from numba import carray, float32, int64, njit, uint16, uint32
 from torch import Tensor
 
-from sae_train.kernels.numba_team import SUMS, Kernel, at, bits_of, number, product, run, share, team, thread, wide
+from sae_train.kernels.numba_team import (
+    SUMS,
+    Kernel,
+    at,
+    bits_of,
+    fetch,
+    number,
+    product,
+    run,
+    share,
+    team,
+    thread,
+    wide,
+)  # fmt: skip
+
+AHEAD = 4
+"""Rows that are asked for before they are read."""
 
 
 def rounded(rows_RD: Tensor, last_R: Tensor, *, padded: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,6 +49,14 @@ def bf16(rows_RD: Tensor) -> Tensor:
     bf16_RD = torch.empty_like(rows_RD, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
     run(_bf16, *rows_RD.shape, rows_RD.contiguous(), bf16_RD)
     return bf16_RD
+
+
+def normalised(table_RD: Tensor, index_N: Tensor, centre_D: Tensor, scale: float) -> Tensor:
+    """Return rows of a table less a centre, over a scale [N, D] fp32; see rows.normalised."""
+    out_ND, scale_1 = table_RD.new_empty(len(index_N), len(centre_D)), torch.tensor([scale], dtype=torch.float32)
+    given = table_RD, index_N.contiguous(), centre_D.contiguous(), scale_1, out_ND
+    run(_normalised, len(table_RD), len(centre_D), len(index_N), *given)
+    return out_ND
 
 
 def missed(x_ND: Tensor, x_hat: Tensor, bias_D: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,6 +180,26 @@ def _rounded(words):
     for row in range(low, high):
         norm_R[row], missed_R[row] = round_row(row_RD[row], bits_RD[row], kept_D, bits_kept_D, bf16_RP[row])
         bf16_RP[row, width] = nearest(last_R[row]) >> uint32(16)
+
+
+@njit(error_model="numpy")  # nothing is raised, so that the loop vectorises
+def _normalise(row_D, centre_D, scale, out_D):
+    wide()
+    for d in range(len(row_D)):
+        out_D[d] = (row_D[d] - centre_D[d]) / scale
+
+
+@Kernel
+def _normalised(words):
+    n_rows, width, n_tokens = words[0], words[1], words[2]
+    table_RD, index_N = carray(at(words[3]), (n_rows, width), float32), carray(at(words[4]), n_tokens, int64)
+    centre_D, scale = carray(at(words[5]), width, float32), carray(at(words[6]), 1, float32)[0]
+    out_ND = carray(at(words[7]), (n_tokens, width), float32)
+    low, high = share(n_tokens)
+    for token in range(low, high):
+        if token + AHEAD < n_tokens:
+            fetch(table_RD[index_N[token + AHEAD]])
+        _normalise(table_RD[index_N[token]], centre_D, scale, out_ND[token])
 
 
 @njit(fastmath=SUMS)
