@@ -6,7 +6,8 @@
 --train holds *.safetensors files with a tensor `activations`. The peers are installed into environments of their own
 under --work (they are no dependency of ours). Every library runs in a process of its own (speed_peers.py), in fp32 and
 under bf16 autocast where it offers that (ours: precision=bf16), its Triton kernels on where they run. After --warm-up
-steps each takes --steps steps in turn, --rounds times, while the others wait. Printed: the median ms of a step, tokens
+steps each takes --steps steps in turn, --rounds times, while the others wait; one more before them is not counted, as
+it finds the others' numbers in the caches, which no run by itself does. Printed: the median ms of a step, tokens
 a second, and how many times as many tokens ours does in the same time (against the same method: mutual_choice is
 BatchTopK). Auxiliary losses are off for all: most steps have no dead features, and an auxiliary loss without them costs
 every library a different nothing.
@@ -81,7 +82,7 @@ def timed(runs: list[Run], args: argparse.Namespace, n_features: int) -> dict[Ru
     seconds: dict[Run, list[float]] = {run: [] for run in runs}
     for _ in range(args.rounds):
         for run, process in processes.items():
-            seconds[run] += process.steps(args.steps)
+            seconds[run] += process.steps(1 + args.steps)[1:]  # the first finds the others' numbers in the caches
     for process in processes.values():
         process.end()
     return {run: statistics.median(each) for run, each in seconds.items()}
@@ -125,7 +126,7 @@ def main() -> None:
     peers = sorted({library for library, _ in RUNS} - {"ours"})
     parser.add_argument("--library", nargs="+", default=peers, choices=peers, help="fewer where memory is short")
     parser.add_argument("--warm-up", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="in each turn, and one before them that is not counted")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     args = parser.parse_args()
