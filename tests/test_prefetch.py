@@ -219,15 +219,14 @@ def test_errors_come_at_the_same_step_with_the_same_text(source: Path, error: Ex
 
 def test_a_file_that_goes_bad_stops_the_run_at_its_step(source: Path) -> None:
     def spoil(stream: TensorStream) -> None:
-        read = stream._table.rows
-        last = stream._indices(9 * 64, 10 * 64)
+        read = stream._read
 
-        def torn(index_N: Tensor) -> Tensor:
-            if torch.equal(index_N, last):
+        def torn(step: int) -> Tensor:
+            if step == 9:
                 raise OSError("Input/output error")
-            return read(index_N)
+            return read(step)
 
-        stream._table.rows = torn
+        stream._read = torn
 
     found = [first_error(config_of(source, "tensors", prefetch), spoil) for prefetch in (0, 1, 5)]
     assert found == [(9, OSError, "Input/output error")] * 3
