@@ -127,11 +127,23 @@ def test_memory_that_is_lent_again_is_another_tensor() -> None:
     space, like = Workspace(), torch.zeros(())
     gradient = space.take((5, 3), like=like)
     space.note(gradient, sum=0.0)
+    space.note(gradient[2:], few=0.0)
     assert space.noted(gradient, "sum") == 0.0
+    assert space.noted(gradient[2:], "few") == 0.0
     space.keep([gradient])
     again = space.take((5, 3), like=like)
     assert again.data_ptr() == gradient.data_ptr()
     assert space.noted(again, "sum") is None
+    assert space.noted(again[2:], "few") is None
+
+
+def test_what_is_found_where_lent_memory_was_is_known() -> None:
+    space, like = Workspace(), torch.zeros(())
+    for shape in [(1000, 7)] * 20 + [(0, 7)]:
+        space.take(shape, like=like)  # and lost at once
+        other = torch.empty(shape)
+        space.note(other, sum=0.0)
+        assert space.noted(other, "sum") == 0.0
 
 
 def test_gradients_are_added_where_they_stand() -> None:

@@ -62,7 +62,11 @@ def read_headers(directory: str, *, key: str, gradients: bool = False) -> list[F
 
 
 class TensorTable:
-    """All rows of a directory's files, by index."""
+    """All rows of a directory's files, by index.
+
+    Attributes:
+        whole_RD: all rows, where one file holds them in the run's own number format; else None.
+    """
 
     def __init__(self, directory: str, *, key: str, dtype: torch.dtype, gradients: bool = False) -> None:
         """Args:
@@ -76,14 +80,11 @@ class TensorTable:
         self.dtype = dtype
         names = (TENSOR, GRADIENTS) if gradients else (TENSOR,)
         self._tensors = [tuple(_map(fact.path, name) for name in names) for fact in self.files]
+        only = self._tensors[0][0]
+        has_one = len(self.files) == len(names) == 1
+        self.whole_RD = only if has_one and only.dtype == dtype else None
         self._starts = torch.tensor([0, *(fact.n_rows for fact in self.files)]).cumsum(0)
         self.n_rows = int(self._starts[-1])
-
-    @property
-    def whole_RD(self) -> Tensor | None:
-        """All rows as they are returned, where one file holds them so."""
-        tensors = [tensor for of_file in self._tensors for tensor in of_file]
-        return tensors[0] if len(tensors) == 1 and tensors[0].dtype == self.dtype else None
 
     def rows(self, index_N: Tensor) -> Tensor:
         """Return the rows [N, W] at int64 indices, in their order, on the CPU."""

@@ -9,8 +9,8 @@ from numba import carray, float32, int32, int64, njit, uint16
 from torch import Tensor
 
 from sae_train.kernels.numba_adam import split
-from sae_train.kernels.numba_products import AHEAD, share_of_slots
-from sae_train.kernels.numba_team import SUMS, Kernel, at, fetch, number, run, wide
+from sae_train.kernels.numba_products import share_of_slots
+from sae_train.kernels.numba_team import AHEAD, SUMS, Kernel, at, fetch, number, run, wide
 
 
 def gradients(

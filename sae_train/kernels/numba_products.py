@@ -8,10 +8,7 @@ import torch
 from numba import carray, float32, int32, int64, njit, uint16
 from torch import Tensor
 
-from sae_train.kernels.numba_team import SUMS, Kernel, at, fetch, number, product, run, share, wide
-
-AHEAD = 4
-"""Slots between the rows that are read and those that are asked for: in no order, they come from far in a cache."""
+from sae_train.kernels.numba_team import AHEAD, SUMS, Kernel, at, fetch, number, product, run, share, wide
 
 
 def bags(rows: Tensor, index_M: Tensor, weight_M: Tensor, start_B: Tensor) -> Tensor:

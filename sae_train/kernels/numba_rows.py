@@ -9,6 +9,7 @@ from numba import carray, float32, int64, njit, uint16, uint32
 from torch import Tensor
 
 from sae_train.kernels.numba_team import (
+    AHEAD,
     SUMS,
     Kernel,
     at,
@@ -22,9 +23,6 @@ from sae_train.kernels.numba_team import (
     thread,
     wide,
 )  # fmt: skip
-
-AHEAD = 4
-"""Rows that are asked for before they are read."""
 
 
 def rounded(rows_RD: Tensor, last_R: Tensor, *, padded: int) -> tuple[Tensor, Tensor, Tensor]:

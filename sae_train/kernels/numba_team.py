@@ -216,6 +216,8 @@ def between(typing_context, row_F, place, low, high):
 
 LINE, FETCHED = 64, 512
 """Bytes of a cache line, and of a row that are asked for at most: what follows the processor asks for by itself."""
+AHEAD = 4
+"""Rows between the one that is read and the one that is asked for: in no order, they come from far in a cache."""
 
 
 @intrinsic

@@ -138,10 +138,10 @@ class Screened:
         """Return flat index (ascending) and exact value of entries that reach `bound`, the k largest among them.
 
         Where many may be, the whole product says which few, near as it is: it sums in another order. So an exact value
-        is the same number whatever the bound.
+        is the same number whatever the bound. (All of a batch that is 0 but for rounding are computed one by one.)
 
         Args:
-            bound: a scalar that k positive entries reach, or 0.
+            bound: a scalar that k positive entries of all ranks reach, or 0.
         """
         found = self.few_reaching(bound)
         if found is not None:

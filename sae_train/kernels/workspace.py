@@ -28,8 +28,10 @@ class Workspace:
         """Return a tensor to write to, of `like`'s dtype, on a CPU; what it holds is left over from before."""
         fits = [i for i, (kept, _) in enumerate(self._kept) if kept.shape == shape and kept.dtype == like.dtype]
         found, life = self._kept.pop(fits[0]) if fits else _watched(like.new_empty(shape))
-        self._lent[found.data_ptr()] = life
-        self._notes = {name: note for name, note in self._notes.items() if note[1][0] != found.data_ptr()}
+        first = found.data_ptr()
+        self._lent[first] = life
+        kept = {name: note for name, note in self._notes.items() if not first <= note[1][0] < first + found.nbytes}
+        self._notes = kept
         return found
 
     def keep(self, gradients: Iterable[Tensor]) -> None:
@@ -40,7 +42,9 @@ class Workspace:
 
     def note(self, of: Tensor, **findings: Any) -> None:
         """Remember what was found of a tensor; a name is that of one finding, the last."""
-        life = self._lent.get(of.data_ptr()) or partial(_itself, of.untyped_storage())
+        life: Life | None = self._lent.get(of.data_ptr())
+        if life is None or life() is None:
+            life = partial(_itself, of.untyped_storage())  # the note holds the storage
         for name, finding in findings.items():
             self._notes[name] = life, _state(of), finding
 
@@ -57,7 +61,6 @@ class Workspace:
 
 
 def _itself(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    """Return it, which so lives as long as a note does."""
     return storage
 
 
