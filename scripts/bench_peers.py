@@ -113,7 +113,7 @@ def quality(run: Run, args: argparse.Namespace, n_features: int) -> str:
     return f"{best['fvu']:.4f}, {best['l0']:.1f}, {best['dead']:.1%}"
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--held-out", type=Path)
@@ -129,7 +129,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="in each turn, and one before them that is not counted")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    for name in ("train", "held_out", "work"):
+        if getattr(args, name) is not None:
+            setattr(args, name, getattr(args, name).resolve())  # ours is trained in a directory of its own
+    for name in ("train", "held_out"):
+        folder = getattr(args, name)
+        if folder is not None and not any(folder.glob("*.safetensors")):
+            parser.error(f"--{name.replace('_', '-')}: no *.safetensors in {folder}")
+    return args
+
+
+def main() -> None:
+    args = parse()
     args.work.mkdir(parents=True, exist_ok=True)
     print("| F | library | method | precision | ms a step | tokens/s | ours does | held-out FVU, L0, dead |")
     print("|---|---|---|---|---|---|---|---|", flush=True)

@@ -116,7 +116,8 @@ def train_ours(args: argparse.Namespace, method: str, out: Path) -> None:
 
 
 def quiet_environment(args: argparse.Namespace) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(args.threads), "WANDB_MODE": "disabled"}
+    threads = {"OMP_NUM_THREADS": str(args.threads)} if args.threads else {}
+    return {**os.environ, **threads, "WANDB_MODE": "disabled"}
 
 
 def measure(args: argparse.Namespace, method: str, lr: float | None, coefficient: float | None) -> dict[str, object]:
@@ -232,7 +233,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=820_000)
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="0: as torch chooses")
     parser.add_argument(
         "--only", nargs="*", default=None, help=f"whole names or parts after the dot: {', '.join(METHODS)}"
     )

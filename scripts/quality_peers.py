@@ -295,7 +295,8 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # its kernels want CUDA tensors; read when it is imported
     os.environ.setdefault("WANDB_MODE", "disabled")
-    torch.set_num_threads(args.threads)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     rows_ND = read_rows(args.train, args.tokens)
     started = time.perf_counter()

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -93,6 +93,50 @@ def test_the_search_comes_to_k(scripts: ModuleType, power: float) -> None:
     assert abs(tried[-1][1] - 32) <= 3.2
     rows = [{"method": "m", "recipe": "r", "coefficient": c, "l0": l0} for c, l0 in reversed(tried)]
     assert bench.nearest(rows, 32) == [rows[0]]
+
+
+def test_ours_beside_the_peers_is_scored_as_its_command_says(
+    scripts: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its defaults but for sizes, and by paths from where it is typed."""
+    bench, rows = scripts.import_module("bench_peers"), torch.randn(6000, 16)
+    for name, part in (("train", rows[:4096]), ("held_out", rows[4096:])):
+        (tmp_path / name).mkdir()
+        save_file({"activations": part.contiguous()}, tmp_path / name / "rows.safetensors")
+    monkeypatch.chdir(tmp_path)
+    given = ["--train", "train", "--held-out", "held_out", "--work", "work", "--k", "4", "--batch", "256"]
+    args = bench.parse([*given, "--tokens", "2048"])
+    args.work.mkdir()
+    fvu, l0, dead = bench.quality(("ours", "mutual_choice", False), args, 64).split(", ")
+    assert 0 < float(fvu) < 2
+    assert 3 < float(l0) < 5
+    assert dead.endswith("%")
+    with pytest.raises(SystemExit):
+        bench.parse(["--train", "nowhere", "--work", "work"])
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_peers_threads_are_as_asked(
+    scripts: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    peers, usual, found = scripts.import_module("quality_peers"), torch.get_num_threads(), []
+
+    def peer(*_: object) -> tuple[dict[str, Tensor], str]:
+        found.append(torch.get_num_threads())
+        return {"W_enc": torch.ones(2, 2)}, "threshold"
+
+    save_file({"activations": torch.randn(40, 2)}, tmp_path / "rows.safetensors")
+    monkeypatch.setitem(peers.PEERS, "peer", peer)
+    for name in ("SPARSIFY_DISABLE_TRITON", "WANDB_MODE"):
+        monkeypatch.setenv(name, "")  # so that what the script sets is taken back
+    sizes = {"n-features": 2, "k": 1, "tokens": 32, "batch": 8, "seed": 0, "threads": threads}
+    typed = ["quality_peers.py", "--method", "peer.any", "--train", str(tmp_path), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", typed + [word for name, n in sizes.items() for word in (f"--{name}", str(n))])
+    try:
+        peers.main()
+    finally:
+        torch.set_num_threads(usual)
+    assert found == [threads or usual]
 
 
 def test_the_bundled_models_activations_as_files(scripts: ModuleType, tmp_path: Path) -> None:

@@ -28,10 +28,9 @@ class Workspace:
         """Return a tensor to write to, of `like`'s dtype, on a CPU; what it holds is left over from before."""
         fits = [i for i, (kept, _) in enumerate(self._kept) if kept.shape == shape and kept.dtype == like.dtype]
         found, life = self._kept.pop(fits[0]) if fits else _watched(like.new_empty(shape))
-        first = found.data_ptr()
+        first, end = found.data_ptr(), found.data_ptr() + found.nbytes
         self._lent[first] = life
-        kept = {name: note for name, note in self._notes.items() if not first <= note[1][0] < first + found.nbytes}
-        self._notes = kept
+        self._notes = {name: note for name, note in self._notes.items() if not first <= note[1][0] < end}
         return found
 
     def keep(self, gradients: Iterable[Tensor]) -> None:
