@@ -1,5 +1,6 @@
 """Compiled passes over rows against plain torch and float64, on any number of threads."""
 
+import copy
 import sys
 
 import pytest
@@ -44,27 +45,50 @@ def test_what_reconstructions_miss(n: int, d: int, groups: int, seed: int, n_thr
         torch.testing.assert_close(found.double(), one, rtol=1e-5, atol=1e-4)
 
 
+FORMATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
 @SMALL
 @given(
-    rows=st.integers(1, 300), n=st.integers(0, 90), d=st.integers(1, 70) | st.sampled_from([384, 1000]),
+    parts=st.lists(st.integers(0, 120), min_size=1, max_size=7).filter(any), n=st.integers(0, 90),
+    d=st.integers(1, 70) | st.sampled_from([384, 1000]),
+    formats=st.lists(st.sampled_from(FORMATS), min_size=1, max_size=2),
     few=st.lists(NUMBERS, min_size=1, max_size=5), scale=st.floats(1e-3, 1e3), seed=st.integers(0, 10**6),
     n_threads=THREADS,
 )  # fmt: skip
-def test_normalised_rows(rows: int, n: int, d: int, few: list[float], scale: float, seed: int, n_threads: int) -> None:
+def test_normalised_rows(
+    parts: list[int], n: int, d: int, formats: list[torch.dtype], few: list[float], scale: float, seed: int,
+    n_threads: int,
+) -> None:  # fmt: skip
     """Those of plain torch to the bit, so that a run is the same with and without compiled kernels to feed it."""
     generator = torch.Generator().manual_seed(seed)
-    table, centre = drawn(rows, d, seed=seed), drawn(d, seed=seed + 1)
-    table.view(-1)[torch.randint(table.numel(), (3,), generator=generator)] = torch.tensor(few)[[0, -1, 0]]
-    index = torch.randint(rows, (n,), generator=generator)
-    for of in (table, table.t().contiguous().t(), table.double()):
-        like = centre.to(of.dtype)
-        with plain():
-            expected = kernels.normalised(of, index, like, scale)
-        assert torch.equal(expected.nan_to_num(nan=7.0), ((of[index] - like) / scale).nan_to_num(nan=7.0))
+    raw, centre = drawn(sum(parts), d, seed=seed), drawn(d, seed=seed + 1)
+    raw.view(-1)[torch.randint(raw.numel(), (3,), generator=generator)] = torch.tensor(few)[[0, -1, 0]]
+    pieces = [part.to(formats[i % len(formats)]) for i, part in enumerate(raw.split(parts))]
+    table = kernels.Table(pieces)
+    turned = kernels.Table([part.t().contiguous().t() for part in pieces])
+    index = torch.randint(len(raw), (n,), generator=generator)
+    for like in (centre, centre.double()):
+        rows = torch.cat([part.to(like.dtype) for part in pieces])[index]
+        assert torch.equal(table.rows(index, dtype=like.dtype).nan_to_num(nan=7.0), rows.nan_to_num(nan=7.0))
+        expected = (rows - like) / scale
         with torch_threads(n_threads):
-            found = kernels.normalised(of, index, like, scale)
-        assert torch.equal(found.isnan(), expected.isnan())
-        assert torch.equal(found.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+            found = [each.normalised(index, like, scale) for each in (table, turned)]
+        with plain():
+            found.append(table.normalised(index, like, scale))
+        for each in found:
+            assert each.dtype == like.dtype
+            assert torch.equal(each.isnan(), expected.isnan())
+            assert torch.equal(each.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+
+
+def test_a_copy_of_a_table_reads_its_own_parts() -> None:
+    part, index = torch.ones(3, 5), torch.tensor([2, 0])
+    table = kernels.Table([part])
+    copied = copy.deepcopy(table)
+    part.zero_()
+    assert copied.normalised(index, torch.zeros(5), 1.0).unique().tolist() == [1.0]
+    assert table.normalised(index, torch.zeros(5), 1.0).unique().tolist() == [0.0]
 
 
 @SMALL

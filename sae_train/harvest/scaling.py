@@ -53,9 +53,9 @@ class Scaling:
         raw_ND, gradient_ND = raw_NW.to(dtype).split(len(centre_D), dim=-1)
         return torch.cat([(raw_ND - centre_D) / self.scale, gradient_ND / self.gradient_scale], dim=-1)
 
-    def normalise_rows(self, table_RD: Tensor, index_N: Tensor) -> Tensor:
-        """Return what `normalise` does, of rows of a table that is fp32 or float64, holds no gradients, and is here."""
-        return kernels.normalised(table_RD, index_N, self.centre_D.to(table_RD.dtype), self.scale)
+    def normalise_rows(self, table: kernels.Table, index_N: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """Return what `normalise` does, on a CPU, of activations [N, D] of a table, read in fp32 or float64."""
+        return table.normalised(index_N, self.centre_D.to(dtype), self.scale)
 
     def keeps(self, raw_NW: Tensor) -> Tensor:
         """Return [...] bool: which rows' activations are of a norm within the limit."""

@@ -7,7 +7,6 @@ D or 2 D.
 
 import hashlib
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sae_train import kernels
 from sae_train.errors import DataError, suggest
 
 TENSOR, GRADIENTS = "activations", "gradients"
@@ -65,7 +65,7 @@ class TensorTable:
     """All rows of a directory's files, by index.
 
     Attributes:
-        whole_RD: all rows, where one file holds them in the run's own number format; else None.
+        activations: without the gradients.
     """
 
     def __init__(self, directory: str, *, key: str, dtype: torch.dtype, gradients: bool = False) -> None:
@@ -80,24 +80,15 @@ class TensorTable:
         self.dtype = dtype
         names = (TENSOR, GRADIENTS) if gradients else (TENSOR,)
         self._tensors = [tuple(_map(fact.path, name) for name in names) for fact in self.files]
-        only = self._tensors[0][0]
-        has_one = len(self.files) == len(names) == 1
-        self.whole_RD = only if has_one and only.dtype == dtype else None
-        self._starts = torch.tensor([0, *(fact.n_rows for fact in self.files)]).cumsum(0)
+        self._tables = [kernels.Table(tensors) for tensors in zip(*self._tensors, strict=True)]
+        self.activations = self._tables[0]
+        self._starts = self.activations.starts
         self.n_rows = int(self._starts[-1])
 
     def rows(self, index_N: Tensor) -> Tensor:
         """Return the rows [N, W] at int64 indices, in their order, on the CPU."""
-        if len(self.files) == len(self._tensors[0]) == 1:
-            return self._tensors[0][0].index_select(0, index_N).to(self.dtype)
-        out_NW = torch.empty(len(index_N), len(self._tensors[0]) * self.d_model, dtype=self.dtype)
-        ascending_N, order = index_N.sort(stable=True)
-        bounds = torch.searchsorted(ascending_N, self._starts).tolist()
-        for file, (start, stop) in enumerate(pairwise(bounds)):
-            place, row_N = order[start:stop], ascending_N[start:stop] - self._starts[file]
-            for half_ND, tensor in zip(out_NW.split(self.d_model, dim=1), self._tensors[file], strict=True):
-                half_ND.index_copy_(0, place, tensor.index_select(0, row_N).to(self.dtype))
-        return out_NW
+        halves = [table.rows(index_N, dtype=self.dtype) for table in self._tables]
+        return torch.cat(halves, dim=1) if len(halves) > 1 else halves[0]
 
     def spans(self, start: int, stop: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         """Yield (first row, activations [N, D] and, where they are read, gradients) over start..stop in order.

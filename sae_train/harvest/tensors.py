@@ -131,9 +131,9 @@ class TensorStream(Stream):
     def _read(self, step: int) -> Tensor:
         n_local = self._config.batch_tokens // self._ranks.size
         first = step * self._config.batch_tokens + self._ranks.rank * n_local
-        index_N, whole_RD = self._indices(first, first + n_local), self._table.whole_RD
-        if whole_RD is not None and self._ranks.device.type == "cpu":
-            return self.scaling.normalise_rows(whole_RD, index_N)
+        index_N = self._indices(first, first + n_local)
+        if self._ranks.device.type == "cpu" and self.scaling.gradient_scale is None:
+            return self.scaling.normalise_rows(self._table.activations, index_N, dtype=self._table.dtype)
         rows_NW = self._table.rows(index_N)
         return self.scaling.normalise(rows_NW.to(self._ranks.device))
 

@@ -15,10 +15,11 @@ from sae_train.kernels.heap import keep_freed_memory
 from sae_train.kernels.hint import Hint
 from sae_train.kernels.matches import FeatureOrder, Matches, flat_nonzero
 from sae_train.kernels.products import attach, attach_dense, decode, of_features, row_products, sums_by_feature
-from sae_train.kernels.rows import Missed, missed, normalised, norms_and_sum, scaled_and_sum
+from sae_train.kernels.rows import Missed, missed, norms_and_sum, scaled_and_sum
 from sae_train.kernels.screen import can_screen, screen
 from sae_train.kernels.screened import PreActivations, Screened
 from sae_train.kernels.selection import select_above, select_batch, select_columns, select_few_above, select_rows
+from sae_train.kernels.table import Table
 from sae_train.kernels.workspace import Workspace
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Missed",
     "PreActivations",
     "Screened",
+    "Table",
     "Workspace",
     "affine",
     "attach",
@@ -37,7 +39,6 @@ __all__ = [
     "flat_nonzero",
     "keep_freed_memory",
     "missed",
-    "normalised",
     "norms_and_sum",
     "of_features",
     "row_products",

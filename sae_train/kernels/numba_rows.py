@@ -49,11 +49,11 @@ def bf16(rows_RD: Tensor) -> Tensor:
     return bf16_RD
 
 
-def normalised(table_RD: Tensor, index_N: Tensor, centre_D: Tensor, scale: float) -> Tensor:
-    """Return rows of a table less a centre, over a scale [N, D] fp32; see rows.normalised."""
-    out_ND, scale_1 = table_RD.new_empty(len(index_N), len(centre_D)), torch.tensor([scale], dtype=torch.float32)
-    given = table_RD, index_N.contiguous(), centre_D.contiguous(), scale_1, out_ND
-    run(_normalised, len(table_RD), len(centre_D), len(index_N), *given)
+def normalised(address_N: Tensor, centre_D: Tensor, scale: float, *, are_bf16: bool) -> Tensor:
+    """Return the rows at these addresses less a centre, over a scale [N, D] fp32; see Table.normalised."""
+    out_ND, scale_1 = centre_D.new_empty(len(address_N), len(centre_D)), torch.tensor([scale], dtype=torch.float32)
+    given = address_N, centre_D.contiguous(), scale_1, out_ND
+    run(_normalised, len(address_N), len(centre_D), int(are_bf16), *given)
     return out_ND
 
 
@@ -184,20 +184,29 @@ def _rounded(words):
 def _normalise(row_D, centre_D, scale, out_D):
     wide()
     for d in range(len(row_D)):
-        out_D[d] = (row_D[d] - centre_D[d]) / scale
+        out_D[d] = (number(row_D[d]) - centre_D[d]) / scale
+
+
+@njit
+def _normalise_share(address_N, form, centre_D, scale, out_ND):
+    """Normalise this thread's share of the rows at these addresses, of numbers of that form."""
+    low, high = share(len(address_N))
+    for token in range(low, high):
+        if token + AHEAD < high:
+            fetch(carray(at(address_N[token + AHEAD]), len(centre_D), form))
+        _normalise(carray(at(address_N[token]), len(centre_D), form), centre_D, scale, out_ND[token])
 
 
 @Kernel
 def _normalised(words):
-    n_rows, width, n_tokens = words[0], words[1], words[2]
-    table_RD, index_N = carray(at(words[3]), (n_rows, width), float32), carray(at(words[4]), n_tokens, int64)
-    centre_D, scale = carray(at(words[5]), width, float32), carray(at(words[6]), 1, float32)[0]
-    out_ND = carray(at(words[7]), (n_tokens, width), float32)
-    low, high = share(n_tokens)
-    for token in range(low, high):
-        if token + AHEAD < n_tokens:
-            fetch(table_RD[index_N[token + AHEAD]])
-        _normalise(table_RD[index_N[token]], centre_D, scale, out_ND[token])
+    n_tokens, width = words[0], words[1]
+    address_N = carray(at(words[3]), n_tokens, int64)
+    centre_D, scale = carray(at(words[4]), width, float32), carray(at(words[5]), 1, float32)[0]
+    out_ND = carray(at(words[6]), (n_tokens, width), float32)
+    if words[2]:
+        _normalise_share(address_N, uint16, centre_D, scale, out_ND)
+    else:
+        _normalise_share(address_N, float32, centre_D, scale, out_ND)
 
 
 @njit(fastmath=SUMS)

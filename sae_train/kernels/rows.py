@@ -1,4 +1,4 @@
-"""Rows of activations: normalised, their norms and sum, and what a reconstruction misses of them."""
+"""What a step wants to know of rows of activations: their norms and sum, and what a reconstruction misses of them."""
 
 from typing import NamedTuple
 
@@ -18,21 +18,6 @@ class Missed(NamedTuple):
     """x - (x_hat + bias) [..., N, D]."""
     norm: Tensor
     """[..., N] of its rows."""
-
-
-@torch.no_grad()
-def normalised(table_RD: Tensor, index_N: Tensor, centre_D: Tensor, scale: float) -> Tensor:
-    """Return rows of a table less a centre, over a scale [N, D]: (table_RD[index_N] - centre_D) / scale.
-
-    Args:
-        table_RD: fp32 or float64, on a CPU; perhaps a file that is read only where it is asked for.
-        index_N: int64, each of 0..R-1.
-    """
-    if uses_numba(table_RD, centre_D) and table_RD.is_contiguous():
-        from sae_train.kernels import numba_rows
-
-        return numba_rows.normalised(table_RD, index_N, centre_D, scale)
-    return (table_RD.index_select(0, index_N) - centre_D).div_(scale)
 
 
 @torch.no_grad()

@@ -1,0 +1,60 @@
+"""Rows that lie in several tensors, as those of a folder of files do, gathered by index.
+
+Letters: P parts, R rows of all parts, N rows that are asked for, D width.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sae_train.kernels.backend import DTYPES, uses_numba
+
+
+class Table:
+    """Rows of several tensors, one after another.
+
+    Attributes:
+        starts: [P + 1] int64, the first row of each part, and R.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        """Args:
+        parts: [., D] each, on a CPU, of any number format; perhaps files that are read only where they are asked for.
+        """
+        self._parts = tuple(parts)
+        self.starts = torch.tensor([0, *map(len, parts)]).cumsum(0)
+        self._places = torch.tensor([part.data_ptr() for part in parts])
+        formats = {part.dtype for part in parts}
+        is_one = len(formats) == 1 and formats <= set(DTYPES) and all(part.is_contiguous() for part in parts)
+        self._format = formats.pop() if is_one else None
+
+    def __reduce__(self) -> tuple[type["Table"], tuple[tuple[Tensor, ...]]]:
+        """Let copies find their own parts: these go by addresses."""
+        return Table, (self._parts,)
+
+    def rows(self, index_N: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """Return the rows [N, D] at int64 indices of 0..R-1, in their order."""
+        if len(self._parts) == 1:
+            return self._parts[0].index_select(0, index_N).to(dtype)
+        out_ND = torch.empty(len(index_N), self._parts[0].shape[1], dtype=dtype)
+        ascending_N, order = index_N.sort(stable=True)
+        bounds = torch.searchsorted(ascending_N, self.starts).tolist()
+        for part, (low, high) in enumerate(pairwise(bounds)):
+            if low < high:
+                place = ascending_N[low:high] - self.starts[part]
+                out_ND.index_copy_(0, order[low:high], self._parts[part].index_select(0, place).to(dtype))
+        return out_ND
+
+    @torch.no_grad()
+    def normalised(self, index_N: Tensor, centre_D: Tensor, scale: float) -> Tensor:
+        """Return (row - centre) / scale of the rows at int64 indices of 0..R-1 [N, D], in the centre's format."""
+        if self._format is None or not uses_numba(centre_D):
+            return (self.rows(index_N, dtype=centre_D.dtype) - centre_D).div_(scale)
+        from sae_train.kernels import numba_rows
+
+        part_N = torch.searchsorted(self.starts, index_N, right=True) - 1
+        row_bytes = centre_D.numel() * self._format.itemsize
+        address_N = self._places[part_N] + (index_N - self.starts[part_N]) * row_bytes
+        return numba_rows.normalised(address_N, centre_D, scale, are_bf16=self._format == torch.bfloat16)
