@@ -57,7 +57,7 @@ def test_they_run_here() -> None:
     if sys.platform != "linux":
         pytest.skip("compiled kernels run on Linux, by GNU's OpenMP")
     assert backend.why_not_numba() is None
-    assert backend.notice(torch.device("cpu")) is None
+    assert backend.notices(torch.device("cpu"), precision="float32", asked="auto") == []
 
 
 @st.composite
@@ -376,7 +376,7 @@ import torch
 from sae_train.kernels import backend
 from sae_train.kernels.matches import flat_reaching
 assert flat_reaching(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor(2.0)).tolist() == [1, 2]
-print(backend.notice(torch.device("cpu")))
+print(*backend.notices(torch.device("cpu"), precision="float32", asked="auto"))
 """
 
 
@@ -391,20 +391,20 @@ def notice(before: str = "", **environment: str) -> str:
 
 def test_without_a_place_for_compiled_files_they_are_compiled_again(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert notice(NUMBA_CACHE_DIR=str(tmp_path / "file")) == "None"
-    assert notice(NUMBA_CACHE_DIR=str(tmp_path / "file" / "below")) == "None"
+    assert notice(NUMBA_CACHE_DIR=str(tmp_path / "file")) == ""
+    assert notice(NUMBA_CACHE_DIR=str(tmp_path / "file" / "below")) == ""
     package = Path(kernels.__file__).parent.parent
     shutil.copytree(package, tmp_path / "sae_train", ignore=shutil.ignore_patterns("assets", "__pycache__"))
     (tmp_path / "sae_train" / "kernels" / "__pycache__").write_text("")
     before = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-    assert notice(before, XDG_CACHE_HOME=str(tmp_path / "file"), HOME=str(tmp_path / "file")) == "None"
+    assert notice(before, XDG_CACHE_HOME=str(tmp_path / "file"), HOME=str(tmp_path / "file")) == ""
     small = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     small += "resource.setrlimit(resource.RLIMIT_FSIZE, (999, 999))\n"  # as on a disk that is full
-    assert notice(small, NUMBA_CACHE_DIR=str(tmp_path / "full")) == "None"
+    assert notice(small, NUMBA_CACHE_DIR=str(tmp_path / "full")) == ""
 
 
 def test_broken_compiled_files_are_not_believed(tmp_path: Path) -> None:
-    assert notice(NUMBA_CACHE_DIR=str(tmp_path)) == "None"
+    assert notice(NUMBA_CACHE_DIR=str(tmp_path)) == ""
     left = [path for path in tmp_path.rglob("*") if path.suffix in (".nbi", ".nbc")]
     assert left
     whole = {path: path.read_bytes() for path in left}
@@ -412,7 +412,7 @@ def test_broken_compiled_files_are_not_believed(tmp_path: Path) -> None:
     for broken in (dict.fromkeys(left, b""), dict.fromkeys(left, b"neither"), changed):
         for path in left:
             path.write_bytes(broken[path])
-        assert notice(NUMBA_CACHE_DIR=str(tmp_path)) == "None"
+        assert notice(NUMBA_CACHE_DIR=str(tmp_path)) == ""
 
 
 def test_a_forked_child_can_call_them() -> None:
@@ -462,7 +462,7 @@ def test_a_helper_that_has_changed_is_compiled_anew(tmp_path: Path) -> None:
     package = Path(kernels.__file__).parent.parent
     shutil.copytree(package, tmp_path / "sae_train", ignore=shutil.ignore_patterns("assets", "__pycache__"))
     before = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-    assert notice(before) == "None"
+    assert notice(before) == ""
     team = tmp_path / "sae_train" / "kernels" / "numba_team.py"
     source = team.read_text()
     start = source.index("    return n * thread()")

@@ -22,6 +22,7 @@ from sae_train.kernels import backend, products
 from sae_train.ranks import Solo
 from sae_train.sae.dictionary import PARAMETRISATIONS, Dictionary
 from sae_train.training.optimizer import Adam
+from sae_train.training.provenance import resolve_precision
 from sae_train.training.sphere_adam import SphereAdam, build_optimizer
 
 if sys.platform != "linux":
@@ -318,12 +319,40 @@ def test_free_norms_and_float64_are_plain_adams(interpreted: None) -> None:
 def test_a_machine_without_triton_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     backend.why_not_triton.cache_clear()
     monkeypatch.setitem(sys.modules, "triton", None)
-    said = backend.notice(torch.device("cuda"))
+    monkeypatch.setattr(backend, "has_bf16", lambda device: True)
+    said = backend.notices(torch.device("cuda"), precision="bf16", asked="auto")
     backend.why_not_triton.cache_clear()
-    assert said is not None
-    assert "no Triton kernels on cuda: the package triton is not installed" in said
-    assert "\n" not in said
-    assert backend.notice(torch.device("cpu")) is None
+    assert len(said) == 1
+    assert "no Triton kernels on cuda: the package triton is not installed" in said[0]
+    assert "\n" not in said[0]
+    assert backend.notices(torch.device("cpu"), precision="float32", asked="auto") == []
+
+
+@pytest.mark.parametrize(("capability", "falls_back"), [((7, 5), True), ((8, 0), False), ((9, 0), False)])
+def test_a_gpu_without_bf16_says_so_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], falls_back: bool
+) -> None:
+    """One that emulates bf16, as torch does before Ampere, has none; Triton is not for it, either."""
+    write_activations(tmp_path)
+    device, config = torch.device("cuda", 1), config_of(tmp_path, [], precision="auto")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda which: {device: capability}[which])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(backend, "_what_a_kernel_runs_into", lambda device: None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    backend.why_not_triton.cache_clear()
+    precision = resolve_precision(config, stored=None, device=device)
+    said = {asked: backend.notices(device, precision=of, asked=asked) for asked, of in (
+        ("auto", precision), ("bf16", "bf16"), ("float32", "float32"),
+    )}  # fmt: skip
+    backend.why_not_triton.cache_clear()
+    assert precision == ("float32" if falls_back else "bf16")
+    if not falls_back:
+        assert list(said.values()) == [[], [], []]
+        return
+    assert {asked: len(lines) for asked, lines in said.items()} == {"auto": 2, "bf16": 2, "float32": 1}
+    assert "no bf16 products on cuda:1" in said["auto"][1]
+    assert "compute capability 8.0, this GPU has 7.5" in said["float32"][0]
+    assert not any("\n" in line for lines in said.values() for line in lines)
 
 
 @pytest.mark.parametrize(

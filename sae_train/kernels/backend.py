@@ -14,7 +14,7 @@ DEVICES: tuple[str, ...] = ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16)
 """Of the tensors whose rows are read; float64 is plain torch's."""
 OLDEST = (8, 0)
-"""Compute capability that Triton asks of a CUDA GPU."""
+"""Compute capability of the first CUDA GPUs that multiply bf16 numbers; Triton asks for it, too."""
 
 
 def uses_numba(*given: Tensor, dtype: torch.dtype = torch.float32) -> bool:
@@ -50,6 +50,13 @@ def why_not_numba() -> str | None:
     return None
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Return whether a GPU multiplies bf16 numbers itself; what torch emulates on older ones is slower than fp32."""
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= OLDEST
+
+
 def uses_triton(rows: Tensor) -> bool:
     """Return whether Triton's kernels work on `rows`."""
     return rows.device.type in DEVICES and rows.dtype in DTYPES and why_not_triton(rows.device) is None
@@ -62,7 +69,7 @@ def why_not_triton(device: torch.device) -> str | None:
         return "the package triton is not installed"
     if device.type != "cuda":
         return None
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST:
+    if not has_bf16(device):
         major, minor = torch.cuda.get_device_capability(device)
         return f"it asks for compute capability {OLDEST[0]}.{OLDEST[1]}, this GPU has {major}.{minor}"
     if "CC" not in os.environ and not any(shutil.which(compiler) for compiler in ("gcc", "clang")):
@@ -88,10 +95,21 @@ def _what_a_kernel_runs_into(device: torch.device) -> str | None:
     return None
 
 
-def notice(device: torch.device) -> str | None:
-    """Return the line that a run without its device's kernels says at its start; None where there is nothing to say."""
-    if device.type in DEVICES:
-        reason = why_not_triton(device)
-        return reason and f"no Triton kernels on {device}: {reason}. Plain torch does their work, slower."
-    reason = why_not_numba() if device.type == "cpu" else None
-    return reason and f"no compiled kernels on {device}: {reason}. Plain torch does their work, slower."
+def notices(device: torch.device, *, precision: str, asked: str) -> list[str]:
+    """Return the lines that a run says at its start, one for each thing that its device lacks.
+
+    Args:
+        precision: of the run.
+        asked: as it was typed, or "auto".
+    """
+    lines = []
+    reason = why_not_triton(device) if device.type in DEVICES else why_not_numba() if device.type == "cpu" else None
+    if reason:
+        which = "Triton" if device.type in DEVICES else "compiled"
+        lines.append(f"no {which} kernels on {device}: {reason}. Plain torch does their work, slower.")
+    if device.type == "cuda" and not has_bf16(device):
+        if precision == "bf16":
+            lines.append(f"no bf16 products on {device}: torch emulates them, slower than precision=float32.")
+        elif asked == "auto":
+            lines.append(f"no bf16 products on {device}: precision=auto is float32 there, slower.")
+    return lines

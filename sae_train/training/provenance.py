@@ -9,6 +9,7 @@ import torch
 import sae_train
 from sae_train.config import RunConfig
 from sae_train.errors import CheckpointError
+from sae_train.kernels import backend
 
 
 def resolve_precision(config: RunConfig, *, stored: dict[str, Any] | None, device: torch.device) -> str:
@@ -17,7 +18,7 @@ def resolve_precision(config: RunConfig, *, stored: dict[str, Any] | None, devic
         return config.precision
     if stored is not None:
         return str(stored["config"].get("precision", "float32"))
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return "bf16" if backend.has_bf16(device) else "float32"
 
 
 def check_source(record: dict[str, Any], *, stored: dict[str, Any] | None, path: Path) -> None:

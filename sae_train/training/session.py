@@ -107,8 +107,10 @@ class Session:
             self._abandon()
             raise
         self._on_first(self._open_dashboard)
-        if self.ranks.is_first and (notice := backend.notice(self.ranks.device)):
-            warn(notice)
+        if self.ranks.is_first:
+            asked, precision = self.config.precision, self.trainer.precision
+            for line in backend.notices(self.ranks.device, precision=precision, asked=asked):
+                warn(line)
         self._began = time.perf_counter()
         if self._evaluation_due:
             self._evaluate()
