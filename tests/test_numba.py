@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from small_runs import torch_threads
 from test_kernels import Problem, gradients, problem, sparse_reconstruction, with_rounded_rows
 from torch import Tensor
@@ -478,3 +479,12 @@ def test_a_machine_without_them_says_so_in_one_line() -> None:
     assert notice(NUMBA_DISABLE_JIT="1") == f"no compiled kernels on cpu: NUMBA_DISABLE_JIT is set. {end}"
     other = "import ctypes, torch, numba; del numba\ndef gone(path): raise OSError('gone')\nctypes.CDLL = gone\n"
     assert notice(other).startswith("no compiled kernels on cpu: torch's OpenMP has no GOMP_parallel (gone). Plain")
+
+
+def test_a_run_without_them_says_so_once(tmp_path: Path) -> None:
+    save_file({"activations": torch.randn(6000, 16)}, tmp_path / "rows.safetensors")
+    command = [sys.executable, "-m", "sae_train", "harvest=tensors", f"harvest.path={tmp_path}", "n_features=64", "k=4"]
+    command += ["tokens=1024", "batch_tokens=256", "tracking=none", f"runs={tmp_path}"]
+    done = subprocess.run(command, env={**os.environ, "NUMBA_DISABLE_JIT": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no compiled kernels on cpu: NUMBA_DISABLE_JIT is set") == 1

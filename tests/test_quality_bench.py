@@ -1,5 +1,6 @@
 """The parts of the quality bench that a comparison stands on: matched thresholds, folded gates, the search for k."""
 
+import argparse
 import importlib
 from pathlib import Path
 from types import ModuleType
@@ -111,8 +112,16 @@ def test_ours_beside_the_peers_is_scored_as_its_command_says(
     assert 0 < float(fvu) < 2
     assert 3 < float(l0) < 5
     assert dead.endswith("%")
-    with pytest.raises(SystemExit):
-        bench.parse(["--train", "nowhere", "--work", "work"])
+    for wrong in (["--train", "nowhere"], ["--train", "train", "--held-out", "nowhere"]):
+        with pytest.raises(SystemExit):
+            bench.parse([*wrong, "--work", "work"])
+
+
+def test_threads_as_torch_chooses_are_not_said(scripts: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = scripts.import_module("bench_quality")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert "OMP_NUM_THREADS" not in bench.quiet_environment(argparse.Namespace(threads=0))
+    assert bench.quiet_environment(argparse.Namespace(threads=3))["OMP_NUM_THREADS"] == "3"
 
 
 @pytest.mark.parametrize("threads", [0, 1])

@@ -1,6 +1,7 @@
 """`harvest=tensors`: any float files, every kept row once an epoch, outliers left out, bad files refused."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from safetensors.torch import save_file
 from tiny_models import tensors_config
 from torch import Tensor
 
-from sae_train.config import RunConfig
+from sae_train import kernels
+from sae_train.config import GradientConfig, RunConfig
 from sae_train.errors import UserError
 from sae_train.harvest.scaling import fit_scaling
 from sae_train.harvest.stream import build_stream, check_stream
 from sae_train.harvest.tensor_files import TensorTable
 from sae_train.harvest.tensors import TensorStream
+from sae_train.kernels import backend
 from sae_train.ranks import Ranks, Solo
 
 D = 8
@@ -130,6 +133,29 @@ def test_batches_are_the_same_to_the_bit_from_one_file_or_three(tmp_path, dtype,
         batches = [stream.batch(step) for stream in streams]
         assert torch.equal(*batches)
         assert torch.equal(batches[0], streams[0].scaling.normalise(raw_of(streams[0], step)))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_of_many_files_are_read_in_one_pass(tmp_path, dtype, gradients, monkeypatch):
+    """Not file by file, which takes most of a step's time where there are a thousand."""
+    rows = rows_of(6000, width=37).to(dtype)
+    tensors = {"activations": rows} | ({"gradients": 3 * rows} if gradients else {})
+    for number, first in enumerate(range(0, 6000, 500)):
+        part = {name: tensor[first : first + 500].contiguous() for name, tensor in tensors.items()}
+        save_file(part, tmp_path / f"{number:02d}.safetensors")
+    config = tensors_config(tmp_path, batch_tokens=64)
+    chosen = GradientConfig(name="gradient", beta=1.0, multi_weight=0.0, revival=1.0)
+    stream = started(replace(config, sparsifier=chosen) if gradients else config)
+    expected = stream.scaling.normalise(raw_of(stream, 1))
+
+    def by_file(*_, **__):
+        raise AssertionError("read file by file")
+
+    monkeypatch.setattr(kernels.Table, "rows", by_file)
+    if backend.why_not_numba() is None:
+        assert torch.equal(stream.batch(1), expected)
+    assert expected.shape == (64, 74 if gradients else 37)
 
 
 def raw_of(stream: TensorStream, step: int) -> Tensor:

@@ -18,9 +18,11 @@ from test_optimizer import schema_of
 from torch import Tensor
 
 from sae_train import kernels
+from sae_train.harvest.stream import check_stream
 from sae_train.kernels import backend, products
 from sae_train.ranks import Solo
 from sae_train.sae.dictionary import PARAMETRISATIONS, Dictionary
+from sae_train.training import plan
 from sae_train.training.optimizer import Adam
 from sae_train.training.provenance import resolve_precision
 from sae_train.training.sphere_adam import SphereAdam, build_optimizer
@@ -335,7 +337,8 @@ def test_a_gpu_without_bf16_says_so_in_one_line(
     """One that emulates bf16, as torch does before Ampere, has none; Triton is not for it, either."""
     write_activations(tmp_path)
     device, config = torch.device("cuda", 1), config_of(tmp_path, [], precision="auto")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda which: {device: capability}[which])
+    facts = check_stream(config, n_ranks=1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda which: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(backend, "_what_a_kernel_runs_into", lambda device: None)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -346,6 +349,10 @@ def test_a_gpu_without_bf16_says_so_in_one_line(
     )}  # fmt: skip
     backend.why_not_triton.cache_clear()
     assert precision == ("float32" if falls_back else "bf16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(plan, "available_bytes", lambda: 10**12)
+    held = plan.make_plan(config, facts, n_ranks=1).holdings
+    assert [each.n_bytes > 0 for each in held if "rounded to bf16" in each.what] == [not falls_back]
     if not falls_back:
         assert list(said.values()) == [[], [], []]
         return

@@ -53,9 +53,17 @@ class Scaling:
         raw_ND, gradient_ND = raw_NW.to(dtype).split(len(centre_D), dim=-1)
         return torch.cat([(raw_ND - centre_D) / self.scale, gradient_ND / self.gradient_scale], dim=-1)
 
-    def normalise_rows(self, table: kernels.Table, index_N: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """Return what `normalise` does, on a CPU, of activations [N, D] of a table, read in fp32 or float64."""
-        return table.normalised(index_N, self.centre_D.to(dtype), self.scale)
+    def normalise_rows(self, halves: Sequence[kernels.Table], index_N: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """Return what `normalise` does, on a CPU, of rows [N, W] that are read in fp32 or float64.
+
+        Args:
+            halves: activations, and gradients where rows hold them.
+        """
+        centre_D = self.centre_D.to(dtype)
+        found = [halves[0].normalised(index_N, centre_D, self.scale)]
+        if self.gradient_scale is not None:
+            found.append(halves[1].normalised(index_N, torch.zeros_like(centre_D), self.gradient_scale))
+        return torch.cat(found, dim=1) if len(found) > 1 else found[0]
 
     def keeps(self, raw_NW: Tensor) -> Tensor:
         """Return [...] bool: which rows' activations are of a norm within the limit."""

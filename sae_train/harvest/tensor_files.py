@@ -65,7 +65,7 @@ class TensorTable:
     """All rows of a directory's files, by index.
 
     Attributes:
-        activations: without the gradients.
+        halves: activations, and gradients where rows hold them.
     """
 
     def __init__(self, directory: str, *, key: str, dtype: torch.dtype, gradients: bool = False) -> None:
@@ -80,15 +80,14 @@ class TensorTable:
         self.dtype = dtype
         names = (TENSOR, GRADIENTS) if gradients else (TENSOR,)
         self._tensors = [tuple(_map(fact.path, name) for name in names) for fact in self.files]
-        self._tables = [kernels.Table(tensors) for tensors in zip(*self._tensors, strict=True)]
-        self.activations = self._tables[0]
-        self._starts = self.activations.starts
+        self.halves = [kernels.Table(tensors) for tensors in zip(*self._tensors, strict=True)]
+        self._starts = self.halves[0].starts
         self.n_rows = int(self._starts[-1])
 
     def rows(self, index_N: Tensor) -> Tensor:
         """Return the rows [N, W] at int64 indices, in their order, on the CPU."""
-        halves = [table.rows(index_N, dtype=self.dtype) for table in self._tables]
-        return torch.cat(halves, dim=1) if len(halves) > 1 else halves[0]
+        found = [half.rows(index_N, dtype=self.dtype) for half in self.halves]
+        return torch.cat(found, dim=1) if len(found) > 1 else found[0]
 
     def spans(self, start: int, stop: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         """Yield (first row, activations [N, D] and, where they are read, gradients) over start..stop in order.

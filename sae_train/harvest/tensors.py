@@ -132,8 +132,8 @@ class TensorStream(Stream):
         n_local = self._config.batch_tokens // self._ranks.size
         first = step * self._config.batch_tokens + self._ranks.rank * n_local
         index_N = self._indices(first, first + n_local)
-        if self._ranks.device.type == "cpu" and self.scaling.gradient_scale is None:
-            return self.scaling.normalise_rows(self._table.activations, index_N, dtype=self._table.dtype)
+        if self._ranks.device.type == "cpu":
+            return self.scaling.normalise_rows(self._table.halves, index_N, dtype=self._table.dtype)
         rows_NW = self._table.rows(index_N)
         return self.scaling.normalise(rows_NW.to(self._ranks.device))
 

@@ -110,6 +110,6 @@ def notices(device: torch.device, *, precision: str, asked: str) -> list[str]:
     if device.type == "cuda" and not has_bf16(device):
         if precision == "bf16":
             lines.append(f"no bf16 products on {device}: torch emulates them, slower than precision=float32.")
-        elif asked == "auto":
+        elif asked == "auto" and precision == "float32":
             lines.append(f"no bf16 products on {device}: precision=auto is float32 there, slower.")
     return lines

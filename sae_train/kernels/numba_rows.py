@@ -50,7 +50,10 @@ def bf16(rows_RD: Tensor) -> Tensor:
 
 
 def normalised(address_N: Tensor, centre_D: Tensor, scale: float, *, are_bf16: bool) -> Tensor:
-    """Return the rows at these addresses less a centre, over a scale [N, D] fp32; see Table.normalised."""
+    """Return the rows at these addresses less a centre, over a scale [N, D] fp32; see Table.normalised.
+
+    The caller keeps the rows alive; each is `len(centre_D)` numbers of fp32 or bf16.
+    """
     out_ND, scale_1 = centre_D.new_empty(len(address_N), len(centre_D)), torch.tensor([scale], dtype=torch.float32)
     given = address_N, centre_D.contiguous(), scale_1, out_ND
     run(_normalised, len(address_N), len(centre_D), int(are_bf16), *given)

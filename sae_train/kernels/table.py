@@ -3,7 +3,7 @@
 Letters: P parts, R rows of all parts, N rows that are asked for, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
@@ -19,16 +19,19 @@ class Table:
         starts: [P + 1] int64, the first row of each part, and R.
     """
 
-    def __init__(self, parts: Sequence[Tensor]) -> None:
+    def __init__(self, parts: Iterable[Tensor]) -> None:
         """Args:
-        parts: [., D] each, on a CPU, of any number format; perhaps files that are read only where they are asked for.
+        parts: at least one [., D] each, on a CPU, of any number format; perhaps files that are read only where they are
+            asked for. They stay where they are in memory while the table is used.
         """
         self._parts = tuple(parts)
-        self.starts = torch.tensor([0, *map(len, parts)]).cumsum(0)
-        self._places = torch.tensor([part.data_ptr() for part in parts])
-        formats = {part.dtype for part in parts}
-        is_one = len(formats) == 1 and formats <= set(DTYPES) and all(part.is_contiguous() for part in parts)
-        self._format = formats.pop() if is_one else None
+        self._width = self._parts[0].shape[1]
+        assert all(part.shape[1] == self._width for part in self._parts)
+        self.starts = torch.tensor([0, *map(len, self._parts)]).cumsum(0)
+        self._places = torch.tensor([part.data_ptr() for part in self._parts])
+        formats = {part.dtype for part in self._parts}
+        can_be = len(formats) == 1 and formats <= set(DTYPES) and all(part.is_contiguous() for part in self._parts)
+        self._compiled_for = formats.pop() if can_be else None
 
     def __reduce__(self) -> tuple[type["Table"], tuple[tuple[Tensor, ...]]]:
         """Let copies find their own parts: these go by addresses."""
@@ -38,8 +41,8 @@ class Table:
         """Return the rows [N, D] at int64 indices of 0..R-1, in their order."""
         if len(self._parts) == 1:
             return self._parts[0].index_select(0, index_N).to(dtype)
-        out_ND = torch.empty(len(index_N), self._parts[0].shape[1], dtype=dtype)
-        ascending_N, order = index_N.sort(stable=True)
+        out_ND = torch.empty(len(index_N), self._width, dtype=dtype)
+        ascending_N, order = index_N.sort()
         bounds = torch.searchsorted(ascending_N, self.starts).tolist()
         for part, (low, high) in enumerate(pairwise(bounds)):
             if low < high:
@@ -50,11 +53,12 @@ class Table:
     @torch.no_grad()
     def normalised(self, index_N: Tensor, centre_D: Tensor, scale: float) -> Tensor:
         """Return (row - centre) / scale of the rows at int64 indices of 0..R-1 [N, D], in the centre's format."""
-        if self._format is None or not uses_numba(centre_D):
+        assert centre_D.shape == (self._width,)
+        if self._compiled_for is None or not uses_numba(centre_D):
             return (self.rows(index_N, dtype=centre_D.dtype) - centre_D).div_(scale)
         from sae_train.kernels import numba_rows
 
-        part_N = torch.searchsorted(self.starts, index_N, right=True) - 1
-        row_bytes = centre_D.numel() * self._format.itemsize
+        part_N = torch.searchsorted(self.starts, index_N.contiguous(), right=True) - 1
+        row_bytes = self._width * self._compiled_for.itemsize
         address_N = self._places[part_N] + (index_N - self.starts[part_N]) * row_bytes
-        return numba_rows.normalised(address_N, centre_D, scale, are_bf16=self._format == torch.bfloat16)
+        return numba_rows.normalised(address_N, centre_D, scale, are_bf16=self._compiled_for == torch.bfloat16)

@@ -9,6 +9,7 @@ import torch
 from sae_train.config import NoAuxLossConfig, RunConfig, TopKConfig, ZipfBudgetConfig
 from sae_train.errors import ConfigError, raise_all
 from sae_train.harvest.stream import StreamFacts
+from sae_train.kernels import backend
 from sae_train.sae.allocation import law_of
 from sae_train.sparsifiers.topk import MULTIPLE
 from sae_train.training.layout import feature_columns
@@ -208,7 +209,7 @@ def _holdings(
     name = f"[{n_features}, {facts.d_model}]"
     copied = (3 * element * parameters + facts.pool_bytes) // n_ranks
     copied = copied if config.checkpoint.beside and not torch.cuda.is_available() else 0  # a GPU's are the host's
-    rounds = config.precision == "bf16" or (config.precision == "auto" and torch.cuda.is_available())
+    rounds = config.precision == "bf16" or (config.precision == "auto" and _has_bf16())
     return (
         Holding(f"weights, gradients and two moments, 8 of {name}", 4 * element * parameters // columns,
                 (f"lower {width}", "parallel=features over several ranks")),
@@ -224,6 +225,10 @@ def _holdings(
         Holding("pools", facts.pool_bytes // n_ranks, ("lower harvest.pool_batches", "lower batch_tokens")),
         Holding("activations harvested ahead", facts.ahead_bytes // n_ranks, ("lower harvest.prefetch",)),
     )  # fmt: skip
+
+
+def _has_bf16() -> bool:
+    return torch.cuda.is_available() and backend.has_bf16(torch.device("cuda"))
 
 
 def _check_memory(plan: Plan) -> None:
