@@ -76,6 +76,7 @@ def run_config(
             text_column="text",
             seed=0,
             repeat=True,
+            strict=False,
         ),
         harvest=schema.HarvestConfig(source="live", calibration_tokens=1024, prefetch=0),
         layer=schema.BlockLayerConfig(kind="residual", index="middle"),

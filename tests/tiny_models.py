@@ -77,7 +77,7 @@ def save_model(folder: Path, kind: str = "llama", **special: str) -> Path:
 
 
 def live_config(model: Path | str = "bundled", data: Path | str = "bundled", *, attention: str = "sdpa",
-                layer: schema.LayerConfig | None = None, repeat: bool = True, data_seed: int = 0,
+                layer: schema.LayerConfig | None = None, repeat: bool = True, data_seed: int = 0, strict: bool = False,
                 held_out: Path | None = None, text_column: str = "text", dtype: str = "float32",
                 harvest: dict[str, Any] | None = None, **dials: Any) -> RunConfig:  # fmt: skip
     """Return a configuration that harvests while training, small by default."""
@@ -87,7 +87,7 @@ def live_config(model: Path | str = "bundled", data: Path | str = "bundled", *, 
     return replace(
         base,
         model=replace(base.model, id=str(model), attention=attention, dtype=dtype),
-        data=replace(base.data, id=str(data), repeat=repeat, seed=data_seed, text_column=text_column,
+        data=replace(base.data, id=str(data), repeat=repeat, seed=data_seed, text_column=text_column, strict=strict,
                      held_out_split=None if held_out is None else str(held_out)),
         harvest=schema.LiveHarvestConfig(source="live", **settings),
         layer=layer or schema.BlockLayerConfig(kind="residual", index="middle"),

@@ -6,6 +6,7 @@ They are never changed after loading. `null` means: the rule named in the field'
 
 from sae_train.config.budget import BudgetConfig, PooledBudgetConfig, UniformBudgetConfig, ZipfBudgetConfig
 from sae_train.config.dictionary import MatryoshkaConfig, NestingConfig, ParametrisationConfig
+from sae_train.config.lanes import LaneSizes
 from sae_train.config.run import RunConfig, as_dict, identity, identity_digest
 from sae_train.config.source import (
     BlockLayerConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "GradientConfig",
     "HarvestConfig",
     "JumpReLUConfig",
+    "LaneSizes",
     "LayerConfig",
     "LiveHarvestConfig",
     "MatryoshkaConfig",

@@ -8,6 +8,7 @@ from typing import Any
 
 from sae_train.config.budget import BudgetConfig, PooledBudgetConfig
 from sae_train.config.dictionary import NestingConfig, ParametrisationConfig
+from sae_train.config.lanes import LaneSizes, lane_problems, lane_sizes
 from sae_train.config.source import (
     DataConfig,
     HarvestConfig,
@@ -157,14 +158,20 @@ class RunConfig:
             found.append(f"precision={self.precision}: no such precision. Choose {', '.join(PRECISIONS)}.")
         if self.n_features is not None and self.k is not None and self.k > self.n_features:
             found.append(f"k={self.k:g}: larger than n_features={self.n_features}. Lower k or raise n_features.")
-        if isinstance(self.harvest, LiveHarvestConfig) and self.harvest.lanes > 0:
-            found += self._lane_problems(self.harvest)
+        if isinstance(self.harvest, LiveHarvestConfig) and not self.harvest.problems() and self.batch_tokens > 0:
+            found += lane_problems(self.harvest, batch_tokens=self.batch_tokens)
         return found + self._budget_problems()
 
     @property
     def usual_k(self) -> float:
         """k, or what rules that need one assume where a coefficient takes its place."""
         return USUAL_K if self.k is None else self.k
+
+    @property
+    def lane_sizes(self) -> LaneSizes:
+        """The numbers of a live harvest, those that are null decided."""
+        assert isinstance(self.harvest, LiveHarvestConfig)
+        return lane_sizes(self.harvest, batch_tokens=self.batch_tokens)
 
     @property
     def reads_gradients(self) -> bool:
@@ -178,14 +185,6 @@ class RunConfig:
             return f"k {self.k:g}"
         assert isinstance(self.sparsifier, PenalisedConfig)
         return f"coefficient {self.sparsifier.coefficient:g}"
-
-    def _lane_problems(self, harvest: LiveHarvestConfig) -> list[str]:
-        batch, lanes = self.batch_tokens, harvest.lanes
-        if batch % lanes == 0:
-            return []
-        nearest = sorted({max(1, batch // lanes) * lanes, (batch // lanes + 1) * lanes})
-        return [f"batch_tokens={batch} over harvest.lanes={lanes}: not divisible. "
-                f"Nearest batch_tokens: {' or '.join(map(str, nearest))}."]  # fmt: skip
 
     def _budget_problems(self) -> list[str]:
         split = not isinstance(self.budget, PooledBudgetConfig)

@@ -40,11 +40,12 @@ class DataConfig:
     name: str
     """Short name."""
     id: str
-    """Hub id of a dataset, a local file or directory (.txt, .jsonl, .jsonl.gz, .jsonl.xz, .parquet), or 'bundled'."""
+    """Hub id of a dataset, a local file or directory (.txt, .jsonl, .jsonl.gz, .jsonl.xz, .parquet, or one that
+    `datasets` saved), or 'bundled'."""
     subset: str | None
     """The dataset's configuration on the hub, where it has several."""
     split: str
-    """Split to train on (hub datasets)."""
+    """Split to train on (hub datasets, saved ones)."""
     held_out_split: str | None
     """Split that is never trained on; null holds out 2% of documents by a hash of their text."""
     text_column: str
@@ -52,7 +53,9 @@ class DataConfig:
     seed: int
     """Draws the order of the stream; `seed` draws the SAE."""
     repeat: bool
-    """Whether a lane that has read its documents starts its next epoch; false stops the run there (exit 2)."""
+    """Whether a lane that has read its text starts its next epoch; false stops the run there (exit 2)."""
+    strict: bool
+    """Whether a document that is empty, damaged or not text is an error; false counts it and goes on without it."""
 
     def problems(self) -> list[str]:
         return []
@@ -84,23 +87,20 @@ class LiveHarvestConfig(HarvestConfig):
 
     context_length: int
     """Tokens a context, the beginning-of-sequence token included."""
-    lanes: int
-    """Independent readers of the text; the number of ranks divides it, and it divides batch_tokens."""
-    contexts_per_forward: int
-    """Contexts of one lane that pass the language model together."""
-    pool_batches: int
-    """Size of the shuffling pool, in batches."""
+    lanes: int | None
+    """Independent readers of the text. The number of ranks divides it, and it divides batch_tokens. Default: the
+    largest divisor of batch_tokens up to 64."""
+    contexts_per_forward: int | None
+    """Contexts of one lane that pass the language model together. Default: 8, or as many as fit twice into its pool."""
+    pool_batches: int | None
+    """Size of the shuffling pool, in batches. Default: 64, or what two forward passes of each lane take."""
 
     def problems(self) -> list[str]:
         found = HarvestConfig.problems(self)
         for key, least in (("context_length", 4), ("lanes", 1), ("contexts_per_forward", 1), ("pool_batches", 2)):
-            if getattr(self, key) < least:
-                found.append(f"harvest.{key}={getattr(self, key)}: must be at least {least}.")
-        if self.prefetch is not None and self.prefetch > self.pool_batches >= 2:
-            found.append(
-                f"harvest.prefetch={self.prefetch}: a pool of harvest.pool_batches={self.pool_batches} never takes as "
-                "many, so the rest would change nothing. Lower it."
-            )
+            value = getattr(self, key)
+            if value is not None and value < least:
+                found.append(f"harvest.{key}={value}: must be at least {least}.")
         return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from sae_train.errors import DataError
 from sae_train.harvest.lanes import Packer
 from sae_train.harvest.scaling import row_norms
+from sae_train.harvest.text import Part
 from sae_train.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -55,9 +56,9 @@ class HeldOut(ABC):
 class TextHeldOut(HeldOut):
     """Held-out text through the language model."""
 
-    def __init__(self, texts: Iterator[str], *, language_model: "LanguageModel", tokenizer: "Tokenizer",
+    def __init__(self, parts: Iterator[Part], *, language_model: "LanguageModel", tokenizer: "Tokenizer",
                  context_length: int, contexts_per_batch: int, ranks: Ranks, site: str) -> None:  # fmt: skip
-        self._contexts = HeldOutContexts(texts, tokenizer=tokenizer, context_length=context_length)
+        self._contexts = HeldOutContexts(parts, tokenizer=tokenizer, context_length=context_length)
         self._language_model, self._tokenizer, self._ranks = language_model, tokenizer, ranks
         self._contexts_per_batch, self._site = contexts_per_batch, site
 
@@ -87,8 +88,8 @@ class TextHeldOut(HeldOut):
 class HeldOutContexts:
     """Held-out documents packed into contexts, tokenised as far as anyone has asked."""
 
-    def __init__(self, texts: Iterator[str], *, tokenizer: "Tokenizer", context_length: int) -> None:
-        self._texts, self._tokenizer = texts, tokenizer
+    def __init__(self, parts: Iterator[Part], *, tokenizer: "Tokenizer", context_length: int) -> None:
+        self._parts, self._tokenizer = parts, tokenizer
         self._packer = Packer(tokenizer, context_length=context_length)
         self._ids: list[Tensor] = []
         self._trainable: list[int] = []
@@ -120,10 +121,10 @@ class HeldOutContexts:
                 self._ids.append(context[0])
                 self._trainable.append(int(trainable(context, self._tokenizer).sum()))
                 continue
-            text = next(self._texts, None)
-            if text is None:
+            part = next(self._parts, None)
+            if part is None:
                 return False
-            self._packer.add(text)
+            self._packer.add(part.text, is_end=part.is_end)
         return True
 
 

@@ -1,6 +1,6 @@
-"""Lanes: independent readers of a corpus, each with its own documents, order and cursor.
+"""Lanes: independent readers of a corpus, each with its own stretch of the text, order and cursor.
 
-Document i belongs to lane i mod lanes for good, so what a lane reads depends on neither ranks nor other lanes.
+A stretch belongs to its lane for good, so what a lane reads depends on neither ranks nor how far other lanes are.
 Letters: B contexts, T positions.
 """
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae_train.errors import ConfigError, DataError
 from sae_train.harvest.keys import keyed_order
+from sae_train.harvest.stretches import Stretches
 from sae_train.harvest.text import Corpus
 
 if TYPE_CHECKING:
@@ -32,12 +33,12 @@ class Packer:
         """Contexts that are full."""
         return len(self.tokens) // self._body
 
-    def add(self, text: str) -> int:
-        """Append a document; return how many tokens it has. Without any it leaves no end token either."""
+    def add(self, text: str, *, is_end: bool = True) -> int:
+        """Append text; return how many tokens it has. The end of a document leaves an end token, if it has any."""
         ids = self._tokenizer.encode(text)
         if ids:
             self.tokens += ids
-            self.tokens += self._tail
+            self.tokens += self._tail if is_end else []
         return len(ids)
 
     def take(self, n: int) -> Tensor:
@@ -50,32 +51,33 @@ class Packer:
 
 
 class Lane:
-    """One reader: its documents in an order keyed by (data.seed, epoch, lane), epoch after epoch.
+    """One reader: its stretch of the text, in pieces, in an order keyed by (data.seed, epoch, lane), epoch after epoch.
 
-    Its cursor is the epoch, the position in that epoch's order and the tokens read but not yet packed.
+    Its cursor is the epoch, the piece of that epoch's order that comes next, and the tokens read but not yet packed:
+    of one piece, and of what did not fill a context before it.
     """
 
-    def __init__(self, index: int, *, lanes: int, corpus: Corpus, tokenizer: "Tokenizer", context_length: int,
-                 seed: int, repeat: bool) -> None:  # fmt: skip
+    def __init__(self, index: int, *, stretches: Stretches, corpus: Corpus, tokenizer: "Tokenizer",
+                 context_length: int, seed: int, repeat: bool) -> None:  # fmt: skip
         self.index = index
-        self._corpus, self._lanes, self._seed, self._repeat = corpus, lanes, seed, repeat
-        self._n_documents = len(range(index, len(corpus), lanes))
+        self._corpus, self._stretches, self._seed, self._repeat = corpus, stretches, seed, repeat
+        self._segments = stretches.segments(index)
         self._packer = Packer(tokenizer, context_length=context_length)
         self._epoch = self._position = 0
         self._epoch_tokens = 0
         self._order = self._draw_order()
 
     def contexts(self, n: int) -> Tensor:
-        """Return the next n contexts [n, T] int64; fewer where `repeat` is off and the documents end."""
+        """Return the next n contexts [n, T] int64; fewer where `repeat` is off and the text ends."""
         while self._packer.n_contexts < n:
-            if not self._read_document():
+            if not self._read_piece():
                 break
         return self._packer.take(n)
 
     @property
     def has_ended(self) -> bool:
         """Whether no context is left, which only happens where `repeat` is off."""
-        return not self._repeat and self._position == self._n_documents and not self._packer.n_contexts
+        return not self._repeat and self._position == len(self._segments) and not self._packer.n_contexts
 
     def state(self) -> dict[str, Tensor]:
         """Return the cursor as CPU tensors."""
@@ -90,23 +92,29 @@ class Lane:
         self._packer.tokens = state["tokens"].tolist()
         self._order = self._draw_order()
 
-    def _draw_order(self) -> Tensor:
-        return keyed_order(self._n_documents, self._seed, "documents", self._epoch, self.index)
+    def epochs(self, cursor: dict[str, Tensor]) -> float:
+        """Return how often the lane's text has been read at a cursor, in epochs."""
+        epoch, position, _ = cursor["cursor"].tolist()
+        return float(epoch + position / max(1, len(self._segments)))
 
-    def _read_document(self) -> bool:
-        """Pack the next document; False when there is none and `repeat` is off."""
-        if self._position == self._n_documents:
+    def _draw_order(self) -> Tensor:
+        return keyed_order(len(self._segments), self._seed, "pieces", self._epoch, self.index)
+
+    def _read_piece(self) -> bool:
+        """Pack the next piece; False when there is none and `repeat` is off."""
+        if self._position == len(self._segments):
             if not self._repeat:
                 return False
             if not self._epoch_tokens:
-                raise DataError(f"lane {self.index} of harvest.lanes={self._lanes}: its documents hold no text. "
+                raise DataError(f"lane {self.index} of harvest.lanes={self._stretches.lanes}: its text is empty. "
                                 "Lower harvest.lanes.")  # fmt: skip
             self._epoch, self._position, self._epoch_tokens = self._epoch + 1, 0, 0
             self._order = self._draw_order()
-        text = self._corpus[self.index + self._lanes * int(self._order[self._position])]
+        document, start, stop = self._segments[int(self._order[self._position])].tolist()
         self._position += 1
-        if not self._corpus.holds_out(text):
-            self._epoch_tokens += self._packer.add(text)
+        if not self._corpus.holds_out(document):
+            part = self._corpus.part(document, start, stop, window=self._stretches.window)
+            self._epoch_tokens += self._packer.add(part.text, is_end=part.is_end)
         return True
 
 
@@ -116,13 +124,12 @@ def check_lanes(corpus: Corpus, tokenizer: "Tokenizer", *, lanes: int, context_l
 
     Reads only as many tokens of each lane as settle the question.
     """
-    body = context_length - (tokenizer.bos is not None)
-    short = _short_lane(corpus, tokenizer, lanes=lanes, body=body)
+    short = _short_lane(corpus, tokenizer, lanes=lanes, context_length=context_length)
     if short is None:
         return
     for fewer in range(lanes - 1, 0, -1):
         fits = batch_tokens % fewer == 0 and fewer % n_ranks == 0
-        if fits and _short_lane(corpus.recut(fewer), tokenizer, lanes=fewer, body=body) is None:
+        if fits and _short_lane(corpus, tokenizer, lanes=fewer, context_length=context_length) is None:
             raise ConfigError(f"harvest.lanes={lanes}: lane {short} has less text than one context of "
                               f"harvest.context_length={context_length}. The largest that works is "
                               f"harvest.lanes={fewer}; or give more text.")  # fmt: skip
@@ -131,25 +138,12 @@ def check_lanes(corpus: Corpus, tokenizer: "Tokenizer", *, lanes: int, context_l
                     "harvest.context_length.")  # fmt: skip
 
 
-def _short_lane(corpus: Corpus, tokenizer: "Tokenizer", *, lanes: int, body: int) -> int | None:
-    """Return the first lane whose documents do not fill `body` tokens, or None."""
-    for lane in range(lanes):
-        total = 0
-        for index in range(lane, len(corpus), lanes):
-            total += _tokens_up_to(corpus[index], corpus, tokenizer, limit=body)
-            if total >= body:
-                break
-        else:
-            return lane
+def _short_lane(corpus: Corpus, tokenizer: "Tokenizer", *, lanes: int, context_length: int) -> int | None:
+    """Return the first lane whose text does not fill a context, or None."""
+    stretches = corpus.stretches(lanes, context_length=context_length, tokenizer=tokenizer)
+    for index in range(lanes):
+        lane = Lane(index, stretches=stretches, corpus=corpus, tokenizer=tokenizer, context_length=context_length,
+                    seed=0, repeat=False)  # fmt: skip
+        if not len(lane.contexts(1)):
+            return index
     return None
-
-
-def _tokens_up_to(text: str, corpus: Corpus, tokenizer: "Tokenizer", *, limit: int) -> int:
-    """Return how many tokens a document adds to its lane; no more than `limit` need counting."""
-    if corpus.holds_out(text):
-        return 0
-    head = text[: 16 * limit]
-    n = len(tokenizer.encode(head))
-    if n < limit and len(head) < len(text):
-        n = len(tokenizer.encode(text))
-    return n + (n > 0 and tokenizer.eos is not None)

@@ -51,6 +51,12 @@ class Tokenizer:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
+    def lengths(self, texts: list[str]) -> list[int]:
+        """Return how many tokens each text has."""
+        if not texts:
+            return []
+        return [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+
 
 class LanguageModel:
     """A frozen language model with one site.

@@ -148,6 +148,11 @@ class LiveLane:
         block = self.forward()
         return None if block is None else self.filtered(block, scaling, dtype)
 
+    @property
+    def epochs(self) -> float:
+        """How often its text has come into the pool, in epochs."""
+        return self.text.epochs(self._cursor)
+
     def remaining_tokens(self) -> int:
         """Return how many trainable tokens its text still holds behind the pool's; reads it to its end."""
         self.go_to(self._cursor)
@@ -180,46 +185,45 @@ class LiveStream(Stream):
 
     def __init__(self, config: RunConfig, *, ranks: Ranks) -> None:
         assert isinstance(config.harvest, LiveHarvestConfig)
-        self._config, self._ranks, self._harvest = config, ranks, config.harvest
+        self._config, self._ranks, self._harvest, self._sizes = config, ranks, config.harvest, config.lane_sizes
         self._dtype = run_dtype(config.precision)
-        self._corpus = Corpus(config.data, lanes=self._harvest.lanes)
+        self._corpus = Corpus(config.data)
         tokenizer = Tokenizer(config.model)
-        check_lanes(self._corpus, tokenizer, lanes=self._harvest.lanes, batch_tokens=config.batch_tokens,
+        check_lanes(self._corpus, tokenizer, lanes=self._sizes.lanes, batch_tokens=config.batch_tokens,
                     context_length=self._harvest.context_length, n_ranks=ranks.size)  # fmt: skip
         self.language_model = LanguageModel(config, device=ranks.device)
         self.d_model = self.language_model.facts.d_model
         self._width = row_width(config, self.d_model)
         self._site = f"{config.model.id}, {self.language_model.facts.label}"
         self.held_out = TextHeldOut(
-            self._corpus.held_out_texts(), language_model=self.language_model, tokenizer=tokenizer, ranks=ranks,
-            context_length=self._harvest.context_length, contexts_per_batch=self._harvest.contexts_per_forward,
+            self._corpus.held_out_parts(), language_model=self.language_model, tokenizer=tokenizer, ranks=ranks,
+            context_length=self._harvest.context_length, contexts_per_batch=self._sizes.contexts_per_forward,
             site=self._site,
         )  # fmt: skip
-        self._share = config.batch_tokens // self._harvest.lanes
+        self._share = self._sizes.share
         self._lanes = self._build_lanes(tokenizer)
         self._prefetch = prefetch_of(config)
         self._ahead = Ahead(self._find_work, is_on=self._prefetch > 0, device=ranks.device)
 
     def _build_lanes(self, tokenizer: Tokenizer) -> list[LiveLane]:
         """Return this rank's lanes: lanes / ranks consecutive ones."""
-        harvest, seed = self._harvest, self._config.data.seed
-        n_owned = harvest.lanes // self._ranks.size
-        capacity = harvest.pool_batches * self._share
-        rows_LCW = torch.empty(n_owned, capacity, self._width, dtype=self._dtype, device=self._ranks.device)
+        sizes, seed = self._sizes, self._config.data.seed
+        stretches = self._corpus.stretches(sizes.lanes, context_length=sizes.context_length, tokenizer=tokenizer)
+        n_owned = sizes.lanes // self._ranks.size
+        rows_LCW = torch.empty(n_owned, sizes.capacity, self._width, dtype=self._dtype, device=self._ranks.device)
         lanes = []
         for number, rows_CW in enumerate(rows_LCW, start=self._ranks.rank * n_owned):
-            text = Lane(number, lanes=harvest.lanes, corpus=self._corpus, tokenizer=tokenizer, seed=seed,
-                        context_length=harvest.context_length, repeat=self._config.data.repeat)  # fmt: skip
-            pool = LanePool(rows_CW, lane=number, share=self._share, seed=seed,
-                            forward_rows=harvest.contexts_per_forward * harvest.context_length)  # fmt: skip
+            text = Lane(number, stretches=stretches, corpus=self._corpus, tokenizer=tokenizer, seed=seed,
+                        context_length=sizes.context_length, repeat=self._config.data.repeat)  # fmt: skip
+            pool = LanePool(rows_CW, lane=number, share=self._share, seed=seed, forward_rows=sizes.forward_tokens)
             lanes.append(LiveLane(text, pool, language_model=self.language_model, tokenizer=tokenizer,
-                                  contexts_per_forward=harvest.contexts_per_forward, site=self._site,
+                                  contexts_per_forward=sizes.contexts_per_forward, site=self._site,
                                   reads_gradients=self._config.reads_gradients))  # fmt: skip
         return lanes
 
     def start(self) -> None:
         """Fix the scaling from each lane's first tokens, then let those tokens be the first that fill its pool."""
-        quota = -(-self._harvest.calibration_tokens // self._harvest.lanes)
+        quota = -(-self._harvest.calibration_tokens // self._sizes.lanes)
         cursors = [lane.text.state() for lane in self._lanes]
         blocks = [self._calibration_blocks(lane, quota) for lane in self._lanes]
         parts = [torch.cat([block.raw_NW for block in own])[:quota] for own in blocks]
@@ -282,6 +286,22 @@ class LiveStream(Stream):
         seen, dropped = map(int, self._ranks.sum(counts.sum(0)))
         return dropped / max(1, seen)
 
+    def notices(self) -> list[str]:
+        return [line for line in [self._corpus.notice(self._flaws())] if line]
+
+    def data_figures(self) -> dict[str, int]:
+        return self._corpus.counts(self._flaws())
+
+    def figures(self) -> dict[str, float]:
+        """Return how often the slowest lane has read its text, and how much further the fastest is."""
+        own = torch.tensor([lane.epochs for lane in self._lanes], dtype=torch.float64, device=self._ranks.device)
+        epochs = self._ranks.gather(own).flatten()
+        return {"data/epochs": float(epochs.min()), "data/epoch_spread": float(epochs.max() - epochs.min())}
+
+    def _flaws(self) -> Tensor:
+        """Return the flaws of all documents that any rank has met: a document has one flaw, whoever meets it."""
+        return self._ranks.max(self._corpus.flaw_N.to(self._ranks.device)).cpu()
+
     def close(self) -> None:
         self._ahead.close()
         self._lanes.clear()
@@ -290,7 +310,7 @@ class LiveStream(Stream):
         """Return the forward pass of the lane that needs one first, if a refill to come has use for any."""
         limits = {
             "most_rows": self._prefetch * self._share,
-            "last_row": whole_batches(self._config) // self._harvest.lanes,
+            "last_row": whole_batches(self._config) // self._sizes.lanes,
         }
         wanting = [lane for lane in self._lanes if lane.wants_more(**limits)]
         if not wanting:
@@ -315,10 +335,10 @@ class LiveStream(Stream):
         """With `data.repeat` off, stop as soon as a lane is known to end before the run does."""
         if self._config.data.repeat:
             return
-        needed = whole_batches(self._config) // self._harvest.lanes
+        needed = whole_batches(self._config) // self._sizes.lanes
         if all(lane.pool.taken + lane.pool.unread >= needed or not lane.has_ended for lane in self._lanes):
             return
         supply = min(lane.pool.taken + lane.pool.unread + lane.remaining_tokens() for lane in self._lanes)
         there = supply // self._share * self._config.batch_tokens
-        raise DataError(f"data.repeat=false: the corpus gives {there} tokens with harvest.lanes={self._harvest.lanes}, "
+        raise DataError(f"data.repeat=false: the corpus gives {there} tokens with harvest.lanes={self._sizes.lanes}, "
                         f"and tokens={self._config.tokens}. Lower tokens, or set data.repeat=true.")  # fmt: skip

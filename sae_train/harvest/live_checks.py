@@ -4,16 +4,17 @@ import os
 
 import torch
 
-from sae_train.config import LiveHarvestConfig, RunConfig
+from sae_train.config import LaneSizes, LiveHarvestConfig, RunConfig
 from sae_train.errors import ConfigError
 from sae_train.harvest.findings import Findings
 from sae_train.harvest.hub import local_path
 from sae_train.harvest.lanes import check_lanes
 from sae_train.harvest.language_model import Tokenizer
+from sae_train.harvest.open_text import check_data, is_local
 from sae_train.harvest.shares import check_lane_count
 from sae_train.harvest.sites import SiteFacts, site_facts
 from sae_train.harvest.source import StreamFacts, prefetch_of, row_width
-from sae_train.harvest.text import Corpus, check_data, is_local
+from sae_train.harvest.text import Corpus
 from sae_train.place import find_place
 
 _USABLE_MEMORY = 0.8
@@ -30,19 +31,20 @@ def check_live(config: RunConfig, harvest: LiveHarvestConfig, *, n_ranks: int) -
         ConfigError, DataError: with every independent finding, one a line.
     """
     findings = Findings()
-    findings.collect(lambda: check_lane_count(harvest.lanes, n_ranks, config.batch_tokens))
-    findings.collect(lambda: _check_pool_holds_forwards(config, harvest))
+    sizes = config.lane_sizes
+    findings.collect(lambda: check_lane_count(sizes.lanes, n_ranks, config.batch_tokens))
     findings.collect(lambda: _check_revision(config))
     facts = findings.collect(lambda: site_facts(config))
     if facts is not None:
         findings.collect(lambda: _check_loss(config, facts))
         findings.collect(lambda: _check_positions(config, harvest, facts))
         findings.collect(lambda: _check_memory(config, harvest, row_width(config, facts.d_model), n_ranks))
-        findings.collect(lambda: _check_text(config, harvest, n_ranks))
+        corpus = findings.collect(lambda: _check_text(config, n_ranks))
     else:
-        findings.collect(lambda: _check_text_only(config, harvest))
+        corpus = findings.collect(lambda: _check_text_only(config))
     findings.raise_any()
     assert facts is not None
+    notice = corpus.notice() if corpus is not None else ""
     record: dict[str, str | int | None] = {
         "model": config.model.id,
         "revision": facts.revision or config.model.revision,
@@ -55,22 +57,9 @@ def check_live(config: RunConfig, harvest: LiveHarvestConfig, *, n_ranks: int) -
     width = row_width(config, facts.d_model)
     return StreamFacts(d_model=facts.d_model, label=f"{config.model.name}.{facts.label}", n_blocks=facts.n_blocks,
                        pool_bytes=_pool_bytes(config, harvest, width), record=record,
-                       prefetch=prefetch, ahead_bytes=_ahead_bytes(config, harvest, width, prefetch),
-                       flops_per_token=facts.flops_per_token, logit_bytes=_logit_bytes(harvest, facts))  # fmt: skip
-
-
-def _check_pool_holds_forwards(config: RunConfig, harvest: LiveHarvestConfig) -> None:
-    """One forward pass must fit whenever a lane's pool is half empty, or a refill could add nothing."""
-    share = config.batch_tokens // harvest.lanes
-    forward, capacity = harvest.contexts_per_forward * harvest.context_length, harvest.pool_batches * share
-    if 2 * forward > capacity:
-        contexts = capacity // (2 * harvest.context_length)
-        fewer = f"lower harvest.contexts_per_forward to {contexts}, or " if contexts else ""
-        raise ConfigError(
-            f"harvest.pool_batches={harvest.pool_batches}: a lane's pool holds {capacity} tokens, and half of it must "
-            f"hold one forward pass of {forward} (contexts_per_forward x context_length). {fewer.capitalize()}"
-            f"{'raise' if fewer else 'Raise'} harvest.pool_batches to {-(-2 * forward // share)}."
-        )
+                       prefetch=prefetch, ahead_bytes=_ahead_bytes(config, width, prefetch),
+                       flops_per_token=facts.flops_per_token, logit_bytes=_logit_bytes(sizes, facts),
+                       notices=(notice,) if notice else (), sizes=sizes)  # fmt: skip
 
 
 def _check_revision(config: RunConfig) -> None:
@@ -98,20 +87,21 @@ def _pool_bytes(config: RunConfig, harvest: LiveHarvestConfig, width: int) -> in
     """Return the bytes of all pools, and of the calibration tokens that are held beside them at the start."""
     row = width * (8 if config.precision == "float64" else 4)
     raw = width * (4 if config.model.dtype == "float32" else 2)
-    return harvest.pool_batches * config.batch_tokens * row + harvest.calibration_tokens * raw
+    return config.lane_sizes.pool_batches * config.batch_tokens * row + harvest.calibration_tokens * raw
 
 
-def _ahead_bytes(config: RunConfig, harvest: LiveHarvestConfig, width: int, prefetch: int) -> int:
+def _ahead_bytes(config: RunConfig, width: int, prefetch: int) -> int:
     """Return the bytes of what all lanes may have harvested ahead: up to one forward pass more than `prefetch` says."""
     row = width * (8 if config.precision == "float64" else 4)
-    forwards = harvest.lanes * harvest.contexts_per_forward * harvest.context_length
-    rows = min(prefetch * config.batch_tokens + forwards, harvest.pool_batches * config.batch_tokens)
+    sizes = config.lane_sizes
+    forwards = sizes.lanes * sizes.forward_tokens
+    rows = min(prefetch * config.batch_tokens + forwards, sizes.pool_batches * config.batch_tokens)
     return rows * row if prefetch else 0
 
 
-def _logit_bytes(harvest: LiveHarvestConfig, facts: SiteFacts) -> int:
+def _logit_bytes(sizes: LaneSizes, facts: SiteFacts) -> int:
     """Return the bytes of what one forward pass's logits need on their way to a gradient."""
-    return _LOGITS_HELD * 4 * harvest.contexts_per_forward * harvest.context_length * facts.logits
+    return _LOGITS_HELD * 4 * sizes.forward_tokens * facts.logits
 
 
 def _check_memory(config: RunConfig, harvest: LiveHarvestConfig, width: int, n_ranks: int) -> None:
@@ -122,10 +112,11 @@ def _check_memory(config: RunConfig, harvest: LiveHarvestConfig, width: int, n_r
     needed, usable = _pool_bytes(config, harvest, width) * share, _USABLE_MEMORY * memory
     if needed > usable:
         batch = config.batch_tokens * width * (8 if config.precision == "float64" else 4) * share
-        fits = int(harvest.pool_batches - (needed - usable) / batch)
+        pool_batches = config.lane_sizes.pool_batches
+        fits = int(pool_batches - (needed - usable) / batch)
         way_out = (f"Largest that fits: {fits}." if fits >= 2 else
                    "Lower batch_tokens or harvest.calibration_tokens, or use more ranks.")  # fmt: skip
-        raise ConfigError(f"harvest.pool_batches={harvest.pool_batches}: pools of {needed / 1e9:.1f} GB do not fit "
+        raise ConfigError(f"harvest.pool_batches={pool_batches}: pools of {needed / 1e9:.1f} GB do not fit "
                           f"{usable / 1e9:.1f} GB of usable memory. {way_out}")  # fmt: skip
 
 
@@ -137,18 +128,19 @@ def _host_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _check_text(config: RunConfig, harvest: LiveHarvestConfig, n_ranks: int) -> None:
+def _check_text(config: RunConfig, n_ranks: int) -> Corpus | None:
     """Open local text and see that every lane has a context; of hub data, see that it exists."""
-    if not is_local(config.data):
-        check_data(config.data)
-        return
-    check_lanes(Corpus(config.data, lanes=harvest.lanes), Tokenizer(config.model), lanes=harvest.lanes,
-                context_length=harvest.context_length, batch_tokens=config.batch_tokens, n_ranks=n_ranks)  # fmt: skip
+    corpus = _check_text_only(config)
+    if corpus is not None:
+        sizes = config.lane_sizes
+        check_lanes(corpus, Tokenizer(config.model), lanes=sizes.lanes, context_length=sizes.context_length,
+                    batch_tokens=config.batch_tokens, n_ranks=n_ranks)  # fmt: skip
+    return corpus
 
 
-def _check_text_only(config: RunConfig, harvest: LiveHarvestConfig) -> None:
-    """As far as text can be checked when the model, and so its tokenizer, is not there."""
+def _check_text_only(config: RunConfig) -> Corpus | None:
+    """As far as text can be checked when the model, and so its tokenizer, is not there; None for hub data."""
     if is_local(config.data):
-        Corpus(config.data, lanes=harvest.lanes)
-    else:
-        check_data(config.data)
+        return Corpus(config.data)
+    check_data(config.data)
+    return None

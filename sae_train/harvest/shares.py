@@ -21,7 +21,10 @@ def check_lane_count(lanes: int, n_ranks: int, batch_tokens: int) -> None:
     if nearest:
         way_out = f"Nearest harvest.lanes that divide batch_tokens={batch_tokens}: {' or '.join(map(str, nearest))}."
     else:
-        way_out = f"No multiple divides batch_tokens={batch_tokens}."
+        fewer = max(1, lanes // n_ranks) * n_ranks
+        batches = sorted({max(1, batch_tokens // fewer) * fewer, (batch_tokens // fewer + 1) * fewer})
+        way_out = (f"No multiple divides batch_tokens={batch_tokens}. Set harvest.lanes={fewer} and batch_tokens="
+                   f"{' or '.join(map(str, batches))}.")  # fmt: skip
     raise ConfigError(
         f"harvest.lanes={lanes} over {n_ranks} ranks: not divisible. {way_out} {_other_ranks(lanes, n_ranks)}"
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sae_train.config import LiveHarvestConfig, RunConfig
+from sae_train.config import LaneSizes, LiveHarvestConfig, RunConfig
 from sae_train.harvest.held_out import HeldOut
 from sae_train.harvest.scaling import Scaling
 
@@ -42,6 +42,10 @@ class StreamFacts:
     """Memory of what may be harvested ahead, over all ranks."""
     logit_bytes: int = 0
     """Memory that the loss and the way back through the logits take of one rank at most; 0 where nothing needs them."""
+    notices: tuple[str, ...] = ()
+    """What is wrong with the data and not in the way, a line each."""
+    sizes: LaneSizes | None = None
+    """Lanes, contexts a forward pass and pools of a live harvest."""
     record: dict[str, str | int | None] = field(default_factory=dict)
     """What sae.json should say of the source: model id, revision, site, data."""
 
@@ -88,6 +92,18 @@ class Stream(ABC):
     def restore(self, replicated: dict[str, Tensor], lane_state: Callable[[int], dict[str, Tensor]]) -> None:
         """Go on from saved state, on any number of ranks; `lane_state` reads one lane's."""
 
+    def notices(self) -> list[str]:
+        """Return what the user should be told of the data, a line each. Collective; once the stream has begun."""
+        return []
+
+    def data_figures(self) -> dict[str, int]:
+        """Return counts of what was wrong with the data, over all ranks; for the summary. Collective."""
+        return {}
+
+    def figures(self) -> dict[str, float]:
+        """Return the `data/` figures of a row of metrics, over all ranks. Collective."""
+        return {}
+
     @abstractmethod
     def dropped_share(self) -> float:
         """Return the share of tokens that the outlier limit left out so far, over all ranks. Collective."""
@@ -126,7 +142,7 @@ def prefetch_of(config: RunConfig) -> int:
         return given
     if not torch.cuda.is_available():
         return 0
-    return config.harvest.pool_batches // 2 if isinstance(config.harvest, LiveHarvestConfig) else FILES_PREFETCH
+    return config.lane_sizes.pool_batches // 2 if isinstance(config.harvest, LiveHarvestConfig) else FILES_PREFETCH
 
 
 def whole_batches(config: RunConfig) -> int:

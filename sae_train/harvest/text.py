@@ -1,204 +1,240 @@
-"""The corpus: documents by index, and which of them are held out.
+"""The corpus: documents by index, which of them are held out, and what is wrong with some.
 
-Hub datasets and parquet files are read through `datasets` (mapped, random access); local text and JSON lines
-directly. The only file that imports `datasets`.
+A document is read in pieces, so that its length costs nothing: between a line end, a blank or a character's start near
+`start` and one near `stop`. Whether it is held out is a matter of the whole document.
 """
 
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
-from sae_train.assets import held_out_corpus, training_corpus
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
 from sae_train.config import DataConfig
-from sae_train.errors import DataError, suggest
-from sae_train.harvest.hub import hub_error, local_path
-from sae_train.harvest.text_files import Documents, Joined, JsonLines, Pieces, piece_bytes_of
+from sae_train.errors import DataError
+from sae_train.harvest.documents import FLAWS, SCANNED_BYTES, SCANNED_DOCUMENTS, Document, Documents, Flaw
+from sae_train.harvest.open_text import open_text
+from sae_train.harvest.plain_text import LONGEST_CHARACTER, character_start
+from sae_train.harvest.stretches import Stretches
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
+if TYPE_CHECKING:
+    from sae_train.harvest.language_model import Tokenizer
+
 HELD_OUT_SHARE = 0.02
 FINGERPRINTED = 16
 """Documents, spread evenly, whose hashes tell one corpus from another."""
+COUNTED_BYTES = 4 * 1024 * 1024
+"""Text up to this size is shared out over lanes by its tokens."""
+LOOKED_AT = 100
+"""First documents of a text too large to be read whole, some of which must hold text."""
 _HASH_RANGE = 2**64
+_HELD_OUT_PIECE = 4 * 1024
+_UNKNOWN, _TRAINING, _HELD_OUT = 0, 1, 2
+
+
+class Part(NamedTuple):
+    """A piece of a document."""
+
+    text: str
+    is_end: bool
+    """Whether an end token belongs after it."""
 
 
 class Corpus:
     """Training documents by index, some of which may be held out by a hash of their text.
 
-    Indices count all documents; a lane skips the held-out ones as it meets them.
+    Indices count all documents. Up to `SCANNED_BYTES` of text are read whole when the corpus is opened; of more text,
+    what is wrong with a document and whether it is held out is found when it is met.
+
+    Attributes:
+        flaw_N: uint8 [documents], a `Flaw` for each, as far as it was met.
+        is_scanned: whether all were.
     """
 
-    def __init__(self, data: DataConfig, *, lanes: int) -> None:
-        self._data, self._lanes = data, lanes
-        self._documents, self._held_out = _open(data, lanes=lanes)
-        if not len(self._documents):
-            raise DataError(f"data.id={data.id}: holds no text.")
-        self._below = 0 if self._held_out is not None else self._held_out_bound()
+    def __init__(self, data: DataConfig) -> None:
+        self._data = data
+        self._documents, self._held_out = open_text(data)
+        n_bytes, n = self._documents.n_bytes, len(self._documents)
+        self.is_scanned = int(n_bytes.sum()) <= SCANNED_BYTES and n <= SCANNED_DOCUMENTS
+        self._reason = ""
+        self._n_tokens: Tensor | None = None
+        self.flaw_N = torch.zeros(n, dtype=torch.uint8)
+        if self._documents.is_exact:
+            self.flaw_N[n_bytes == 0] = Flaw.EMPTY
+        hash_N = np.array([self._meet(index) for index in range(n if self.is_scanned else min(n, LOOKED_AT))],
+                          dtype=np.uint64)  # fmt: skip
+        if data.strict and bool((self.flaw_N == Flaw.EMPTY).any()):
+            self._meet(int((self.flaw_N == Flaw.EMPTY).nonzero()[0]))  # raises
+        self._refuse_no_text(self.flaw_N[: len(hash_N)])
+        self._last_held_out = -1 if self._held_out is not None else self._largest_held_out(hash_N)
+        self._side_N = np.full(n, _UNKNOWN, dtype=np.uint8)
+        if self._last_held_out < 0:
+            self._side_N[:] = _TRAINING
+        else:
+            is_held_out = (hash_N <= np.uint64(self._last_held_out)) & self._has_text()[: len(hash_N)].numpy()
+            self._side_N[: len(hash_N)] = np.where(is_held_out, _HELD_OUT, _TRAINING)
 
     def __len__(self) -> int:
         return len(self._documents)
 
-    def __getitem__(self, index: int) -> str:
-        return self._documents[index]
+    def holds_out(self, index: int) -> bool:
+        """Return whether a document is kept out of training."""
+        if self._side_N[index] == _UNKNOWN:
+            is_held_out = self._meet(index) <= self._last_held_out and bool(self._has_text(index))
+            self._side_N[index] = _HELD_OUT if is_held_out else _TRAINING
+        return bool(self._side_N[index] == _HELD_OUT)
 
-    def holds_out(self, text: str) -> bool:
-        """Return whether this text is kept out of training."""
-        return self._below > 0 and _hash(text) < self._below
+    def stretches(self, lanes: int, *, context_length: int, tokenizer: "Tokenizer") -> Stretches:
+        """Return how the training text is shared out over lanes; only what is known to be held out is left out."""
+        is_left_out = torch.from_numpy(self._side_N == _HELD_OUT)
+        n_bytes = torch.where(is_left_out, 0, self._documents.n_bytes)
+        n_tokens = self._count_tokens(tokenizer) if int(n_bytes.sum()) <= COUNTED_BYTES else None
+        return Stretches(n_bytes, n_tokens=n_tokens, lanes=lanes, context_length=context_length, seed=self._data.seed)
 
-    def held_out_texts(self) -> Iterator[str]:
-        """Yield the held-out documents in order."""
-        if self._held_out is not None:
-            return (self._held_out[index] for index in range(len(self._held_out)))
-        return (text for text in self._texts() if self.holds_out(text))
+    def part(self, index: int, start: int, stop: int, *, window: int) -> Part:
+        """Return a document's text between the cuts near byte `start` and byte `stop`.
 
-    def recut(self, lanes: int) -> "Corpus":
-        """Return the corpus as another number of lanes would see it: text without documents is cut anew."""
-        return Corpus(self._data, lanes=lanes)
+        A cut lies at the next line end, else blank, within `window` bytes, else at the next character. Parts that meet
+        at a byte meet at its cut: nothing is lost or read twice.
+        """
+        low, high, size = self._place(self._documents, index, start, stop, window)
+        is_end = high >= size > low and self._documents.ends_document(index)
+        return Part(self._documents.slice(index, low, high).decode(errors="replace"), is_end)
+
+    def held_out_parts(self) -> Iterator[Part]:
+        """Yield the held-out documents in order, long ones in pieces."""
+        documents = self._documents if self._held_out is None else self._held_out
+        for index in range(len(documents)):
+            if self._held_out is None and not self.holds_out(index):
+                continue
+            size = documents.size(index)
+            cuts = [_cut(documents, index, at, size, _HELD_OUT_PIECE) for at in range(0, size, _HELD_OUT_PIECE)]
+            for low, high in zip(cuts, [*cuts[1:], size], strict=True):
+                text = documents.slice(index, low, high).decode(errors="replace")
+                yield Part(text, high >= size > low and documents.ends_document(index))
 
     def fingerprint(self) -> list[int]:
         """Return numbers that change when the corpus does: how many documents, and hashes of a few of them."""
         last = len(self) - 1
         few = sorted({number * last // FINGERPRINTED for number in range(FINGERPRINTED + 1)})
-        return [len(self), *(_hash(self[index]) >> 1 for index in few)]
+        return [len(self), *(_hash(self._documents.read(index).data) >> 1 for index in few)]
 
-    def _texts(self) -> Iterator[str]:
-        return (self._documents[index] for index in range(len(self._documents)))
+    def counts(self, flaw_N: Tensor | None = None) -> dict[str, int]:
+        """Return how many documents there are, and how many of each flaw.
 
-    def _held_out_bound(self) -> int:
-        """Return below which hash a text is held out: 2% of all hashes, or what holds out two documents."""
+        Args:
+            flaw_N: what all ranks met; None: what this one did.
+        """
+        flaw_N = self.flaw_N if flaw_N is None else flaw_N
+        return {"documents": len(self)} | {name: int((flaw_N == flaw).sum()) for flaw, name in FLAWS.items()}
+
+    def notice(self, flaw_N: Tensor | None = None) -> str:
+        """Return a line that says what is wrong with some documents; nothing where nothing is."""
+        counts = self.counts(flaw_N)
+        said = [f"{counts['empty']:,} empty or null (left out)" if counts["empty"] else "",
+                f"{counts['repaired']:,} with bytes or characters that are not UTF-8 (replaced by U+FFFD)"
+                if counts["repaired"] else "",
+                f"{counts['unusable']:,} that hold no text (left out)" if counts["unusable"] else ""]  # fmt: skip
+        found = ", ".join(filter(None, said))
+        first = f" The first: {self._reason}" if self._reason else ""
+        met = "" if self.is_scanned else " (those that were met)"
+        return f"data.id={self._data.id}: of {len(self):,} documents{met} {found}.{first}" if found else ""
+
+    def _count_tokens(self, tokenizer: "Tokenizer") -> Tensor:
+        """Return how many tokens each document has, int64 [documents]; counted once."""
+        if self._n_tokens is None:
+            texts = [self._documents.read(index).data.decode(errors="replace") for index in range(len(self))]
+            self._n_tokens = torch.tensor(tokenizer.lengths(texts), dtype=torch.int64)
+        return self._n_tokens
+
+    def _meet(self, index: int) -> int:
+        """Read a document whole; note what is wrong with it and return its hash.
+
+        Raises:
+            DataError: something is, and data.strict=true.
+        """
+        document = self._documents.read(index)
+        if document.flaw != Flaw.NONE:
+            self._note(index, document)
+        return _hash(document.data)
+
+    def _note(self, index: int, document: Document) -> None:
+        if self._data.strict:
+            reason = document.reason.rstrip(".")
+            raise DataError(f"{reason}. data.strict=true takes no such document; false counts it and goes on.")
+        self.flaw_N[index] = document.flaw
+        if document.flaw != Flaw.EMPTY:
+            self._reason = self._reason or document.reason
+
+    def _has_text(self, index: int | slice = slice(None)) -> Tensor:
+        """Return whether documents hold any text, as far as they were met: bool, [documents] or of one."""
+        flaw = self.flaw_N[index]
+        return (flaw != Flaw.EMPTY) & (flaw != Flaw.UNUSABLE)
+
+    def _refuse_no_text(self, flaw_N: Tensor) -> None:
+        """Refuse a corpus in which nothing that was looked at is text: a wrong column, more likely than bad data.
+
+        Raises:
+            DataError: see above.
+        """
+        if bool((flaw_N == Flaw.UNUSABLE).any()) and not self._has_text(slice(len(flaw_N))).any():
+            raise DataError(self._reason)
+        if not self._has_text().any():
+            raise DataError(f"data.id={self._data.id}: holds no text.")
+
+    def _largest_held_out(self, hash_N: NDArray[np.uint64]) -> int:
+        """Return the largest hash that is held out: 2% of all hashes are, or as many as hold out two documents.
+
+        Raises:
+            DataError: that leaves nothing to train on.
+        """
         below = int(HELD_OUT_SHARE * _HASH_RANGE)
         smallest: list[int] = []
-        for text in self._texts():
-            smallest = sorted([*smallest, _hash(text)])[:2]
+        largest = 0
+        for index in range(len(self)):
+            found = int(hash_N[index]) if index < len(hash_N) else self._meet(index)
+            if not self._has_text(index):
+                continue
+            smallest = sorted([*smallest, found])[:2]
+            largest = max(largest, found)
             if len(smallest) == 2 and smallest[1] < below:
-                return below
-        below = smallest[-1] + 1
-        if all(_hash(text) < below for text in self._texts()):
+                return below - 1
+        if not smallest:
+            raise DataError(f"data.id={self._data.id}: holds no text.")
+        if largest <= smallest[-1]:
             raise DataError(f"data.id={self._data.id}: {len(self)} documents leave none to train on once two are "
                             "held out. Give more, or held-out ones of their own as data.held_out_split.")  # fmt: skip
-        return below
+        return smallest[-1]
+
+    def _place(self, documents: Documents, index: int, start: int, stop: int, window: int) -> tuple[int, int, int]:
+        """Return the cuts near `start` and `stop`, and the document's size.
+
+        Where lengths are estimates, as bytes of the file, the places are taken to the same share of the text itself.
+        """
+        size = documents.size(index)
+        if not documents.is_exact:
+            estimate = int(documents.n_bytes[index])
+            start, stop = start * size // estimate, stop * size // estimate
+        return _cut(documents, index, start, size, window), _cut(documents, index, stop, size, window), size
 
 
-def check_data(data: DataConfig) -> None:
-    """Refuse a hub dataset, configuration or column that does not exist, without fetching the data."""
-    if not is_local(data):
-        import datasets
-
-        try:
-            builder = datasets.load_dataset_builder(data.id, data.subset)
-        except (OSError, ValueError) as error:
-            raise _hub_data_error(data, error) from error
-        if builder.info.features:
-            _check_column(data, list(builder.info.features))
-
-
-def is_local(data: DataConfig) -> bool:
-    """Return whether the corpus is bundled or lies in local files."""
-    return data.id == "bundled" or _local_path(data.id) is not None
+def _cut(documents: Documents, index: int, target: int, size: int, window: int) -> int:
+    """Return where a document is cut near `target`: never before it, and never earlier than for a smaller target."""
+    if target <= 0 or target >= size:
+        return min(max(target, 0), size)
+    near = documents.slice(index, target - 1, min(size, target + max(window, LONGEST_CHARACTER)))
+    searched = near[: window + 1]
+    line_end = searched.find(b"\n")
+    if line_end >= 0:
+        return target + line_end
+    blank = searched.find(b" ", 1)
+    if blank >= 0:
+        return target - 1 + blank  # a blank goes with the word behind it, as tokenizers have it
+    return target - 1 + character_start(near, 1, len(near))
 
 
-def _open(data: DataConfig, *, lanes: int) -> tuple[Documents, Documents | None]:
-    """Return training documents and, where they have a split of their own, held-out ones."""
-    if data.id == "bundled":
-        return (JsonLines(training_corpus(), column=data.text_column),
-                JsonLines(held_out_corpus(), column=data.text_column))  # fmt: skip
-    path = _local_path(data.id)
-    if path is None:
-        held_out = _open_hub(data, data.held_out_split) if data.held_out_split else None
-        return _open_hub(data, data.split), held_out
-    files = _files(path, key="data.id")
-    if data.held_out_split is None:
-        return _open_files(files, data, lanes=lanes), None
-    held = _files(Path(data.held_out_split).expanduser(), key="data.held_out_split")
-    apart = [file for file in files if file.resolve() not in {other.resolve() for other in held}]
-    return _open_files(apart, data, lanes=lanes), _open_files(held, data, lanes=lanes)
-
-
-def _local_path(name: str) -> Path | None:
-    return Path(name).expanduser() if name.endswith(SUFFIXES) else local_path(name)
-
-
-def _files(path: Path, *, key: str) -> list[Path]:
-    """Return the text files that `path` is or holds, in sorted order."""
-    kinds = ", ".join(SUFFIXES)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
-        if not files:
-            raise DataError(f"{key}={path}: no text files in this directory. Known kinds: {kinds}.")
-        return files
-    if not path.exists():
-        near = suggest(path.name, [file.name for file in path.parent.iterdir()]) if path.parent.is_dir() else ""
-        raise DataError(f"{key}={path}: no such file or directory." + (near if "Did you mean" in near else ""))
-    if not path.name.endswith(SUFFIXES):
-        raise DataError(f"{key}={path}: not a kind of file that is read. Known kinds: {kinds}.")
-    return [path]
-
-
-def _open_files(files: list[Path], data: DataConfig, *, lanes: int) -> Documents:
-    text_bytes = sum(file.stat().st_size for file in files if file.suffix == ".txt")
-    piece_bytes = piece_bytes_of(text_bytes, lanes=lanes)
-    parts: list[Documents] = []
-    for file in files:
-        if file.suffix == ".txt":
-            parts.append(Pieces(file, piece_bytes=piece_bytes))
-        elif file.suffix == ".parquet":
-            parts.append(_open_parquet(file, data))
-        else:
-            parts.append(JsonLines(file, column=data.text_column))
-    return Joined(parts)
-
-
-class _Rows(Documents):
-    """One column of a map-style dataset."""
-
-    def __init__(self, rows: Any, data: DataConfig) -> None:
-        _check_column(data, rows.column_names)
-        self._rows, self._data = rows.select_columns([data.text_column]), data
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> str:
-        text = self._rows[index][self._data.text_column]
-        if not isinstance(text, str):
-            raise DataError(f"data.text_column={self._data.text_column}: row {index} of {self._data.id} "
-                            f"holds {type(text).__name__} there, not text.")  # fmt: skip
-        return text
-
-
-def _open_parquet(file: Path, data: DataConfig) -> Documents:
-    import datasets
-
-    try:
-        return _Rows(datasets.load_dataset("parquet", data_files=str(file), split="train"), data)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise DataError(f"{file}: not a readable parquet file ({str(error).splitlines()[0][:160]}).") from error
-
-
-def _open_hub(data: DataConfig, split: str) -> Documents:
-    import datasets
-
-    try:
-        return _Rows(datasets.load_dataset(data.id, data.subset, split=split), data)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise _hub_data_error(data, error, split=split) from error
-
-
-def _hub_data_error(data: DataConfig, error: Exception, *, split: str | None = None) -> DataError:
-    first = str(error).splitlines()[0]
-    if "Config name is missing" in str(error) or "BuilderConfig" in first:
-        return DataError(f"data.subset={data.subset}: {data.id} needs one of its own configurations: "
-                         f"{' '.join(str(error).split())[:300]}")  # fmt: skip
-    if split is not None and "split" in first.lower():
-        return DataError(f"data.split={split}: {data.id} has no such split: {first[:300]}")
-    return hub_error("data.id", data.id, error)
-
-
-def _check_column(data: DataConfig, columns: list[str]) -> None:
-    if data.text_column not in columns:
-        raise DataError(f"data.text_column={data.text_column}: {data.id} has no such column."
-                        + suggest(data.text_column, columns))  # fmt: skip
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sae_train.config import NoAuxLossConfig, RunConfig, TopKConfig, ZipfBudgetConfig
+from sae_train.config import LaneSizes, NoAuxLossConfig, RunConfig, TopKConfig, ZipfBudgetConfig
 from sae_train.errors import ConfigError, raise_all
 from sae_train.harvest.stream import StreamFacts
 from sae_train.kernels import backend
@@ -57,6 +57,10 @@ class Plan:
     prefetch: int
     """Batches that are harvested ahead of the step at most."""
     checkpoint_bytes: int
+    sizes: LaneSizes | None
+    """Lanes, contexts a forward pass and pools of a live harvest."""
+    notices: tuple[str, ...]
+    """What is wrong with the data and not in the way."""
     flops: float
     """Estimated, of the whole run: language model up to the site (gradients: to its loss and back), encoder product,
     matches."""
@@ -111,6 +115,8 @@ def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
         checkpoint_every=_checkpoint_every(config.checkpoint.every_tokens, total),
         holdings=_holdings(config, facts, n_features=n_features, n_ranks=n_ranks, columns=columns),
         prefetch=facts.prefetch,
+        sizes=facts.sizes,
+        notices=facts.notices,
         checkpoint_bytes=3 * element * parameters + facts.pool_bytes,
         flops=total * (facts.flops_per_token + _sae_flops(config, facts.d_model, n_features)),
     )
@@ -128,6 +134,7 @@ def describe(plan: Plan, config: RunConfig, *, path: str) -> str:
         ("SAE", f"{config.sparsifier.name}, {config.sparsity}, {plan.n_features} features"),
         ("parameters", f"{plan.parameters:,}"),
         *([("gradients", GRADIENTS)] if config.reads_gradients else []),
+        *([("text", _lanes_text(plan.sizes))] if plan.sizes is not None else []),
         ("budget", _budget_text(config, n_features=plan.n_features)),
         ("auxiliary loss", f"{config.aux_loss.name}; dead is {plan.dead_window:,} tokens without firing"),
         ("tokens", f"{plan.total_tokens:,} in {plan.steps:,} steps of {plan.batch_tokens:,}"),
@@ -138,6 +145,7 @@ def describe(plan: Plan, config: RunConfig, *, path: str) -> str:
         ("disk", f"{disk / 1e9:.2f} GB, of which {plan.checkpoint_bytes / 1e9:.2f} a checkpoint (estimated)"),
         ("operations", f"{plan.flops:.2e} floating-point (estimated)"),
         ("directory", path),
+        *(("note", notice) for notice in plan.notices),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
@@ -153,6 +161,13 @@ def _budget_text(config: RunConfig, *, n_features: int) -> str:
     exponent, shift = law_of(budget, n_features=n_features)
     source = "" if budget.zipf_from is None else f", of {budget.zipf_from}"
     return f"{budget.name}, exponent {exponent:g}, shift {shift:g}{source}"
+
+
+def _lanes_text(sizes: LaneSizes) -> str:
+    return (
+        f"{sizes.lanes} lanes, {sizes.share} tokens of each a step; {sizes.contexts_per_forward} contexts of "
+        f"{sizes.context_length} tokens a forward pass; pools of {sizes.pool_batches} batches"
+    )
 
 
 def _ranks_text(plan: Plan, config: RunConfig) -> str:

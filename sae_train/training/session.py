@@ -29,6 +29,10 @@ from sae_train.training.tracking import Dashboard, MetricsFile, build_dashboard
 from sae_train.training.trainer import Events, Trainer
 
 
+LARGEST_SPREAD = 1.0
+"""Epochs that the fastest lane may be ahead of the slowest before the user is told."""
+
+
 def check_same_source(record: dict[str, Any], fingerprint: list[int], *, ranks: Ranks) -> None:
     """Refuse ranks that see other data or another model under the same name: nodes with disks of their own, say.
 
@@ -95,6 +99,7 @@ class Session:
         self.metrics = MetricsFile(directory.metrics)
         self.dashboard = Dashboard()
         self.seconds_before = 0.0
+        self._is_spread_said = False
         self.sae_name = run_name(
             dataclasses.replace(config, name=None), label=plan.label, n_features=plan.n_features
         ).rsplit("-", 1)[0]
@@ -106,6 +111,8 @@ class Session:
         except UserError:
             self._abandon()
             raise
+        for line in self.stream.notices():
+            self._warn(line)
         self._on_first(self._open_dashboard)
         if self.ranks.is_first:
             asked, precision = self.config.precision, self.trainer.precision
@@ -212,6 +219,13 @@ class Session:
             row["perf/slurm_restarts"] = int(os.environ["SLURM_RESTART_COUNT"])
         if "train/fvu" in row:
             self.progress.show(row)
+        if row.get("data/epoch_spread", 0) > LARGEST_SPREAD and not self._is_spread_said:
+            self._is_spread_said = True
+            self._warn(
+                f"lanes are {row['data/epoch_spread']:.1f} epochs apart, the slowest has read its text "
+                f"{row['data/epochs']:.1f} times: some text is trained on more often than other. Lower harvest.lanes, "
+                "or give more text."
+            )
         self._saver.publish_if_written()
         self._on_first(lambda: self.metrics.append(row))
         self.dashboard.log(row)
@@ -271,6 +285,7 @@ class Session:
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / max(seconds, 1e-9),
+            "data": self.stream.data_figures(),
             "saes": {self.sae_name: figures},
         }
 
@@ -300,6 +315,10 @@ class Session:
     def _say(self, text: str) -> None:
         if self.ranks.is_first:
             say(text)
+
+    def _warn(self, text: str) -> None:
+        if self.ranks.is_first:
+            warn(text)
 
     def _on_first(self, action: Callable[[], None]) -> None:
         """Do `action` on the first rank; raise on every rank what it ran into."""

@@ -211,7 +211,7 @@ class Trainer:
                 f"training has diverged. Lower optimizer.lr (now {self.plan.peak_lr:.1e})."
             )
         row["train/learning_rate"] = self._learning_rate(self.tokens - self.plan.batch_tokens)
-        row |= self.sparsifier.figures(self.moment())
+        row |= self.sparsifier.figures(self.moment()) | self.stream.figures()
         self.totals.reset()
         self.firing.reset_interval()
         perf = self._clock.row(beside=self.stream.beside_seconds())

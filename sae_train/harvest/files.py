@@ -1,0 +1,62 @@
+"""Text files: which ones a path names, and their bytes."""
+
+import gzip
+import lzma
+import mmap
+import zlib
+from pathlib import Path
+
+from sae_train.errors import DataError, suggest
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
+
+
+def text_files(path: Path, *, key: str) -> list[Path]:
+    """Return the text files that `path` is or holds, in sorted order; a directory's hidden ones are left out.
+
+    Args:
+        path: a file or a directory.
+        key: the setting that named it, for messages.
+
+    Raises:
+        DataError: there are none, or it is a kind of file that is not read.
+    """
+    kinds = ", ".join(SUFFIXES)
+    if path.is_dir():
+        found = (file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+        files = sorted(file for file in found if not _is_hidden(file.relative_to(path)))
+        if not files:
+            raise DataError(f"{key}={path}: no text files in this directory. Known kinds: {kinds}.")
+        return files
+    if not path.exists():
+        near = suggest(path.name, [file.name for file in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        raise DataError(f"{key}={path}: no such file or directory." + (near if "Did you mean" in near else ""))
+    if not path.name.endswith(SUFFIXES):
+        raise DataError(f"{key}={path}: not a kind of file that is read. Known kinds: {kinds}.")
+    return [path]
+
+
+def _is_hidden(path: Path) -> bool:
+    """Return whether a file or a folder on its way begins with a dot: `.ipynb_checkpoints`, macOS's `._a.jsonl`."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def read_bytes(path: Path) -> bytes | mmap.mmap:
+    """Return a file's bytes, unpacked; uncompressed files are mapped rather than read.
+
+    Raises:
+        DataError: it cannot be read or unpacked.
+    """
+    try:
+        if path.suffix == ".xz":
+            return lzma.decompress(path.read_bytes())
+        if path.suffix == ".gz":
+            return gzip.decompress(path.read_bytes())
+        if path.stat().st_size == 0:
+            return b""
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: cannot be unpacked ({error}). Fetch or compress it again.") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
