@@ -81,7 +81,8 @@ def test_every_gradient_stays_with_its_activation(live: Callable[..., RunConfig]
     taken = [stream.batch(step) for step in range(STEPS)]
     tokenizer, width, squares = Tokenizer(config.model), stream.d_model, list[float]()
     for number, state in stream.lane_states().items():
-        lane = Lane(number, lanes=4, corpus=stream._corpus, tokenizer=tokenizer, seed=0, repeat=True, context_length=16)
+        lane = Lane(number, stretches=stream._corpus.stretches(4, context_length=16, tokenizer=tokenizer),
+                    corpus=stream._corpus, tokenizer=tokenizer, seed=0, repeat=True, context_length=16)  # fmt: skip
         rows = torch.cat([batch[16 * number : 16 * (number + 1)] for batch in taken] + [state["rows"]])
         expected: list[Tensor] = []
         while sum(map(len, expected)) < len(rows):

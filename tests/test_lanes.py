@@ -15,7 +15,7 @@ from sae_train.errors import UserError
 from sae_train.harvest.held_out import HALVES, HeldOutContexts, trainable
 from sae_train.harvest.lanes import Lane, Packer, check_lanes
 from sae_train.harvest.language_model import Tokenizer
-from sae_train.harvest.text import Corpus
+from sae_train.harvest.text import Corpus, Part
 
 TEXTS = sentences(40, words=12)
 GPT = {"bos_token": "<bos>", "eos_token": "<eos>"}
@@ -33,18 +33,26 @@ def read_tokenizer(folder: Path, special: dict[str, str]) -> Tokenizer:
     return Tokenizer(ModelConfig(name="m", id=str(folder), revision=None, dtype="float32", attention="sdpa"))
 
 
-def corpus_of(folder: Path, texts: list[str], *, lanes: int) -> Corpus:
+def corpus_of(folder: Path, texts: list[str]) -> Corpus:
     """Return a corpus that holds out none of `texts`."""
     (folder / "held").mkdir(exist_ok=True)
     (folder / "held" / "h.jsonl").write_text('{"text": "kept apart"}\n')
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return Corpus(live_config(data=folder / "a.jsonl", held_out=folder / "held").data, lanes=lanes)
+    return Corpus(live_config(data=folder / "a.jsonl", held_out=folder / "held").data)
 
 
 def lane_of(corpus: Corpus, tokenizer: Tokenizer, index: int = 0, *, lanes: int = 4, seed: int = 0,
-            repeat: bool = True, context_length: int = 16) -> Lane:  # fmt: skip
-    return Lane(index, lanes=lanes, corpus=corpus, tokenizer=tokenizer, context_length=context_length, seed=seed,
-                repeat=repeat)  # fmt: skip
+            repeat: bool = True, context_length: int = 20) -> Lane:  # fmt: skip
+    stretches = corpus.stretches(lanes, context_length=context_length, tokenizer=tokenizer)
+    return Lane(index, stretches=stretches, corpus=corpus, tokenizer=tokenizer, context_length=context_length,
+                seed=seed, repeat=repeat)  # fmt: skip
+
+
+def own_parts(corpus: Corpus, tokenizer: Tokenizer, index: int, *, lanes: int, context_length: int) -> list[Part]:
+    """Return what a lane is to read, in no particular order."""
+    stretches = corpus.stretches(lanes, context_length=context_length, tokenizer=tokenizer)
+    segments = stretches.segments(index).tolist()
+    return [corpus.part(*segment, window=stretches.window) for segment in segments if not corpus.holds_out(segment[0])]
 
 
 def test_special_tokens_by_family(tokenizers):
@@ -74,36 +82,44 @@ def test_packing_loses_and_adds_nothing_but_special_tokens(tokenizers, kind):
     assert len(packer.tokens) < 10
 
 
-def test_a_lane_reads_its_own_documents_once_an_epoch_in_a_new_order(tmp_path, tokenizers):
-    corpus = corpus_of(tmp_path, TEXTS, lanes=4)
-    tokenizer = tokenizers["gpt"]
-    own = Counter(token for text in TEXTS[1::4] for token in tokenizer.encode(text))
-    n_tokens = sum(own.values()) + len(TEXTS[1::4])
-    lane = lane_of(corpus, tokenizer, 1, context_length=n_tokens + 1)  # a context is an epoch
-    first, second = lane.contexts(2)[:, 1:]
+def test_a_lane_reads_its_own_text_once_an_epoch_in_a_new_order(tmp_path, tokenizers):
+    corpus, tokenizer = corpus_of(tmp_path, TEXTS), tokenizers["gpt"]
+    parts = own_parts(corpus, tokenizer, 1, lanes=4, context_length=100)
+    own = Counter(token for part in parts for token in tokenizer.encode(part.text))
+    n_tokens = sum(own.values()) + sum(part.is_end for part in parts)
+    expected = own + Counter({tokenizer.eos: sum(part.is_end for part in parts)})
+    lane = lane_of(corpus, tokenizer, 1, context_length=100)
+    read = lane.contexts(2 * n_tokens // 99 + 1)[:, 1:].flatten()
+    first, second = read[:n_tokens], read[n_tokens : 2 * n_tokens]
+    assert len(parts) > 3
     for epoch in (first, second):
-        assert Counter(token for token in epoch.tolist() if token != tokenizer.eos) == own
+        assert Counter(epoch.tolist()) == expected
     assert not torch.equal(first, second)
-    other = lane_of(corpus, tokenizer, 1, context_length=n_tokens + 1, seed=1).contexts(1)[0, 1:]
-    assert not torch.equal(first, other)
-    assert torch.equal(lane_of(corpus, tokenizer, 1, context_length=n_tokens + 1).contexts(1)[0, 1:], first)
+    other = lane_of(corpus, tokenizer, 1, context_length=100, seed=1).contexts(1)[0, 1:]
+    assert not torch.equal(first[:99], other)
+    assert torch.equal(lane_of(corpus, tokenizer, 1, context_length=100).contexts(1)[0, 1:], first[:99])
 
 
-def test_all_lanes_together_read_every_document_once(tmp_path, tokenizers):
-    corpus = corpus_of(tmp_path, TEXTS, lanes=3)
-    tokenizer = tokenizers["bare"]
+@pytest.mark.parametrize("lanes", [1, 3, 7])
+def test_all_lanes_together_read_every_document_once(tmp_path, tokenizers, lanes):
+    corpus, tokenizer = corpus_of(tmp_path, TEXTS), tokenizers["bare"]
     seen: Counter[int] = Counter()
-    for index in range(3):
-        lane = lane_of(corpus, tokenizer, index, lanes=3, repeat=False, context_length=4)
+    expected: Counter[int] = Counter()
+    for index in range(lanes):
+        lane = lane_of(corpus, tokenizer, index, lanes=lanes, repeat=False, context_length=4)
         seen.update(lane.contexts(10_000).flatten().tolist())
         assert lane.has_ended
         seen.update(lane.state()["tokens"].tolist())
-    assert seen == Counter(token for text in TEXTS for token in tokenizer.encode(text))
+        for part in own_parts(corpus, tokenizer, index, lanes=lanes, context_length=4):
+            expected.update(tokenizer.encode(part.text))
+    assert seen == expected
+    if lanes == 1:
+        assert seen == Counter(token for text in TEXTS for token in tokenizer.encode(text))
 
 
 @given(asked=st.lists(st.integers(1, 7), min_size=1, max_size=8), cut=st.integers(0, 7))
 def test_a_cursor_goes_on_where_it_was(tmp_path_factory, tokenizers, asked, cut):
-    corpus = corpus_of(tmp_path_factory.mktemp("cursor"), TEXTS, lanes=4)
+    corpus = corpus_of(tmp_path_factory.mktemp("cursor"), TEXTS)
     whole = lane_of(corpus, tokenizers["gpt"]).contexts(sum(asked))
     lane, parts = lane_of(corpus, tokenizers["gpt"]), []
     for number, n in enumerate(asked):
@@ -117,19 +133,17 @@ def test_a_cursor_goes_on_where_it_was(tmp_path_factory, tokenizers, asked, cut)
 
 def test_held_out_documents_are_never_read(tmp_path, tokenizers):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    corpus = Corpus(live_config(data=tmp_path / "a.jsonl").data, lanes=2)
-    held_out = list(corpus.held_out_texts())
-    tokenizer = tokenizers["bare"]
-    read = []
-    for index in range(2):
-        lane = lane_of(corpus, tokenizer, index, lanes=2, repeat=False, context_length=4)
-        read += [*lane.contexts(10_000).flatten().tolist(), *lane.state()["tokens"].tolist()]
+    corpus = Corpus(live_config(data=tmp_path / "a.jsonl").data)
+    held_out = [part.text for part in corpus.held_out_parts()]
+    read = [part.text for index in range(2)
+            for part in own_parts(corpus, tokenizers["bare"], index, lanes=2, context_length=4)]  # fmt: skip
     kept = [text for text in TEXTS if text not in held_out]
-    assert Counter(read) == Counter(token for text in kept for token in tokenizer.encode(text))
+    assert 2 <= len(held_out) == len(TEXTS) - len(kept)
+    assert Counter("".join(read)) == Counter("".join(kept))
 
 
 def test_without_repeat_a_lane_ends_at_its_last_full_context(tmp_path, tokenizers):
-    lane = lane_of(corpus_of(tmp_path, TEXTS, lanes=4), tokenizers["gpt"], repeat=False)
+    lane = lane_of(corpus_of(tmp_path, TEXTS), tokenizers["gpt"], repeat=False)
     assert not lane.has_ended
     n = len(lane.contexts(10_000))
     assert n > 0
@@ -143,13 +157,14 @@ def test_what_is_trainable(tokenizers):
     assert trainable(ids, gpt).tolist() == [[False, True, False, True], [False, False, True, True]]
 
 
-def shortest_works(corpus: Corpus, tokenizer: Tokenizer, lanes: int, context_length: int) -> bool:
+def every_lane_fills_a_context(corpus: Corpus, tokenizer: Tokenizer, lanes: int, context_length: int) -> bool:
     """Whether every lane fills a context, by reading everything."""
-    recut = corpus.recut(lanes)
-    return all(
-        len(lane_of(recut, tokenizer, index, lanes=lanes, repeat=False, context_length=context_length).contexts(1))
-        for index in range(lanes)
-    )
+    body = context_length - 1
+    for index in range(lanes):
+        parts = own_parts(corpus, tokenizer, index, lanes=lanes, context_length=context_length)
+        if sum(len(tokenizer.encode(part.text)) + part.is_end for part in parts if part.text) < body:
+            return False
+    return True
 
 
 @settings(max_examples=25)
@@ -159,12 +174,12 @@ def test_short_lanes_are_refused_with_the_largest_number_that_works(
     tmp_path_factory, tokenizers, n, lanes, context_length, n_ranks, as_text
 ):
     folder = tmp_path_factory.mktemp("short")
-    corpus = corpus_of(folder, TEXTS[:n], lanes=lanes)
+    corpus = corpus_of(folder, TEXTS[:n])
     if as_text:
         (folder / "a.txt").write_text("\n".join(TEXTS[:n]))
-        corpus = Corpus(live_config(data=folder / "a.txt", held_out=folder / "held").data, lanes=lanes)
+        corpus = Corpus(live_config(data=folder / "a.txt", held_out=folder / "held").data)
     tokenizer = tokenizers["gpt"]
-    working = [count for count in (16, 8, 4, 2, 1) if shortest_works(corpus, tokenizer, count, context_length)]
+    working = [n for n in (16, 8, 4, 2, 1) if every_lane_fills_a_context(corpus, tokenizer, n, context_length)]
 
     def check() -> None:
         check_lanes(corpus, tokenizer, lanes=lanes, context_length=context_length, batch_tokens=16, n_ranks=n_ranks)
@@ -179,10 +194,8 @@ def test_short_lanes_are_refused_with_the_largest_number_that_works(
     assert expected in str(caught.value)
 
 
-def test_a_lane_of_empty_documents_says_so(tmp_path, tokenizers):
-    corpus = corpus_of(tmp_path, ["", "words here", "", "words there"], lanes=2)
-    with pytest.raises(UserError, match="documents hold no text"):
-        lane_of(corpus, tokenizers["gpt"], 0, lanes=2).contexts(1)
+def whole(text: str) -> Part:
+    return Part(text, is_end=True)
 
 
 @given(max_tokens=st.integers(1, 400))
@@ -190,7 +203,7 @@ def test_halves_of_held_out_contexts(tokenizers, max_tokens):
     tokenizer = tokenizers["gpt"]
 
     def contexts() -> HeldOutContexts:
-        return HeldOutContexts(iter(TEXTS[:20]), tokenizer=tokenizer, context_length=16)
+        return HeldOutContexts(map(whole, TEXTS[:20]), tokenizer=tokenizer, context_length=16)
 
     calibration, evaluation = (contexts().of_half(half, max_tokens=max_tokens) for half in HALVES)
     assert all(index % 2 == 0 for index in calibration)
@@ -206,4 +219,4 @@ def test_halves_of_held_out_contexts(tokenizers, max_tokens):
 
 def test_held_out_text_of_less_than_two_contexts(tokenizers):
     with pytest.raises(UserError, match="shorter than two contexts"):
-        HeldOutContexts(iter(TEXTS[:1]), tokenizer=tokenizers["gpt"], context_length=64)
+        HeldOutContexts(map(whole, TEXTS[:1]), tokenizer=tokenizers["gpt"], context_length=64)

@@ -12,8 +12,9 @@ from tiny_models import live_config, sentences
 
 from sae_train.config import DataConfig
 from sae_train.errors import DataError
-from sae_train.harvest.text import HELD_OUT_SHARE, Corpus, check_data
-from sae_train.harvest.text_files import PIECE_BYTES, Pieces, piece_bytes_of
+from sae_train.harvest.open_text import check_data
+from sae_train.harvest.plain_text import BLOCK_BYTES, LEAST_BLOCK_BYTES, TextBlocks, block_bytes_of
+from sae_train.harvest.text import HELD_OUT_SHARE, Corpus
 
 TEXTS = sentences(30)
 
@@ -37,12 +38,26 @@ def write_parquet(path: Path, texts: list[str]) -> Path:
     return path
 
 
+def texts_of(corpus: Corpus) -> list[str]:
+    """Return the whole documents, by one part each."""
+    return [corpus.part(index, 0, 10**9, window=0).text for index in range(len(corpus))]
+
+
+def held_out_of(corpus: Corpus) -> list[str]:
+    """Return the held-out documents, put together from their pieces."""
+    texts = [""]
+    for part in corpus.held_out_parts():
+        texts[-1] += part.text
+        texts += [""] if part.is_end else []
+    return texts[:-1]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.parquet"])
 def test_every_kind_of_file_gives_the_same_documents(tmp_path, monkeypatch, name):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     write = write_parquet if name.endswith("parquet") else write_lines
-    corpus = Corpus(data_at(write(tmp_path / name, TEXTS)), lanes=4)
-    assert [corpus[index] for index in range(len(corpus))] == TEXTS
+    corpus = Corpus(data_at(write(tmp_path / name, TEXTS)))
+    assert texts_of(corpus) == TEXTS
 
 
 def test_a_directory_is_all_its_files_in_sorted_order(tmp_path):
@@ -51,89 +66,90 @@ def test_a_directory_is_all_its_files_in_sorted_order(tmp_path):
     write_lines(tmp_path / "a.jsonl.xz", TEXTS[:10])
     write_lines(tmp_path / "deep" / "c.jsonl", ["last"])
     (tmp_path / "notes.md").write_text("not text to train on")
-    corpus = Corpus(data_at(tmp_path), lanes=2)
-    assert [corpus[index] for index in range(len(corpus))] == [*TEXTS, "last"]
+    corpus = Corpus(data_at(tmp_path))
+    assert texts_of(corpus) == [*TEXTS, "last"]
 
 
 def test_blank_lines_are_no_documents(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", TEXTS)
     path.write_bytes(b"\n" + path.read_bytes().replace(b"\n", b"\r\n\n  \n", 3))
-    assert len(Corpus(data_at(path), lanes=2)) == len(TEXTS)
+    assert len(Corpus(data_at(path))) == len(TEXTS)
 
 
 @given(
     text=st.text(alphabet=st.sampled_from(["a", "\n", "\u00e9", "\u6f22", "b"]), min_size=1, max_size=300),
-    piece_bytes=st.integers(1, 64),
+    block_bytes=st.integers(1, 64),
 )
-def test_pieces_are_whole_characters_and_lose_nothing(tmp_path_factory, text, piece_bytes):
-    path = tmp_path_factory.mktemp("pieces") / "a.txt"
+def test_blocks_are_whole_characters_and_lose_nothing(tmp_path_factory, text, block_bytes):
+    path = tmp_path_factory.mktemp("blocks") / "a.txt"
     path.write_bytes(text.encode())
-    pieces = Pieces(path, piece_bytes=piece_bytes)
-    found = [pieces[index] for index in range(len(pieces))]
+    blocks = TextBlocks(path, block_bytes=block_bytes)
+    found = [blocks.read(index).data.decode() for index in range(len(blocks))]
     assert "".join(found) == text
-    for piece in found[:-1]:
-        size = len(piece.encode())
-        assert piece_bytes <= size <= 2 * piece_bytes + 2
-        assert piece.endswith("\n") or "\n" not in piece[-1:]
+    assert [blocks.ends_document(index) for index in range(len(blocks))] == [False] * (len(blocks) - 1) + [True]
+    for block in found[:-1]:
+        assert block_bytes <= len(block.encode()) <= 2 * block_bytes + 2
+        assert block.endswith("\n") or "\n" not in block[-1:]
 
 
-def test_pieces_end_at_line_ends(tmp_path):
+def test_blocks_end_at_line_ends(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("".join(f"line {index}\n" for index in range(500)))
-    pieces = Pieces(path, piece_bytes=100)
-    assert len(pieces) > 30
-    assert all(pieces[index].endswith("\n") and pieces[index].startswith("line") for index in range(len(pieces)))
+    blocks = TextBlocks(path, block_bytes=100)
+    assert len(blocks) > 30
+    found = [blocks.read(index).data for index in range(len(blocks))]
+    assert all(block.endswith(b"\n") and block.startswith(b"line") for block in found)
 
 
-def test_pieces_are_64_kib_or_four_a_lane():
-    assert piece_bytes_of(10**9, lanes=64) == PIECE_BYTES
-    assert piece_bytes_of(1_000_000, lanes=10) == 25_000
-    assert piece_bytes_of(0, lanes=10) == 1
+def test_blocks_are_64_kib_or_less_in_a_short_text():
+    assert block_bytes_of(10**9) == BLOCK_BYTES
+    assert block_bytes_of(1_280_000) == 10_000
+    assert block_bytes_of(0) == LEAST_BLOCK_BYTES
 
 
 def test_held_out_documents_are_two_percent_by_their_text_alone(tmp_path):
     texts = sentences(5000, words=8)
-    corpus = Corpus(data_at(write_lines(tmp_path / "a.jsonl", texts)), lanes=4)
-    held_out = set(corpus.held_out_texts())
+    corpus = Corpus(data_at(write_lines(tmp_path / "a.jsonl", texts)))
+    held_out = set(held_out_of(corpus))
     assert 0.5 * HELD_OUT_SHARE < len(held_out) / len(texts) < 1.5 * HELD_OUT_SHARE
-    shuffled = Corpus(data_at(write_lines(tmp_path / "b.jsonl", texts[::-1] + texts[:100])), lanes=4)
-    assert set(shuffled.held_out_texts()) == held_out, "a copy or another place changes no side"
-    assert {text for text in texts if corpus.holds_out(text)} == held_out
+    shuffled = Corpus(data_at(write_lines(tmp_path / "b.jsonl", texts[::-1] + texts[:100])))
+    assert set(held_out_of(shuffled)) == held_out, "a copy or another place changes no side"
+    assert {text for index, text in enumerate(texts) if corpus.holds_out(index)} == held_out
 
 
 @given(n=st.integers(3, 40), seed=st.integers(0, 1000))
 def test_at_least_two_documents_are_held_out_and_one_is_not(tmp_path_factory, n, seed):
     path = write_lines(tmp_path_factory.mktemp("few") / "a.jsonl", sentences(n, seed=seed, words=4))
-    corpus = Corpus(data_at(path), lanes=1)
-    assert 2 <= len(list(corpus.held_out_texts())) < n
+    corpus = Corpus(data_at(path))
+    assert 2 <= len(list(held_out_of(corpus))) < n
 
 
 def test_a_split_of_its_own_is_held_out_whole_and_nothing_else(tmp_path):
     write_lines(tmp_path / "train.jsonl", TEXTS)
     held_out = write_lines(tmp_path / "val.jsonl", ["one", "two"])
-    corpus = Corpus(data_at(tmp_path, held_out=held_out), lanes=2)
-    assert [corpus[index] for index in range(len(corpus))] == TEXTS, "the held-out file lies in the same directory"
-    assert list(corpus.held_out_texts()) == ["one", "two"]
-    assert not any(corpus.holds_out(text) for text in TEXTS)
+    corpus = Corpus(data_at(tmp_path, held_out=held_out))
+    assert texts_of(corpus) == TEXTS, "the held-out file lies in the same directory"
+    assert list(held_out_of(corpus)) == ["one", "two"]
+    assert not any(corpus.holds_out(index) for index in range(len(corpus)))
 
 
 def test_the_bundled_corpus():
-    corpus = Corpus(data_at("bundled"), lanes=64)
-    held_out = list(corpus.held_out_texts())
+    corpus = Corpus(data_at("bundled"))
+    held_out = list(held_out_of(corpus))
     assert len(corpus) > 1000
     assert len(held_out) > 50
-    assert not set(held_out) & {corpus[index] for index in range(len(corpus))}
+    assert not set(held_out) & set(texts_of(corpus))
 
 
 def test_the_fingerprint_changes_with_the_text(tmp_path):
-    first = Corpus(data_at(write_lines(tmp_path / "a.jsonl", TEXTS)), lanes=2).fingerprint()
-    assert Corpus(data_at(write_lines(tmp_path / "b.jsonl", TEXTS)), lanes=2).fingerprint() == first
-    assert Corpus(data_at(write_lines(tmp_path / "c.jsonl", TEXTS[:-1])), lanes=2).fingerprint() != first
+    first = Corpus(data_at(write_lines(tmp_path / "a.jsonl", TEXTS))).fingerprint()
+    assert Corpus(data_at(write_lines(tmp_path / "b.jsonl", TEXTS))).fingerprint() == first
+    assert Corpus(data_at(write_lines(tmp_path / "c.jsonl", TEXTS[:-1]))).fingerprint() != first
 
 
 def refusal(data: DataConfig) -> str:
     with pytest.raises(DataError) as caught:
-        Corpus(data, lanes=2)
+        Corpus(data)
     assert caught.value.status == 2
     return str(caught.value)
 
@@ -152,14 +168,10 @@ def test_refusals_of_files(tmp_path):
     assert "data.held_out_split" in refusal(data_at(tmp_path / "train.jsonl", held_out=tmp_path / "val.jsonl"))
 
 
-def test_refusals_of_what_is_in_files(tmp_path):
+def test_refusals_of_files_of_which_nothing_can_be_read(tmp_path):
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": "fine"}\n{"text": \n')
-    assert "bad.jsonl, line 2: not JSON" in refusal(data_at(bad))
-    bad.write_text('{"text": "fine"}\n["text"]\n')
-    assert "line 2: not a JSON object" in refusal(data_at(bad))
-    bad.write_text('{"text": "fine"}\n{"body": "x"}\n')
-    assert "line 2 has no such key. Known: body" in refusal(data_at(bad))
+    bad.write_text('{"body": "x"}\n')
+    assert "line 1 has no such key. Known: body" in refusal(data_at(bad))
     bad.write_text('{"text": 7}\n')
     assert "holds int there, not text" in refusal(data_at(bad))
     whole = lzma.compress(b'{"text": "x"}\n' * 1000)
@@ -167,8 +179,6 @@ def test_refusals_of_what_is_in_files(tmp_path):
     assert "cannot be unpacked" in refusal(data_at(tmp_path / "cut.jsonl.xz"))
     (tmp_path / "cut.jsonl.gz").write_bytes(b"nonsense")
     assert "cannot be unpacked" in refusal(data_at(tmp_path / "cut.jsonl.gz"))
-    (tmp_path / "latin.txt").write_bytes("\u00e9\n".encode("latin-1") * 50)
-    assert "not UTF-8" in refusal(data_at(tmp_path / "latin.txt"))
     (tmp_path / "no.parquet").write_bytes(b"PAR1 nonsense")
     assert "not a readable parquet file" in refusal(data_at(tmp_path / "no.parquet"))
     two = write_lines(tmp_path / "two.jsonl", TEXTS[:2])
