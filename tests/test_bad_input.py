@@ -108,7 +108,7 @@ def test_text_that_is_too_short(content: str, refusal: Refusal, tmp_path: Path) 
     text = tmp_path / "text.txt"
     text.write_text(content)
     message = refusal(*typed(tmp_path, "data=files", f"data.id={text}"))
-    assert ("context" if content else "no text") in message
+    assert ("none to train on" if content else "no text") in message
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 

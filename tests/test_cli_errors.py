@@ -84,7 +84,11 @@ MESSAGES = {
     "k=-1": "k=-1: must be positive.",
     "k=64 n_features=32": "k=64: larger than n_features=32. Lower k or raise n_features.",
     "k=3 k=4": "k=3 k=4: k is given 2 times. Keep one.",
-    "batch_tokens=1000": "batch_tokens=1000 over harvest.lanes=64: not divisible. Nearest batch_tokens: 960 or 1024.",
+    "batch_tokens=1000 harvest.lanes=64": "batch_tokens=1000 over harvest.lanes=64: not divisible. Nearest "
+    "batch_tokens: 960 or 1024. harvest.lanes=null takes the largest divisor up to 64.",
+    "harvest.lanes=64 harvest.pool_batches=8 harvest.contexts_per_forward=64": "harvest.pool_batches=8: a lane's pool "
+    "holds 256 tokens, and half of it must hold one forward pass of 8192 (contexts_per_forward x context_length). "
+    "Lower harvest.contexts_per_forward to 1, or raise harvest.pool_batches to 512; null chooses it.",
     "expansion=3 n_features=100": "expansion=3: n_features=100 is the width already, so this would change nothing. "
     "Keep one.",
     "aux_loss=aux_zipf aux_loss.tau=0 aux_loss.exponent=2": "aux_loss.exponent=2: says which features are underused, "

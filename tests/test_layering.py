@@ -36,8 +36,8 @@ LAYERS = [
 
 OUTSIDE = {
     "accelerate": {"ranks.py"},
-    "datasets": {"harvest/text.py"},
-    "pyarrow": {"harvest/text.py"},
+    "datasets": {"harvest/table_rows.py"},
+    "pyarrow": {"harvest/table_rows.py"},
     "submitit": {"sweeps/submit.py"},
     "wandb": {"training/tracking.py"},
     "hydra": {"cli.py", "compose.py", "schemas.py"},

@@ -330,3 +330,27 @@ def test_scaling_is_the_moments_of_what_is_within_the_limit(seed, n, shift):
     kept = rows.flatten(0, 1)[norms <= scaling.limit]
     assert torch.allclose(scaling.centre_D, kept.mean(0))
     assert scaling.scale == pytest.approx(float((kept - kept.mean(0)).square().sum(1).mean().sqrt()))
+
+
+def test_rows_that_are_all_zero_are_counted_and_said(tmp_path):
+    rows = torch.randn(8000, 8, generator=torch.Generator().manual_seed(0))
+    rows[::3] = 0
+    save_file({"activations": rows}, tmp_path / "a.safetensors")
+    stream = build_stream(tensors_config(tmp_path), ranks=Solo(), dtype=torch.float32)
+    stream.start()
+    n_training = 8000 - 400
+    n_zero = int((rows[:n_training] == 0).all(dim=1).sum())
+    assert stream.data_figures() == {"rows": n_training, "zero_rows": n_zero, "outliers": 0}
+    (line,) = stream.notices()
+    assert f"{n_zero:,} of {n_training:,} rows to train on (33.3%) are all zero" in line
+    resumed = build_stream(tensors_config(tmp_path), ranks=Solo(), dtype=torch.float32)
+    resumed.restore(stream.replicated_state(), lambda lane: {})
+    assert resumed.data_figures() == stream.data_figures()
+    together = on_ranks(2, lambda ranks: figures_of(tensors_config(tmp_path), ranks))
+    assert together == [stream.data_figures()] * 2
+
+
+def figures_of(config, ranks):
+    stream = build_stream(config, ranks=ranks, dtype=torch.float32)
+    stream.start()
+    return stream.data_figures()

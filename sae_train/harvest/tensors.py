@@ -98,6 +98,7 @@ class TensorStream(Stream):
             held_out, first = TensorTable(harvest.held_out, key="harvest.held_out", dtype=dtype), 0
         self.held_out = self._held_out = TensorHeldOut(held_out, first=first, ranks=ranks)
         self._outliers = torch.empty(0, dtype=torch.int64)
+        self._n_zero = 0
         self._epochs: dict[int, Tensor] = {}
         self._prefetch = prefetch_of(config)
         self._early: dict[int, Outcome[Tensor]] = {}
@@ -112,7 +113,7 @@ class TensorStream(Stream):
         whole, *gradients = rows_NW.to(self._ranks.device).split(self.d_model, dim=1)
         alone = Solo(self._ranks.device)  # the same rows on every rank: nothing to gather
         self._set_scaling(fit_scaling([whole], ranks=alone, site=site, gradients=gradients or None))
-        self._outliers = self._scan()
+        self._outliers, self._n_zero = self._scan()
         self._check_supply()
 
     def batch(self, step: int) -> Tensor:
@@ -159,7 +160,8 @@ class TensorStream(Stream):
 
     def replicated_state(self) -> dict[str, Tensor]:
         files = torch.tensor(self.fingerprint())
-        return {**self.scaling.state(), "outliers": self._outliers, "files": files}
+        zero = torch.tensor(self._n_zero)
+        return {**self.scaling.state(), "outliers": self._outliers, "zero_rows": zero, "files": files}
 
     def lane_states(self) -> dict[int, dict[str, Tensor]]:
         return {}
@@ -169,8 +171,18 @@ class TensorStream(Stream):
             raise DataError(f"harvest.path={self._harvest.path}: not the files that the checkpoint was made from. "
                             "Put the old ones back, or start a new run with another name.")  # fmt: skip
         self._set_scaling(Scaling.from_state(replicated, device=self._ranks.device))
-        self._outliers = replicated["outliers"]
+        self._outliers, self._n_zero = replicated["outliers"], int(replicated["zero_rows"])
         self._epochs.clear()
+
+    def notices(self) -> list[str]:
+        if not self._n_zero:
+            return []
+        share = self._n_zero / self._plan.n_training
+        return [f"harvest.path={self._harvest.path}: {self._n_zero:,} of {self._plan.n_training:,} rows to train on "
+                f"({share:.1%}) are all zero, and are trained on. Leave them out where they are padding."]  # fmt: skip
+
+    def data_figures(self) -> dict[str, int]:
+        return {"rows": self._plan.n_training, "zero_rows": self._n_zero, "outliers": len(self._outliers)}
 
     def dropped_share(self) -> float:
         return len(self._outliers) / self._plan.n_training
@@ -203,20 +215,20 @@ class TensorStream(Stream):
             first += len(part)
         return torch.cat(parts)
 
-    def _scan(self) -> Tensor:
-        """Return the training rows over the outlier limit; every rank reads its share, all learn what each found.
+    def _scan(self) -> tuple[Tensor, int]:
+        """Return the training rows over the outlier limit, and how many are all zero; every rank reads its share.
 
         Raises:
             DataError: a row is not finite, in training or held-out data; the same on every rank.
         """
-        outliers, bad = _scan_rows(self._table, self._plan.n_training, self.scaling.limit, self._ranks)
+        outliers, bad, n_zero = _scan_rows(self._table, self._plan.n_training, self.scaling.limit, self._ranks)
         table, start = self._held_out.table, self._held_out.first
-        _, bad_held_out = _scan_rows(table, table.n_rows, self.scaling.limit, self._ranks, start=start)
+        _, bad_held_out, _ = _scan_rows(table, table.n_rows, self.scaling.limit, self._ranks, start=start)
         if bad is not None:
             raise _not_finite(self._table, bad)
         if bad_held_out is not None:
             raise _not_finite(table, bad_held_out)
-        return outliers
+        return outliers, n_zero
 
     def _check_supply(self) -> None:
         n_kept = self._plan.n_training - len(self._outliers)
@@ -251,12 +263,15 @@ class TensorHeldOut(HeldOut):
 
 def _scan_rows(
     table: TensorTable, stop: int, limit: float, ranks: Ranks, *, start: int = 0
-) -> tuple[Tensor, int | None]:
-    """Return the rows of start..stop over the limit, and the first that is not finite, the same on every rank."""
+) -> tuple[Tensor, int | None, int]:
+    """Return the rows of start..stop over the limit, the first that is not finite, and how many are all zero.
+
+    The same on every rank; after a row that is not finite nothing is counted.
+    """
     size = -(-(stop - start) // ranks.size)
     mine = start + ranks.rank * size
     found = [torch.empty(0, dtype=torch.int64)]
-    bad = stop
+    bad, n_zero = stop, 0
     for first, (rows_ND, *gradients) in table.spans(mine, min(mine + size, stop)):
         norms = row_norms(rows_ND)
         over = (~(norms <= limit)).nonzero()[:, 0]
@@ -266,9 +281,11 @@ def _scan_rows(
             bad = min(bad, first + int(torch.cat(not_finite).min()))
             break
         found.append(first + over)
+        n_zero += int((norms == 0).sum())
     firsts = ranks.gather(torch.tensor([bad], device=ranks.device))
     outliers = ranks.gather_rows(torch.cat(found).to(ranks.device)).cpu()
-    return outliers, None if int(firsts.min()) == stop else int(firsts.min())
+    n_zero = int(ranks.sum(torch.tensor(n_zero, device=ranks.device)))
+    return outliers, None if int(firsts.min()) == stop else int(firsts.min()), n_zero
 
 
 def _refuse_bad(rows_NW: Tensor, index_N: Tensor, table: TensorTable) -> None:

@@ -28,7 +28,6 @@ from sae_train.training.saver import Saver
 from sae_train.training.tracking import Dashboard, MetricsFile, build_dashboard
 from sae_train.training.trainer import Events, Trainer
 
-
 LARGEST_SPREAD = 1.0
 """Epochs that the fastest lane may be ahead of the slowest before the user is told."""
 
