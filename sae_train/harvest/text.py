@@ -28,8 +28,8 @@ FINGERPRINTED = 16
 """Documents, spread evenly, whose hashes tell one corpus from another."""
 COUNTED_BYTES = 4 * 1024 * 1024
 """Text up to this size is shared out over lanes by its tokens."""
-LOOKED_AT = 100
-"""First documents of a text too large to be read whole, some of which must hold text."""
+LOOKED_AT, LOOKED_AT_BYTES = 100, 16 * 1024 * 1024
+"""Of a text too large to be read whole the first documents, this many or this long at most; some must hold text."""
 _HASH_RANGE = 2**64
 _HELD_OUT_PIECE = 4 * 1024
 _UNKNOWN, _TRAINING, _HELD_OUT = 0, 1, 2
@@ -64,8 +64,8 @@ class Corpus:
         self.flaw_N = torch.zeros(n, dtype=torch.uint8)
         if self._documents.is_exact:
             self.flaw_N[n_bytes == 0] = Flaw.EMPTY
-        hash_N = np.array([self._meet(index) for index in range(n if self.is_scanned else min(n, LOOKED_AT))],
-                          dtype=np.uint64)  # fmt: skip
+        n_looked_at = n if self.is_scanned else _first_few(n_bytes)
+        hash_N = np.array([self._meet(index) for index in range(n_looked_at)], dtype=np.uint64)
         if data.strict and bool((self.flaw_N == Flaw.EMPTY).any()):
             self._meet(int((self.flaw_N == Flaw.EMPTY).nonzero()[0]))  # raises
         self._refuse_no_text(self.flaw_N[: len(hash_N)])
@@ -219,6 +219,12 @@ class Corpus:
             estimate = int(documents.n_bytes[index])
             start, stop = start * size // estimate, stop * size // estimate
         return _cut(documents, index, start, size, window), _cut(documents, index, stop, size, window), size
+
+
+def _first_few(n_bytes: Tensor) -> int:
+    """Return how many documents are looked at when a text too large to be read whole is opened."""
+    within = int((n_bytes[:LOOKED_AT].cumsum(0) <= LOOKED_AT_BYTES).sum())
+    return min(len(n_bytes), max(1, within))
 
 
 def _cut(documents: Documents, index: int, target: int, size: int, window: int) -> int:
