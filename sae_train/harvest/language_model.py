@@ -113,6 +113,22 @@ class LanguageModel:
         both = torch.cat([sites[0].detach(), gradient], dim=-1)
         return both.unflatten(0, ids_BT.shape) if both.ndim == 2 else both
 
+    def why_not_finite(self) -> str:
+        """Return what to tell a user whose activations, or their gradients, are not finite."""
+        weights = (name for name, weight in self.model.named_parameters()
+                   if weight.is_floating_point() and not torch.isfinite(weight).all())  # fmt: skip
+        broken, dtype = next(weights, None), str(self.model.dtype).removeprefix("torch.")
+        what = "the language model's activations, or their gradients, are not finite"
+        if dtype == "float16":
+            cause = f", and neither is its weight {broken}" if broken else ""
+            return (f"{what} in float16{cause}: no number above 65504 is there. "
+                    "Choose model.dtype=float32 or bfloat16.")  # fmt: skip
+        if broken:
+            return (f"{what}, because its weight {broken} is not. No other model.dtype changes that. Fetch the "
+                    "checkpoint again, or choose another one.")  # fmt: skip
+        other = " Try model.dtype=float32." if dtype != "float32" else " Try model.attention=eager."
+        return f"{what} in {dtype}, though all its weights are.{other} Else choose another site or checkpoint."
+
     @torch.no_grad()
     def logits(self, ids_BT: Tensor, *, replace: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return next-token logits [B, T, V].

@@ -6,6 +6,7 @@ import torch
 
 from sae_train.config import LiveHarvestConfig, RunConfig
 from sae_train.errors import ConfigError
+from sae_train.harvest.checkpoints import check_weights
 from sae_train.harvest.findings import Findings
 from sae_train.harvest.hub import local_path
 from sae_train.harvest.lanes import check_lanes
@@ -33,6 +34,7 @@ def check_live(config: RunConfig, harvest: LiveHarvestConfig, *, n_ranks: int) -
     findings.collect(lambda: check_lane_count(harvest.lanes, n_ranks, config.batch_tokens))
     findings.collect(lambda: _check_pool_holds_forwards(config, harvest))
     findings.collect(lambda: _check_revision(config))
+    findings.collect(lambda: check_weights(config.model))
     facts = findings.collect(lambda: site_facts(config))
     if facts is not None:
         findings.collect(lambda: _check_loss(config, facts))
@@ -56,7 +58,8 @@ def check_live(config: RunConfig, harvest: LiveHarvestConfig, *, n_ranks: int) -
     return StreamFacts(d_model=facts.d_model, label=f"{config.model.name}.{facts.label}", n_blocks=facts.n_blocks,
                        pool_bytes=_pool_bytes(config, harvest, width), record=record,
                        prefetch=prefetch, ahead_bytes=_ahead_bytes(config, harvest, width, prefetch),
-                       flops_per_token=facts.flops_per_token, logit_bytes=_logit_bytes(harvest, facts))  # fmt: skip
+                       flops_per_token=facts.flops_per_token, logit_bytes=_logit_bytes(harvest, facts),
+                       note=facts.note)  # fmt: skip
 
 
 def _check_pool_holds_forwards(config: RunConfig, harvest: LiveHarvestConfig) -> None:
@@ -139,10 +142,11 @@ def _host_memory() -> int:
 
 def _check_text(config: RunConfig, harvest: LiveHarvestConfig, n_ranks: int) -> None:
     """Open local text and see that every lane has a context; of hub data, see that it exists."""
+    tokenizer = Tokenizer(config.model)
     if not is_local(config.data):
         check_data(config.data)
         return
-    check_lanes(Corpus(config.data, lanes=harvest.lanes), Tokenizer(config.model), lanes=harvest.lanes,
+    check_lanes(Corpus(config.data, lanes=harvest.lanes), tokenizer, lanes=harvest.lanes,
                 context_length=harvest.context_length, batch_tokens=config.batch_tokens, n_ranks=n_ranks)  # fmt: skip
 
 

@@ -5,6 +5,7 @@ initialised. Token ids, positions and masks are real, so that code that looks at
 FakeTensorMode is private to torch; test_probe.py holds what is used of it. B contexts, T positions.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -113,6 +114,7 @@ def probe(built: nn.Module, module: str, side: str, *, settings: Any, model: Mod
         DataError: the architecture cannot be run on token ids, or not without its weights.
     """
     kind, note = settings.model_type, None
+    logging.getLogger(FakeTensor.__module__).setLevel(logging.CRITICAL)  # it logs what it also raises
     try:
         width, flops, logits = _run(built, module, side, settings, given=given, reads_gradients=reads_gradients)
     except UserError:

@@ -42,6 +42,8 @@ class StreamFacts:
     """Memory of what may be harvested ahead, over all ranks."""
     logit_bytes: int = 0
     """Memory that the loss and the way back through the logits take of one rank at most; 0 where nothing needs them."""
+    note: str | None = None
+    """What the plan says of the language model beside these numbers."""
     record: dict[str, str | int | None] = field(default_factory=dict)
     """What sae.json should say of the source: model id, revision, site, data."""
 

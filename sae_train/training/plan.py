@@ -57,6 +57,8 @@ class Plan:
     prefetch: int
     """Batches that are harvested ahead of the step at most."""
     checkpoint_bytes: int
+    note: str | None
+    """What the plan says of the language model beside its numbers."""
     flops: float
     """Estimated, of the whole run: language model up to the site (gradients: to its loss and back), encoder product,
     matches."""
@@ -112,6 +114,7 @@ def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
         holdings=_holdings(config, facts, n_features=n_features, n_ranks=n_ranks, columns=columns),
         prefetch=facts.prefetch,
         checkpoint_bytes=3 * element * parameters + facts.pool_bytes,
+        note=facts.note,
         flops=total * (facts.flops_per_token + _sae_flops(config, facts.d_model, n_features)),
     )
     _check_memory(plan)
@@ -125,6 +128,7 @@ def describe(plan: Plan, config: RunConfig, *, path: str) -> str:
     model = "the language model but for its logits" if config.reads_gradients else "the language model"
     rows = [
         ("site", f"{plan.label}, d_model {plan.d_model}"),
+        *([("language model", plan.note)] if plan.note else []),
         ("SAE", f"{config.sparsifier.name}, {config.sparsity}, {plan.n_features} features"),
         ("parameters", f"{plan.parameters:,}"),
         *([("gradients", GRADIENTS)] if config.reads_gradients else []),
