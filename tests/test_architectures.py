@@ -1,6 +1,5 @@
 """Many architectures of transformers: the plan without weights, and activations equal to a hook set by hand."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest

@@ -12,7 +12,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from sae_train.assets import model_directory
 from sae_train.config import ModelConfig
 from sae_train.errors import DataError
-from sae_train.harvest.hub import hub_error, local_path, missing_library, needs_library
+from sae_train.harvest.hub import hub_error, is_installed, local_path, missing_library, needs_library
 
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -49,15 +49,15 @@ def read_model_config(model: ModelConfig) -> Any:
         DataError: it cannot be found or read, or needs code or a library that is not there.
     """
     name, options = source_of(model)
+    is_local = "local_files_only" in options
+    unreadable = f"model.id={model.id}: no readable config.json there. Give a directory in Hugging Face layout."
+    if is_local and not (Path(name) / "config.json").is_file():
+        foreign = _foreign_files(Path(name))
+        raise DataError(f"model.id={model.id}: {foreign}" if foreign else unreadable)
     try:
         return AutoConfig.from_pretrained(name, **options)
     except OSError as error:
-        if "local_files_only" not in options:
-            raise hub_error("model.id", model.id, error) from error
-        foreign = _foreign_files(Path(name))
-        raise DataError(f"model.id={model.id}: {foreign}" if foreign else
-                        f"model.id={model.id}: no readable config.json there. "
-                        "Give a directory in Hugging Face layout.") from error  # fmt: skip
+        raise (DataError(unreadable) if is_local else hub_error("model.id", model.id, error)) from error
     except Exception as error:  # its configuration is foreign, and so may be its code
         raise load_error(model, error, part="configuration") from error
 
@@ -69,9 +69,13 @@ def load_error(model: ModelConfig, error: Exception, *, part: str) -> DataError:
         return DataError(f"{given}: its {part} needs Python code that comes with the checkpoint, and that code is not "
                          "run unasked. Read it, then set model.remote_code=true.")  # fmt: skip
     library = missing_library(error)
+    if library == "tiktoken" and not is_installed("sentencepiece"):
+        library = "sentencepiece tiktoken"  # one file may be of either, and transformers tries both
     if library is not None:
         return DataError(f"{given}: its {part} {needs_library(library)}")
-    said = (str(error).strip().splitlines() or [""])[0][:300]
+    if "ignore_mismatched_sizes" in str(error):
+        return DataError(f"{given}: its weights have other shapes than its config.json says. Fetch or save it again.")
+    said = " ".join(str(error).split())[:300]
     kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
     return DataError(f"{given}: its {part} cannot be read: {kind}{said}")
 
@@ -112,7 +116,8 @@ def check_quantised(model: ModelConfig, settings: Any) -> bool:
     if not given:
         return False
     given = copy.deepcopy(given if isinstance(given, dict) else given.to_dict())
-    method = given.get("quant_method") or ("bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & set(given) else None)
+    is_bits = given.get("load_in_4bit") or given.get("load_in_8bit")
+    method = given.get("quant_method") or ("bitsandbytes" if is_bits else "by a method that is not named")
     start = f"model.id={model.id}: its weights are quantised ({method}), and "
     end = "Give a checkpoint that is not quantised."
     try:
@@ -125,19 +130,18 @@ def check_quantised(model: ModelConfig, settings: Any) -> bool:
         library = missing_library(error)
         if library is not None:
             raise DataError(f"{start}this {needs_library(library)} Or give one that is not quantised.") from error
-        said = str(error).strip().splitlines()[0][:300]
-        raise DataError(f"{start}they cannot be loaded here: {said} {end}") from error
+        said = " ".join(str(error).split())[:300].removesuffix(".")
+        raise DataError(f"{start}they cannot be loaded here: {said}. {end}") from error
     return True
 
 
 def check_weights(model: ModelConfig) -> None:
     """Refuse a local directory that lacks weights, or some of the files that its index names."""
-    name, options = source_of(model)
-    if "local_files_only" not in options:
+    folder = local_path(model.id)
+    if model.id == "bundled" or folder is None:
         return
-    folder = Path(name)
     if not (folder / "config.json").is_file() or any((folder / each).is_file() for each in _WEIGHTS):
-        return
+        return  # without a configuration that is the finding
     for index in _INDICES:
         if (folder / index).is_file():
             files = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())

@@ -55,10 +55,10 @@ def missing_library(error: BaseException) -> str | None:
     """Return the libraries that `error` says are missing, as `pip install` takes them, or None."""
     for cause in _causes(error):
         advice = re.search(r"pip install (?:-\S+ +)*['\"]?([A-Za-z][^`'\")\n]*)", str(cause))
-        if advice is not None:
+        if advice is not None and advice[1].strip() != "transformers":  # that one is only too old
             return advice[1].strip()
         module = (getattr(cause, "name", None) or "").partition(".")[0]
-        if isinstance(cause, ModuleNotFoundError) and module and not _is_installed(module):
+        if isinstance(cause, ModuleNotFoundError) and module and not is_installed(module):
             return module
         required = re.search(r"requires the (\S+) library", str(cause))
         if isinstance(cause, ImportError) and required is not None:
@@ -66,13 +66,13 @@ def missing_library(error: BaseException) -> str | None:
     return None
 
 
-def needs_library(library: str) -> str:
-    """Return the end of a message about a library that is missing."""
-    quoted = f"'{library}'" if "=" in library else library
-    return f"needs {library}, which is not installed here, or too old. Run `pip install {quoted}`."
+def needs_library(libraries: str) -> str:
+    """Return the end of a message about libraries that are missing."""
+    quoted = f"'{libraries}'" if "=" in libraries else libraries
+    return f"needs {' and '.join(libraries.split())}: not installed here, or too old. Run `pip install {quoted}`."
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 

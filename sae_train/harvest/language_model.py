@@ -175,7 +175,11 @@ def _load(model: ModelConfig, settings: Any, device: torch.device) -> Any:
     if missing:
         raise DataError(f"model.id={model.id}: its files lack {len(missing)} of its weights, {missing[0]} among them, "
                         "which would be random numbers. Fetch or save it again.")  # fmt: skip
-    return loaded if is_quantised else loaded.to(device)
+    if not is_quantised:
+        return loaded.to(device)
+    if getattr(loaded.config, "quantization_config", None) is None:  # expanded on loading: no GPU here takes FP8
+        return loaded.to(DTYPES[model.dtype])
+    return loaded
 
 
 def _special_ids(tokenizer: Any) -> list[int]:

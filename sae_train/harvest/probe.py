@@ -133,7 +133,7 @@ def probe(built: nn.Module, module: str, side: str, *, settings: Any, model: Mod
         except Exception as failure:
             raise DataError(f"model.id={model.id}: the architecture {kind!r} cannot be run on token ids alone as far "
                             f"as {module} ({_said(failure)}). Choose another site.") from failure  # fmt: skip
-        note = f"{kind} was run with weights of no meaning: it cannot be run without any ({type(error).__name__})"
+        note = f"{kind} was run with arbitrary weights: without any it cannot be run ({type(error).__name__})"
     positions = _positions(built, module, side, settings, context_length=context_length)
     return Probe(width=width, flops=flops, logits=logits, max_positions=positions, note=note)
 
