@@ -178,7 +178,8 @@ def _load(model: ModelConfig, settings: Any, device: torch.device) -> Any:
     if not is_quantised:
         return loaded.to(device)
     if getattr(loaded.config, "quantization_config", None) is None:  # expanded on loading: no GPU here takes FP8
-        return loaded.to(DTYPES[model.dtype])
+        for weight in loaded.parameters():  # no buffers: rotary frequencies stay fp32
+            weight.data = weight.data.to(DTYPES[model.dtype])
     return loaded
 
 
