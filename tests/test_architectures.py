@@ -83,6 +83,7 @@ def check_parts_of_a_block(language_model: LanguageModel, folder: Path) -> None:
         )
         without = output_of(language_model.model, block)
         handle.remove()
+        assert without.any(), "the stream itself is not added by the part"
         assert torch.allclose(full, without + added, atol=1e-4)
         assert not torch.allclose(full, without, atol=1e-4)
     language_model.facts = site_facts(block_config(folder, "attention"))

@@ -63,6 +63,14 @@ def test_the_longest_context_is_the_one_that_the_real_model_takes(tmp_path: Path
             assert f"takes at most {longest} positions" in refusal(same)
 
 
+def test_padding_as_token_zero_moves_the_first_position_by_one(tmp_path: Path) -> None:
+    """Positions of RoBERTa-like models begin behind the padding token, and are counted over tokens other than it."""
+    save_architecture(tmp_path, "xlm-roberta")
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"pad_token_id": 0}))
+    assert site_facts(live_config(tmp_path)).max_positions == 65
+
+
 def test_a_table_that_the_configuration_does_not_mention_ends_too(tmp_path: Path) -> None:
     """GPT-2's table is found by its lookups, whatever the configuration calls it."""
     save_model(tmp_path, "gpt2")
@@ -91,14 +99,15 @@ def test_the_probe_runs_in_the_models_dtype(tmp_path: Path, name: str, dtype: st
 
 
 def test_a_large_model_takes_no_memory(tmp_path: Path) -> None:
-    """The plan of a model with 10 GB of weights is made without them."""
+    """The plan of a model with terabytes of weights is made without them."""
     save_model(tmp_path, "llama")
     values = json.loads((tmp_path / "config.json").read_text())
-    large = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 64}
+    large = {"hidden_size": 2**17, "intermediate_size": 2**19, "num_attention_heads": 2**10}
+    large["num_key_value_heads"] = 2**10
     (tmp_path / "config.json").write_text(json.dumps(values | large | {"head_dim": 128}))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     facts = site_facts(live_config(tmp_path))
-    assert (facts.d_model, facts.n_blocks) == (8192, 3)
+    assert (facts.d_model, facts.n_blocks) == (2**17, 3)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
 
 
