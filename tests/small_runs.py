@@ -66,7 +66,9 @@ def run_config(
     }  # fmt: skip
     return RunConfig(
         **settings | dials,
-        model=schema.ModelConfig(name="m", id="bundled", revision=None, dtype="float32", attention="sdpa"),
+        model=schema.ModelConfig(
+            name="m", id="bundled", revision=None, dtype="float32", attention="sdpa", remote_code=False
+        ),
         data=schema.DataConfig(
             name="d",
             id="bundled",

@@ -30,7 +30,9 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]
 
 def read_tokenizer(folder: Path, special: dict[str, str]) -> Tokenizer:
     save_tokenizer(folder, **special)
-    return Tokenizer(ModelConfig(name="m", id=str(folder), revision=None, dtype="float32", attention="sdpa"))
+    return Tokenizer(
+        ModelConfig(name="m", id=str(folder), revision=None, dtype="float32", attention="sdpa", remote_code=False)
+    )
 
 
 def corpus_of(folder: Path, texts: list[str]) -> Corpus:

@@ -45,7 +45,6 @@ OUTSIDE = {
     "yaml": {"compose.py", "training/directory.py"},
     "tqdm": {"training/console.py"},
     "safetensors": {
-        "harvest/language_model.py",
         "training/checkpoint.py",
         "training/restore.py",
         "formats/*",
@@ -55,7 +54,7 @@ OUTSIDE = {
     "numba": {"kernels/numba_*", "kernels/backend.py"},
     "llvmlite": {"kernels/numba_team.py"},
     "triton": {"kernels/triton_adam.py", "kernels/triton_products.py"},
-    "transformers": {"harvest/language_model.py", "harvest/sites.py"},
+    "transformers": {"harvest/language_model.py", "harvest/sites.py", "harvest/checkpoints.py", "harvest/probe.py"},
 }
 """Which files may import each of the heavy libraries."""
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, live_config, save_model
+from tiny_models import FAMILIES, OTHERS, live_config, save_model
 from torch import Tensor, nn
 
 from sae_train import config as schema
@@ -26,7 +26,7 @@ KINDS = ("residual", "mlp", "attention")
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: save_model(tmp_path_factory.mktemp(kind), kind) for kind in (*FAMILIES, "opt")}
+    return {kind: save_model(tmp_path_factory.mktemp(kind), kind) for kind in (*FAMILIES, *OTHERS)}
 
 
 def config_for(models: dict[str, Path], family: str, kind: str = "residual", index: int | str = 1) -> RunConfig:
@@ -179,7 +179,7 @@ def test_a_splice_that_fails_leaves_no_hook(models):
     ("family", "path", "width"),
     [("llama", "model.layers.1.mlp.gate_proj", 48), ("llama", "model.embed_tokens", 32), ("llama", "lm_head", None),
      ("gpt2", "transformer.h.1.mlp.c_fc", 128), ("gpt2", "transformer.h.2", 32), ("bert", "encoder.layer.0", 32),
-     ("opt", "model.decoder.layers.1.fc1", 48), ("opt", "model.decoder.layers.1", 32)],
+     ("opt", "model.decoder.layers.1.fc1", 48), ("xglm", "model.layers.1", 32)],
 )  # fmt: skip
 def test_any_named_module(models, family, path, width):
     language_model = loaded(module_config(models, family, path))
@@ -216,7 +216,7 @@ def test_the_input_of_a_module_also_when_it_goes_by_name(models, path):
 def test_facts_come_without_weights(models, tmp_path):
     (tmp_path / "config.json").write_text((models["llama"] / "config.json").read_text())
     facts = site_facts(replace_model(config_for(models, "llama"), str(tmp_path)))
-    assert (facts.d_model, facts.n_blocks, facts.index, facts.max_positions) == (32, 3, 1, 64)
+    assert (facts.d_model, facts.n_blocks, facts.index, facts.max_positions) == (32, 3, 1, None)
     two_blocks = 2 * (4 * 32 * 32 + 3 * 32 * 48)
     assert facts.flops_per_token == 2 * two_blocks
 
@@ -265,8 +265,8 @@ def refusal(config: RunConfig) -> str:
 
 def test_refusals(models, tmp_path):
     llama = config_for(models, "llama")
-    assert "for models of type 'opt', only for gpt2" in refusal(config_for(models, "opt"))
-    assert "layer=module" in refusal(config_for(models, "opt"))
+    assert "for models of type 'xglm', only for gpt2" in refusal(config_for(models, "xglm"))
+    assert "layer=module" in refusal(config_for(models, "xglm"))
     assert "Did you mean 'model.layers.1.mlp'" in refusal(module_config(models, "llama", "model.layers.1.mpl"))
     assert "never runs" in refusal(module_config(models, "llama", "model.layers"))
     assert "not [contexts, positions, width]" in refusal(module_config(models, "llama", "model.rotary_emb"))

@@ -306,18 +306,19 @@ def test_refusals_before_weights(config, model, text, tmp_path):
     assert "Nearest harvest.lanes that divide batch_tokens=64: 8 or 16." in refusal(config, n_ranks=8)
     check_stream(changed(config, contexts_per_forward=4), n_ranks=1)
     check_stream(changed(config, contexts_per_forward=5, pool_batches=10), n_ranks=1)
-    assert "at most 64 positions" in refusal(changed(config, context_length=65, pool_batches=64))
+    (note,) = check_stream(changed(config, context_length=65, pool_batches=64), n_ranks=1).notices
+    assert "harvest.context_length=65 is longer than the 64 positions that llama speaks of: it runs" in note
     huge = refusal(changed(config, pool_batches=10**12))
     assert "do not fit" in huge
     fits = int(huge.split("Largest that fits: ")[1].rstrip("."))
     check_stream(changed(config, pool_batches=fits), n_ranks=1)
     refusal(changed(config, pool_batches=fits + 10**6))
     many = {"lanes": 4096, "context_length": 8, "contexts_per_forward": 1, "pool_batches": 16}
-    lanes = refusal(live_config(model, text, harvest=many, batch_tokens=4096))
+    lanes = refusal(live_config(model, text, harvest=many, batch_tokens=4096, tokens=4096))
     assert "harvest.lanes=4096: lane" in lanes
     fewer = int(lanes.split("largest that works is harvest.lanes=")[1].split(";")[0])
-    check_stream(live_config(model, text, harvest=many | {"lanes": fewer}, batch_tokens=4096), n_ranks=1)
-    refusal(live_config(model, text, harvest=many | {"lanes": 2 * fewer}, batch_tokens=4096))
+    check_stream(live_config(model, text, harvest=many | {"lanes": fewer}, batch_tokens=4096, tokens=4096), n_ranks=1)
+    refusal(live_config(model, text, harvest=many | {"lanes": 2 * fewer}, batch_tokens=4096, tokens=4096))
     several = refusal(live_config(tmp_path / "none", tmp_path / "gone.txt"), n_ranks=3)
     assert len(several.splitlines()) == 3
 
@@ -336,7 +337,7 @@ def test_a_tokenizer_that_does_not_belong_to_the_model(model, text, tmp_path):
 
 def test_activations_that_are_not_finite_name_site_and_way_out(model, text, tmp_path):
     with_loud_token(model, tmp_path, factor=float("nan"))
-    with pytest.raises(UserError, match=r"residual1: .* not finite in float32. Choose model.dtype=float32 or bfloat16"):
+    with pytest.raises(UserError, match=r"residual1: .* because its weight model.embed_tokens.weight is not. No other"):
         stream_of(live_config(tmp_path, text))
 
 

@@ -33,8 +33,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertModel", SMALL),
     "roberta": ("RobertaModel", SMALL | {"max_position_embeddings": 66}),
 }
-OTHER = ("OPTForCausalLM", {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "ffn_dim": 48,
-                            "max_position_embeddings": 64, "word_embed_proj_dim": 32})  # fmt: skip
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": ("OPTForCausalLM", {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "ffn_dim": 48,
+                               "max_position_embeddings": 64, "word_embed_proj_dim": 32}),
+    "xglm": ("XGLMForCausalLM", {"d_model": 32, "num_layers": 3, "attention_heads": 2, "ffn_dim": 48,
+                                 "max_position_embeddings": 64}),
+}  # fmt: skip
+"""A model whose modules see all tokens in one row, and one of a family that is not known."""
 
 
 def sentences(n: int, *, seed: int = 0, words: int = 40) -> list[str]:
@@ -58,8 +63,8 @@ def save_tokenizer(folder: Path, **special: str) -> int:
 
 
 def save_model(folder: Path, kind: str = "llama", **special: str) -> Path:
-    """Write a tiny random model of a family, or of one that is not known ('opt'), beside its tokenizer."""
-    architecture, sizes = FAMILIES.get(kind, OTHER)
+    """Write a tiny random model of a family, or one of OTHERS, beside its tokenizer."""
+    architecture, sizes = FAMILIES.get(kind) or OTHERS[kind]
     if not special:
         encoder = kind in ("bert", "roberta")
         special = ({"cls_token": "<cls>", "sep_token": "<sep>", "pad_token": "<pad>"} if encoder

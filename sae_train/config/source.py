@@ -23,6 +23,8 @@ class ModelConfig:
     """Number format of the forward pass: float32, bfloat16 or float16."""
     attention: str
     """Attention kernel: eager, sdpa or flash_attention_2."""
+    remote_code: bool
+    """Whether Python code that comes with the checkpoint may be run."""
 
     def problems(self) -> list[str]:
         found = []

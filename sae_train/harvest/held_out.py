@@ -74,7 +74,7 @@ class TextHeldOut(HeldOut):
         ids_BT = torch.stack([self._contexts[index] for index in chosen]).to(device)
         raw_BTD = self._language_model.activations(ids_BT)
         kept_BT = trainable(ids_BT, self._tokenizer)
-        check_finite(raw_BTD[kept_BT], site=self._site)
+        check_finite(raw_BTD[kept_BT], site=self._site, language_model=self._language_model)
         kept_BT &= row_norms(raw_BTD) <= self.limit
         context_B = torch.tensor(chosen, device=device)
         return HeldOutBatch(
@@ -136,9 +136,7 @@ def trainable(ids_BT: Tensor, tokenizer: "Tokenizer") -> Tensor:
     return kept_BT
 
 
-def check_finite(raw_NW: Tensor, *, site: str) -> None:
+def check_finite(raw_NW: Tensor, *, site: str, language_model: "LanguageModel") -> None:
     """Refuse activations, and gradients where the rows hold them, that are not finite."""
     if not torch.isfinite(raw_NW).all():
-        dtype = str(raw_NW.dtype).removeprefix("torch.")
-        raise DataError(f"{site}: the language model's activations, or their gradients, are not finite in {dtype}. "
-                        "Choose model.dtype=float32 or bfloat16.")  # fmt: skip
+        raise DataError(f"{site}: {language_model.why_not_finite()}")

@@ -1,5 +1,7 @@
 """What to tell a user when the Hugging Face hub does not give what was asked for."""
 
+import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +49,31 @@ def local_path(name: str) -> Path | None:
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
     return path if looks_local else None
+
+
+def missing_library(error: BaseException) -> str | None:
+    """Return the libraries that `error` says are missing, as `pip install` takes them, or None."""
+    for cause in _causes(error):
+        advice = re.search(r"pip install (?:-\S+ +)*['\"]?([A-Za-z][^`'\")\n]*)", str(cause))
+        if advice is not None and advice[1].strip() != "transformers":  # that one is only too old
+            return advice[1].strip()
+        module = (getattr(cause, "name", None) or "").partition(".")[0]
+        if isinstance(cause, ModuleNotFoundError) and module and not is_installed(module):
+            return module
+        required = re.search(r"requires the (\S+) library", str(cause))
+        if isinstance(cause, ImportError) and required is not None:
+            return required[1].strip("`").lower()
+    return None
+
+
+def needs_library(libraries: str) -> str:
+    """Return the end of a message about libraries that are missing."""
+    quoted = f"'{libraries}'" if "=" in libraries else libraries
+    return f"needs {' and '.join(libraries.split())}: not installed here, or too old. Run `pip install {quoted}`."
+
+
+def is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
@@ -15,10 +14,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from sae_train.config import ModelConfig, RunConfig
 from sae_train.errors import ConfigError, DataError
-from sae_train.harvest.hub import hub_error
-from sae_train.harvest.sites import SiteFacts, hooked, loader_of, read_model_config, run_until, site_facts, source_of
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from sae_train.harvest.checkpoints import check_quantised, load_error, loader_of, read_model_config, source_of
+from sae_train.harvest.families import text_part
+from sae_train.harvest.hooks import hooked, run_until
+from sae_train.harvest.hub import hub_error, missing_library
+from sae_train.harvest.probe import DTYPES
+from sae_train.harvest.sites import SiteFacts, site_facts
 
 
 class Tokenizer:
@@ -27,24 +28,26 @@ class Tokenizer:
     Attributes:
         bos: put before every context (the classification token of BERT-like models); None where there is none.
         eos: put after every document (the separator of BERT-like models); None where there is none.
-        special_ids: tokens that are never trained on: beginning, end, padding.
+        special_ids: tokens that are never trained on: beginning, end, padding, marks of a chat, and all others that
+            the tokenizer calls special.
     """
 
     def __init__(self, model: ModelConfig) -> None:
         name, options = source_of(model)
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(name, **options)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # its files and its code are foreign, and each kind fails in its own way
+            if missing_library(error) or "trust_remote_code" in str(error):
+                raise load_error(model, error, part="tokenizer") from error
             if "local_files_only" in options:
-                why = str(error).splitlines()[0][:160]
+                why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
                 raise DataError(f"model.id={model.id}: no tokenizer there that can be read ({why}). "
                                 "Save one beside the model.") from error  # fmt: skip
             raise hub_error("model.id", model.id, error) from error
         known = self._tokenizer
         self.bos: int | None = _first(known.bos_token_id, known.cls_token_id)
         self.eos: int | None = _first(known.eos_token_id, known.sep_token_id)
-        every = (self.bos, self.eos, known.pad_token_id, known.cls_token_id, known.sep_token_id)
-        self.special_ids = sorted({token for token in every if token is not None})
+        self.special_ids = _special_ids(known)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`."""
@@ -71,11 +74,11 @@ class LanguageModel:
     def __init__(self, config: RunConfig, *, device: torch.device, facts: SiteFacts | None = None) -> None:
         self.facts = facts or site_facts(config)
         settings = read_model_config(config.model)
-        loader = loader_of(settings)
         self.has_loss = self.facts.has_loss
         self.device = device
-        self.model = _load(loader, config.model).to(device).eval().requires_grad_(False)
-        self.model.config.use_cache = False
+        self.model = _load(config.model, settings, device).eval().requires_grad_(False)
+        for part in (self.model.config, text_part(self.model.config)):
+            part.use_cache = False
         self.vocab: int = self.model.get_input_embeddings().num_embeddings
 
     @torch.no_grad()
@@ -116,6 +119,22 @@ class LanguageModel:
         both = torch.cat([sites[0].detach(), gradient], dim=-1)
         return both.unflatten(0, ids_BT.shape) if both.ndim == 2 else both
 
+    def why_not_finite(self) -> str:
+        """Return what to tell a user whose activations, or their gradients, are not finite."""
+        weights = (name for name, weight in self.model.named_parameters()
+                   if weight.is_floating_point() and not torch.isfinite(weight).all())  # fmt: skip
+        broken, dtype = next(weights, None), str(self.model.dtype).removeprefix("torch.")
+        what = "the language model's activations, or their gradients, are not finite"
+        if dtype == "float16":
+            cause = f", and neither is its weight {broken}" if broken else ""
+            return (f"{what} in float16{cause}: no number above 65504 is there. "
+                    "Choose model.dtype=float32 or bfloat16.")  # fmt: skip
+        if broken:
+            return (f"{what}, because its weight {broken} is not. No other model.dtype changes that. Fetch the "
+                    "checkpoint again, or choose another one.")  # fmt: skip
+        other = " Try model.dtype=float32." if dtype != "float32" else " Try model.attention=eager."
+        return f"{what} in {dtype}, though all its weights are.{other} Else choose another site or checkpoint."
+
     @torch.no_grad()
     def logits(self, ids_BT: Tensor, *, replace: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return next-token logits [B, T, V].
@@ -139,23 +158,44 @@ class LanguageModel:
         return spliced
 
 
-def _load(loader: Any, model: ModelConfig) -> Any:
+def _load(model: ModelConfig, settings: Any, device: torch.device) -> Any:
     name, options = source_of(model)
     if "local_files_only" in options:
         disable_progress_bar()  # a bar is for downloads
+    is_quantised = check_quantised(model, settings)
+    if is_quantised:
+        options["device_map"] = {"": device}  # such weights cannot be moved afterwards
     try:
-        loaded, report = loader.from_pretrained(
-            name, dtype=_DTYPES[model.dtype], attn_implementation=model.attention, output_loading_info=True, **options
+        loaded, report = loader_of(settings).from_pretrained(
+            name, dtype=DTYPES[model.dtype], attn_implementation=model.attention, output_loading_info=True, **options
         )
-    except (OSError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # files of any kind, and the checkpoint's own code
+        if missing_library(error) or "trust_remote_code" in str(error):
+            raise load_error(model, error, part="architecture") from error
         if "local_files_only" in options:
-            raise DataError(f"model.id={model.id}: its weights cannot be read: {str(error).splitlines()[0]}") from error
+            raise load_error(model, error, part="weights") from error
         raise hub_error("model.id", model.id, error) from error
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise DataError(f"model.id={model.id}: its files lack {len(missing)} of its weights, {missing[0]} among them, "
                         "which would be random numbers. Fetch or save it again.")  # fmt: skip
+    if not is_quantised:
+        return loaded.to(device)
+    if getattr(loaded.config, "quantization_config", None) is None:  # expanded on loading: no GPU here takes FP8
+        for weight in loaded.parameters():  # no buffers: rotary frequencies stay fp32
+            weight.data = weight.data.to(DTYPES[model.dtype])
     return loaded
+
+
+def _special_ids(tokenizer: Any) -> list[int]:
+    """Return the ids of all tokens that a tokenizer calls special, in order."""
+    named = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
+    ids = {getattr(tokenizer, name, None) for name in named} | set(tokenizer.all_special_ids)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    ids |= {number for number, token in added.items() if getattr(token, "special", False)}
+    return sorted(number for number in ids if number is not None)
 
 
 def _first(*tokens: int | None) -> int | None:

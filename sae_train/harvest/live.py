@@ -84,7 +84,7 @@ class LiveLane:
         model = self._language_model
         raw_BTW = model.activations_and_gradients(ids_BT) if self._reads_gradients else model.activations(ids_BT)
         raw_NW = raw_BTW[trainable(ids_BT, self._tokenizer).to(raw_BTW.device)]
-        check_finite(raw_NW, site=self._site)
+        check_finite(raw_NW, site=self._site, language_model=model)
         if not len(raw_NW):
             self._note_fruitless()
         return Block(raw_NW, self.text.state(), self.text.has_ended)

@@ -6,6 +6,7 @@ import torch
 
 from sae_train.config import LaneSizes, LiveHarvestConfig, RunConfig
 from sae_train.errors import ConfigError
+from sae_train.harvest.checkpoints import check_weights
 from sae_train.harvest.findings import Findings
 from sae_train.harvest.hub import local_path
 from sae_train.harvest.lanes import check_lanes
@@ -34,6 +35,7 @@ def check_live(config: RunConfig, harvest: LiveHarvestConfig, *, n_ranks: int) -
     sizes = config.lane_sizes
     findings.collect(lambda: check_lane_count(sizes.lanes, n_ranks, config.batch_tokens))
     findings.collect(lambda: _check_revision(config))
+    findings.collect(lambda: check_weights(config.model))
     facts = findings.collect(lambda: site_facts(config))
     if facts is not None:
         findings.collect(lambda: _check_loss(config, facts))
@@ -59,7 +61,7 @@ def check_live(config: RunConfig, harvest: LiveHarvestConfig, *, n_ranks: int) -
                        pool_bytes=_pool_bytes(config, harvest, width), record=record,
                        prefetch=prefetch, ahead_bytes=_ahead_bytes(config, width, prefetch),
                        flops_per_token=facts.flops_per_token, logit_bytes=_logit_bytes(sizes, facts),
-                       notices=(notice,) if notice else (), sizes=sizes)  # fmt: skip
+                       notices=tuple(note for note in (facts.note, notice) if note), sizes=sizes)  # fmt: skip
 
 
 def _check_revision(config: RunConfig) -> None:
@@ -130,10 +132,11 @@ def _host_memory() -> int:
 
 def _check_text(config: RunConfig, n_ranks: int) -> Corpus | None:
     """Open local text and see that every lane has a context; of hub data, see that it exists."""
+    tokenizer = Tokenizer(config.model)
     corpus = _check_text_only(config)
     if corpus is not None:
         sizes = config.lane_sizes
-        check_lanes(corpus, Tokenizer(config.model), lanes=sizes.lanes, context_length=sizes.context_length,
+        check_lanes(corpus, tokenizer, lanes=sizes.lanes, context_length=sizes.context_length,
                     batch_tokens=config.batch_tokens, n_ranks=n_ranks)  # fmt: skip
     return corpus
 

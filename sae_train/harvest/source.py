@@ -43,7 +43,7 @@ class StreamFacts:
     logit_bytes: int = 0
     """Memory that the loss and the way back through the logits take of one rank at most; 0 where nothing needs them."""
     notices: tuple[str, ...] = ()
-    """What is wrong with the data and not in the way, a line each."""
+    """What the user should be told of the model and the data, a line each."""
     sizes: LaneSizes | None = None
     """Lanes, contexts a forward pass and pools of a live harvest."""
     record: dict[str, str | int | None] = field(default_factory=dict)

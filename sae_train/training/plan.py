@@ -60,7 +60,7 @@ class Plan:
     sizes: LaneSizes | None
     """Lanes, contexts a forward pass and pools of a live harvest."""
     notices: tuple[str, ...]
-    """What is wrong with the data and not in the way."""
+    """What the user should be told of the model and the data."""
     flops: float
     """Estimated, of the whole run: language model up to the site (gradients: to its loss and back), encoder product,
     matches."""
