@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -22,6 +23,7 @@ from sae_train.training import stop
 if TYPE_CHECKING:
     from sae_train.compose import Point, Request
 
+BROKEN = 1
 PREEMPTED = 75
 INTERRUPTED = 130
 FIRST_RANK_SPEAKS = 3.0
@@ -172,8 +174,8 @@ def _submit(request: "Request", arguments: list[str]) -> int:
 def _run(points: "list[Point]", record: outcome.Record) -> int:
     """Make the runs, one after another; return the gravest exit status.
 
-    In a sweep an error that concerns one point is reported and the next point has its turn; several ranks
-    stop there, because not all of them may have had the error.
+    In a sweep an error ends one point: it is reported, one of our own (status 1) with its traceback, and the next point
+    has its turn. Several ranks stop there, because not all of them may have had the error.
     """
     from sae_train.ranks import leave
     from sae_train.training.run import run
@@ -193,6 +195,13 @@ def _run(points: "list[Point]", record: outcome.Record) -> int:
             problem = f"{name}: {error}" if name else str(error)
             _complain(problem, everywhere=isinstance(error, Preempted))
             statuses[name] = error.status
+        except Exception as error:
+            if len(points) == 1 or place.size > 1:
+                raise  # nothing comes after it here
+            problem, in_use = f"{name}: {type(error).__name__}: {error}", False
+            traceback.print_exc()
+            _complain(f"{name}: failed with the error above, which is a fault of this program.", everywhere=False)
+            statuses[name] = BROKEN
         if statuses[name] == PREEMPTED or (statuses[name] and place.size > 1):
             break
     unfinished = [name for name in names if statuses.get(name, UserError.status)]
