@@ -7,6 +7,7 @@ starts. Where SAE_TRAIN_OUTCOME names a file, it says how the run stands.
 """
 
 import argparse
+import io
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from sae_train.errors import DirectoryInUse, Preempted, UserError, raise_all
 from sae_train.place import find_place
 from sae_train.sweeps import outcome
+from sae_train.threads import prepare_threads
 from sae_train.training import stop
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ FIRST_RANK_SPEAKS = 3.0
 
 def main() -> None:
     """Do what `sys.argv` says and exit with a status."""
+    _show_all_text()
     status = run_command(sys.argv[1:])
     if find_place().size > 1:
         # threads of a group of processes that was left may still end while Python does, and abort it (seen: four runs
@@ -49,8 +52,16 @@ def run_point(arguments: list[str], outcome_file: str) -> NoReturn:
 
     submitit's own end is left out: it would make every status but 0 into 1, and its result is read by nobody.
     """
+    _show_all_text()
     os.environ[outcome.VARIABLE] = outcome_file
     _leave(run_command(arguments))
+
+
+def _show_all_text() -> None:
+    """Let stdout and stderr show escapes such as \\xe9 for characters that they cannot: a run must not end by a path."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _leave(status: int) -> NoReturn:
@@ -177,6 +188,7 @@ def _run(points: "list[Point]", record: outcome.Record) -> int:
     In a sweep an error ends one point: it is reported, one of our own (status 1) with its traceback, and the next point
     has its turn. Several ranks stop there, because not all of them may have had the error.
     """
+    prepare_threads()  # torch, which is imported next, reads the environment then; not earlier, as jobs would inherit it
     from sae_train.ranks import leave
     from sae_train.training.run import run
 

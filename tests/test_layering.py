@@ -14,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors", "assets", "heartbeat"},
     {"place"},
+    {"threads"},
     {"config", "verbs"},
     {"ranks"},
     {"schemas"},
@@ -69,6 +70,7 @@ LIGHT = [
     "errors.py",
     "place.py",
     "preflight.py",
+    "threads.py",
     "usage.py",
 ]
 """What runs before it is known that there is anything to run: no import of these leads to torch."""
