@@ -58,7 +58,7 @@ def run_point(arguments: list[str], outcome_file: str) -> NoReturn:
 
 
 def _show_all_text() -> None:
-    """Let stdout and stderr show escapes such as \\xe9 for characters that they cannot: a run must not end by a path."""
+    """Let stdout and stderr write escapes, such as \\xe9, for characters that they have not: no run ends by a path."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -188,7 +188,7 @@ def _run(points: "list[Point]", record: outcome.Record) -> int:
     In a sweep an error ends one point: it is reported, one of our own (status 1) with its traceback, and the next point
     has its turn. Several ranks stop there, because not all of them may have had the error.
     """
-    prepare_threads()  # torch, which is imported next, reads the environment then; not earlier, as jobs would inherit it
+    prepare_threads()  # before torch is imported, which reads them; not earlier: jobs of SLURM would inherit them
     from sae_train.ranks import leave
     from sae_train.training.run import run
 

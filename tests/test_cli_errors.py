@@ -81,7 +81,7 @@ MESSAGES = {
     "name=[a]": "name=[a]: not text or null.",
     "n_features=${nope}": "n_features: Interpolation key 'nope' not found.",
     "name=a=b": """name=a=b: cannot be read. Put the value in quotes, and these in the shell's: "name='a=b'".""",
-    "k=16,32": "k=16,32: several values. Add -m to make a run for each, or write k='16,32' for one text.",
+    "k=16,32": "k=16,32: several values. Add -m to make a run for each, or write \"k='16,32'\" for one text.",
     "k=-1": "k=-1: must be positive.",
     "k=64 n_features=32": "k=64: larger than n_features=32. Lower k or raise n_features.",
     "k=3 k=4": "k=3 k=4: k is given 2 times. Keep one.",

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "sae_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "assets", "heartbeat"},
+    {"errors", "assets", "heartbeat", "quoting"},
     {"place"},
     {"threads"},
     {"config", "verbs"},
@@ -70,6 +70,7 @@ LIGHT = [
     "errors.py",
     "place.py",
     "preflight.py",
+    "quoting.py",
     "threads.py",
     "usage.py",
 ]

@@ -24,7 +24,7 @@ def shortened(text: str, longest: int = LONGEST_NAME) -> str:
 def name_problem(name: str) -> str | None:
     """Return why no directory below `runs` can be called `name`, a name or several joined by '/'; None if one can."""
     if any(unicodedata.category(character) in UNUSABLE for character in name):
-        return f"name={ascii(name)}: holds control characters, or bytes that are not UTF-8. Choose another name."
+        return f"name={name!a}: holds control characters, or bytes that are not UTF-8. Choose another name."
     try:
         os.fsencode(name)
     except UnicodeEncodeError:

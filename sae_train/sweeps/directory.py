@@ -20,7 +20,7 @@ from sae_train.sweeps.queue import queued
 from sae_train.training.directory import RunDirectory, check_length
 
 LONGEST_BELOW = 80
-"""Bytes of the longest path below a sweep's directory, with room: submitit's logs, such as logs/1234567_12_0_log.out."""
+"""Bytes of the longest path below a sweep's directory, with room: logs/1234567_12_0_log.out and the like."""
 TAIL = 65_536
 """Bytes at the end of metrics.jsonl in which its last row lies."""
 
