@@ -1,6 +1,6 @@
 """How fast runs are on a crowded machine: alone, two beside each other, and one beside a busy process.
 
-    python scripts/bench_crowded.py [--rounds 3] [--tokens 400000] [--variants shipped GOMP_SPINCOUNT=300000 ...] [k=32 ...]
+    python scripts/bench_crowded.py [--rounds 3] [--tokens 400000] [--variants shipped GOMP_SPINCOUNT=300000] [k=32]
 
 Every round makes, for each variant in turn, one run alone, two at once, and one beside a Python process that counts.
 `shipped` sets nothing; another variant is an environment variable, such as OMP_WAIT_POLICY=passive, or
