@@ -22,7 +22,7 @@ MOST = os.pathconf("/", "PC_PATH_MAX") - 1
 USUAL = compose_config([])
 
 
-@given(label=st.text(max_size=400), n_features=st.integers(1, 10**15))
+@given(label=st.text() | st.integers(0, 400).map("m/\u00e9.".__mul__), n_features=st.integers(1, 10**15))
 def test_every_name_that_is_made_is_short_enough(label: str, n_features: int) -> None:
     name = run_name(USUAL, label=label, n_features=n_features)
     assert 0 < len(name.encode()) <= LONGEST_NAME

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sae_train.compose import Library, opened
@@ -136,6 +136,8 @@ def test_the_advice_for_several_values_works_when_it_is_pasted(library: Library)
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
 
 
+@example(value="\\'\"")
+@example(value="\\\\'\"\\")
 @given(value=TEXTS | st.text("a'\"\\ ,=$`!", min_size=1))
 def test_any_text_can_be_pasted(library: Library, value: str) -> None:
     (argument,) = shlex.split(pasted("runs", value))
