@@ -7,9 +7,11 @@ starts. Where SAE_TRAIN_OUTCOME names a file, it says how the run stands.
 """
 
 import argparse
+import io
 import os
 import sys
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -17,11 +19,13 @@ from typing import TYPE_CHECKING, NoReturn
 from sae_train.errors import DirectoryInUse, Preempted, UserError, raise_all
 from sae_train.place import find_place
 from sae_train.sweeps import outcome
+from sae_train.threads import prepare_threads
 from sae_train.training import stop
 
 if TYPE_CHECKING:
     from sae_train.compose import Point, Request
 
+BROKEN = 1
 PREEMPTED = 75
 INTERRUPTED = 130
 FIRST_RANK_SPEAKS = 3.0
@@ -30,6 +34,7 @@ FIRST_RANK_SPEAKS = 3.0
 
 def main() -> None:
     """Do what `sys.argv` says and exit with a status."""
+    _show_all_text()
     status = run_command(sys.argv[1:])
     if find_place().size > 1:
         # threads of a group of processes that was left may still end while Python does, and abort it (seen: four runs
@@ -47,8 +52,16 @@ def run_point(arguments: list[str], outcome_file: str) -> NoReturn:
 
     submitit's own end is left out: it would make every status but 0 into 1, and its result is read by nobody.
     """
+    _show_all_text()
     os.environ[outcome.VARIABLE] = outcome_file
     _leave(run_command(arguments))
+
+
+def _show_all_text() -> None:
+    """Let stdout and stderr write escapes, such as \\xe9, for characters that they have not: no run ends by a path."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _leave(status: int) -> NoReturn:
@@ -172,9 +185,10 @@ def _submit(request: "Request", arguments: list[str]) -> int:
 def _run(points: "list[Point]", record: outcome.Record) -> int:
     """Make the runs, one after another; return the gravest exit status.
 
-    In a sweep an error that concerns one point is reported and the next point has its turn; several ranks
-    stop there, because not all of them may have had the error.
+    In a sweep an error ends one point: it is reported, one of our own (status 1) with its traceback, and the next point
+    has its turn. Several ranks stop there, because not all of them may have had the error.
     """
+    prepare_threads()  # before torch is imported, which reads them; not earlier: jobs of SLURM would inherit them
     from sae_train.ranks import leave
     from sae_train.training.run import run
 
@@ -193,6 +207,13 @@ def _run(points: "list[Point]", record: outcome.Record) -> int:
             problem = f"{name}: {error}" if name else str(error)
             _complain(problem, everywhere=isinstance(error, Preempted))
             statuses[name] = error.status
+        except Exception as error:
+            if len(points) == 1 or place.size > 1:
+                raise  # nothing comes after it here
+            problem, in_use = f"{name}: {type(error).__name__}: {error}", False
+            traceback.print_exc()
+            _complain(f"{name}: failed with the error above, which is a fault of this program.", everywhere=False)
+            statuses[name] = BROKEN
         if statuses[name] == PREEMPTED or (statuses[name] and place.size > 1):
             break
     unfinished = [name for name in names if statuses.get(name, UserError.status)]

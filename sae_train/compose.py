@@ -8,7 +8,7 @@ come in one message. Nothing here starts a run or writes a file.
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -27,10 +27,11 @@ from yaml import YAMLError
 
 from sae_train import preflight
 from sae_train.config import RunConfig
-from sae_train.draft import Draft, flat
+from sae_train.draft import Draft, build, flat, reason
 from sae_train.errors import ConfigError, raise_all
 from sae_train.preflight import Typed
-from sae_train.schemas import register_schemas
+from sae_train.quoting import typed_values
+from sae_train.schemas import DIALS, holds_text, register_schemas
 from sae_train.sweeps import launcher
 from sae_train.sweeps.launcher import SlurmLauncher
 
@@ -72,13 +73,14 @@ def compose_request(
         ConfigError: with the problems of all points, before anything was loaded or written.
     """
     with opened(config_dir=config_dir, config_name=config_name) as library:
-        overrides, problems = library.read(arguments, sweep=sweep)
+        overrides, refused = library.read(arguments, sweep=sweep)
+        problems = list(refused.values())
         sent, overrides = library.split(overrides)
         where, found = library.launcher(sent, sweep=sweep)
         problems += found
         configs = []
         for point in library.expand(overrides):
-            config, found = library.check(point)
+            config, found = library.check(point, refused=refused.keys() - {""})
             problems += found
             configs.append((point, config))
         raise_all(list(dict.fromkeys(problems)))
@@ -103,9 +105,9 @@ class Offer:
 def offer(arguments: list[str], *, config_dir: str | None = None, config_name: str = CONFIG_NAME) -> Offer:
     """Return what can be set once the arguments are; keys that still need a value do not matter."""
     with opened(config_dir=config_dir, config_name=config_name) as library:
-        overrides, problems = library.read(arguments, sweep=False)
+        overrides, refused = library.read(arguments, sweep=False)
         draft = library.draft(library.split(overrides)[1])
-        raise_all(problems + draft.problems)
+        raise_all([*refused.values(), *draft.problems])
         values = cast(dict[str, Any], OmegaConf.to_container(draft.values))
         return Offer(
             values=values,
@@ -134,7 +136,8 @@ class Library:
         self._parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         self._composed: dict[tuple[str, ...], tuple[DictConfig, dict[str, str]]] = {}
         self._choices: dict[str, list[str]] = {}
-        self.groups = sorted({*self._options("", ObjectType.GROUP), "experiment"} - {"hydra", "schema"})
+        found = {*self._options("", ObjectType.GROUP), "experiment"} - {"hydra", "schema"}
+        self.groups = sorted(found - set(DIALS))  # a folder `runs` in --config-dir is no group
 
     def _options(self, group: str, kind: ObjectType) -> list[str]:
         loader = GlobalHydra.instance().config_loader()
@@ -148,22 +151,36 @@ class Library:
             self._choices[group] = self._options(group, ObjectType.CONFIG) + inner
         return self._choices[group]
 
-    def read(self, arguments: list[str], *, sweep: bool) -> tuple[list[Override], list[str]]:
-        """Return the arguments parsed, and the problems of those that cannot be used."""
-        overrides, problems = [], []
+    def read(self, arguments: list[str], *, sweep: bool) -> tuple[list[Override], dict[str, str]]:
+        """Return the arguments parsed, and the problems of those that cannot be used, under what tells these apart.
+
+        That is the key, where the argument has one.
+        """
+        overrides, refused = list[Override](), dict[str, str]()
         for argument in arguments:
+            key = argument.partition("=")[0].lstrip("+~").strip()
             try:
                 (override,) = self._parser.parse_overrides([argument])
             except HydraException:
-                problems.append(preflight.unreadable(argument, {group: self.choices(group) for group in self.groups}))
-                continue
-            if override.is_sweep_override() and not sweep:
-                problems.append(preflight.several_values(argument))
-            elif override.is_sweep_override() and not override.is_discrete_sweep():
-                problems.append(f"{argument}: a sweep needs its values one by one, as in k=16,32.")
+                groups = {group: self.choices(group) for group in self.groups}
+                problem = preflight.unreadable(argument, groups, is_readable=self._is_readable)
             else:
-                overrides.append(override)
-        return overrides, problems
+                if not override.is_sweep_override() or (sweep and override.is_discrete_sweep()):
+                    overrides.append(override)
+                    continue
+                problem = f"{argument}: a sweep needs its values one by one, as in k=16,32."
+                if not sweep:
+                    problem = preflight.several_values(argument)
+            refused[key] = f"{refused[key]}\n{problem}" if key in refused else problem
+        return overrides, refused
+
+    def _is_readable(self, argument: str) -> bool:
+        """Return whether Hydra's parser takes an argument as one value."""
+        try:
+            (override,) = self._parser.parse_overrides([argument])
+        except HydraException:
+            return False
+        return not override.is_sweep_override()
 
     @staticmethod
     def split(overrides: list[Override]) -> tuple[list[Override], list[Override]]:
@@ -180,7 +197,11 @@ class Library:
         problems += swept + preflight.check_repeats(typed)
         if problems or choice == launcher.HERE:
             return None, problems
-        values = [(e, o.value()) for e, o in zip(typed, overrides, strict=True) if e.key != launcher.GROUP]
+        values = [
+            (e, _value(o) if launcher.takes_text(e.key, o.value()) else o.value())
+            for e, o in zip(typed, overrides, strict=True)
+            if e.key != launcher.GROUP
+        ]
         return launcher.read_launcher(self.launcher_values(choice), values)
 
     def launcher_values(self, choice: str) -> dict[str, Any]:
@@ -192,23 +213,38 @@ class Library:
     def expand(self, overrides: list[Override]) -> list[list[Override]]:
         """Return the points of a sweep, the last of the swept keys changing fastest."""
         columns = [
-            self._parser.parse_overrides([f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()])
+            self._parser.parse_overrides([f"{o.get_key_element()}={value}" for value in self._swept(o)])
             if o.is_sweep_override()
             else [o]
             for o in overrides
         ]
         return [list(point) for point in itertools.product(*columns)]
 
-    def check(self, point: list[Override]) -> tuple[RunConfig | None, list[str]]:
+    def _swept(self, override: Override) -> list[str]:
+        """Return the values of a sweep as they are to be parsed; of a key that holds text, each as it was typed.
+
+        Hydra would give a number as it reads it: 1000.0 for 1e3.
+        """
+        values = list(override.sweep_string_iterator())
+        text = _text(override).partition("=")[2].strip()
+        if "(" in text.removeprefix("choice(") or not holds_text(override.get_key_element()):
+            return values
+        typed = typed_values(text)
+        return typed if len(typed) == len(values) else values
+
+    def check(self, point: list[Override], *, refused: Collection[str] = ()) -> tuple[RunConfig | None, list[str]]:
         """Return the run's configuration, or None and what is wrong with it.
 
         Cross-field checks run even where some arguments are wrong; what they then say about the value that
         stands in for a wrong one is left out.
+
+        Args:
+            refused: keys of arguments that were refused before.
         """
-        draft = self.draft(point)
+        draft = self.draft(point, refused=refused)
         for key in [key for key, value in flat(draft.values).items() if value == "???"]:
             group = key.partition(".")[0]
-            if not draft.reads_tensors or group == "harvest":
+            if not {key, group} & draft.bad and (not draft.reads_tensors or group == "harvest"):
                 draft.refuse(key, preflight.missing(key, choice=draft.choices.get(group)))
             if key in preflight.REQUIRED:
                 OmegaConf.update(draft.values, key, "?")  # so that the other checks can run
@@ -218,10 +254,10 @@ class Library:
             return None, draft.problems + [p for p in str(error).splitlines() if not _mentions(p, draft.bad)]
         return (None if draft.problems else run), draft.problems
 
-    def draft(self, point: list[Override]) -> Draft:
-        """Return what the usable arguments of a point compose to, and the problems of the others."""
+    def draft(self, point: list[Override], *, refused: Collection[str] = ()) -> Draft:
+        """Return what the usable arguments of a point compose to, and the problems of the others (see `check`)."""
         entries = [self._typed(override) for override in point]
-        problems, bad, selections = preflight.check_repeats(entries), set(), []
+        problems, bad, selections = preflight.check_repeats(entries), set(refused), list[str]()
         for override, entry in zip(point, entries, strict=True):
             if problem := preflight.refused(entry, self.choices):
                 problems.append(problem)
@@ -234,7 +270,7 @@ class Library:
             if entry.sign:
                 draft.refuse(entry.key, preflight.signed(entry, known=[*flat(values), *self.groups]))
             elif not (entry.is_group or override.is_hydra_override() or entry.key in bad or entry.group in bad):
-                self._apply(draft, entry, override.value())
+                self._apply(draft, entry, override)
         draft.leave_out_k(is_typed=any(entry.key == "k" for entry in entries))
         draft.take_law()
         used = [entry for entry in entries if not bad & {entry.key, entry.group}]
@@ -254,7 +290,7 @@ class Library:
             try:
                 composed = compose(self._config_name, [*self._search, *selections], return_hydra_config=True)
             except (HydraException, YAMLError) as error:
-                raise ConfigError(_reason(error)) from error
+                raise ConfigError(reason(error)) from error
             choices = {str(group): str(choice) for group, choice in composed.hydra.runtime.choices.items()}
             OmegaConf.set_struct(composed, False)
             del composed["hydra"]
@@ -262,9 +298,9 @@ class Library:
         values, choices = self._composed[key]
         return deepcopy(values), choices
 
-    def _apply(self, draft: Draft, entry: Typed, value: Any) -> None:
+    def _apply(self, draft: Draft, entry: Typed, override: Override) -> None:
         """Set one value, or note why it cannot be set."""
-        keys = flat(draft.values)
+        value, keys = override.value(), flat(draft.values)
         if entry.key not in keys:
             known, choice = [*keys, *self.groups], draft.choices.get(entry.group)
             homes = [] if choice is None else self._homes(entry.key)
@@ -273,6 +309,8 @@ class Library:
         parent, _, field = entry.key.rpartition(".")
         hint = get_type_hints(OmegaConf.get_type(draft.values, parent or None))[field]
         expected = (float,) if entry.key == "k" else get_args(hint) or (hint,)  # a coefficient makes k null by itself
+        if str in expected:
+            value = _value(override)
         try:
             OmegaConf.update(draft.values, entry.key, value)
         except OmegaConfBaseException:
@@ -289,32 +327,16 @@ class Library:
         return [choice for choice in self.choices(group) if key in flat(self._compose([f"{group}={choice}"])[0])]
 
 
-def build(config: DictConfig) -> RunConfig:
-    """Return the composed configuration as typed values; their own checks run here."""
-    try:
-        run = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        raise ConfigError(_reason(error)) from error
-    assert isinstance(run, RunConfig)
-    return run
-
-
 def _text(override: Override) -> str:
     assert override.input_line is not None
     return override.input_line
 
 
+def _value(override: Override) -> Any:
+    """Return an override's value for a setting that may hold text: numbers and truth values as they were typed."""
+    value, text = override.value(), _text(override).partition("=")[2].strip()
+    return text if isinstance(value, bool | int | float) and "(" not in text else value  # else of a function's
+
+
 def _mentions(problem: str, keys: set[str]) -> bool:
     return any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", problem) for key in keys)
-
-
-def _reason(error: Exception) -> str:
-    """Return what Hydra or OmegaConf say, on one line: for what only a YAML of the user's or an `${...}` can cause."""
-    causes = [e for e in (error, error.__cause__) if e is not None]
-    key = next((str(e.full_key) for e in causes if isinstance(e, OmegaConfBaseException) and e.full_key), None)
-    said = " ".join(dict.fromkeys(" ".join(_NOISE.sub("", str(e)).split()) for e in causes))
-    return f"{key}: {said}." if key else f"{said}."
-
-
-_NOISE = re.compile(r"\n\s*full_key:.*|\nTo append to your config.*|\nConfig search path:.*", re.DOTALL)
-"""What those messages add that does not help, or (`+key`) misleads."""

@@ -1,11 +1,13 @@
 """One point of a sweep while it is checked: its composed values, and what is wrong with them."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sae_train.config import RunConfig
 from sae_train.errors import ConfigError
 from sae_train.training.earlier import zipf_law
 
@@ -61,3 +63,25 @@ def flat(config: DictConfig) -> dict[str, Any]:
     for name, value in cast(dict[str, Any], OmegaConf.to_container(config)).items():
         found |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
     return found
+
+
+def build(config: DictConfig) -> RunConfig:
+    """Return the composed configuration as typed values; their own checks run here."""
+    try:
+        run = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(reason(error)) from error
+    assert isinstance(run, RunConfig)
+    return run
+
+
+def reason(error: Exception) -> str:
+    """Return what Hydra or OmegaConf say, on one line: for what only a YAML of the user's or an `${...}` can cause."""
+    causes = [e for e in (error, error.__cause__) if e is not None]
+    key = next((str(e.full_key) for e in causes if isinstance(e, OmegaConfBaseException) and e.full_key), None)
+    said = " ".join(dict.fromkeys(" ".join(_NOISE.sub("", str(e)).split()) for e in causes))
+    return f"{key}: {said}." if key else f"{said}."
+
+
+_NOISE = re.compile(r"\n\s*full_key:.*|\nTo append to your config.*|\nConfig search path:.*", re.DOTALL)
+"""What those messages add that does not help, or (`+key`) misleads."""

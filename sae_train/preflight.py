@@ -6,10 +6,12 @@ are reported together.
 
 import difflib
 import math
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sae_train.errors import suggest
+from sae_train.quoting import pasted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,16 +160,26 @@ def empty(entry: Typed, *, optional: bool) -> str:
 
 def several_values(text: str) -> str:
     """Return the problem of a comma list without -m."""
-    key, _, values = text.partition("=")
-    return f"{text}: several values. Add -m to make a run for each, or write {key}='{values}' for one text."
+    return f"{text}: several values. Add -m to make a run for each, or write {_pasted(text)} for one text."
 
 
-def unreadable(argument: str, groups: Mapping[str, Sequence[str]]) -> str:
-    """Return the problem of an argument that is no `key=value`."""
-    key, equals, value = argument.partition("=")
-    if not equals:
+def unreadable(argument: str, groups: Mapping[str, Sequence[str]], *, is_readable: Callable[[str], bool]) -> str:
+    """Return the problem of an argument that is no `key=value`.
+
+    Args:
+        is_readable: whether an argument, as a shell hands it over, is one.
+    """
+    if "=" not in argument:
         return _bare_word(argument, groups)
-    return f"{argument}: cannot be read. Put the value in quotes, and these in the shell's: \"{key}='{value}'\"."
+    advice = _pasted(argument)
+    if not is_readable(shlex.split(advice)[0]):
+        return f"{argument}: cannot be read. A key is words joined by dots, as in optimizer.lr=1e-3."
+    return f"{argument}: cannot be read. Put the value in quotes, and these in the shell's: {advice}."
+
+
+def _pasted(argument: str) -> str:
+    key, _, value = argument.partition("=")
+    return pasted(key, value)
 
 
 def _bare_word(word: str, groups: Mapping[str, Sequence[str]]) -> str:

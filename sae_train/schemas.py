@@ -1,5 +1,8 @@
 """The classes of config/ as `conf/` finds them in Hydra: under `schema/`, so that they are not shown as choices."""
 
+from dataclasses import is_dataclass
+from typing import get_args, get_type_hints
+
 from hydra.core.config_store import ConfigStore
 
 from sae_train import config as schema
@@ -40,9 +43,20 @@ SCHEMAS: dict[str, type] = {
 """Where each class of config/ is found by `conf/`: `schema/<key>`."""
 
 
+DIALS = [name for name, hint in get_type_hints(schema.RunConfig).items() if not is_dataclass(hint)]
+"""The keys that belong to no group."""
+
+
 def register_schemas() -> None:
     """Make the classes of config/ known to Hydra; may be called again."""
     store = ConfigStore.instance()
     for path, node in SCHEMAS.items():
         *group, name = f"schema/{path}".split("/")
         store.store(group="/".join(group), name=name, node=node)
+
+
+def holds_text(key: str) -> bool:
+    """Return whether some choice has text under this key."""
+    group, _, field = key.rpartition(".")
+    owners = [owner for path, owner in SCHEMAS.items() if path.partition("/")[0] == (group or "run")]
+    return any(str in (hint, *get_args(hint)) for owner in owners if (hint := get_type_hints(owner).get(field)))

@@ -176,3 +176,27 @@ def test_decoder_gradient_is_tangential_and_rows_return_to_unit_norm() -> None:
     dictionary.normalise()
     assert torch.allclose(dictionary.W_dec[1:].norm(dim=1), torch.ones(F - 1, dtype=torch.float64))
     assert not dictionary.W_dec[0].any()
+
+
+@BOTH_RULES
+@pytest.mark.parametrize("spoiler", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_activations_without_a_code_are_refused_and_not_given_zeros(
+    inference: str, spoiler: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here in the third of four chunks; 3e38 is finite, and its products are not."""
+    monkeypatch.setattr(autoencoder, "CHUNK_BYTES", 4 * F * 4)
+    sae, x = exported(inference), raw(3, 5)
+    sae.encode(x)
+    x[1, 4] = spoiler
+    for use in (sae.encode, sae.encode_sparse, sae):
+        with pytest.raises(ValueError, match=r"x: row 9 of 15 has no finite code"):
+            use(x)
+    assert sae.encode(x, check_finite=False).shape == (3, 5, F)
+    assert sae.encode_sparse(x, check_finite=False).shape == (3, 5)
+
+
+@BOTH_RULES
+def test_no_tokens_have_no_code(inference: str) -> None:
+    sae = exported(inference)
+    assert sae.encode(raw(0)).shape == (0, F)
+    assert sae(raw(2, 0)).shape == (2, 0, D)

@@ -12,6 +12,7 @@ from conftest import Command
 from sae_train.cli import run_command
 from sae_train.config import RunConfig
 from sae_train.errors import DataError, StoppedByNumbers
+from sae_train.sweeps.outcome import VARIABLE, read_outcome
 
 Complaint = Callable[..., list[str]]
 
@@ -80,7 +81,7 @@ MESSAGES = {
     "name=[a]": "name=[a]: not text or null.",
     "n_features=${nope}": "n_features: Interpolation key 'nope' not found.",
     "name=a=b": """name=a=b: cannot be read. Put the value in quotes, and these in the shell's: "name='a=b'".""",
-    "k=16,32": "k=16,32: several values. Add -m to make a run for each, or write k='16,32' for one text.",
+    "k=16,32": "k=16,32: several values. Add -m to make a run for each, or write \"k='16,32'\" for one text.",
     "k=-1": "k=-1: must be positive.",
     "k=64 n_features=32": "k=64: larger than n_features=32. Lower k or raise n_features.",
     "k=3 k=4": "k=3 k=4: k is given 2 times. Keep one.",
@@ -253,16 +254,41 @@ def test_a_sweep_ends_with_2_when_a_point_is_the_users_error(monkeypatch: pytest
     assert sweep(monkeypatch, Recorder(k4=DataError("no."))) == 2
 
 
-def test_a_sweep_stops_where_it_is_preempted_or_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("ours"), MemoryError(), RecursionError("deep"), OSError(5, "Input/output error")]
+)
+def test_a_sweep_goes_on_after_an_error_of_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, error: Exception
+) -> None:
+    outcome = tmp_path / "outcome.json"
+    monkeypatch.setenv(VARIABLE, str(outcome))
+    recorder = Recorder(k2=error)
+    assert sweep(monkeypatch, recorder) == 1
+    assert recorder.asked == [1, 2, 3, 4]
+    said = capsys.readouterr().err
+    assert said.count("Traceback (most recent call last):") == 1
+    assert type(error).__name__ in said
+    assert "\nrun 2 of 4 (k=2): failed with the error above, which is a fault of this program.\n" in said
+    assert said.splitlines()[-1] == "Not finished: run 2 of 4 (k=2)."
+    kept = read_outcome(outcome)
+    assert kept is not None
+    assert (kept.state, kept.status) == ("failed", 1)
+    assert f"run 2 of 4 (k=2): {type(error).__name__}" in str(kept.message)
+
+
+def test_an_error_of_ours_ends_a_single_run_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    train(monkeypatch, Recorder(k1=ZeroDivisionError("ours")).run)
+    with pytest.raises(ZeroDivisionError):
+        run_command(["k=1"])
+
+
+def test_a_sweep_stops_where_it_is_preempted_or_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(k2=75)
     assert sweep(monkeypatch, recorder) == 75
     assert recorder.asked == [1, 2]
-    recorder = Recorder(k3=ZeroDivisionError("ours"))
-    with pytest.raises(ZeroDivisionError):
-        sweep(monkeypatch, recorder)
-    recorder = Recorder(k1=KeyboardInterrupt())
+    recorder = Recorder(k1=ZeroDivisionError("ours"), k2=KeyboardInterrupt())
     assert sweep(monkeypatch, recorder) == 130
-    assert recorder.asked == [1]
+    assert recorder.asked == [1, 2]
 
 
 def test_several_ranks_stop_at_the_first_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +296,10 @@ def test_several_ranks_stop_at_the_first_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("RANK", "0")
     recorder = Recorder(k2=DataError("no."))
     assert sweep(monkeypatch, recorder) == 2
+    assert recorder.asked == [1, 2]
+    recorder = Recorder(k2=ZeroDivisionError("ours"))
+    with pytest.raises(ZeroDivisionError):
+        sweep(monkeypatch, recorder)
     assert recorder.asked == [1, 2]
 
 

@@ -27,9 +27,9 @@ Compose = Callable[..., RunConfig]
 
 def still_missing(library: Library, *arguments: str) -> list[str]:
     """Return the keys that need a value once these are typed."""
-    overrides, problems = library.read(list(arguments), sweep=False)
+    overrides, refused = library.read(list(arguments), sweep=False)
     draft = library.draft(overrides)
-    assert problems + draft.problems == []
+    assert (refused, draft.problems) == ({}, [])
     return [
         f"{group}.{key}"
         for group, part in OmegaConf.to_container(draft.values).items()

@@ -12,8 +12,9 @@ PACKAGE = ROOT / "sae_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "assets", "heartbeat"},
+    {"errors", "assets", "heartbeat", "quoting"},
     {"place"},
+    {"threads"},
     {"config", "verbs"},
     {"ranks"},
     {"schemas"},
@@ -68,6 +69,8 @@ LIGHT = [
     "errors.py",
     "place.py",
     "preflight.py",
+    "quoting.py",
+    "threads.py",
     "usage.py",
 ]
 """What runs before it is known that there is anything to run: no import of these leads to torch."""

@@ -3,12 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from sae_train.config.budget import BudgetConfig, PooledBudgetConfig
 from sae_train.config.dictionary import NestingConfig, ParametrisationConfig
 from sae_train.config.lanes import LaneSizes, lane_problems, lane_sizes
+from sae_train.config.naming import name_problem
 from sae_train.config.source import (
     DataConfig,
     HarvestConfig,
@@ -26,6 +28,7 @@ from sae_train.config.sparsifiers import (
     ReLUConfig,
     SparsifierConfig,
     TemporalMaskConfig,
+    TopKConfig,
 )
 from sae_train.config.training import (
     AuxKConfig,
@@ -158,9 +161,11 @@ class RunConfig:
             found.append(f"precision={self.precision}: no such precision. Choose {', '.join(PRECISIONS)}.")
         if self.n_features is not None and self.k is not None and self.k > self.n_features:
             found.append(f"k={self.k:g}: larger than n_features={self.n_features}. Lower k or raise n_features.")
+        if self.name and (problem := name_problem(self.name)):
+            found.append(problem)
         if isinstance(self.harvest, LiveHarvestConfig) and not self.harvest.problems() and self.batch_tokens > 0:
             found += lane_problems(self.harvest, batch_tokens=self.batch_tokens)
-        return found + self._budget_problems()
+        return found + self._budget_problems() + self._fractional_problems()
 
     @property
     def usual_k(self) -> float:
@@ -186,6 +191,18 @@ class RunConfig:
         assert isinstance(self.sparsifier, PenalisedConfig)
         return f"coefficient {self.sparsifier.coefficient:g}"
 
+    def _fractional_problems(self) -> list[str]:
+        """Return the problem of a k that is not whole where every token keeps the same number of features."""
+        if not isinstance(self.sparsifier, TopKConfig):
+            return []
+        given = {"k": self.k, "budget.start_k": self.budget.start_k}
+        return [
+            f"{key}={value:g}: every token of sparsifier={self.sparsifier.name} keeps a whole number of features. "
+            f"Nearest: {' or '.join(map(str, _nearest_whole(value)))}."
+            for key, value in given.items()
+            if value is not None and math.isfinite(value) and value > 0 and value != round(value)
+        ]
+
     def _budget_problems(self) -> list[str]:
         split = not isinstance(self.budget, PooledBudgetConfig)
         if isinstance(self.sparsifier, FeatureChoiceConfig) and not split:
@@ -199,6 +216,13 @@ class RunConfig:
             return [f"sparsifier.after=1: leaves no tokens to budget={self.budget.name}, so nothing would read it. "
                     "Lower it, or choose sparsifier=mutual_choice."]  # fmt: skip
         return []
+
+
+def _nearest_whole(value: float) -> list[int]:
+    """Return the positive whole number next to `value`, or the two where both are as near."""
+    below = math.floor(value)
+    both = [below, below + 1] if value - below == 0.5 else [round(value)]
+    return [number for number in both if number >= 1] or [1]
 
 
 FREE_KEYS = ("name", "runs", "dry_run", "log_every", "evaluate_every", "checkpoint", "parallel", "tracking")

@@ -21,11 +21,11 @@ def explained(path: Path, *, what: str = "written") -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text`, durably and in one move."""
+    """Replace `path` by `text`, durably and in one move. Bytes of an argument that are not UTF-8 stay as they were."""
     partial = path.with_name(f".{path.name}.partial")
     with explained(path.parent):
         try:
-            with partial.open("w", encoding="utf-8") as file:
+            with partial.open("w", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())

@@ -8,7 +8,8 @@ from torch import Tensor
 
 PRECISIONS = ("bf16", "float32", "float64")
 PIECE_ELEMENTS = 1 << 22
-"""Pre-activations that oneDNN computes at once: half of what the C library at most keeps for the next."""
+"""Pre-activations that oneDNN computes at once: half of what the C library at most keeps for the next. As many numbers
+are rounded at once."""
 
 
 def affine(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, *, precision: str, out: Tensor | None = None) -> Tensor:
@@ -25,13 +26,24 @@ def affine(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, *, precision: str, out: Tens
         raise ValueError(f"out is {tuple(out.shape)} {out.dtype}, the product {(len(x_ND), len(W_FD))} {x_ND.dtype}")
     with torch.no_grad():
         if precision == "bf16" and x_ND.dtype == torch.float32:
-            x_bf16, W_bf16 = x_ND.bfloat16(), W_FD.bfloat16()
             if x_ND.is_cuda:
-                return torch.mm(x_bf16, W_bf16.t(), out_dtype=torch.float32, out=out).add_(b_F)
-            x_ND, W_FD = x_bf16.float(), W_bf16.float()
+                return torch.mm(x_ND.bfloat16(), W_FD.bfloat16().t(), out_dtype=torch.float32, out=out).add_(b_F)
+            x_ND, W_FD = _rounded(x_ND), _rounded(W_FD)
         if _has_onednn(x_ND):
             return _affine_by_onednn(x_ND, W_FD, b_F, out)
         return torch.addmm(b_F, x_ND, W_FD.t(), out=out)
+
+
+def _rounded(rows: Tensor) -> Tensor:
+    """Return fp32 rows [R, D] rounded to bf16 numbers, in fp32.
+
+    The plan counts this one copy (training/plan.py), so no second one in bf16 is held beside it, but for a piece.
+    """
+    rounded = torch.empty_like(rows)
+    step = max(1, PIECE_ELEMENTS // max(1, rows.shape[1]))
+    for into, piece in zip(rounded.split(step), rows.split(step), strict=True):
+        into.copy_(piece.bfloat16())
+    return rounded
 
 
 def _has_onednn(x_ND: Tensor) -> bool:

@@ -97,21 +97,24 @@ class SparseAutoencoder(nn.Module):
     def n_features(self) -> int:
         return self.W_dec.shape[0]
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor, *, check_finite: bool = True) -> Tensor:
         """Return dense codes [..., n_features] in raw activation units.
 
         Args:
             x: raw activations [..., d_model] of any float dtype; computed in the weights' dtype.
+            check_finite: refuse tokens without a finite code, for which the host waits for the device. Otherwise a NaN
+                pre-activation gives 0, as if the feature did not fire.
 
         Raises:
-            ValueError: the last dimension is not d_model.
+            ValueError: the last dimension is not d_model, or the pre-activations of a token are not finite: `x` holds
+                NaN or an infinite number there, or numbers so large that their products overflow.
         """
-        chunks = [self._dense(pre_NF) for pre_NF in self.pre_activations(x)]
+        chunks = [self._dense(pre_NF) for pre_NF in self._pre_activations(x, check_finite=check_finite)]
         return torch.cat(chunks).view(*x.shape[:-1], self.n_features)
 
-    def encode_sparse(self, x: Tensor) -> SparseCode:
-        """Return the same codes without the zeros; as many slots as matches (see `encode`)."""
-        parts = (self._select(pre_NF) for pre_NF in self.pre_activations(x))
+    def encode_sparse(self, x: Tensor, *, check_finite: bool = True) -> SparseCode:
+        """Return the same codes without the zeros, with as many slots as matches. See `encode`, also for errors."""
+        parts = (self._select(pre_NF) for pre_NF in self._pre_activations(x, check_finite=check_finite))
         return joined(parts, shape=tuple(x.shape[:-1]), n_features=self.n_features)
 
     def decode(self, codes: Tensor | SparseCode) -> Tensor:
@@ -129,7 +132,7 @@ class SparseAutoencoder(nn.Module):
         return rows_ND.view(*codes.shape, self.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the reconstruction of `x` [..., d_model] (see `encode`)."""
+        """Return the reconstruction of `x` [..., d_model]; raises what `encode` does."""
         return self.decode(self.encode_sparse(x))
 
     def pre_activations(self, x: Tensor) -> Iterator[Tensor]:
@@ -137,6 +140,21 @@ class SparseAutoencoder(nn.Module):
         step = max(1, CHUNK_BYTES // (self.n_features * self.W_enc.element_size()))
         for rows_ND in torch.split(self._rows(x), step):
             yield torch.addmm(self.b_enc, rows_ND, self.W_enc)
+
+    def _pre_activations(self, x: Tensor, *, check_finite: bool) -> Iterator[Tensor]:
+        """Yield `pre_activations`; `check_finite`: raise a ValueError where those of a token are not finite."""
+        first = 0
+        for pre_NF in self.pre_activations(x):
+            if check_finite:
+                is_finite_N = pre_NF.detach().sum(1).isfinite()  # of a sum, so that no matrix of flags is made
+                if not is_finite_N.all():
+                    row = first + int(is_finite_N.logical_not().nonzero()[0])
+                    raise ValueError(
+                        f"x: row {row} of {x.shape[:-1].numel()} has no finite code, because its activations are NaN, "
+                        "infinite or too large. Leave it out, rescale the activations, or pass check_finite=False"
+                    )
+            first += len(pre_NF)
+            yield pre_NF
 
     def _rows(self, x: Tensor) -> Tensor:
         if x.ndim == 0 or x.shape[-1] != self.d_model:

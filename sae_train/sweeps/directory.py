@@ -17,8 +17,10 @@ from sae_train.errors import ConfigError
 from sae_train.formats.durable import explained, write_text
 from sae_train.sweeps.outcome import Outcome, read_outcome
 from sae_train.sweeps.queue import queued
-from sae_train.training.directory import RunDirectory
+from sae_train.training.directory import RunDirectory, check_length
 
+LONGEST_BELOW = 80
+"""Bytes of the longest path below a sweep's directory, with room: logs/1234567_12_0_log.out and the like."""
 TAIL = 65_536
 """Bytes at the end of metrics.jsonl in which its last row lies."""
 
@@ -53,16 +55,18 @@ class SweepDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.points = [line for line in (path / "points.txt").read_text(encoding="utf-8").splitlines() if line]
-        except (OSError, UnicodeDecodeError) as error:
+            text = (path / "points.txt").read_text(encoding="utf-8", errors="surrogateescape")
+            self.points = [line for line in text.split("\n") if line]
+        except OSError as error:
             raise ConfigError(f"{path}: not a sweep's directory: no points.txt that can be read.") from error
 
     @classmethod
     def made(cls, runs: Path, points: Sequence[Sequence[str]]) -> "SweepDirectory":
         """Return the directory of these points below `runs`, made if it is not there."""
         lines = [shlex.join(point) for point in points]
-        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:6]
+        digest = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:6]
         path = runs / f"sweep-{digest}"
+        check_length(path, below=LONGEST_BELOW)
         with explained(path):
             for folder in (path / "outcomes", path / "logs"):
                 folder.mkdir(parents=True, exist_ok=True)

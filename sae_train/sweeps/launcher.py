@@ -141,6 +141,15 @@ def read_launcher(
     return (None if found else launcher), found
 
 
+def takes_text(key: str, value: Any) -> bool:
+    """Return whether a number is to be kept as it was typed: where text belongs, and in options of sbatch."""
+    field, _, option = key.removeprefix(PREFIX).partition(".")
+    if field == "extra" and option:
+        return not isinstance(value, bool)  # true is an option without a value
+    hint = get_type_hints(SlurmLauncher).get(field)
+    return str in (hint, *get_args(hint))
+
+
 def _wrong(entry: Typed, value: Any) -> str | None:
     """Return the problem of a value that its key cannot hold."""
     hint = get_type_hints(SlurmLauncher)[entry.key.removeprefix(PREFIX)]

@@ -18,6 +18,7 @@ from typing import IO, Any
 import yaml
 
 from sae_train.config import RunConfig, as_dict, identity, identity_digest
+from sae_train.config.naming import LONGEST_NAME, shortened
 from sae_train.errors import CheckpointError, ConfigError, DirectoryInUse
 from sae_train.formats.durable import explained, write_text
 
@@ -25,7 +26,8 @@ from sae_train.formats.durable import explained, write_text
 def run_name(config: RunConfig, *, label: str, n_features: int) -> str:
     """Return `name` as typed, or what tells runs apart and six hex digits of the identity.
 
-    `<site>.<sparsifier>[.<nesting>][.<parametrisation>].k<k>.f<n_features>.s<seed>-<digits>`, less what is usual.
+    `<site>.<sparsifier>[.<nesting>][.<parametrisation>].k<k>.f<n_features>.s<seed>-<digits>`, less what is usual. The
+    site is cut where this would be longer than LONGEST_NAME.
     """
     if config.name is not None:
         return config.name
@@ -33,9 +35,24 @@ def run_name(config: RunConfig, *, label: str, n_features: int) -> str:
     words = [config.sparsifier.name, config.nesting.name, config.parametrisation.name]
     method = ".".join(word for word in words if word not in usual)
     sparsity = config.sparsity.replace("coefficient ", "c").replace("k ", "k")
-    readable = f"{label}.{method}.{sparsity}.f{n_features}.s{config.seed}"
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", readable) + f"-{identity_digest(identity(config))}"
+    site, rest = _plain_name(label), _plain_name(f".{method}.{sparsity}.f{n_features}.s{config.seed}")
+    digits = f"-{identity_digest(identity(config))}"
+    site = shortened(site, max(LONGEST_NAME - len(rest) - len(digits), LEAST_OF_SITE))
+    return shortened(site + rest, LONGEST_NAME - len(digits)) + digits
 
+
+def _plain_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text)
+
+
+LEAST_OF_SITE = 24
+"""Bytes of a run's name that its site takes at least; only a seed of many digits leaves it fewer."""
+LONGEST_BELOW = {
+    "an exported SAE": len("saes/") + LONGEST_NAME + len("/.sae.safetensors.partial"),
+    "a checkpoint": len("checkpoints/tmp-step_/features__.safetensors") + 3 * 15,
+    "wandb's files": 200,
+}
+"""Bytes of the longest path that a run writes below its directory, with room."""
 
 PARTS = ("config", "identity", "plan", "source")
 """What every config.yaml holds, each a mapping."""
@@ -43,6 +60,10 @@ PARTS = ("config", "identity", "plan", "source")
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 """What `flock` says where a file system has none: NFS without its lock service, Lustre mounted without `flock`."""
+NAME_MAX = 255
+"""Bytes of a name that file systems take."""
+SHOWN = 120
+"""Characters of a path that a message about its length shows."""
 SEEN_WITHIN = 60.0
 """Seconds in which a network file system shows one machine what another wrote."""
 REQUEUED_WAITS = 30.0
@@ -123,6 +144,14 @@ class RunDirectory:
         ]
         if differ:
             raise ConfigError(f"{self.path} holds another run: {', '.join(differ)}. Choose another name=.")
+
+    def check_length(self) -> None:
+        """Refuse a directory in which the run could not write its files, because their paths would be too long.
+
+        Raises:
+            ConfigError: before anything is written.
+        """
+        check_length(self.path, below=max(LONGEST_BELOW.values()))
 
     def is_seen(self, *, within: float = SEEN_WITHIN) -> bool:
         """Return whether this process sees config.yaml, which another one wrote; gives a network time to show it."""
@@ -214,6 +243,35 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def check_length(path: Path, *, below: int) -> None:
+    """Refuse `path` if the system takes no paths that are `below` bytes longer, or no names as long as its own.
+
+    Raises:
+        ConfigError: saying how long they are and may be.
+    """
+    with explained(path, what="read"):
+        whole = os.fsencode(os.path.abspath(path))
+    most = os.pathconf("/", "PC_PATH_MAX") - 1  # the byte that ends it counts
+    length = len(whole) + 1 + below
+    if length > most:
+        raise ConfigError(
+            f"{_start(path)}: a path of {len(whole)} bytes. Files in it have up to {below} more, and this system takes "
+            f"{most} in all. Choose a shorter directory with runs=DIR."
+        )
+    longest = max(len(part) for part in whole.split(b"/"))
+    if longest > NAME_MAX:
+        raise ConfigError(
+            f"{_start(path)}: one of its names has {longest} bytes, and file systems take {NAME_MAX}. Choose another "
+            "directory with runs=DIR."
+        )
+
+
+def _start(path: Path) -> str:
+    """Return a path for a message, cut where nobody would read on."""
+    text = str(path)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _sign(lock: IO[str]) -> None:

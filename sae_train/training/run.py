@@ -43,6 +43,7 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
     directory = RunDirectory(
         Path(config.runs).expanduser() / run_name(config, label=plan.label, n_features=plan.n_features)
     )
+    directory.check_length()
     directory.check_identity(config)
     if config.dry_run:
         if find_place().rank == 0:
