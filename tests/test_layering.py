@@ -12,7 +12,7 @@ PACKAGE = ROOT / "sae_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "assets", "heartbeat"},
+    {"errors", "assets", "heartbeat", "phases"},
     {"place"},
     {"config", "verbs"},
     {"ranks"},

@@ -56,7 +56,8 @@ def check_live(config: RunConfig, harvest: LiveHarvestConfig, *, n_ranks: int) -
     return StreamFacts(d_model=facts.d_model, label=f"{config.model.name}.{facts.label}", n_blocks=facts.n_blocks,
                        pool_bytes=_pool_bytes(config, harvest, width), record=record,
                        prefetch=prefetch, ahead_bytes=_ahead_bytes(config, harvest, width, prefetch),
-                       flops_per_token=facts.flops_per_token, logit_bytes=_logit_bytes(harvest, facts))  # fmt: skip
+                       flops_per_token=facts.flops_per_token, logit_bytes=_logit_bytes(harvest, facts),
+                       whole_flops_per_token=facts.whole_flops_per_token if facts.has_loss else 0)  # fmt: skip
 
 
 def _check_pool_holds_forwards(config: RunConfig, harvest: LiveHarvestConfig) -> None:

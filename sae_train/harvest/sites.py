@@ -82,6 +82,8 @@ class SiteFacts:
     """How many a token has, where gradients are harvested; else 0: nothing computes them."""
     revision: str | None
     """Commit of the hub's model; None for a local one."""
+    whole_flops_per_token: int = 0
+    """Operations of the weight products of a whole forward pass, for one token; all experts count."""
 
 
 class Reached(Exception):
@@ -117,6 +119,7 @@ def site_facts(config: RunConfig) -> SiteFacts:
         has_loss=loader_of(settings) is AutoModelForCausalLM,
         logits=logits,
         revision=getattr(settings, "_commit_hash", None),
+        whole_flops_per_token=2 * sum(map(_product_weights, model.modules())),
     )
 
 
@@ -281,14 +284,20 @@ def _blocks(model: nn.Module, family: Family) -> nn.ModuleList:
     return blocks
 
 
+def _product_weights(part: nn.Module) -> int:
+    """Return how many weights of its own a module multiplies activations by."""
+    if isinstance(part, nn.Embedding):
+        return 0
+    return sum(weight.numel() for weight in part.parameters(recurse=False) if weight.ndim == 2)
+
+
 def _probe(model: nn.Module, module: str, side: str, mode: FakeTensorMode, config: RunConfig) -> tuple[int, int, int]:
     """Run the architecture without storage; return the site's width, and the operations and logits of a token."""
     weights = 0
 
     def count(part: nn.Module, _args: Any) -> None:
         nonlocal weights
-        if not isinstance(part, nn.Embedding):
-            weights += sum(weight.numel() for weight in part.parameters(recurse=False) if weight.ndim == 2)
+        weights += _product_weights(part)
 
     for part in model.modules():
         part.register_forward_pre_hook(count)  # the model is thrown away with its hooks

@@ -15,6 +15,7 @@ from torch import Tensor
 from sae_train.config import LiveHarvestConfig, RunConfig
 from sae_train.harvest.held_out import HeldOut
 from sae_train.harvest.scaling import Scaling
+from sae_train.phases import SILENT, Phases
 
 if TYPE_CHECKING:
     from sae_train.harvest.language_model import LanguageModel
@@ -42,6 +43,8 @@ class StreamFacts:
     """Memory of what may be harvested ahead, over all ranks."""
     logit_bytes: int = 0
     """Memory that the loss and the way back through the logits take of one rank at most; 0 where nothing needs them."""
+    whole_flops_per_token: int = 0
+    """Operations of the language model's whole forward pass for one token; 0 without one, or without a loss."""
     record: dict[str, str | int | None] = field(default_factory=dict)
     """What sae.json should say of the source: model id, revision, site, data."""
 
@@ -62,14 +65,15 @@ class Stream(ABC):
     held_out: HeldOut
 
     @abstractmethod
-    def start(self) -> None:
+    def start(self, phases: Phases = SILENT) -> None:
         """Begin a fresh run: fix the scaling and fill the pools. Collective."""
 
     @abstractmethod
-    def batch(self, step: int) -> Tensor:
+    def batch(self, step: int, phases: Phases = SILENT) -> Tensor:
         """Return [N / ranks, W]: this rank's rows of `step`'s batch, normalised. Steps are asked for in order.
 
         A row is an activation, W = D; where the run reads gradients its gradient stands behind it, W = 2 D.
+        Where `phases` ends the run, the stream's state is that of the beginning of this step.
         """
 
     @abstractmethod

@@ -23,7 +23,7 @@ from sae_train.training.session import Session, verdict_of
 def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], None]) -> int:
     """Train what `config` describes, or say that it is done already.
 
-    The ranks stay joined (`ranks.leave`), and from there on signals are noted (stop.py).
+    The ranks stay joined (`ranks.leave`), and from there on all of them leave together after a signal (stop.py).
 
     Args:
         overrides: what was typed, kept in config.yaml.
@@ -36,6 +36,8 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
         UserError: see errors.py; its `status` is the exit status. `Preempted` after a signal, once everything is saved.
     """
     n_ranks = find_place().size
+    if n_ranks == 1:
+        stop.leave_early()
     facts = check_stream(config, n_ranks=n_ranks)
     plan = make_plan(config, facts, n_ranks=n_ranks)
     build_sparsifier(config, n_features=plan.n_features)  # refuses infeasible budgets
@@ -44,6 +46,8 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
         Path(config.runs).expanduser() / run_name(config, label=plan.label, n_features=plan.n_features)
     )
     directory.check_identity(config)
+    if n_ranks == 1:
+        stop.leave_early()
     if config.dry_run:
         if find_place().rank == 0:
             say(describe(plan, config, path=str(directory.path)))

@@ -1,8 +1,9 @@
 """Stopping on a signal: what a rank was asked, what all ranks agree on, and what SLURM is told afterwards.
 
 A handler only takes note. It raises nothing, so it may come at any moment, twice or ten times, and leaves nothing half
-done: the ranks agree, finish the step, write one checkpoint and leave with status 75. SIGTERM is how a scheduler takes
-a machine back, or how somebody cancels a job: the run is saved, and whoever sent the signal decides about the rest.
+done: the ranks agree, finish the step, write one checkpoint and leave with status 75. Long loops between steps ask, too
+(phases.py). SIGTERM is how a scheduler takes a machine back, or how somebody cancels a job: the run is saved, and
+whoever sent the signal decides about the rest.
 SIGUSR1 and SIGUSR2 are what `sbatch --signal` sends before the time is up: the run is saved and the job put back into
 the queue. Where a SIGTERM comes, too, somebody has cancelled the job, or its time was up before it was saved: SLURM is
 asked which. SIGINT stays Python's. Light: imports no torch, so that the handlers are there before anything heavy is.
@@ -30,30 +31,64 @@ SLURM_ANSWERS_WITHIN = 60.0
 _SHIFT = 256
 """A wish and the signal that brought it travel as one number, wish * _SHIFT + signal: the gravest is the largest."""
 
+NOTHING_SAVED = "nothing to save yet; the same command starts again."
+
 _noted = NONE
+_alarm: int | None = None
+"""Where Python writes the number of each signal while a rank waits for the others; None once they have joined."""
 
 
-def listen(*, joined: bool = True) -> None:
+def listen(*, joined: bool = True, rank: int = 0) -> None:
     """Take note of SIGTERM, SIGUSR1 and SIGUSR2 from here on, in place of whoever did before. Main thread only.
 
     Args:
-        joined: false for one of several ranks that waits for the others, which no handler interrupts: SIGTERM then ends
-            it, and nothing is lost yet.
+        joined: false for one of several ranks that waits for the others, which no handler interrupts. A thread then
+            ends this process at a SIGTERM, with status 75: there is nothing to save yet.
+        rank: of this process, for the message.
     """
     if threading.current_thread() is threading.main_thread():
         atexit.unregister(_ignore)
         atexit.register(_ignore)
+        _disarm()
         for number in WISHES:
             signal.signal(number, _note)
         if not joined:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            _arm(rank)
 
 
 def release() -> None:
     """Let these signals end this process again: for a rank that has failed and waits for its launcher to end it."""
+    _disarm()
     atexit.unregister(_ignore)
     for number in WISHES:
         signal.signal(number, signal.SIG_DFL)
+
+
+def _arm(rank: int) -> None:
+    """Have a thread watch for SIGTERM: it runs while the main thread waits in C code, where no handler runs."""
+    global _alarm
+    reader, _alarm = os.pipe()
+    os.set_blocking(_alarm, False)
+    signal.set_wakeup_fd(_alarm, warn_on_full_buffer=False)
+    threading.Thread(target=_leave_at_sigterm, args=(reader, rank), name="sigterm", daemon=True).start()
+
+
+def _disarm() -> None:
+    """End that thread, if there is one."""
+    global _alarm
+    if _alarm is not None:
+        signal.set_wakeup_fd(-1)
+        os.close(_alarm)
+        _alarm = None
+
+
+def _leave_at_sigterm(reader: int, rank: int) -> None:
+    while came := os.read(reader, 1):
+        if came[0] == signal.SIGTERM:
+            who = f"rank {rank}: " if rank else ""
+            os.write(2, f"{who}stopped by SIGTERM: {NOTHING_SAVED}\n".encode())  # sys.stderr may be locked
+            os._exit(Preempted.status)
+    os.close(reader)
 
 
 def _ignore() -> None:
@@ -110,10 +145,29 @@ class Agreement:
         self.poll()
         return self.settle()
 
-    def preempted(self, *, step: int) -> Preempted:
-        """Return what to raise on every rank once step `step` is saved; no question may be open."""
-        name = signal.Signals(self._agreed % _SHIFT).name
-        return Preempted(f"stopped by {name}: saved at step {step:,}; the same command goes on.")
+    def preempted(self, *, step: int | None) -> Preempted:
+        """Return what to raise on every rank; no question may be open.
+
+        Args:
+            step: the newest step that is saved; None where there is none.
+        """
+        return _preempted(max(self._agreed, _noted), step=step)
+
+
+def _preempted(noted: int, *, step: int | None) -> Preempted:
+    name = signal.Signals(noted % _SHIFT).name
+    saved = NOTHING_SAVED if step is None else f"saved at step {step:,}; the same command goes on."
+    return Preempted(f"stopped by {name}: {saved}")
+
+
+def leave_early() -> None:
+    """Leave if this process was told to, before it has begun a run or joined other ranks.
+
+    Raises:
+        Preempted: it was told to stop.
+    """
+    if wish():
+        raise _preempted(_noted, step=None)
 
 
 def requeue(asked: int, environment: Mapping[str, str] = os.environ) -> str | None:
