@@ -71,7 +71,8 @@ def test_a_harvest_that_is_left_at_any_forward_pass_goes_on_bit_for_bit(model: P
     for n in range(400):
         step = len(batches)
         try:
-            batches.append(torn.batch(step, told_after(n % 7)))
+            torn.fill(told_after(n % 7))
+            batches.append(torn.batch(step))
         except Preempted:
             left_in.add(step)
             lanes, replicated = torn.lane_states(), torn.replicated_state()

@@ -96,7 +96,7 @@ class Together(Solo):
 
 
 def test_all_hear_of_it_one_step_later() -> None:
-    of_another = [NONE, SAVE * 256 + signal.SIGTERM, NONE, NONE]
+    of_another = [NONE, 2 * (SAVE * 256 + signal.SIGTERM), NONE, NONE]
     agreement = Agreement(Together(of_another))
     assert [agreement.poll() for _ in range(3)] == [NONE, NONE, SAVE]
     assert agreement.settle() == SAVE

@@ -251,20 +251,26 @@ class LiveStream(Stream):
                 phases.meet(lane.pool.unread)
         self._check_supply()
 
-    def batch(self, step: int, phases: Phases = SILENT) -> Tensor:
+    def batch(self, step: int) -> Tensor:
         assert all(lane.pool.taken == step * self._share for lane in self._lanes), "steps are asked for in order"
         batch_NW = torch.empty(len(self._lanes) * self._share, self._width, dtype=self._dtype,
                                device=self._ranks.device)  # fmt: skip
+        self.fill()
+        with self._ahead.changing():
+            for lane, rows_NW in zip(self._lanes, torch.split(batch_NW, self._share), strict=True):
+                lane.pool.take(rows_NW)
+        return batch_NW
+
+    def fill(self, phases: Phases = SILENT) -> None:
         due = [lane for lane in self._lanes if lane.pool.is_due]
         if due:
             with self._ahead.paused():
                 for lane in due:
                     lane.refill(self.scaling, self._dtype, phases)
                 self._check_supply()
-        with self._ahead.changing():
-            for lane, rows_NW in zip(self._lanes, torch.split(batch_NW, self._share), strict=True):
-                lane.pool.take(rows_NW)
-        return batch_NW
+
+    def fills_soon(self) -> bool:
+        return any(lane.pool.is_due_soon for lane in self._lanes)
 
     def quiet(self) -> AbstractContextManager[None]:
         return self._ahead.paused()

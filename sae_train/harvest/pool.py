@@ -47,6 +47,11 @@ class LanePool:
         return self._stage == _FILLING or (self._stage == _TAKEN_FROM and 2 * self.unread < len(self._rows_CW))
 
     @property
+    def is_due_soon(self) -> bool:
+        """Whether it is due now or may be before one of the next two takes."""
+        return self.is_due or 2 * (self.unread - 2 * self._share) < len(self._rows_CW)
+
+    @property
     def has_room(self) -> bool:
         """Whether the rows of one more forward pass surely fit."""
         return self.unread + self._forward_rows <= len(self._rows_CW)

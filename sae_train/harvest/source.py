@@ -69,12 +69,21 @@ class Stream(ABC):
         """Begin a fresh run: fix the scaling and fill the pools. Collective."""
 
     @abstractmethod
-    def batch(self, step: int, phases: Phases = SILENT) -> Tensor:
+    def batch(self, step: int) -> Tensor:
         """Return [N / ranks, W]: this rank's rows of `step`'s batch, normalised. Steps are asked for in order.
 
         A row is an activation, W = D; where the run reads gradients its gradient stands behind it, W = 2 D.
-        Where `phases` ends the run, the stream's state is that of the beginning of this step.
         """
+
+    def fill(self, phases: Phases = SILENT) -> None:  # noqa: B027 (most have nothing to fill)
+        """Harvest what the next batch needs; `batch` does what was not done.
+
+        `phases` may end this in the middle. The stream's state then leads to the same batches.
+        """
+
+    def fills_soon(self) -> bool:
+        """Return whether one of the next two batches may have to be harvested by this rank first."""
+        return False
 
     @abstractmethod
     def fingerprint(self) -> list[int]:

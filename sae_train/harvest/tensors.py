@@ -129,7 +129,7 @@ class TensorStream(Stream):
                 phases.advance(len(part_N))
         return torch.cat(parts)
 
-    def batch(self, step: int, phases: Phases = SILENT) -> Tensor:
+    def batch(self, step: int) -> Tensor:
         batch_NW = None
         if step not in self._early:
             with self._ahead.paused():  # the piece under way may be this very step

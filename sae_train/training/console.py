@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 TRAINING = "training"
 """The phase whose bar stays on the screen."""
-SECONDS_TO_THE_FIRST, SECONDS_ON_A_TERMINAL, SECONDS_IN_A_FILE = 1.0, 0.5, 15.0
+SECONDS_TO_THE_FIRST, SECONDS_ON_A_TERMINAL, SECONDS_IN_A_FILE = 0.5, 0.5, 15.0
 """When a bar is shown first, and how often after that."""
 ALL_OF_IT = 0.999
 """Share of the budget above which it counts as used up."""
@@ -28,8 +28,8 @@ def warn(text: str) -> None:
 class ProgressBar:
     """The bar of one phase on stderr: units done, rate, time left; silent on ranks after the first.
 
-    A phase shows one once it has lasted a second, the training at once. A terminal shows it as long as the phase lasts,
-    a file gets a line every 15 seconds and one at the end.
+    A phase shows one once it has lasted half a second, the training at once. A terminal shows it as long as the phase
+    lasts, a file gets a line every 15 seconds and one at the end.
     """
 
     def __init__(self, name: str, *, total: int, unit: str, done: int, is_first: bool) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ import torch
 
 import sae_train
 from sae_train.config import RunConfig, identity, identity_digest
-from sae_train.errors import CheckpointError, DataError, Preempted, StoppedByNumbers, UserError
+from sae_train.errors import CheckpointError, Preempted, StoppedByNumbers, UserError
 from sae_train.formats.durable import write_text
 from sae_train.harvest.stream import Stream, StreamFacts, build_stream
 from sae_train.kernels import backend
 from sae_train.phases import Phases
 from sae_train.ranks import Ranks
 from sae_train.training import restore, resumed, stop
+from sae_train.training.alike import check_same_source
 from sae_train.training.console import TRAINING, ProgressBar, figures_text, say, verdict, warn
 from sae_train.training.directory import RunDirectory, run_name
 from sae_train.training.finish import check_held_out, evaluation_row, exported, write_export
@@ -29,21 +30,6 @@ from sae_train.training.provenance import check_source, provenance, resolve_prec
 from sae_train.training.saver import Saver
 from sae_train.training.tracking import Dashboard, MetricsFile, build_dashboard
 from sae_train.training.trainer import Events, Trainer
-
-
-def check_same_source(record: dict[str, Any], fingerprint: list[int], *, ranks: Ranks) -> None:
-    """Refuse ranks that see other data or another model under the same name: nodes with disks of their own, say.
-
-    Raises:
-        DataError: on every rank.
-    """
-    sources = ranks.gather_objects((record, fingerprint))
-    for rank, source in enumerate(sources):
-        if source != sources[0]:
-            raise DataError(
-                f"rank {rank} does not see the source of activations that rank 0 sees: files, text or model differ. "
-                "Give all ranks the same one: absolute paths, on a file system that all nodes share."
-            )
 
 
 class Session:
@@ -93,6 +79,7 @@ class Session:
             self._abandon()
             raise
         stack.callback(self.stream.close)
+        agreement.fills_soon = self.stream.fills_soon
         try:
             check_same_source(facts.record, self.stream.fingerprint(), ranks=ranks)
         except UserError:
@@ -133,9 +120,10 @@ class Session:
             checkpoint=self._checkpoint,
             advance=self._phases.count,
             stop=self._stop,
+            fill=self._fill,
         )
         try:
-            self.trainer.fit(events, self._phases)
+            self.trainer.fit(events)
         except Preempted:
             self._save_this_step()
             raise self._preempted() from None
@@ -154,13 +142,28 @@ class Session:
     def _stop(self) -> None:
         """Leave before a step, once the ranks have agreed that one of them was told to."""
         if self._agreement.poll():
+            self._agreement.settle()
             raise self._preempted()
         self._stop_alone()
 
     def _stop_alone(self) -> None:
-        """Leave if this process was told to and there is no other; in the middle of a harvest, too."""
-        if self.ranks.size == 1 and stop.wish():
+        """Leave if this process was told to, where it need not ask another one first."""
+        if stop.wish() and self._may_leave_alone:
             raise self._preempted()
+
+    def _fill(self) -> None:
+        """Have the stream harvest. All ranks meet after it where one of them may have had to.
+
+        So a rank that was told to stop need not finish its harvest, which may take minutes.
+        """
+        if self.ranks.size == 1 or not self._agreement.may_fill:
+            self.stream.fill(self._phases)
+            return
+        self._may_leave_alone = True
+        with suppress(Preempted):
+            self.stream.fill(self._phases)
+        self._may_leave_alone = False
+        self._stop_now()
 
     def _stop_now(self) -> None:
         """Leave if a rank was told to, outside of the steps."""
@@ -168,8 +171,7 @@ class Session:
             raise self._preempted()
 
     def _preempted(self) -> Preempted:
-        """Return what to raise on every rank: it names the newest step that is saved by now."""
-        self._agreement.settle()
+        """Return what to raise: it names the newest step that is saved by now."""
         saved = self._saver.saved_at if self._saver.saved_at >= 0 else self._on_disk
         return self._agreement.preempted(step=saved)
 

@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -114,14 +114,21 @@ class Agreement:
     `poll` begins a reduction and returns what the one before it came to. So every rank hears of a signal at the same
     step, one step after the first rank noticed it. All ranks call these methods in the same order.
 
+    With it each rank says whether it may have to harvest soon, in the lowest bit, which counts where nobody has a wish:
+    the ranks then meet after a harvest, and none of them has to finish one before it stops.
+
     Attributes:
         wish: the gravest wish that is agreed on: NONE, REQUEUE, SAVE or BOTH.
+        fills_soon: returns whether one of the next two steps may have to wait for this rank's harvest.
+        may_fill: whether a rank may have to harvest for the coming step; the same on all ranks.
     """
 
     def __init__(self, ranks: "Ranks") -> None:
         self._ranks = ranks
         self._open: Pending | None = None
         self._agreed = NONE
+        self.fills_soon: Callable[[], bool] = lambda: False
+        self.may_fill = True  # nobody has said yet
 
     @property
     def wish(self) -> int:
@@ -130,14 +137,15 @@ class Agreement:
     def poll(self) -> int:
         """Return what is agreed on, and ask all ranks again. Once a step."""
         agreed = self.settle()
-        self._open = self._ranks.begin_max(_noted)
+        self._open = self._ranks.begin_max(2 * _noted + self.fills_soon())
         return agreed
 
     def settle(self) -> int:
         """Wait for the open question, if there is one, and return what is agreed on."""
         if self._open is not None:
             pending, self._open = self._open, None
-            self._agreed = max(self._agreed, pending.result())
+            noted, may_fill = divmod(pending.result(), 2)
+            self._agreed, self.may_fill = max(self._agreed, noted), bool(may_fill)
         return self.wish
 
     def now(self) -> int:

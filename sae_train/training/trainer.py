@@ -11,7 +11,6 @@ from sae_train import kernels
 from sae_train.config import RunConfig
 from sae_train.errors import StoppedByNumbers
 from sae_train.harvest.stream import Stream
-from sae_train.phases import SILENT, Phases
 from sae_train.ranks import Ranks
 from sae_train.sae.code import Code
 from sae_train.sae.dictionary import PARAMETRISATIONS, REPLICATED
@@ -43,6 +42,8 @@ class Events:
     advance: Callable[[int], None]
     stop: Callable[[], None]
     """Called before every step; does not come back where the run is to stop."""
+    fill: Callable[[], None]
+    """Has the stream harvest for the step. The same; the trainer's state is then that of the step's beginning."""
 
 
 class Trainer:
@@ -104,13 +105,8 @@ class Trainer:
             seed=self.config.seed,
         )
 
-    def fit(self, events: Events, phases: Phases = SILENT) -> None:
+    def fit(self, events: Events) -> None:
         """Train to the end of the plan.
-
-        Args:
-            events: what happens between steps.
-            phases: told of the forward passes of a harvest, and may end the training there: the state is then that
-                of the beginning of the step.
 
         Raises:
             StoppedByNumbers: a loss or gradient was not finite, or no feature fires any more.
@@ -119,7 +115,8 @@ class Trainer:
             events.stop()
             before = self.tokens
             self._clock.start(self.plan.batch_tokens)
-            own_NW = self.stream.batch(self.n_done, phases)
+            events.fill()
+            own_NW = self.stream.batch(self.n_done)
             self._clock.harvested()
             self.step(own_NW)
             self._clock.stop()
