@@ -53,6 +53,7 @@ class Session:
         self._phases = Phases(
             show=partial(ProgressBar, is_first=ranks.is_first), alone=self._stop_alone, together=self._stop_now
         )
+        self._may_leave_alone = ranks.size == 1
         self._saver = Saver(directory.checkpoints, config.checkpoint, ranks=ranks, phases=self._phases)
         self._on_disk = restore.newest_step(directory.checkpoints) if ranks.is_first else None
         self.config, self.directory, self.ranks, self._stack, self.facts = config, directory, ranks, stack, facts
