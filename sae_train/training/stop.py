@@ -13,6 +13,7 @@ import atexit
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from types import FrameType
@@ -169,12 +170,15 @@ def _preempted(noted: int, *, step: int | None) -> Preempted:
 
 
 def leave_early() -> None:
-    """Leave if this process was told to, before it has begun a run or joined other ranks.
+    """Leave if this process, which is alone, was told to before it has begun a run; a SLURM job goes back if asked.
 
     Raises:
         Preempted: it was told to stop.
     """
     if wish():
+        notice = requeue(wish())
+        if notice:
+            sys.stderr.write(f"{notice}\n")
         raise _preempted(_noted, step=None)
 
 
