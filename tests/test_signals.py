@@ -23,12 +23,12 @@ SAVED = "saved at step"
 SLOW = [
     "harvest.context_length=32",
     "harvest.contexts_per_forward=1",  # a forward pass costs its overhead: long phases on any machine
-    "harvest.calibration_tokens=40_000",
+    "harvest.calibration_tokens=20_000",
     "harvest.pool_batches=32",
     "n_features=1024",
     "batch_tokens=256",
     "tokens=16384",
-    "evaluation_tokens=8000",
+    "evaluation_tokens=3000",
     "evaluate_every=8192",
     "checkpoint.every_tokens=2048",
     "log_every=2048",
@@ -115,7 +115,7 @@ MOMENTS = [
     Moment("first step", shows("training:   0%")),
     Moment("harvest", lambda run: "training: " in run.said()),
     Moment("checkpoint", has("runs/*/checkpoints/tmp-step_*"), ("checkpoint.beside=true",)),
-    Moment("evaluation", shows("evaluating: ")),
+    Moment("evaluation", lambda run: '"step": 32,' in "".join(map(Path.read_text, run.folder.glob("runs/*/*.jsonl")))),
     Moment("thresholds", shows("training: 100%")),
     Moment("export", has("runs/*/saes/*")),
 ]

@@ -1,5 +1,6 @@
 """What a run says to the person who started it: lines on stdout, a progress bar for each long phase on stderr."""
 
+import os
 import sys
 from typing import Any
 
@@ -41,13 +42,13 @@ class ProgressBar:
             initial=done,
             unit=unit,
             unit_scale=True,
-            dynamic_ncols=True,
             disable=not is_first,
             delay=0.0 if name == TRAINING else SECONDS_TO_THE_FIRST,
             mininterval=SECONDS_TO_THE_FIRST,
             miniters=0,
             leave=name == TRAINING or not is_terminal,
             file=sys.stderr,
+            **_room(),
         )
 
     def advance(self, n: int) -> None:
@@ -59,6 +60,15 @@ class ProgressBar:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _room() -> dict[str, Any]:
+    """Return tqdm's options for the size of the screen: it shows nothing on one that says it has no lines."""
+    try:
+        size = os.get_terminal_size(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return {"dynamic_ncols": True}  # no terminal
+    return {"dynamic_ncols": True} if size.lines and size.columns else {"ncols": 80, "nrows": 24}
 
 
 def figures_text(row: dict[str, Any]) -> str:
