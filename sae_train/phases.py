@@ -38,10 +38,10 @@ class NoBar:
 class Show(Protocol):
     """Opens the bar of a phase."""
 
-    def __call__(self, name: str, *, total: int, unit: str, done: int) -> Bar: ...
+    def __call__(self, name: str, *, total: int, unit: str, done: int, is_nested: bool) -> Bar: ...
 
 
-def _no_bar(name: str, *, total: int, unit: str, done: int) -> Bar:
+def _no_bar(name: str, *, total: int, unit: str, done: int, is_nested: bool) -> Bar:
     return NoBar()
 
 
@@ -77,7 +77,7 @@ class Phases:
             unit: of `total`: 'tok' for tokens, 'B' for bytes.
             done: units that an earlier process did.
         """
-        bar = self._show(name, total=total, unit=unit, done=done)
+        bar = self._show(name, total=total, unit=unit, done=done, is_nested=bool(self._bars))
         self._bars.append(bar)
         try:
             yield

@@ -153,7 +153,7 @@ def test_bars_end_where_their_phase_ends(model: Path, text: Path) -> None:
     """What a bar's time left is worth: the total is what is then counted, whatever the source."""
     bars: list[Counting] = []
 
-    def show(name: str, *, total: int, unit: str, done: int) -> Counting:
+    def show(name: str, *, total: int, unit: str, done: int, is_nested: bool) -> Counting:
         bars.append(Counting(name, total))
         return bars[-1]
 

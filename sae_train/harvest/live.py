@@ -113,12 +113,12 @@ class LiveLane:
         `phases` may end this between two forward passes; a later call, after a resume too, goes on from there.
         """
         while self.pool.has_room:
-            phases.advance()
             rows = self._next_early() if self._early else self._next(scaling, dtype)
             if rows is None:
                 self.has_ended = True
                 break
             self.absorb(rows)
+            phases.advance(len(rows.kept_NW))
         self.pool.shuffle()
 
     def wants_more(self, *, most_rows: int, last_row: int) -> bool:
@@ -238,7 +238,7 @@ class LiveStream(Stream):
         self._set_scaling(fit_scaling(rows, ranks=self._ranks, site=self._site,
                                       gradients=gradients if self._config.reads_gradients else None))  # fmt: skip
         del parts, rows, gradients
-        with phases.of("filling pools", total=self._harvest.pool_batches * self._share * len(self._lanes)):
+        with phases.of("filling pools", total=sum(lane.pool.room for lane in self._lanes)):
             for lane, own, cursor in zip(self._lanes, blocks, cursors, strict=True):
                 for block in own:
                     if not lane.pool.has_room:
@@ -247,8 +247,9 @@ class LiveStream(Stream):
                     cursor = block.cursor
                 lane.go_to(cursor)
                 own.clear()
+                phases.count(lane.pool.unread)
                 lane.refill(self.scaling, self._dtype, phases)
-                phases.meet(lane.pool.unread)
+                phases.meet()
         self._check_supply()
 
     def batch(self, step: int) -> Tensor:
@@ -264,7 +265,7 @@ class LiveStream(Stream):
     def fill(self, phases: Phases = SILENT) -> None:
         due = [lane for lane in self._lanes if lane.pool.is_due]
         if due:
-            with self._ahead.paused():
+            with self._ahead.paused(), phases.of("harvesting", total=sum(lane.pool.room for lane in due)):
                 for lane in due:
                     lane.refill(self.scaling, self._dtype, phases)
                 self._check_supply()

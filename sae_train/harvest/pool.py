@@ -42,6 +42,11 @@ class LanePool:
         return self._end - self._start
 
     @property
+    def room(self) -> int:
+        """Rows that fit beside the unread ones."""
+        return len(self._rows_CW) - self.unread
+
+    @property
     def is_due(self) -> bool:
         """Whether it must be refilled before the next take."""
         return self._stage == _FILLING or (self._stage == _TAKEN_FROM and 2 * self.unread < len(self._rows_CW))

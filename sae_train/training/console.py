@@ -8,8 +8,8 @@ from tqdm import tqdm
 
 TRAINING = "training"
 """The phase whose bar stays on the screen."""
-SECONDS_TO_THE_FIRST, SECONDS_ON_A_TERMINAL, SECONDS_IN_A_FILE = 0.5, 0.5, 15.0
-"""When a bar is shown first, and how often after that."""
+SECONDS_TO_THE_FIRST, SECONDS_INSIDE, SECONDS_ON_A_TERMINAL, SECONDS_IN_A_FILE = 0.5, 5.0, 0.5, 15.0
+"""When a bar is shown first, when one inside another phase, and how often after that."""
 ALL_OF_IT = 0.999
 """Share of the budget above which it counts as used up."""
 
@@ -29,11 +29,11 @@ def warn(text: str) -> None:
 class ProgressBar:
     """The bar of one phase on stderr: units done, rate, time left; silent on ranks after the first.
 
-    A phase shows one once it has lasted half a second, the training at once. A terminal shows it as long as the phase
-    lasts, a file gets a line every 15 seconds and one at the end.
+    The training shows one at once, another phase once it has lasted half a second, or five if it comes inside another.
+    A terminal shows it as long as the phase lasts, a file gets a line every 15 seconds and one at the end.
     """
 
-    def __init__(self, name: str, *, total: int, unit: str, done: int, is_first: bool) -> None:
+    def __init__(self, name: str, *, total: int, unit: str, done: int, is_nested: bool, is_first: bool) -> None:
         is_terminal = sys.stderr.isatty()
         self._later = SECONDS_ON_A_TERMINAL if is_terminal else SECONDS_IN_A_FILE
         self._bar = tqdm(
@@ -43,7 +43,7 @@ class ProgressBar:
             unit=unit,
             unit_scale=True,
             disable=not is_first,
-            delay=0.0 if name == TRAINING else SECONDS_TO_THE_FIRST,
+            delay=0.0 if name == TRAINING else SECONDS_INSIDE if is_nested else SECONDS_TO_THE_FIRST,
             mininterval=SECONDS_TO_THE_FIRST,
             miniters=0,
             leave=name == TRAINING or not is_terminal,
