@@ -74,13 +74,14 @@ def _leave(status: int) -> NoReturn:
 def run_command(arguments: list[str]) -> int:
     """Do what the arguments say; return the exit status."""
     place = find_place()
-    if place.launcher or "SLURM_JOB_ID" in os.environ:
-        stop.listen(joined=place.size == 1)  # before the imports, which take seconds; replaces submitit's handlers
+    stop.listen(joined=place.size == 1, rank=place.rank)  # before the imports, which take seconds; in submitit's place
     record = outcome.Record()
     try:
         request = _request(arguments)
         if request is None:
             return 0
+        if place.size == 1:
+            stop.leave_early()
         if request.launcher is not None and not any(point.config.dry_run for point in request.points):
             stop.release()  # nothing is trained here: who is told to end ends
             return _submit(request, arguments)

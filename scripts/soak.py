@@ -35,8 +35,8 @@ Process = subprocess.Popen[str]
 COLUMNS = ("faults", "while starting", "in time", "said why", "right end", "wrong")
 ALONE = ("SIGKILL", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGTERM twice")
 TOGETHER = ("SIGKILL of all", "SIGKILL of a rank", "SIGTERM of a rank", "SIGUSR2 of a rank", "SIGUSR2 of all", "pause")
-SAVED = "saved at step"
-SAID = (SAVED, "lost touch with another rank", "has not been heard of", "(SIGKILL)")
+STOPPED = ("saved at step", "nothing to save yet")
+SAID = (*STOPPED, "lost touch with another rank", "has not been heard of", "(SIGKILL)")
 """What tells the user why a run stopped; the last by torchrun, of the rank that was killed."""
 A_MINUTE = 75.0
 """Seconds in which all ranks must have stopped: the promise, and what a busy machine adds."""
@@ -141,7 +141,7 @@ class Torn:
         if asked and not listens:
             possible |= {-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGUSR2}
         if asked:
-            said = SAVED in text
+            said = any(words in text for words in STOPPED)
         spoke = said or not listens or status == 0 or kind in ("SIGKILL", "SIGKILL of all")
         own_traceback = "sae_train/" in text and "Traceback" in text
         if status not in possible or not spoke or own_traceback or "damaged" in text:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "sae_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "assets", "heartbeat", "quoting"},
+    {"errors", "assets", "heartbeat", "phases", "quoting"},
     {"place"},
     {"threads"},
     {"config", "verbs"},

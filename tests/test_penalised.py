@@ -209,7 +209,7 @@ def test_l0_comes_to_k_from_above_and_below_and_stays(rows: Path, typed: list[st
         if trainer.n_done % 50 == 0:
             l0.append(trainer.row()["train/l0"])
     assert all(abs(value / 5 - 1) < 0.1 for value in l0[3:]), l0
-    _, figures = exported(trainer, between=lambda: None)
+    _, figures = exported(trainer)
     assert figures["correction"] != {}
     assert abs(figures["l0"] / 5 - 1) < 0.05  # of some 3000 rows, calibrated on as many others
 
@@ -340,7 +340,7 @@ def test_l1_weighs_values_with_their_rows_norms(rows: Path, norms: str) -> None:
     assert isinstance(relu, ReLU)
     value, priced = relu.values(dictionary, pre, moment=trainer.moment(), ranks=Solo())
     torch.testing.assert_close(priced, (pre.value.relu() * (norm_F if norms == "free" else ones)).sum())
-    sae, _ = exported(trainer, between=lambda: None)
+    sae, _ = exported(trainer)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), ones.float())
     scaling = trainer.stream.scaling
     sae.threshold.zero_()
@@ -509,7 +509,7 @@ def test_a_fixed_price_rises_to_what_was_typed_and_nothing_is_steered(rows: Path
         assert float(trainer.sparsifier.price.nudge) == 0
     assert prices == pytest.approx([0.01 * min(1, step / 20) for step in range(40)])
     assert "train/budget_used" not in trainer.row()
-    sae, figures = exported(trainer, between=lambda: None)
+    sae, figures = exported(trainer)
     assert "correction" not in figures
     assert not bool(sae.threshold.any())
     assert sae.k == figures["target_l0"] > 0

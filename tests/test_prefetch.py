@@ -276,6 +276,8 @@ def test_a_pool_knows_its_next_refill() -> None:
         for last_row in (0, 40, 64, 1000):
             pool = LanePool(torch.zeros(96, 1), lane=0, share=8, forward_rows=20, seed=0)
             pool.add(torch.zeros(filled, 1))
+            pool.shuffle()
+            pool.take(torch.empty(8, 1))
             told = [pool.will_have_room(n, last_row=last_row) for n in range(96)]
             while not pool.is_due:
                 pool.take(torch.empty(8, 1))

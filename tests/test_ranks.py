@@ -10,9 +10,8 @@ from small_runs import run_config
 from sae_train.errors import ConfigError, DataError
 from sae_train.harvest.stream import StreamFacts
 from sae_train.ranks import Ranks
+from sae_train.training.alike import check_alike, check_same_source
 from sae_train.training.plan import make_plan
-from sae_train.training.run import check_alike
-from sae_train.training.session import check_same_source
 
 FACTS = StreamFacts(d_model=16, label="tensors", n_blocks=None, pool_bytes=0, flops_per_token=0, record={})
 

@@ -53,7 +53,10 @@ class Rows(HeldOut):
     def __init__(self, ranks: Ranks, *, bad: int | None = None) -> None:
         self._ranks, self._bad = ranks, bad
 
-    def batches(self, half: Half, *, max_tokens: int) -> Iterator[HeldOutBatch]:
+    def n_tokens(self, half: Half, *, max_tokens: int) -> int:
+        return sum(SIZES)
+
+    def batches(self, half: Half, *, max_tokens: int, with_logits: bool = False) -> Iterator[HeldOutBatch]:
         for number, size in enumerate(SIZES):
             if number % self._ranks.size != self._ranks.rank:
                 continue

@@ -52,7 +52,7 @@ def trained(rows: Path, *choices: str) -> tuple[Trainer, SparseAutoencoder]:
     trainer = build(config, Solo())
     while trainer.n_done < trainer.plan.steps:
         trainer.step(trainer.stream.batch(trainer.n_done))
-    sae, _ = exported(trainer, between=lambda: None)
+    sae, _ = exported(trainer)
     return trainer, sae
 
 

@@ -236,7 +236,7 @@ def test_the_exported_sae_fires_k_with_the_mask_or_without(rows: Path, export_ma
     l0 = trainer.row()["train/l0"]
     never = mask_of(trainer).masked_F > 0.5
     assert 5 < int(never.sum()) < 100
-    sae, figures = exported(trainer, between=lambda: None)
+    sae, figures = exported(trainer)
     assert list(figures["correction"]) == ["threshold"]
     three_errors = 3 * math.sqrt(2 / (150 * 5))  # some 150 rows in each half, and firings that are Poisson
     assert abs(figures["l0"] / 5 - 1) < three_errors

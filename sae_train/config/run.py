@@ -49,6 +49,13 @@ LARGEST_NUMBER = 10**15
 """Of tokens and the like: far above any run, far below what 64 bits hold."""
 
 
+MOST_HELD_OUT_TOKENS = 50_000
+TOKENS_PER_HELD_OUT = 16
+"""Tokens of training for each held-out token of a half, where `evaluation_tokens` is null."""
+HELD_OUT_BLOCK = 256
+"""Rows of files that are held out together."""
+
+
 USUAL_K = 32.0
 """What rules in k assume where there is none."""
 
@@ -73,8 +80,9 @@ class RunConfig:
     """Tokens without firing after which a feature is dead; null is 10M, or a 25th of a shorter run."""
     precision: str
     """Of matrix products, sparse ones too: auto, bf16, float32; float64 computes everything in float64."""
-    evaluation_tokens: int
-    """Held-out tokens behind every exported figure; as many again set the thresholds."""
+    evaluation_tokens: int | None
+    """Held-out tokens behind every exported figure; as many again set the thresholds. null is a 16th of `tokens`, at
+    most 50,000 and at least two contexts (harvest=tensors: two blocks of 256 rows)."""
     evaluate_every: int
     """Tokens between held-out evaluations; 0 evaluates at the end only."""
     log_every: int
@@ -166,6 +174,14 @@ class RunConfig:
         if isinstance(self.harvest, LiveHarvestConfig) and not self.harvest.problems() and self.batch_tokens > 0:
             found += lane_problems(self.harvest, batch_tokens=self.batch_tokens)
         return found + self._budget_problems() + self._fractional_problems()
+
+    @property
+    def held_out_tokens(self) -> int:
+        """`evaluation_tokens`, or what the rule gives where it is null."""
+        if self.evaluation_tokens is not None:
+            return self.evaluation_tokens
+        unit = self.harvest.context_length if isinstance(self.harvest, LiveHarvestConfig) else HELD_OUT_BLOCK
+        return max(2 * unit, min(MOST_HELD_OUT_TOKENS, self.tokens // TOKENS_PER_HELD_OUT))
 
     @property
     def usual_k(self) -> float:

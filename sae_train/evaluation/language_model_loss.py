@@ -5,40 +5,73 @@ so is the last position of a context, which predicts nothing.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from sae_train.harvest.held_out import HeldOutBatch
 from sae_train.ranks import Ranks
 
 if TYPE_CHECKING:
     from sae_train.harvest.language_model import LanguageModel
 
+PASSES_OF_A_BATCH = 3
+"""Whole forward passes over each evaluated context: clean, spliced, zero-ablated."""
+
+
+class Baseline:
+    """What the language model predicts for a batch of contexts without any SAE.
+
+    The evaluation makes one for each batch; every SAE and every metric of the batch reads it. The clean forward pass
+    is the one that gave the batch's activations; the zero-ablated one is made when it is first read.
+    """
+
+    def __init__(self, model: "LanguageModel", batch: HeldOutBatch) -> None:
+        assert batch.ids_BT is not None, "contexts"
+        assert batch.kept_BT is not None, "contexts come with their filter"
+        assert batch.logits_BTV is not None, "batches were asked for with logits"
+        self._model, self._n_tokens, self._width = model, *batch.raw_ND.shape
+        self.ids_BT, self.kept_BT = batch.ids_BT, batch.kept_BT
+        self.clean_BTV = _log_probabilities(batch.logits_BTV)
+        """[B, T - 1, V] fp32 log-probabilities of the next token."""
+
+    def spliced_BTV(self, x_hat_ND: Tensor) -> Tensor:
+        """Return log-probabilities [B, T - 1, V] with `x_hat_ND` at the kept positions: one forward pass."""
+        return _log_probabilities(self._model.logits(self.ids_BT, replace=_put(x_hat_ND, self.kept_BT)))
+
+    @cached_property
+    def ablated_loss_BT(self) -> Tensor:
+        """[B, T - 1] cross-entropy with zeros at the kept positions: one forward pass."""
+        zeros_ND = torch.zeros(self._n_tokens, self._width, device=self.kept_BT.device)
+        return self.loss(self.spliced_BTV(zeros_ND))
+
+    def loss(self, log_probabilities_BTV: Tensor) -> Tensor:
+        """Return minus the log-probability of each next token, [B, T - 1]."""
+        return -log_probabilities_BTV.gather(-1, self.ids_BT[:, 1:, None]).squeeze(-1)
+
 
 class LanguageModelTotals:
-    """Sums of cross-entropy (nats) clean, spliced and zero-ablated, and of KL(clean || spliced)."""
+    """Sums of cross-entropy (nats) clean, spliced and zero-ablated, and of KL(clean || spliced), of one SAE."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)  # n, clean, spliced, ablated, kl
 
     @torch.no_grad()
-    def add(self, model: "LanguageModel", ids_BT: Tensor, kept_BT: Tensor, x_hat_ND: Tensor) -> None:
+    def add(self, baseline: Baseline, x_hat_ND: Tensor) -> None:
         """Add a batch of contexts.
 
         Args:
-            ids_BT: token ids.
-            kept_BT: which positions the SAE is responsible for.
-            x_hat_ND: its reconstructions of those, in order.
+            baseline: of the batch.
+            x_hat_ND: the SAE's reconstructions of the batch's kept positions, in order.
         """
-        scored_BT = kept_BT[:, :-1]
-        clean = _log_probabilities(model, ids_BT, None)
-        with_sae = _log_probabilities(model, ids_BT, _put(x_hat_ND, kept_BT))
+        scored_BT = baseline.kept_BT[:, :-1]
+        clean, with_sae = baseline.clean_BTV, baseline.spliced_BTV(x_hat_ND)
         kl_BT = (clean.exp() * (clean - with_sae)).sum(-1)
-        losses = [_cross_entropy(clean, ids_BT), _cross_entropy(with_sae, ids_BT)]
+        losses = [baseline.loss(clean), baseline.loss(with_sae)]
         del clean, with_sae
-        ablated = _log_probabilities(model, ids_BT, _put(torch.zeros_like(x_hat_ND), kept_BT))
-        losses.append(_cross_entropy(ablated, ids_BT))
+        losses.append(baseline.ablated_loss_BT)
         parts = [torch.ones_like(kl_BT), *losses, kl_BT]
         self.sums += torch.stack([part[scored_BT].double().sum() for part in parts])
 
@@ -62,11 +95,6 @@ def _put(x_hat_ND: Tensor, kept_BT: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda acts_BTD: acts_BTD.masked_scatter(kept_BT.unsqueeze(-1), x_hat_ND.to(acts_BTD.dtype))
 
 
-def _log_probabilities(model: "LanguageModel", ids_BT: Tensor, replace: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """Return fp32 log-probabilities [B, T-1, V] of the next token."""
-    return model.logits(ids_BT, replace=replace)[:, :-1].float().log_softmax(-1)
-
-
-def _cross_entropy(log_probabilities: Tensor, ids_BT: Tensor) -> Tensor:
-    """Return minus the log-probability of each next token, [B, T-1]."""
-    return -log_probabilities.gather(-1, ids_BT[:, 1:, None]).squeeze(-1)
+def _log_probabilities(logits_BTV: Tensor) -> Tensor:
+    """Return fp32 log-probabilities [B, T - 1, V] of the next token."""
+    return logits_BTV[:, :-1].float().log_softmax(-1)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sae_train.errors import CheckpointError
 from sae_train.formats.durable import explained, sync_directory, write_text
+from sae_train.phases import SILENT, Phases
 from sae_train.ranks import Ranks
 from sae_train.sae.autoencoder import SparseAutoencoder
 
@@ -29,7 +30,15 @@ PIECE_BYTES = 16 * 2**20
 """About as many bytes of a file are held at a time, beside the shard."""
 
 
-def save(sae: SparseAutoencoder, directory: Path, *, facts: dict[str, Any], n_features: int, ranks: Ranks) -> None:
+def save(
+    sae: SparseAutoencoder,
+    directory: Path,
+    *,
+    facts: dict[str, Any],
+    n_features: int,
+    ranks: Ranks,
+    phases: Phases = SILENT,
+) -> None:
     """Write an autoencoder whose features the ranks of a row share, and what is known of it. Collective.
 
     The first rank writes; the JSON file comes last, so a directory with it is whole.
@@ -39,11 +48,12 @@ def save(sae: SparseAutoencoder, directory: Path, *, facts: dict[str, Any], n_fe
         facts: JSON values for sae.json beside the rule (site, model, tokens, dataset, figures ...).
         n_features: of the whole dictionary.
         ranks: the grid.
+        phases: told of each piece that is written.
 
     Raises:
         CheckpointError: the directory cannot be written; on every rank.
     """
-    pieces = _pieces(sae, n_features=n_features, ranks=ranks)
+    pieces = _reported(_pieces(sae, n_features=n_features, ranks=ranks), phases)
     problem: CheckpointError | None = None
     if ranks.is_first:
         rule = {
@@ -60,6 +70,17 @@ def save(sae: SparseAutoencoder, directory: Path, *, facts: dict[str, Any], n_fe
             problem = error
     deque(pieces, maxlen=0)  # what nobody writes still has to be handed round
     ranks.raise_together(problem)
+
+
+def size_of(d_model: int, n_features: int) -> int:
+    """Return the bytes of the tensors that `save` writes."""
+    return sum(4 * math.prod(shape) for shape in _shapes(d_model, n_features).values())
+
+
+def _reported(pieces: Iterator[Tensor], phases: Phases) -> Iterator[Tensor]:
+    for piece in pieces:
+        phases.advance(piece.nbytes)
+        yield piece
 
 
 def _shapes(d_model: int, n_features: int) -> dict[str, tuple[int, ...]]:

@@ -36,6 +36,8 @@ class HeldOutBatch:
     """[B, T] int64 token ids; None for tensors."""
     kept_BT: Tensor | None
     """[B, T] bool: which tokens `raw_ND` holds, in order; None for tensors."""
+    logits_BTV: Tensor | None = None
+    """[B, T, V] the language model's logits, of the forward pass that gave `raw_ND`; None unless asked for."""
 
 
 class HeldOut(ABC):
@@ -44,13 +46,18 @@ class HeldOut(ABC):
     limit: float
 
     @abstractmethod
-    def batches(self, half: Half, *, max_tokens: int) -> Iterator[HeldOutBatch]:
+    def batches(self, half: Half, *, max_tokens: int, with_logits: bool = False) -> Iterator[HeldOutBatch]:
         """Yield this rank's share of a half: batch i belongs to rank i % size.
 
         Args:
             half: which half.
             max_tokens: over all ranks; whole contexts are taken until they hold as many, or all there are.
+            with_logits: whether batches of text bring the language model's logits, too.
         """
+
+    @abstractmethod
+    def n_tokens(self, half: Half, *, max_tokens: int) -> int:
+        """Return how many tokens `batches` yields over all ranks, outliers included."""
 
 
 class TextHeldOut(HeldOut):
@@ -62,17 +69,24 @@ class TextHeldOut(HeldOut):
         self._language_model, self._tokenizer, self._ranks = language_model, tokenizer, ranks
         self._contexts_per_batch, self._site = contexts_per_batch, site
 
-    def batches(self, half: Half, *, max_tokens: int) -> Iterator[HeldOutBatch]:
+    def batches(self, half: Half, *, max_tokens: int, with_logits: bool = False) -> Iterator[HeldOutBatch]:
         chosen = self._contexts.of_half(half, max_tokens=max_tokens)
         size = self._contexts_per_batch
         for number, start in enumerate(range(0, len(chosen), size)):
             if number % self._ranks.size == self._ranks.rank:
-                yield self._harvest(chosen[start : start + size])
+                yield self._harvest(chosen[start : start + size], with_logits=with_logits)
 
-    def _harvest(self, chosen: list[int]) -> HeldOutBatch:
+    def n_tokens(self, half: Half, *, max_tokens: int) -> int:
+        return sum(map(self._contexts.n_trainable, self._contexts.of_half(half, max_tokens=max_tokens)))
+
+    def _harvest(self, chosen: list[int], *, with_logits: bool) -> HeldOutBatch:
         device = self._ranks.device
         ids_BT = torch.stack([self._contexts[index] for index in chosen]).to(device)
-        raw_BTD = self._language_model.activations(ids_BT)
+        logits_BTV = None
+        if with_logits:
+            raw_BTD, logits_BTV = self._language_model.activations_and_logits(ids_BT)
+        else:
+            raw_BTD = self._language_model.activations(ids_BT)
         kept_BT = trainable(ids_BT, self._tokenizer)
         check_finite(raw_BTD[kept_BT], site=self._site, language_model=self._language_model)
         kept_BT &= row_norms(raw_BTD) <= self.limit
@@ -82,6 +96,7 @@ class TextHeldOut(HeldOut):
             context_N=context_B[:, None].expand_as(kept_BT)[kept_BT],
             ids_BT=ids_BT,
             kept_BT=kept_BT,
+            logits_BTV=logits_BTV,
         )
 
 
@@ -102,6 +117,10 @@ class HeldOutContexts:
 
     def __getitem__(self, index: int) -> Tensor:
         return self._ids[index]
+
+    def n_trainable(self, index: int) -> int:
+        """Return how many tokens of a context are trained on."""
+        return self._trainable[index]
 
     def of_half(self, half: Half, *, max_tokens: int) -> list[int]:
         """Return the half's first contexts that together hold `max_tokens` trainable tokens, or all it has."""

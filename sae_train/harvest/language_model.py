@@ -3,14 +3,15 @@
 Letters: B contexts, T positions, D width of the site, V vocabulary.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_tqdm_hook
 
 from sae_train.config import ModelConfig, RunConfig
 from sae_train.errors import ConfigError, DataError
@@ -20,6 +21,7 @@ from sae_train.harvest.hooks import hooked, run_until
 from sae_train.harvest.hub import hub_error, missing_library
 from sae_train.harvest.probe import DTYPES
 from sae_train.harvest.sites import SiteFacts, site_facts
+from sae_train.phases import SILENT, Phases
 
 
 class Tokenizer:
@@ -71,12 +73,15 @@ class LanguageModel:
         model: the Hugging Face module, in eval mode, without gradients.
     """
 
-    def __init__(self, config: RunConfig, *, device: torch.device, facts: SiteFacts | None = None) -> None:
+    def __init__(self, config: RunConfig, *, device: torch.device, facts: SiteFacts | None = None,
+                 phases: Phases = SILENT) -> None:  # fmt: skip
         self.facts = facts or site_facts(config)
         settings = read_model_config(config.model)
         self.has_loss = self.facts.has_loss
         self.device = device
-        self.model = _load(config.model, settings, device).eval().requires_grad_(False)
+        with _reported(phases):
+            self.model = _load(config.model, settings, device)
+        self.model = self.model.eval().requires_grad_(False)
         for part in (self.model.config, text_part(self.model.config)):
             part.use_cache = False
         self.vocab: int = self.model.get_input_embeddings().num_embeddings
@@ -87,6 +92,15 @@ class LanguageModel:
         site = run_until(self.model, self.facts.module, self.facts.side, ids_BT.to(self.device))
         assert site is not None, "the probe without weights reached this site"
         return site.unflatten(0, ids_BT.shape) if site.ndim == 2 else site
+
+    @torch.no_grad()
+    def activations_and_logits(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the site's activations [B, T, D] and next-token logits [B, T, V] of one whole forward pass."""
+        sites: list[Tensor] = []
+        with hooked(self.model, self.facts.module, self.facts.side, lambda site: sites.append(site.clone())):
+            logits = self.logits(ids_BT)
+        (site,) = sites
+        return site.unflatten(0, ids_BT.shape) if site.ndim == 2 else site, logits
 
     def activations_and_gradients(self, ids_BT: Tensor) -> Tensor:
         """Return [B, T, 2 D] in the model's dtype: the site's activations and, behind each, the loss's gradient there.
@@ -156,6 +170,29 @@ class LanguageModel:
         with hooked(self.model, self.facts.module, self.facts.side, splice):
             spliced: Tensor = self.model(ids_BT).logits
         return spliced
+
+
+@contextmanager
+def _reported(phases: Phases) -> Iterator[None]:
+    """Show how many of the weights are loaded, and leave between two of them where the run was told to stop."""
+
+    def counted(items: Iterable[Any], total: int) -> Iterator[Any]:
+        with phases.of("loading the language model", total=total, unit="weight"):
+            for item in items:
+                phases.advance(1)
+                yield item
+
+    def bar(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        items = args[0] if args else None
+        if options.get("desc") != "Loading weights" or not isinstance(items, Sized):
+            return factory(*args, **options)
+        return counted(cast("Iterable[Any]", items), len(items))
+
+    before = set_tqdm_hook(bar)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
 
 
 def _load(model: ModelConfig, settings: Any, device: torch.device) -> Any:

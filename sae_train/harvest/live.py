@@ -23,6 +23,7 @@ from sae_train.harvest.pool import LanePool
 from sae_train.harvest.scaling import Scaling, fit_scaling
 from sae_train.harvest.source import Stream, prefetch_of, row_width, run_dtype, whole_batches
 from sae_train.harvest.text import Corpus
+from sae_train.phases import SILENT, Phases
 from sae_train.ranks import Ranks
 
 _FRUITLESS_FORWARDS = 200
@@ -106,14 +107,18 @@ class LiveLane:
         self.dropped += rows.n_seen - len(rows.kept_NW)
         self._cursor, self.has_ended = rows.cursor, rows.is_last
 
-    def refill(self, scaling: Scaling, dtype: torch.dtype) -> None:
-        """Fill the pool as far as whole forward passes fit, and shuffle it."""
+    def refill(self, scaling: Scaling, dtype: torch.dtype, phases: Phases) -> None:
+        """Fill the pool as far as whole forward passes fit, and shuffle it.
+
+        `phases` may end this between two forward passes; a later call, after a resume too, goes on from there.
+        """
         while self.pool.has_room:
             rows = self._next_early() if self._early else self._next(scaling, dtype)
             if rows is None:
                 self.has_ended = True
                 break
             self.absorb(rows)
+            phases.advance(len(rows.kept_NW))
         self.pool.shuffle()
 
     def wants_more(self, *, most_rows: int, last_row: int) -> bool:
@@ -183,7 +188,7 @@ class LiveStream(Stream):
 
     language_model: LanguageModel
 
-    def __init__(self, config: RunConfig, *, ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, *, ranks: Ranks, phases: Phases = SILENT) -> None:
         assert isinstance(config.harvest, LiveHarvestConfig)
         self._config, self._ranks, self._harvest, self._sizes = config, ranks, config.harvest, config.lane_sizes
         self._dtype = run_dtype(config.precision)
@@ -191,7 +196,9 @@ class LiveStream(Stream):
         tokenizer = Tokenizer(config.model)
         check_lanes(self._corpus, tokenizer, lanes=self._sizes.lanes, batch_tokens=config.batch_tokens,
                     context_length=self._harvest.context_length, n_ranks=ranks.size)  # fmt: skip
-        self.language_model = LanguageModel(config, device=ranks.device)
+        phases.meet()
+        self.language_model = LanguageModel(config, device=ranks.device, phases=phases)
+        phases.meet()
         self.d_model = self.language_model.facts.d_model
         self._width = row_width(config, self.d_model)
         self._site = f"{config.model.id}, {self.language_model.facts.label}"
@@ -221,41 +228,54 @@ class LiveStream(Stream):
                                   reads_gradients=self._config.reads_gradients))  # fmt: skip
         return lanes
 
-    def start(self) -> None:
+    def start(self, phases: Phases = SILENT) -> None:
         """Fix the scaling from each lane's first tokens, then let those tokens be the first that fill its pool."""
         quota = -(-self._harvest.calibration_tokens // self._sizes.lanes)
         cursors = [lane.text.state() for lane in self._lanes]
-        blocks = [self._calibration_blocks(lane, quota) for lane in self._lanes]
+        blocks = []
+        with phases.of("calibrating scale and centre", total=quota * len(self._lanes)):
+            for lane in self._lanes:
+                blocks.append(self._calibration_blocks(lane, quota, phases))
+                phases.meet()
         parts = [torch.cat([block.raw_NW for block in own])[:quota] for own in blocks]
         rows, gradients = [part[:, : self.d_model] for part in parts], [part[:, self.d_model :] for part in parts]
         self._set_scaling(fit_scaling(rows, ranks=self._ranks, site=self._site,
                                       gradients=gradients if self._config.reads_gradients else None))  # fmt: skip
         del parts, rows, gradients
-        for lane, own, cursor in zip(self._lanes, blocks, cursors, strict=True):
-            for block in own:
-                if not lane.pool.has_room:
-                    break
-                lane.absorb(lane.filtered(block, self.scaling, self._dtype))
-                cursor = block.cursor
-            lane.go_to(cursor)
-            own.clear()
-            lane.refill(self.scaling, self._dtype)
+        with phases.of("filling pools", total=sum(lane.pool.room for lane in self._lanes)):
+            for lane, own, cursor in zip(self._lanes, blocks, cursors, strict=True):
+                for block in own:
+                    if not lane.pool.has_room:
+                        break
+                    lane.absorb(lane.filtered(block, self.scaling, self._dtype))
+                    cursor = block.cursor
+                lane.go_to(cursor)
+                own.clear()
+                phases.count(lane.pool.unread)
+                lane.refill(self.scaling, self._dtype, phases)
+                phases.meet()
         self._check_supply()
 
     def batch(self, step: int) -> Tensor:
         assert all(lane.pool.taken == step * self._share for lane in self._lanes), "steps are asked for in order"
         batch_NW = torch.empty(len(self._lanes) * self._share, self._width, dtype=self._dtype,
                                device=self._ranks.device)  # fmt: skip
-        due = [lane for lane in self._lanes if lane.pool.is_due]
-        if due:
-            with self._ahead.paused():
-                for lane in due:
-                    lane.refill(self.scaling, self._dtype)
-                self._check_supply()
+        self.fill()
         with self._ahead.changing():
             for lane, rows_NW in zip(self._lanes, torch.split(batch_NW, self._share), strict=True):
                 lane.pool.take(rows_NW)
         return batch_NW
+
+    def fill(self, phases: Phases = SILENT) -> None:
+        due = [lane for lane in self._lanes if lane.pool.is_due]
+        if due:
+            with self._ahead.paused(), phases.of("harvesting", total=sum(lane.pool.room for lane in due)):
+                for lane in due:
+                    lane.refill(self.scaling, self._dtype, phases)
+                self._check_supply()
+
+    def fills_soon(self) -> bool:
+        return any(lane.pool.is_due_soon for lane in self._lanes)
 
     def quiet(self) -> AbstractContextManager[None]:
         return self._ahead.paused()
@@ -321,14 +341,17 @@ class LiveStream(Stream):
         self.scaling = replace(scaling, centre_D=scaling.centre_D.to(self._ranks.device))
         self.held_out.limit = scaling.limit
 
-    def _calibration_blocks(self, lane: LiveLane, quota: int) -> list[Block]:
+    def _calibration_blocks(self, lane: LiveLane, quota: int, phases: Phases) -> list[Block]:
         blocks: list[Block] = []
-        while sum(len(block.raw_NW) for block in blocks) < quota:
+        there = 0
+        while there < quota:
             block = lane.forward()
             if block is None:
                 raise DataError(f"data.repeat=false: lane {lane.text.index} ends before its {quota} calibration "
                                 "tokens. Lower harvest.calibration_tokens or harvest.lanes.")  # fmt: skip
             blocks.append(block)
+            before, there = there, there + len(block.raw_NW)
+            phases.advance(min(there, quota) - before)
         return blocks
 
     def _check_supply(self) -> None:

@@ -61,7 +61,8 @@ def check_live(config: RunConfig, harvest: LiveHarvestConfig, *, n_ranks: int) -
                        pool_bytes=_pool_bytes(config, harvest, width), record=record,
                        prefetch=prefetch, ahead_bytes=_ahead_bytes(config, width, prefetch),
                        flops_per_token=facts.flops_per_token, logit_bytes=_logit_bytes(sizes, facts),
-                       notices=tuple(note for note in (facts.note, notice) if note), sizes=sizes)  # fmt: skip
+                       notices=tuple(note for note in (facts.note, notice) if note), sizes=sizes,
+                       whole_flops_per_token=facts.whole_flops_per_token if facts.has_loss else 0)  # fmt: skip
 
 
 def _check_revision(config: RunConfig) -> None:

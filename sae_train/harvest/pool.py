@@ -11,6 +11,9 @@ from torch import Tensor
 
 from sae_train.harvest.keys import keyed_order
 
+_TAKEN_FROM, _FILLING, _FILLED = 0, 1, 2
+"""Where a pool is between two takes. A run may be stopped while it fills, and then goes on filling."""
+
 
 class LanePool:
     """Rows of one lane, in storage that is handed in.
@@ -32,15 +35,26 @@ class LanePool:
         self._lane, self._share, self._forward_rows, self._seed = lane, share, forward_rows, seed
         self._start = self._end = self._refills = 0
         self.taken = 0
+        self._stage = _TAKEN_FROM
 
     @property
     def unread(self) -> int:
         return self._end - self._start
 
     @property
+    def room(self) -> int:
+        """Rows that fit beside the unread ones."""
+        return len(self._rows_CW) - self.unread
+
+    @property
     def is_due(self) -> bool:
         """Whether it must be refilled before the next take."""
-        return 2 * self.unread < len(self._rows_CW)
+        return self._stage == _FILLING or (self._stage == _TAKEN_FROM and 2 * self.unread < len(self._rows_CW))
+
+    @property
+    def is_due_soon(self) -> bool:
+        """Whether it is due now or may be before one of the next two takes."""
+        return self.is_due or 2 * (self.unread - 2 * self._share) < len(self._rows_CW)
 
     @property
     def has_room(self) -> bool:
@@ -57,7 +71,8 @@ class LanePool:
         return self.taken + shares * self._share < last_row and left + n_rows + self._forward_rows <= len(self._rows_CW)
 
     def add(self, rows_NW: Tensor) -> None:
-        """Append rows; they must fit."""
+        """Append rows; they must fit. Until `shuffle` the pool is in the middle of a refill."""
+        self._stage = _FILLING
         if self._end + len(rows_NW) > len(self._rows_CW):
             self._move_to_front(self._rows_CW[self._start : self._end].clone())
         self._rows_CW[self._end : self._end + len(rows_NW)] = rows_NW
@@ -68,6 +83,7 @@ class LanePool:
         order = keyed_order(self.unread, self._seed, "pool", self._lane, self._refills)
         self._move_to_front(self._rows_CW[self._start : self._end][order.to(self._rows_CW.device)])
         self._refills += 1
+        self._stage = _FILLED
 
     def take(self, out_NW: Tensor) -> None:
         """Write the next share into `out_NW`."""
@@ -76,18 +92,20 @@ class LanePool:
         out_NW.copy_(self._rows_CW[self._start : stop])
         self._start = stop
         self.taken += self._share
+        self._stage = _TAKEN_FROM
 
     def state(self) -> dict[str, Tensor]:
         """Return the unread rows and counters as CPU tensors."""
         return {
             "rows": self._rows_CW[self._start : self._end].to("cpu", copy=True),
-            "pool": torch.tensor([self._refills, self.taken]),
+            "pool": torch.tensor([self._refills, self.taken, self._stage]),
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go back to what `state` returned."""
         self._move_to_front(state["rows"].to(self._rows_CW.device))
-        self._refills, self.taken = state["pool"].tolist()
+        self._refills, self.taken, *stage = state["pool"].tolist()
+        self._stage = stage[0] if stage else _TAKEN_FROM  # checkpoints of version 0.1.0 lack it
 
     def _move_to_front(self, rows_NW: Tensor) -> None:
         self._rows_CW[: len(rows_NW)] = rows_NW

@@ -44,8 +44,10 @@ class SiteFacts:
     """How many a token has, where gradients are harvested; else 0: nothing computes them."""
     revision: str | None
     """Commit of the hub's model; None for a local one."""
+    whole_flops_per_token: int
+    """Operations of the weight products of a whole forward pass, for one token; all experts count."""
     note: str | None
-    """What the plan says beside these facts: that the architecture could not be run without storage."""
+    """What the plan says beside these facts: that the architecture could not be run without storage, say."""
 
 
 def site_facts(config: RunConfig) -> SiteFacts:
@@ -77,6 +79,7 @@ def site_facts(config: RunConfig) -> SiteFacts:
         has_loss=loader_of(settings) is not AutoModel,
         logits=found.logits,
         revision=getattr(settings, "_commit_hash", None),
+        whole_flops_per_token=2 * sum(map(_product_weights, model.modules())),
         note=found.note,
     )
 
@@ -140,6 +143,13 @@ def _refuse_decoder(config: RunConfig, model: nn.Module, settings: Any, module: 
 
 def _holds_experts(part: nn.Module) -> bool:
     return any(weight.ndim == 3 and len(weight) > 1 for weight in part.parameters(recurse=False))
+
+
+def _product_weights(part: nn.Module) -> int:
+    """Return how many weights of its own a module multiplies activations by."""
+    if isinstance(part, nn.Embedding):
+        return 0
+    return sum(weight.numel() for weight in part.parameters(recurse=False) if weight.ndim == 2)
 
 
 def _refuse_inside_experts(config: RunConfig, model: nn.Module, module: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from sae_train.config import LaneSizes, LiveHarvestConfig, RunConfig
 from sae_train.harvest.held_out import HeldOut
 from sae_train.harvest.scaling import Scaling
+from sae_train.phases import SILENT, Phases
 
 if TYPE_CHECKING:
     from sae_train.harvest.language_model import LanguageModel
@@ -42,6 +43,8 @@ class StreamFacts:
     """Memory of what may be harvested ahead, over all ranks."""
     logit_bytes: int = 0
     """Memory that the loss and the way back through the logits take of one rank at most; 0 where nothing needs them."""
+    whole_flops_per_token: int = 0
+    """Operations of the language model's whole forward pass for one token; 0 without one, or without a loss."""
     notices: tuple[str, ...] = ()
     """What the user should be told of the model and the data, a line each."""
     sizes: LaneSizes | None = None
@@ -66,7 +69,7 @@ class Stream(ABC):
     held_out: HeldOut
 
     @abstractmethod
-    def start(self) -> None:
+    def start(self, phases: Phases = SILENT) -> None:
         """Begin a fresh run: fix the scaling and fill the pools. Collective."""
 
     @abstractmethod
@@ -75,6 +78,16 @@ class Stream(ABC):
 
         A row is an activation, W = D; where the run reads gradients its gradient stands behind it, W = 2 D.
         """
+
+    def fill(self, phases: Phases = SILENT) -> None:  # noqa: B027 (most have nothing to fill)
+        """Harvest what the next batch needs; `batch` does what was not done.
+
+        `phases` may end this in the middle. The stream's state then leads to the same batches.
+        """
+
+    def fills_soon(self) -> bool:
+        """Return whether one of the next two batches may have to be harvested by this rank first."""
+        return False
 
     @abstractmethod
     def fingerprint(self) -> list[int]:

@@ -10,18 +10,20 @@ from sae_train.harvest.findings import Findings
 from sae_train.harvest.shares import check_batch
 from sae_train.harvest.source import Stream, StreamFacts, prefetch_of, row_width, run_dtype, whole_batches
 from sae_train.harvest.tensors import TensorStream, plan_rows
+from sae_train.phases import SILENT, Phases
 from sae_train.ranks import Ranks
 
 __all__ = ["Stream", "StreamFacts", "build_stream", "check_stream"]
 
 
-def build_stream(config: RunConfig, *, ranks: Ranks, dtype: torch.dtype) -> Stream:
+def build_stream(config: RunConfig, *, ranks: Ranks, dtype: torch.dtype, phases: Phases = SILENT) -> Stream:
     """Open data and language model; nothing is harvested before `start` or `restore`.
 
     Args:
         config: the run.
         ranks: who reads which lanes.
         dtype: of pools and batches: float64 under precision=float64, else fp32.
+        phases: told of what takes long.
 
     Raises:
         ConfigError, DataError: see `check_stream`.
@@ -31,7 +33,7 @@ def build_stream(config: RunConfig, *, ranks: Ranks, dtype: torch.dtype) -> Stre
         return TensorStream(config, ranks=ranks)
     from sae_train.harvest.live import LiveStream
 
-    return LiveStream(config, ranks=ranks)
+    return LiveStream(config, ranks=ranks, phases=phases)
 
 
 def check_stream(config: RunConfig, *, n_ranks: int) -> StreamFacts:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sae_train.config import RunConfig, TensorsHarvestConfig
+from sae_train.config.run import HELD_OUT_BLOCK
 from sae_train.errors import DataError
 from sae_train.harvest.ahead import Ahead, Outcome
 from sae_train.harvest.held_out import HALVES, Half, HeldOut, HeldOutBatch
@@ -20,13 +21,16 @@ from sae_train.harvest.keys import keyed_order
 from sae_train.harvest.scaling import Scaling, fit_scaling, row_norms
 from sae_train.harvest.source import Stream, prefetch_of, run_dtype, whole_batches
 from sae_train.harvest.tensor_files import TensorTable, read_headers
+from sae_train.phases import SILENT, Phases
 from sae_train.ranks import Ranks, Solo
 
 HELD_OUT_SHARE = 0.05
 MOST_HELD_OUT = 100_000
-BLOCK_ROWS = 256
+BLOCK_ROWS = HELD_OUT_BLOCK
 """Rows that count as one context: neighbours in a file are rarely independent."""
 _BLOCKS_A_BATCH = 16
+_ROWS_A_READ = 4096
+"""Calibration rows that are read between two looks at whether the run was told to stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,16 +109,26 @@ class TensorStream(Stream):
         self._next_step = 0
         self._ahead = Ahead(self._find_work, is_on=self._prefetch > 0, device=ranks.device, threads=1)
 
-    def start(self) -> None:
+    def start(self, phases: Phases = SILENT) -> None:
         calibration = self._draw(0)[: self._harvest.calibration_tokens]
         site = f"harvest.path={self._harvest.path}"
-        rows_NW = self._table.rows(calibration)
+        rows_NW = self._read_calibration(calibration, phases)
         _refuse_bad(rows_NW, calibration, self._table)
         whole, *gradients = rows_NW.to(self._ranks.device).split(self.d_model, dim=1)
         alone = Solo(self._ranks.device)  # the same rows on every rank: nothing to gather
         self._set_scaling(fit_scaling([whole], ranks=alone, site=site, gradients=gradients or None))
-        self._outliers, self._n_zero = self._scan()
+        phases.meet()
+        self._outliers, self._n_zero = self._scan(phases)
+        phases.meet()
         self._check_supply()
+
+    def _read_calibration(self, index_N: Tensor, phases: Phases) -> Tensor:
+        parts = []
+        with phases.of("calibrating scale and centre", total=len(index_N), unit="row"):
+            for part_N in index_N.split(_ROWS_A_READ):
+                parts.append(self._table.rows(part_N))
+                phases.advance(len(part_N))
+        return torch.cat(parts)
 
     def batch(self, step: int) -> Tensor:
         batch_NW = None
@@ -215,15 +229,18 @@ class TensorStream(Stream):
             first += len(part)
         return torch.cat(parts)
 
-    def _scan(self) -> tuple[Tensor, int]:
+    def _scan(self, phases: Phases) -> tuple[Tensor, int]:
         """Return the training rows over the outlier limit, and how many are all zero; every rank reads its share.
 
         Raises:
             DataError: a row is not finite, in training or held-out data; the same on every rank.
         """
-        outliers, bad, n_zero = _scan_rows(self._table, self._plan.n_training, self.scaling.limit, self._ranks)
         table, start = self._held_out.table, self._held_out.first
-        _, bad_held_out, _ = _scan_rows(table, table.n_rows, self.scaling.limit, self._ranks, start=start)
+        n_training, limit = self._plan.n_training, self.scaling.limit
+        n_rows = n_training + table.n_rows - start
+        with phases.of("reading norms", total=n_rows // self._ranks.size, unit="row"):
+            outliers, bad, n_zero = _scan_rows(self._table, n_training, limit, self._ranks, phases)
+            _, bad_held_out, _ = _scan_rows(table, table.n_rows, limit, self._ranks, phases, start=start)
         if bad is not None:
             raise _not_finite(self._table, bad)
         if bad_held_out is not None:
@@ -245,16 +262,25 @@ class TensorHeldOut(HeldOut):
         self.table, self.first = table, first
         self._ranks = ranks
 
-    def batches(self, half: Half, *, max_tokens: int) -> Iterator[HeldOutBatch]:
-        n_blocks = -(-(self.table.n_rows - self.first) // BLOCK_ROWS)
-        blocks = range(HALVES.index(half), n_blocks, 2)[: -(-max_tokens // BLOCK_ROWS)]
+    def batches(self, half: Half, *, max_tokens: int, with_logits: bool = False) -> Iterator[HeldOutBatch]:
+        blocks = self._blocks(half, max_tokens)
         for number, start in enumerate(range(0, len(blocks), _BLOCKS_A_BATCH)):
             if number % self._ranks.size == self._ranks.rank:
                 yield self._read(blocks[start : start + _BLOCKS_A_BATCH])
 
-    def _read(self, blocks: range) -> HeldOutBatch:
+    def n_tokens(self, half: Half, *, max_tokens: int) -> int:
+        return len(self._rows_of(self._blocks(half, max_tokens)))
+
+    def _blocks(self, half: Half, max_tokens: int) -> range:
+        n_blocks = -(-(self.table.n_rows - self.first) // BLOCK_ROWS)
+        return range(HALVES.index(half), n_blocks, 2)[: -(-max_tokens // BLOCK_ROWS)]
+
+    def _rows_of(self, blocks: range) -> Tensor:
         index_N = (torch.tensor(blocks)[:, None] * BLOCK_ROWS + torch.arange(BLOCK_ROWS)).flatten()
-        index_N = index_N[index_N < self.table.n_rows - self.first]
+        return index_N[index_N < self.table.n_rows - self.first]
+
+    def _read(self, blocks: range) -> HeldOutBatch:
+        index_N = self._rows_of(blocks)
         raw_ND = self.table.rows(index_N + self.first).to(self._ranks.device)
         kept = row_norms(raw_ND) <= self.limit
         context_N = (index_N // BLOCK_ROWS).to(raw_ND.device)[kept]
@@ -262,7 +288,7 @@ class TensorHeldOut(HeldOut):
 
 
 def _scan_rows(
-    table: TensorTable, stop: int, limit: float, ranks: Ranks, *, start: int = 0
+    table: TensorTable, stop: int, limit: float, ranks: Ranks, phases: Phases, *, start: int = 0
 ) -> tuple[Tensor, int | None, int]:
     """Return the rows of start..stop over the limit, the first that is not finite, and how many are all zero.
 
@@ -282,6 +308,7 @@ def _scan_rows(
             break
         found.append(first + over)
         n_zero += int((norms == 0).sum())
+        phases.advance(len(rows_ND))
     firsts = ranks.gather(torch.tensor([bad], device=ranks.device))
     outliers = ranks.gather_rows(torch.cat(found).to(ranks.device)).cpu()
     n_zero = int(ranks.sum(torch.tensor(n_zero, device=ranks.device)))

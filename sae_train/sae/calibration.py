@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sae_train import kernels
 from sae_train.kernels.radix import kth_largest
+from sae_train.phases import SILENT, Phases
 from sae_train.ranks import Ranks
 from sae_train.sae.autoencoder import CHUNK_BYTES, SparseAutoencoder
 from sae_train.sae.moment import Moment
@@ -63,6 +64,7 @@ def calibrate(
     ranks: Ranks,
     learned_F: Tensor | None = None,
     is_steered: bool = True,
+    phases: Phases = SILENT,
 ) -> Calibration:
     """Return thresholds for `sae` from held-out activations that no exported figure is computed on. Collective.
 
@@ -76,44 +78,71 @@ def calibrate(
         is_steered: whether there is a k at all; without one L0 is what it is.
         learned_F: thresholds of this rank's features that training itself used, in raw units, +inf for a feature that
             is never to fire; None where it selects.
+        phases: told of each pass over the tokens.
     """
     if len(raw_ND) == 0:
         raise ValueError("no tokens to calibrate thresholds on")
     k, shares_F = sparsifier.k_at(moment), sparsifier.shares(moment)
     row = ranks.features
+    passes = _Passes(sae, phases)
     if learned_F is not None:
         aim = k if is_steered else None
-        return _corrected(sae, raw_ND, k=aim, learned_F=learned_F, n_features=n_features, row=row)
+        return _corrected(passes, raw_ND, k=aim, learned_F=learned_F, n_features=n_features, row=row)
     if sparsifier.inference == "topk":
-        return _without_threshold(sae, raw_ND, k=round(k), row=row)
+        return _without_threshold(passes, raw_ND, k=round(k), row=row)
     if shares_F is None:
-        return _one_threshold(sae, raw_ND, k=k, batch_tokens=moment.batch_tokens, n_features=n_features, row=row)
-    return _threshold_each(sae, raw_ND, k=k, shares_F=shares_F, batch_tokens=moment.batch_tokens, row=row)
+        return _one_threshold(passes, raw_ND, k=k, batch_tokens=moment.batch_tokens, n_features=n_features, row=row)
+    return _threshold_each(passes, raw_ND, k=k, shares_F=shares_F, batch_tokens=moment.batch_tokens, row=row)
 
 
-def _without_threshold(sae: SparseAutoencoder, raw_ND: Tensor, *, k: int, row: Ranks) -> Calibration:
-    positive_N = row.sum(torch.cat([_positive(pre_NF) for pre_NF in sae.pre_activations(raw_ND)]))
+class _Passes:
+    """Passes of an autoencoder's encoder over the calibration half; each is a phase with its own time left."""
+
+    def __init__(self, sae: SparseAutoencoder, phases: Phases) -> None:
+        self.sae, self._phases = sae, phases
+
+    def pre_activations(self, raw_ND: Tensor) -> Iterator[Tensor]:
+        """Yield the pre-activations [n, F] of stretches of tokens."""
+        with self._phases.of("setting thresholds", total=len(raw_ND)):
+            for pre_NF in self.sae.pre_activations(raw_ND):
+                yield pre_NF
+                self._phases.advance(len(pre_NF))
+
+    def columns(self, raw_ND: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield stretches of features and their pre-activations [f, N] of all tokens."""
+        sae, step = self.sae, max(1, CHUNK_BYTES // (4 * len(raw_ND)))
+        with self._phases.of("setting thresholds", total=sae.n_features, unit="feature"):
+            for first in range(0, sae.n_features, step):
+                columns = slice(first, first + step)
+                encoder_FD, raw_DN = sae.W_enc[:, columns].t(), raw_ND.to(sae.W_enc.dtype).t()
+                pre_FN = torch.addmm(sae.b_enc[columns, None], encoder_FD, raw_DN)
+                yield columns, pre_FN
+                self._phases.advance(len(pre_FN))
+
+
+def _without_threshold(passes: _Passes, raw_ND: Tensor, *, k: int, row: Ranks) -> Calibration:
+    positive_N = row.sum(torch.cat([_positive(pre_NF) for pre_NF in passes.pre_activations(raw_ND)]))
     used_share = int(positive_N.clamp(max=k).sum()) / (k * len(raw_ND))
-    return Calibration(torch.zeros_like(sae.threshold), k * used_share, used_share)
+    return Calibration(torch.zeros_like(passes.sae.threshold), k * used_share, used_share)
 
 
 def _one_threshold(
-    sae: SparseAutoencoder, raw_ND: Tensor, *, k: float, batch_tokens: int, n_features: int, row: Ranks
+    passes: _Passes, raw_ND: Tensor, *, k: float, batch_tokens: int, n_features: int, row: Ranks
 ) -> Calibration:
     n_tokens = len(raw_ND)
     most = max(1, round(k * n_tokens))
-    values, positive_N = _largest(sae, raw_ND, most=most + 1, n_features=n_features, row=row)
+    values, positive_N = _largest(passes, raw_ND, most=most + 1, n_features=n_features, row=row)
     used = budget = 0
     for batch_N in torch.split(row.sum(positive_N), batch_tokens):
         share = round(k * len(batch_N))
         used, budget = used + min(int(batch_N.sum()), share), budget + share
     used_share = used / max(1, budget)
     threshold = kth_largest(values, round(k * n_tokens * used_share) + 1, row)
-    return Calibration(threshold.expand(sae.n_features).float().clone(), k * used_share, used_share)
+    return Calibration(threshold.expand(passes.sae.n_features).float().clone(), k * used_share, used_share)
 
 
 def _corrected(
-    sae: SparseAutoencoder, raw_ND: Tensor, *, k: float | None, learned_F: Tensor, n_features: int, row: Ranks
+    passes: _Passes, raw_ND: Tensor, *, k: float | None, learned_F: Tensor, n_features: int, row: Ranks
 ) -> Calibration:
     """Bring L0 to k where training has come close: by a factor on learned thresholds, else by one threshold for all.
 
@@ -121,7 +150,7 @@ def _corrected(
     never to fire (a threshold of +inf) stay so, and L0 comes to k without them.
     """
     n_tokens, device = len(raw_ND), raw_ND.device
-    fires = sum(int((pre_NF > learned_F).sum()) for pre_NF in sae.pre_activations(raw_ND))
+    fires = sum(int((pre_NF > learned_F).sum()) for pre_NF in passes.pre_activations(raw_ND))
     l0 = int(row.sum(torch.tensor(fires, device=device))) / n_tokens
     if k is None:
         return Calibration(learned_F.float(), l0, 1.0)
@@ -130,8 +159,8 @@ def _corrected(
     keep = max(1, round(k * n_tokens))
     never_F = learned_F.isinf()
     has_thresholds = bool(row.max(((learned_F > 0) & ~never_F).any().long()))
-    unit_F = learned_F if has_thresholds else torch.where(never_F, torch.inf, torch.ones_like(sae.threshold))
-    values, positive_N = _largest(sae, raw_ND, most=keep + 1, n_features=n_features, row=row, unit_F=unit_F)
+    unit_F = learned_F if has_thresholds else torch.where(never_F, torch.inf, torch.ones_like(passes.sae.threshold))
+    values, positive_N = _largest(passes, raw_ND, most=keep + 1, n_features=n_features, row=row, unit_F=unit_F)
     used_share = min(1.0, int(row.sum(positive_N.sum())) / keep)
     cut = float(kth_largest(values, keep + 1, row))
     if not has_thresholds:
@@ -144,7 +173,7 @@ def _corrected(
 
 
 def _largest(
-    sae: SparseAutoencoder, raw_ND: Tensor, *, most: int, n_features: int, row: Ranks, unit_F: Tensor | None = None
+    passes: _Passes, raw_ND: Tensor, *, most: int, n_features: int, row: Ranks, unit_F: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return this rank's share of at least the `most` largest affinities of all tokens and features (all where fewer).
 
@@ -152,7 +181,7 @@ def _largest(
     """
 
     def affinities(rows_ND: Tensor) -> Iterator[Tensor]:
-        for pre_NF in sae.pre_activations(rows_ND):
+        for pre_NF in passes.pre_activations(rows_ND):
             yield pre_NF if unit_F is None else pre_NF / unit_F
 
     sample_ND = raw_ND[:: max(1, len(raw_ND) * n_features * 4 // CHUNK_BYTES)]
@@ -175,7 +204,7 @@ def _positive(pre_NF: Tensor) -> Tensor:
 
 
 def _threshold_each(
-    sae: SparseAutoencoder, raw_ND: Tensor, *, k: float, shares_F: Tensor, batch_tokens: int, row: Ranks
+    passes: _Passes, raw_ND: Tensor, *, k: float, shares_F: Tensor, batch_tokens: int, row: Ranks
 ) -> Calibration:
     """Set each feature's threshold at the affinity that as many held-out tokens reach as its budget has matches.
 
@@ -185,10 +214,7 @@ def _threshold_each(
     n_tokens = len(raw_ND)
     own_F = shares_F[slice(*row.slice(len(shares_F)))]
     thresholds, total = [], torch.zeros((), dtype=torch.float64, device=raw_ND.device)
-    step = max(1, CHUNK_BYTES // (4 * n_tokens))
-    for first in range(0, sae.n_features, step):
-        columns = slice(first, first + step)
-        pre_FN = torch.addmm(sae.b_enc[columns, None], sae.W_enc[:, columns].t(), raw_ND.to(sae.W_enc.dtype).t())
+    for columns, pre_FN in passes.columns(raw_ND):
         matches_F = _expected_matches(pre_FN > 0, own_F[columns].to(pre_FN.device), batch_tokens)
         thresholds.append(_reached_by(pre_FN, matches_F))
         total += matches_F.sum()

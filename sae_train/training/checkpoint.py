@@ -22,6 +22,7 @@ from torch import Tensor
 from sae_train.errors import CheckpointError
 from sae_train.formats.durable import explained, sync_directory, sync_file, write_text
 from sae_train.harvest.ahead import Outcome
+from sae_train.phases import SILENT, Phases
 from sae_train.ranks import Ranks
 from sae_train.training.restore import NOTES, REPLICATED, digest_of, fingerprint, finished, place
 
@@ -37,6 +38,7 @@ def begin(
     ranks: Ranks,
     keep: int,
     beside: bool = False,
+    phases: Phases = SILENT,
 ) -> "Saving":
     """Begin to write a checkpoint, from all ranks at once; it is there once `publish` has been called.
 
@@ -66,7 +68,10 @@ def begin(
     if beside:
         own, replicated = (*own[:2], _copied(own[2])), _copied(replicated)
     shares = _shares(replicated, own, lane_states)
-    return Saving(partial, place(directory, notes["step"]), shares, notes=notes, ranks=ranks, keep=keep, beside=beside)
+    if beside:
+        phases = SILENT  # a thread writes, and the step has the bar
+    final = place(directory, notes["step"])
+    return Saving(partial, final, shares, notes=notes, ranks=ranks, keep=keep, beside=beside, phases=phases)
 
 
 class Saving:
@@ -86,9 +91,11 @@ class Saving:
         ranks: Ranks,
         keep: int,
         beside: bool,
+        phases: Phases = SILENT,
     ) -> None:
         self.step: int = notes["step"]
         self._partial, self._final, self._notes, self._ranks, self._keep = partial, final, notes, ranks, keep
+        self._phases = phases
         self._has_ended = threading.Event()  # of an interrupted Thread.join nothing is certain
         if beside:
             threading.Thread(target=self._write, args=(shares,), name="checkpoint", daemon=True).start()
@@ -96,7 +103,7 @@ class Saving:
             self._write(shares)
 
     def _write(self, shares: dict[str, dict[str, Tensor]]) -> None:
-        self._written = Outcome(lambda: _write(self._partial, shares))
+        self._written = Outcome(lambda: _write(self._partial, shares, self._phases))
         self._has_ended.set()
 
     def is_written(self) -> bool:
@@ -158,18 +165,21 @@ def _shares(
     return shares
 
 
-def _write(partial: Path, shares: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+def _write(partial: Path, shares: dict[str, dict[str, Tensor]], phases: Phases) -> dict[str, Any]:
     """Write this rank's files; return their fingerprints by name."""
     written = {}
-    for name, tensors in shares.items():
-        path = partial / name
-        with explained(partial):
-            try:
-                save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, str(path))
-            except SafetensorError as error:
-                raise CheckpointError(f"{path}: cannot be written: {error}. Free space there.") from error
-            sync_file(path)
-            written[name] = fingerprint(path)
+    sizes = {name: sum(value.nbytes for value in tensors.values()) for name, tensors in shares.items()}
+    with phases.of("writing a checkpoint", total=sum(sizes.values()), unit="B"):
+        for name, tensors in shares.items():
+            path = partial / name
+            with explained(partial):
+                try:
+                    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, str(path))
+                except SafetensorError as error:
+                    raise CheckpointError(f"{path}: cannot be written: {error}. Free space there.") from error
+                sync_file(path)
+                written[name] = fingerprint(path)
+            phases.count(sizes[name])
     return written
 
 

@@ -1,10 +1,15 @@
-"""What a run says to the person who started it: lines on stdout, a progress bar on stderr."""
+"""What a run says to the person who started it: lines on stdout, a progress bar for each long phase on stderr."""
 
+import os
 import sys
 from typing import Any
 
 from tqdm import tqdm
 
+TRAINING = "training"
+"""The phase whose bar stays on the screen."""
+SECONDS_TO_THE_FIRST, SECONDS_INSIDE, SECONDS_ON_A_TERMINAL, SECONDS_IN_A_FILE = 0.5, 5.0, 0.5, 15.0
+"""When a bar is shown first, when one inside another phase, and how often after that."""
 ALL_OF_IT = 0.999
 """Share of the budget above which it counts as used up."""
 
@@ -21,32 +26,54 @@ def warn(text: str) -> None:
     sys.stderr.flush()
 
 
-class Progress:
-    """A bar with tokens, tokens/s, time left and the newest figures; silent on ranks after the first."""
+class ProgressBar:
+    """The bar of one phase on stderr: units done, rate, time left; silent on ranks after the first.
 
-    def __init__(self, *, total_tokens: int, done_tokens: int, is_first: bool) -> None:
+    The training shows one at once, another phase once it has lasted half a second, or five if it comes inside another.
+    A terminal shows it as long as the phase lasts, a file gets a line every 15 seconds and one at the end.
+    """
+
+    def __init__(self, name: str, *, total: int, unit: str, done: int, is_nested: bool, is_first: bool) -> None:
+        is_terminal = sys.stderr.isatty()
+        self._later = SECONDS_ON_A_TERMINAL if is_terminal else SECONDS_IN_A_FILE
         self._bar = tqdm(
-            total=total_tokens,
-            initial=done_tokens,
-            unit="tok",
+            desc=name,
+            total=total,
+            initial=done,
+            unit=unit,
             unit_scale=True,
-            dynamic_ncols=True,
             disable=not is_first,
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+            delay=0.0 if name == TRAINING else SECONDS_INSIDE if is_nested else SECONDS_TO_THE_FIRST,
+            mininterval=SECONDS_TO_THE_FIRST,
+            miniters=0,
+            leave=name == TRAINING or not is_terminal,
             file=sys.stderr,
+            **_room(),
         )
 
-    def advance(self, tokens: int) -> None:
-        self._bar.update(tokens)
+    def advance(self, n: int) -> None:
+        if self._bar.update(n):  # it was shown
+            self._bar.mininterval = self._later
 
-    def show(self, row: dict[str, Any]) -> None:
-        """Put a row's figures beside the bar."""
-        self._bar.set_postfix_str(
-            f"FVU {row['train/fvu']:.3f}, L0 {row['train/l0']:.1f}, dead {row['train/dead_features']}", refresh=False
-        )
+    def note(self, text: str) -> None:
+        self._bar.set_postfix_str(text, refresh=False)
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _room() -> dict[str, Any]:
+    """Return tqdm's options for the size of the screen: it shows nothing on one that says it has no lines."""
+    try:
+        size = os.get_terminal_size(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return {"dynamic_ncols": True}  # no terminal
+    return {"dynamic_ncols": True} if size.lines and size.columns else {"ncols": 80, "nrows": 24}
+
+
+def figures_text(row: dict[str, Any]) -> str:
+    """Return the figures of a row of metrics that stand behind the bar of the training."""
+    return f"FVU {row['train/fvu']:.3f}, L0 {row['train/l0']:.1f}, dead {row['train/dead_features']}"
 
 
 def verdict(

@@ -1,6 +1,6 @@
 """From trained weights to an exported SAE that keeps its promise: fold, calibrate, evaluate, write."""
 
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from sae_train.errors import DataError
 from sae_train.evaluation.evaluate import evaluate
 from sae_train.evaluation.rounds import rounds
 from sae_train.formats import native
-from sae_train.harvest.held_out import HALVES
+from sae_train.harvest.held_out import HALVES, Half
 from sae_train.harvest.stream import Stream, StreamFacts
+from sae_train.phases import SILENT, Phases
 from sae_train.ranks import Ranks
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.sae.calibration import calibrate
@@ -28,19 +29,17 @@ SUMMARY_ONLY = ("l0_p5", "l0_p50", "l0_p95", "l0_standard_error", "evaluation_to
 """Figures of summary.json that are not among the `eval/` names."""
 
 
-def exported(trainer: Trainer, *, between: Callable[[], None]) -> tuple[SparseAutoencoder, dict[str, Any]]:
+def exported(trainer: Trainer, phases: Phases = SILENT) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """Return the SAE as it would be exported now, and its figures on held-out data; changes nothing. Collective.
-
-    `between` is called again and again, by all ranks at the same places, and may raise to end this.
 
     The SAE holds this rank's features, the figures are of all. Thresholds are set on the calibration half, every figure
     comes from the other.
     """
     with trainer.stream.quiet():
-        return _exported(trainer, between=between)
+        return _exported(trainer, phases)
 
 
-def _exported(trainer: Trainer, *, between: Callable[[], None]) -> tuple[SparseAutoencoder, dict[str, Any]]:
+def _exported(trainer: Trainer, phases: Phases) -> tuple[SparseAutoencoder, dict[str, Any]]:
     config, stream, ranks, n_features = trainer.config, trainer.stream, trainer.ranks, trainer.plan.n_features
     sae = SparseAutoencoder.fold(
         trainer.dictionary,
@@ -50,7 +49,9 @@ def _exported(trainer: Trainer, *, between: Callable[[], None]) -> tuple[SparseA
         inference=trainer.sparsifier.inference,
         encoder=trainer.sparsifier.encoder(trainer.dictionary),
     )
-    raw_ND = calibration_half(stream, max_tokens=config.evaluation_tokens, between=between, ranks=ranks)
+    max_tokens = config.held_out_tokens
+    with _of_half(phases, "reading activations for thresholds", stream, "calibration", max_tokens=max_tokens):
+        raw_ND = calibration_half(stream, max_tokens=max_tokens, phases=phases, ranks=ranks)
     learned_F = trainer.sparsifier.thresholds(trainer.dictionary)
     calibration = calibrate(
         sae,
@@ -61,21 +62,23 @@ def _exported(trainer: Trainer, *, between: Callable[[], None]) -> tuple[SparseA
         ranks=ranks,
         is_steered=config.k is not None,
         learned_F=None if learned_F is None else learned_F.detach().double() * stream.scaling.scale,
+        phases=phases,
     )
     del raw_ND
     if config.k is None:
         sae.k = calibration.target_l0
     sae.threshold.data.copy_(calibration.threshold_F)
-    between()
-    figures = evaluate(
-        sae,
-        stream.held_out,
-        max_tokens=config.evaluation_tokens,
-        between=between,
-        language_model=stream.language_model,
-        n_features=n_features,
-        ranks=ranks,
-    )
+    phases.meet()
+    with _of_half(phases, "evaluating", stream, "evaluation", max_tokens=max_tokens):
+        figures = evaluate(
+            sae,
+            stream.held_out,
+            max_tokens=max_tokens,
+            language_model=stream.language_model,
+            n_features=n_features,
+            ranks=ranks,
+            phases=phases,
+        )
     if "fvu" not in figures:
         raise DataError(
             "held-out data: its squared norms overflow or it is constant, so its FVU is not defined. Rescale the "
@@ -85,6 +88,11 @@ def _exported(trainer: Trainer, *, between: Callable[[], None]) -> tuple[SparseA
     if calibration.correction is not None:
         figures["correction"] = calibration.correction
     return sae, figures | trainer.sparsifier.notes()
+
+
+def _of_half(phases: Phases, name: str, stream: Stream, half: Half, *, max_tokens: int) -> AbstractContextManager[None]:
+    """Return a phase over a half of the held-out data."""
+    return phases.of(name, total=stream.held_out.n_tokens(half, max_tokens=max_tokens))
 
 
 def evaluation_row(figures: dict[str, Any], *, step: int, tokens: int) -> dict[str, Any]:
@@ -104,6 +112,7 @@ def write_export(
     tokens: int,
     n_features: int,
     ranks: Ranks,
+    phases: Phases = SILENT,
 ) -> None:
     """Write `saes/NAME/`. Collective: every rank brings its features, and learns whether it was written."""
     scaling = stream.scaling
@@ -124,7 +133,8 @@ def write_export(
         "figures": figures,
         "sae_train_version": sae_train.__version__,
     }
-    native.save(sae, directory, facts=notes, n_features=n_features, ranks=ranks)
+    with phases.of("exporting", total=native.size_of(sae.d_model, n_features), unit="B"):
+        native.save(sae, directory, facts=notes, n_features=n_features, ranks=ranks, phases=phases)
 
 
 def check_held_out(stream: Stream, *, ranks: Ranks) -> None:
@@ -143,12 +153,12 @@ def check_held_out(stream: Stream, *, ranks: Ranks) -> None:
 
 
 @torch.no_grad()
-def calibration_half(stream: Stream, *, max_tokens: int, between: Callable[[], None], ranks: Ranks) -> Tensor:
+def calibration_half(stream: Stream, *, max_tokens: int, ranks: Ranks, phases: Phases = SILENT) -> Tensor:
     """Return the calibration half's raw activations [N, d_model], fp32, on every rank all of them in one order."""
     nothing_ND = torch.zeros(0, stream.d_model, device=ranks.device)
     turns = rounds(stream.held_out.batches("calibration", max_tokens=max_tokens), ranks)
     rows = [nothing_ND]
     for turn in turns:
-        between()
         rows.append(ranks.gather_rows(nothing_ND if turn.batch is None else turn.batch.raw_ND))
+        phases.meet(turn.n_tokens)
     return torch.cat(rows)

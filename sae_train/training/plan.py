@@ -6,8 +6,16 @@ from typing import Any
 
 import torch
 
-from sae_train.config import LaneSizes, NoAuxLossConfig, RunConfig, TopKConfig, ZipfBudgetConfig
+from sae_train.config import (
+    LaneSizes,
+    LiveHarvestConfig,
+    NoAuxLossConfig,
+    RunConfig,
+    TopKConfig,
+    ZipfBudgetConfig,
+)
 from sae_train.errors import ConfigError, raise_all
+from sae_train.evaluation.language_model_loss import PASSES_OF_A_BATCH
 from sae_train.harvest.stream import StreamFacts
 from sae_train.kernels import backend
 from sae_train.sae.allocation import law_of
@@ -30,6 +38,24 @@ as measured by tests/test_memory.py, rounded up."""
 GRADIENTS = "of the language model's loss come with the activations: rows of the stream are twice as wide"
 """What the plan says where they are harvested."""
 LARGEST_CHECKPOINT_INTERVAL = 50_000_000
+
+
+ENCODES_FOR_THRESHOLDS = 2
+"""Products of the encoder and a held-out token that setting thresholds takes, about; a sample is looked at first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutCost:
+    """What thresholds and evaluations of a run cost."""
+
+    tokens: int
+    """Of each half, each time."""
+    passes: int
+    """Forward passes of the language model over an evaluated token: whole ones where there are several."""
+    times: int
+    """How often they are made."""
+    flops: float
+    """Estimated, of all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +88,9 @@ class Plan:
     notices: tuple[str, ...]
     """What the user should be told of the model and the data."""
     flops: float
-    """Estimated, of the whole run: language model up to the site (gradients: to its loss and back), encoder product,
+    """Estimated, of all steps: language model up to the site (gradients: to its loss and back), encoder product,
     matches."""
+    held_out: "HeldOutCost"
 
     def resolved(self) -> dict[str, float]:
         """Return what the rules of this version decided, as config.yaml keeps it."""
@@ -72,6 +99,11 @@ class Plan:
     def as_begun(self, resolved: dict[str, Any]) -> "Plan":
         """Return this plan with what the rules decided when the run began: a resume holds to it."""
         return dataclasses.replace(self, **{name: resolved[name] for name in RULED})
+
+    @property
+    def held_out_share(self) -> float:
+        """Share of the run's estimated operations that thresholds and evaluations take."""
+        return self.held_out.flops / (self.held_out.flops + self.flops)
 
     @property
     def memory_bytes(self) -> int:
@@ -119,6 +151,7 @@ def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
         notices=facts.notices,
         checkpoint_bytes=3 * element * parameters + facts.pool_bytes,
         flops=total * (facts.flops_per_token + _sae_flops(config, facts.d_model, n_features)),
+        held_out=_held_out_cost(config, facts, n_features=n_features, total=total),
     )
     _check_memory(plan)
     return plan
@@ -143,12 +176,31 @@ def describe(plan: Plan, config: RunConfig, *, path: str) -> str:
         ("learning rate", f"{plan.peak_lr:.2e}, warm-up {plan.warmup_tokens:,} tokens, decay {plan.decay_tokens:,}"),
         ("memory a rank", f"{plan.memory_bytes / 1e9:.2f} GB without {model} (estimated)"),
         ("disk", f"{disk / 1e9:.2f} GB, of which {plan.checkpoint_bytes / 1e9:.2f} a checkpoint (estimated)"),
-        ("operations", f"{plan.flops:.2e} floating-point (estimated)"),
+        ("thresholds", _thresholds_text(plan)),
+        ("evaluation", _evaluation_text(plan)),
+        ("operations", f"{plan.flops + plan.held_out.flops:.2e} floating-point, of which {plan.held_out_share:.0%} for "
+                       "thresholds and evaluation (estimated)"),
         ("directory", path),
         *(("note", notice) for notice in plan.notices),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _thresholds_text(plan: Plan) -> str:
+    cost = plan.held_out
+    model = ", 1 forward pass of the language model up to the site" if cost.passes else ""
+    return f"{cost.tokens:,} held-out tokens{model}"
+
+
+def _evaluation_text(plan: Plan) -> str:
+    """Return what one evaluation reads, and how often it comes, with thresholds of its own each time."""
+    cost = plan.held_out
+    passes = ", 1 forward pass of the language model up to the site" if cost.passes else ""
+    if cost.passes > 1:
+        passes = f", {cost.passes} whole forward passes of the language model: clean, spliced, zero-ablated"
+    often = "once, at the end" if cost.times == 1 else f"{cost.times} times, each with its thresholds"
+    return f"{cost.tokens:,} other held-out tokens{passes}; {often}"
 
 
 def _budget_text(config: RunConfig, *, n_features: int) -> str:
@@ -208,6 +260,20 @@ def _sae_flops(config: RunConfig, d_model: int, n_features: int) -> float:
     matches = k if isinstance(config.aux_loss, NoAuxLossConfig) else 2 * k  # the auxiliary loss's share is a guess
     products = 2 if config.reads_gradients else 1
     return 2 * products * d_model * n_features + 8 * d_model * matches
+
+
+def _held_out_cost(config: RunConfig, facts: StreamFacts, *, n_features: int, total: int) -> HeldOutCost:
+    """Return what thresholds and evaluations cost: in each the SAE encodes as often as the sparsifier needs, about."""
+    tokens, encodes = config.held_out_tokens, 2 * facts.d_model * n_features
+    has_model = isinstance(config.harvest, LiveHarvestConfig)
+    passes = (PASSES_OF_A_BATCH if facts.whole_flops_per_token else 1) if has_model else 0
+    whole = facts.whole_flops_per_token
+    before_site = min(facts.flops_per_token, whole or facts.flops_per_token)  # with gradients the first has more in it
+    evaluation = passes * whole or before_site
+    every, batch = config.evaluate_every, config.batch_tokens
+    times = 1 + (min((total - batch) // every, total // batch - 1) if every else 0)
+    flops = times * tokens * (before_site + ENCODES_FOR_THRESHOLDS * encodes + evaluation + encodes)
+    return HeldOutCost(tokens=tokens, passes=passes, times=times, flops=flops)
 
 
 def _holdings(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_train.errors import CheckpointError
+from sae_train.phases import SILENT, Phases
 from sae_train.ranks import Ranks
 
 NOTES = "checkpoint.json"
@@ -39,7 +40,16 @@ class Checkpoint(NamedTuple):
     """Returns the state of one lane."""
 
 
-def newest(directory: Path, *, ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint | None:
+def newest_step(directory: Path) -> int | None:
+    """Return the step of the newest checkpoint, whole or not; None where none is there or can be seen."""
+    try:
+        found = finished(directory)
+    except CheckpointError:
+        return None
+    return step_of(found[-1]) if found else None
+
+
+def newest(directory: Path, *, ranks: Ranks, warn: Callable[[str], None], phases: Phases = SILENT) -> Checkpoint | None:
     """Return the newest whole checkpoint, or None where there is none; collective.
 
     The ranks share out the reading of the files; the first says which checkpoints are passed over and why.
@@ -58,7 +68,8 @@ def newest(directory: Path, *, ranks: Ranks, warn: Callable[[str], None]) -> Che
     steps = ranks.gather_objects(steps)[0]
     while steps:
         path = place(directory, steps.pop())
-        faults = ranks.gather_objects(_fault(path, ranks))
+        faults = ranks.gather_objects(_fault(path, ranks, phases))
+        phases.meet()
         unseen = [rank for rank, fault in enumerate(faults) if isinstance(fault, FileNotFoundError)]
         if unseen and len(unseen) < ranks.size:
             raise CheckpointError(
@@ -74,14 +85,14 @@ def newest(directory: Path, *, ranks: Ranks, warn: Callable[[str], None]) -> Che
     return None
 
 
-def _fault(path: Path, ranks: Ranks) -> Exception | None:
+def _fault(path: Path, ranks: Ranks, phases: Phases) -> Exception | None:
     """Return what is wrong with this rank's share of a checkpoint's files."""
     try:
         with _whole(path):
             if path.name not in _names(path.parent):
                 return FileNotFoundError(f"{path}: gone.")
         files = sorted(_notes(path)["files"].items())
-        _check(path, dict(files[ranks.rank :: ranks.size]))
+        _check(path, dict(files[ranks.rank :: ranks.size]), phases)
     except CheckpointError as error:
         return error
     return None
@@ -99,11 +110,12 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(notes, replicated, _feature_reader(path, notes), _lane_reader(path, notes))
 
 
-def _check(path: Path, files: dict[str, Any]) -> None:
-    with _whole(path):
+def _check(path: Path, files: dict[str, Any], phases: Phases) -> None:
+    with _whole(path), phases.of("checking the checkpoint", total=sum(f["bytes"] for f in files.values()), unit="B"):
         for name, expected in files.items():
             if fingerprint(path / name) != expected:
                 raise CheckpointError(f"{path / name}: damaged: its size or SHA-256 is not what was written.")
+            phases.advance(expected["bytes"])
 
 
 def _notes(path: Path) -> dict[str, Any]:

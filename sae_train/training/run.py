@@ -5,14 +5,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from sae_train.config import RunConfig, as_dict
-from sae_train.errors import ConfigError, Preempted
+from sae_train.config import RunConfig
+from sae_train.errors import Preempted
 from sae_train.harvest.stream import StreamFacts, check_stream
 from sae_train.place import find_place
 from sae_train.ranks import Ranks, find_ranks
 from sae_train.sae.nesting import prefix_sizes
 from sae_train.sparsifiers import build_sparsifier
 from sae_train.training import stop
+from sae_train.training.alike import check_alike
 from sae_train.training.console import say, warn
 from sae_train.training.directory import RunDirectory, run_name
 from sae_train.training.memory import named_when_it_runs_out
@@ -23,7 +24,7 @@ from sae_train.training.session import Session, verdict_of
 def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], None]) -> int:
     """Train what `config` describes, or say that it is done already.
 
-    The ranks stay joined (`ranks.leave`), and from there on signals are noted (stop.py).
+    The ranks stay joined (`ranks.leave`), and from there on all of them leave together after a signal (stop.py).
 
     Args:
         overrides: what was typed, kept in config.yaml.
@@ -36,6 +37,8 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
         UserError: see errors.py; its `status` is the exit status. `Preempted` after a signal, once everything is saved.
     """
     n_ranks = find_place().size
+    if n_ranks == 1:
+        stop.leave_early()
     facts = check_stream(config, n_ranks=n_ranks)
     plan = make_plan(config, facts, n_ranks=n_ranks)
     build_sparsifier(config, n_features=plan.n_features)  # refuses infeasible budgets
@@ -45,6 +48,8 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
     )
     directory.check_length()
     directory.check_identity(config)
+    if n_ranks == 1:
+        stop.leave_early()
     if config.dry_run:
         if find_place().rank == 0:
             say(describe(plan, config, path=str(directory.path)))
@@ -63,25 +68,6 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
         entered(directory.path)
         say(f"already finished: {verdict_of(result, directory, config)}")
     return 0
-
-
-def check_alike(config: RunConfig, plan: Plan, *, ranks: Ranks) -> None:
-    """Refuse ranks that were not started alike: they would wait for each other in different places.
-
-    Raises:
-        ConfigError: on every rank.
-    """
-    facts = ranks.gather_objects((as_dict(config), plan.columns))
-    for rank, other in enumerate(facts):
-        if other[0] == facts[0][0] and other[1] != facts[0][1]:
-            raise ConfigError(
-                f"parallel={config.parallel.layout}: rank {rank} would spread the features over {other[1]} ranks, and "
-                f"rank 0 over {facts[0][1]}: their nodes have different numbers of ranks. Set parallel.feature_ranks."
-            )
-        if other != facts[0]:
-            raise ConfigError(
-                f"rank {rank} was given other settings than rank 0. Start all ranks with the same command."
-            )
 
 
 def _train(config: RunConfig, plan: Plan, facts: StreamFacts, *, ranks: Ranks, **parts: Any) -> None:

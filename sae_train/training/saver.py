@@ -5,6 +5,7 @@ from typing import Any
 
 from sae_train.config import CheckpointConfig
 from sae_train.errors import UserError
+from sae_train.phases import SILENT, Phases
 from sae_train.ranks import Ranks
 from sae_train.training import checkpoint
 from sae_train.training.console import warn
@@ -18,9 +19,9 @@ class Saver:
         saved_at: step of the newest published checkpoint, -1 before there is one.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig, *, ranks: Ranks) -> None:
+    def __init__(self, directory: Path, config: CheckpointConfig, *, ranks: Ranks, phases: Phases = SILENT) -> None:
         self.saved_at = -1
-        self._directory, self._config, self._ranks = directory, config, ranks
+        self._directory, self._config, self._ranks, self._phases = directory, config, ranks, phases
         self._saving: checkpoint.Saving | None = None
 
     def save(self, trainer: Trainer, notes: dict[str, Any], *, is_waited_for: bool = False) -> None:
@@ -45,6 +46,7 @@ class Saver:
             ranks=self._ranks,
             keep=self._config.keep,
             beside=beside,
+            phases=self._phases,
         )
         if not beside:
             self.publish()

@@ -5,7 +5,8 @@ import json
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ import torch
 
 import sae_train
 from sae_train.config import RunConfig, identity, identity_digest
-from sae_train.errors import CheckpointError, DataError, Preempted, StoppedByNumbers, UserError
+from sae_train.errors import CheckpointError, Preempted, StoppedByNumbers, UserError
 from sae_train.formats.durable import write_text
 from sae_train.harvest.stream import Stream, StreamFacts, build_stream
 from sae_train.kernels import backend
+from sae_train.phases import Phases
 from sae_train.ranks import Ranks
-from sae_train.training import restore, stop
-from sae_train.training.console import Progress, say, verdict, warn
+from sae_train.training import restore, resumed, stop
+from sae_train.training.alike import check_same_source
+from sae_train.training.console import TRAINING, ProgressBar, figures_text, say, verdict, warn
 from sae_train.training.directory import RunDirectory, run_name
 from sae_train.training.finish import check_held_out, evaluation_row, exported, write_export
 from sae_train.training.plan import Plan
@@ -30,21 +33,6 @@ from sae_train.training.trainer import Events, Trainer
 
 LARGEST_SPREAD = 1.0
 """Epochs that the fastest lane may be ahead of the slowest before the user is told."""
-
-
-def check_same_source(record: dict[str, Any], fingerprint: list[int], *, ranks: Ranks) -> None:
-    """Refuse ranks that see other data or another model under the same name: nodes with disks of their own, say.
-
-    Raises:
-        DataError: on every rank.
-    """
-    sources = ranks.gather_objects((record, fingerprint))
-    for rank, source in enumerate(sources):
-        if source != sources[0]:
-            raise DataError(
-                f"rank {rank} does not see the source of activations that rank 0 sees: files, text or model differ. "
-                "Give all ranks the same one: absolute paths, on a file system that all nodes share."
-            )
 
 
 class Session:
@@ -65,7 +53,12 @@ class Session:
         stack: ExitStack,
     ) -> None:
         self._agreement = agreement
-        self._saver = Saver(directory.checkpoints, config.checkpoint, ranks=ranks)
+        self._phases = Phases(
+            show=partial(ProgressBar, is_first=ranks.is_first), alone=self._stop_alone, together=self._stop_now
+        )
+        self._may_leave_alone = ranks.size == 1
+        self._saver = Saver(directory.checkpoints, config.checkpoint, ranks=ranks, phases=self._phases)
+        self._on_disk = restore.newest_step(directory.checkpoints) if ranks.is_first else None
         self.config, self.directory, self.ranks, self._stack, self.facts = config, directory, ranks, stack, facts
         precision = resolve_precision(config, stored=stored, device=ranks.device)
         self.plan = plan = plan.as_begun(stored["plan"]) if stored else plan
@@ -84,11 +77,13 @@ class Session:
             entered(directory.path)
         dtype = torch.float64 if precision == "float64" else torch.float32
         try:
-            self.stream: Stream = build_stream(config, ranks=ranks, dtype=dtype)
+            self._phases.meet()
+            self.stream: Stream = build_stream(config, ranks=ranks, dtype=dtype, phases=self._phases)
         except UserError:
             self._abandon()
             raise
         stack.callback(self.stream.close)
+        agreement.fills_soon = self.stream.fills_soon
         try:
             check_same_source(facts.record, self.stream.fingerprint(), ranks=ranks)
         except UserError:
@@ -120,26 +115,30 @@ class Session:
         self._began = time.perf_counter()
         if self._evaluation_due:
             self._evaluate()
-        self.progress = Progress(
-            total_tokens=self.plan.total_tokens, done_tokens=self.trainer.tokens, is_first=self.ranks.is_first
-        )
-        self._stack.callback(self.progress.close)
+        with self._phases.of(TRAINING, total=self.plan.total_tokens, done=self.trainer.tokens):
+            self._train()
+        self._finish()
+
+    def _train(self) -> None:
+        """Make the steps that are left."""
         events = Events(
             log=self._log,
             evaluate=self._evaluate,
             checkpoint=self._checkpoint,
-            advance=self.progress.advance,
+            advance=self._phases.count,
             stop=self._stop,
+            fill=self._fill,
         )
         try:
             self.trainer.fit(events)
+        except Preempted:
+            self._save_this_step()
+            raise self._preempted() from None
         except BaseException as error:
             if isinstance(error, StoppedByNumbers) or self.ranks.size == 1:  # else another rank may be elsewhere
                 self._saver.publish_at_last()
             raise
         self._saver.publish()
-        self.progress.close()
-        self._finish()
 
     def _open_dashboard(self) -> None:
         self.dashboard = build_dashboard(self.config, self.directory.path)
@@ -148,24 +147,48 @@ class Session:
             warn(self.dashboard.notice)
 
     def _stop(self) -> None:
-        """Leave once the ranks have agreed that one of them was told to: with a checkpoint of this very step."""
-        if not self._agreement.poll():
+        """Leave before a step, once the ranks have agreed that one of them was told to."""
+        if self._agreement.poll():
+            self._agreement.settle()
+            raise self._preempted()
+        self._stop_alone()
+
+    def _stop_alone(self) -> None:
+        """Leave if this process was told to, where it need not ask another one first."""
+        if stop.wish() and self._may_leave_alone:
+            raise self._preempted()
+
+    def _fill(self) -> None:
+        """Have the stream harvest. All ranks meet after it where one of them may have had to.
+
+        So a rank that was told to stop need not finish its harvest, which may take minutes.
+        """
+        if self.ranks.size == 1 or not self._agreement.may_fill:
+            self.stream.fill(self._phases)
             return
-        self._agreement.settle()
-        self._save_this_step()
-        raise self._agreement.preempted(step=self.trainer.n_done)
+        self._may_leave_alone = True
+        with suppress(Preempted):
+            self.stream.fill(self._phases)
+        self._may_leave_alone = False
+        self._stop_now()
 
     def _stop_now(self) -> None:
         """Leave if a rank was told to, outside of the steps."""
         if self._agreement.now():
-            raise self._agreement.preempted(step=self.trainer.n_done)
+            raise self._preempted()
+
+    def _preempted(self) -> Preempted:
+        """Return what to raise: it names the newest step that is saved by now."""
+        saved = self._saver.saved_at if self._saver.saved_at >= 0 else self._on_disk
+        return self._agreement.preempted(step=saved)
 
     def _begin(self) -> None:
         """Load the newest whole checkpoint, or start the stream."""
-        found = restore.newest(self.directory.checkpoints, ranks=self.ranks, warn=warn)
+        found = restore.newest(self.directory.checkpoints, ranks=self.ranks, warn=warn, phases=self._phases)
         n_rows, self._evaluation_due = 0, False
         if found is None:
-            self.stream.start()
+            self._on_disk = None
+            self.stream.start(self._phases)
             check_held_out(self.stream, ranks=self.ranks)
         else:
             self._check_own(found.notes)
@@ -178,19 +201,8 @@ class Session:
             self._say(
                 f"resuming at step {self.trainer.n_done:,} of {self.plan.steps:,} in {self.directory.path}{again}"
             )
-            threads = found.notes.get("threads")
-            if threads != torch.get_num_threads() and self.ranks.is_first:
-                warn(f"this run computed with {threads} threads so far and now has {torch.get_num_threads()}: "
-                     "it goes on, but not bit for bit.")  # fmt: skip
-            before, now = found.notes.get("is_screened"), self.trainer.is_screened
-            if before is not None and before != now and self.ranks.is_first:
-                did = "screened its pre-activations by a product in bf16"
-                warn(f"this run {did if before else 'computed its pre-activations whole'} so far and does not on this "
-                     "processor or in this layout: it goes on, but not bit for bit.")  # fmt: skip
-            compiled, now = found.notes.get("is_compiled"), self._is_compiled()
-            if compiled is not None and compiled != now and self.ranks.is_first:
-                warn(f"this run computed {'with' if compiled else 'without'} compiled kernels so far and now "
-                     f"{'has' if now else 'lacks'} them: it goes on, but not bit for bit.")  # fmt: skip
+            for line in resumed.notices(found.notes, self._how_it_computes()) if self.ranks.is_first else ():
+                warn(line)
         self._on_first(lambda: self.metrics.keep_first(n_rows))
 
     def _check_own(self, notes: dict[str, Any]) -> None:
@@ -217,7 +229,7 @@ class Session:
         if "SLURM_RESTART_COUNT" in os.environ:
             row["perf/slurm_restarts"] = int(os.environ["SLURM_RESTART_COUNT"])
         if "train/fvu" in row:
-            self.progress.show(row)
+            self._phases.note(figures_text(row))
         if row.get("data/epoch_spread", 0) > LARGEST_SPREAD and not self._is_spread_said:
             self._is_spread_said = True
             self._warn(
@@ -232,18 +244,24 @@ class Session:
     def _evaluate(self) -> None:
         """Evaluate between two steps; a signal ends it, and the run goes on with it where it is resumed."""
         try:
-            _, figures = exported(self.trainer, between=self._stop_now)
+            _, figures = exported(self.trainer, self._phases)
         except Preempted:
             self._saver.publish()
             if self._saver.saved_at != self.trainer.n_done:  # else it says so already
                 self._evaluation_due = True
                 self._save_this_step()
-            raise
+            raise self._preempted() from None
         self._evaluation_due = False
         self._log(evaluation_row(figures, step=self.trainer.n_done, tokens=self.trainer.tokens))
 
-    def _is_compiled(self) -> bool:
-        return self.trainer.precision != "float64" and backend.has_numba(self.ranks.device)
+    def _how_it_computes(self) -> dict[str, Any]:
+        """Return the facts of this machine on which the bits of a result depend."""
+        is_compiled = self.trainer.precision != "float64" and backend.has_numba(self.ranks.device)
+        return {
+            "threads": torch.get_num_threads(),
+            "is_screened": self.trainer.is_screened,
+            "is_compiled": is_compiled,
+        }
 
     def _save_this_step(self) -> None:
         """Leave with a checkpoint of this very step, written and published."""
@@ -258,21 +276,18 @@ class Session:
             "tokens": self.trainer.tokens,
             "metrics_rows": self.metrics.n_rows,
             "seconds": self._seconds(),
-            "threads": torch.get_num_threads(),
-            "is_screened": self.trainer.is_screened,
-            "is_compiled": self._is_compiled(),
             "n_ranks": self.ranks.size,
             "identity": identity_digest(identity(self.config)),
             "n_features": self.plan.n_features,
             "evaluation_due": self._evaluation_due,
             "sae_train_version": sae_train.__version__,
-        }
+        } | self._how_it_computes()
         self._saver.save(self.trainer, notes, is_waited_for=is_waited_for)
 
     def _finish(self) -> None:
         """Export, and write the summary last: its presence means finished."""
         seconds = self._seconds()
-        sae, figures = exported(self.trainer, between=self._stop_now)
+        sae, figures = exported(self.trainer, self._phases)
         tokens = self.trainer.tokens
         self._log(evaluation_row(figures, step=self.trainer.n_done, tokens=tokens))
         figures |= {
@@ -298,7 +313,9 @@ class Session:
             tokens=tokens,
             n_features=self.plan.n_features,
             ranks=self.ranks,
+            phases=self._phases,
         )
+        self._phases.meet()
         self._on_first(lambda: write_text(self.directory.summary, json.dumps(summary, indent=2) + "\n"))
         self.dashboard.summarise(figures)
         self._say(verdict_of(summary, self.directory, self.config))

@@ -42,6 +42,8 @@ class Events:
     advance: Callable[[int], None]
     stop: Callable[[], None]
     """Called before every step; does not come back where the run is to stop."""
+    fill: Callable[[], None]
+    """Has the stream harvest for the step. The same; the trainer's state is then that of the step's beginning."""
 
 
 class Trainer:
@@ -113,6 +115,7 @@ class Trainer:
             events.stop()
             before = self.tokens
             self._clock.start(self.plan.batch_tokens)
+            events.fill()
             own_NW = self.stream.batch(self.n_done)
             self._clock.harvested()
             self.step(own_NW)
