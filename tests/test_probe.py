@@ -126,6 +126,7 @@ def test_the_decoder_of_an_encoder_decoder_is_refused(tmp_path: Path, name: str)
     message = refusal(module_config(tmp_path, blocks))
     assert f"{blocks} belongs to the decoder of an encoder-decoder ({name})" in message
     check_stream(module_config(tmp_path, block_of(name)), n_ranks=1)
+    assert "does not predict the next token" in refusal(module_config(tmp_path, block_of(name), sparsifier="gradient"))
     residual = live_config(tmp_path, layer=schema.BlockLayerConfig(kind="residual", index=1))
     assert f"not known for models of type '{name}'" in refusal(residual)
 

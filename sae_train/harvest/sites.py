@@ -64,9 +64,10 @@ def site_facts(config: RunConfig) -> SiteFacts:
     module, side, index, label = _find(config, model, settings, blocks=blocks)
     _refuse_decoder(config, model, settings, module)
     _refuse_inside_experts(config, model, module)
+    has_loss = loader_of(settings) is not AutoModel
     found = probe(model, module, side, settings=settings, model=config.model, given=_given(config),
                   context_length=getattr(config.harvest, "context_length", 1),
-                  reads_gradients=config.reads_gradients)  # fmt: skip
+                  reads_gradients=config.reads_gradients and has_loss)  # fmt: skip
     return SiteFacts(
         d_model=found.width,
         n_blocks=len(_list_of(model, blocks)) if blocks else None,
@@ -76,7 +77,7 @@ def site_facts(config: RunConfig) -> SiteFacts:
         label=label,
         max_positions=found.max_positions,
         flops_per_token=found.flops,
-        has_loss=loader_of(settings) is not AutoModel,
+        has_loss=has_loss,
         logits=found.logits,
         revision=getattr(settings, "_commit_hash", None),
         whole_flops_per_token=2 * sum(map(_product_weights, model.modules())),
