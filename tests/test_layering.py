@@ -39,7 +39,7 @@ OUTSIDE = {
     "datasets": {"harvest/text.py"},
     "pyarrow": {"harvest/text.py"},
     "submitit": {"sweeps/submit.py"},
-    "wandb": {"training/tracking.py"},
+    "wandb": {"training/wandb_worker.py"},
     "hydra": {"cli.py", "compose.py", "schemas.py"},
     "omegaconf": {"compose.py", "draft.py"},
     "yaml": {"compose.py", "training/directory.py"},
