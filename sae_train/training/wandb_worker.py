@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-LONGEST_REASON = 200
+LONGEST_REASON = 300
 """Characters of an error of wandb's that are passed on."""
 
 
@@ -105,6 +105,7 @@ def with_histogram(row: dict[str, Any], histogram: Any) -> dict[str, Any]:
 def reason(error: BaseException) -> str:
     """Return an error as one line of bounded length, without control characters."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error) or type(error).__name__)
+    text = text.partition("For further information")[0]  # as pydantic ends
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= LONGEST_REASON else line[:LONGEST_REASON] + "..."
 
