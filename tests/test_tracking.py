@@ -1,89 +1,292 @@
-"""wandb never ends or hangs a run: what it does at the start, in the middle and at the end, against real sockets."""
+"""wandb can neither end nor hang a run: at its start, in the middle and at its end, with real sockets and processes."""
 
-import json
 import os
 import re
 import shlex
 import signal
-import socket
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import LAUNCHERS, QUIET, Command, changed, rows_run
+from wandb_server import Server, Takes, refusing
 
 from sae_train.compose import compose_config
+from sae_train.evaluation.density import HISTOGRAM_EDGES
 from sae_train.training import tracking
+from sae_train.training.json_process import LAST_WAIT
 from sae_train.training.tracking import Dashboard, Wandb, build_dashboard
-from tests.conftest import Command, changed, rows_run
 
 KEY = "0123456789abcdef" * 3
-"""Well-formed; no server has issued it."""
-START_BOUND = 30.0
-START = Callable[..., Dashboard]
-
-
-@contextmanager
-def answering(status: int, body: bytes = b"") -> Iterator[str]:
-    """Yield the address of a server that answers every request with this status."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_GET = do_POST
-
-        def log_message(self, *_: object) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@contextmanager
-def listening() -> Iterator[str]:
-    """Yield the address of a server that accepts and never answers."""
-    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
-
-
-def refusing() -> str:
-    """Return an address that refuses."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"http://127.0.0.1:{server.getsockname()[1]}"
+"""Well-formed, and issued by no server."""
+BOUND = 30.0
+"""Seconds that wandb may take at a run's start."""
+ROW = {"sae": "it", "step": 1, "tokens": 512, "train/fvu": 0.25, "density/histogram": [3] * (len(HISTOGRAM_EDGES) - 1)}
+Start = Callable[..., Dashboard]
 
 
 @pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[START]:
-    """Return `start(**environment)`: the dashboard of a run in tmp_path, with nothing else of wandb's in the way."""
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Return `start(**environment)`: the dashboard of a run in 'tmp_path/a run', of a user who has no wandb yet."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     (tmp_path / "home").mkdir()
     (tmp_path / "a run").mkdir()
-    begun: list[Dashboard] = []
     config = compose_config(["tracking=wandb"])
+    built: list[Dashboard] = []
 
     def build(**environment: str) -> Dashboard:
         for name, value in ({"HOME": str(tmp_path / "home")} | environment).items():
             monkeypatch.setenv(name, value)
-        begun.append(build_dashboard(config, tmp_path / "a run"))
-        return begun[-1]
+        built.append(build_dashboard(config, tmp_path / "a run"))
+        return built[-1]
 
     yield build
-    for dashboard in begun:
+    for dashboard in built:
         dashboard.close()
 
 
-def offline_directories(folder: Path) -> list[str]:
-    return sorted(str(path) for path in folder.glob("a run/wandb/offline-run-*"))
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait less for a server than a run does, so that the tests are short."""
+    monkeypatch.setattr(tracking, "ANSWER_SECONDS", 5.0)
+    monkeypatch.setattr(tracking, "FIRST_SECONDS", 12.0)
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 2.0)
+
+
+def offline(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.rglob("wandb/offline-run-*"))
+
+
+def named(text: str) -> list[str]:
+    """Return the directories that the one `wandb sync` line of a text names."""
+    (arguments,) = re.findall(r"wandb sync (.*)", text)
+    return shlex.split(arguments)
+
+
+def is_offline(dashboard: Dashboard, folder: Path) -> bool:
+    """Return whether a dashboard takes rows, to be synced as its one line says."""
+    assert "\n" not in dashboard.notice
+    dashboard.log(ROW)
+    dashboard.summarise({"l0": 8.0})
+    (path,) = offline(folder)
+    (file,) = Path(path).glob("*.wandb")
+    assert b"train/fvu" in file.read_bytes()
+    return named(dashboard.notice) == [path]
+
+
+@pytest.mark.parametrize(
+    "environment", [{"WANDB_MODE": "disabled"}, {"WANDB_DISABLED": "true"}, {"WANDB_DISABLED": "1"}], ids=str
+)
+def test_wandb_is_off_where_the_environment_says_so(tmp_path: Path, start: Start, environment: dict[str, str]) -> None:
+    dashboard = start(**environment, WANDB_API_KEY=KEY)
+    dashboard.log(ROW)
+    dashboard.summarise({})
+    assert dashboard.notice == ""
+    assert list((tmp_path / "a run").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_wandb_is_off_where_its_settings_file_says_so(tmp_path: Path, start: Start) -> None:
+    (tmp_path / "settings").write_text("[default]\nmode = disabled\n")
+    dashboard = start(WANDB_CONFIG_DIR=str(tmp_path), WANDB_API_KEY=KEY)
+    dashboard.summarise({})
+    assert (dashboard.notice, offline(tmp_path)) == ("", [])
+
+
+def test_a_malformed_key_is_a_reason_to_be_offline(tmp_path: Path, start: Start) -> None:
+    dashboard = start(WANDB_API_KEY="hunter2")
+    assert "WANDB_API_KEY invalid" in dashboard.notice
+    assert is_offline(dashboard, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [
+        ({}, "not logged in"),
+        ({"WANDB_MODE": "online"}, "not logged in"),
+        ({"WANDB_MODE": "offline", "WANDB_API_KEY": KEY}, ""),
+        ({"WANDB_MODE": "sometimes", "WANDB_API_KEY": KEY}, "sometimes"),
+        ({"HOME": "FILE"}, "not logged in"),
+        ({"HOME": "FILE/home", "WANDB_API_KEY": "hunter2"}, "invalid"),
+        ({"WANDB_CONFIG_DIR": "FILE/a", "WANDB_CACHE_DIR": "FILE/b", "WANDB_DATA_DIR": "FILE/c"}, "not logged in"),
+        ({"NETRC": "/"}, ""),
+    ],
+    ids=str,
+)
+def test_offline(tmp_path: Path, start: Start, environment: dict[str, str], why: str) -> None:
+    (tmp_path / "file").touch()
+    environment = {name: value.replace("FILE", str(tmp_path / "file")) for name, value in environment.items()}
+    dashboard = start(**environment)
+    assert why in dashboard.notice
+    assert is_offline(dashboard, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_impatient")
+@pytest.mark.parametrize(("status", "body"), [(401, b""), (403, b"{}"), (500, b""), (200, b"<html>")])
+def test_a_server_that_answers_wrongly(tmp_path: Path, start: Start, status: int, body: bytes) -> None:
+    with Server(status, body).serving() as server:
+        dashboard = start(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+    assert is_offline(dashboard, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_impatient")
+@pytest.mark.parametrize("url", ["refused", "http://wandb.invalid"])
+def test_a_server_that_cannot_be_reached(tmp_path: Path, start: Start, url: str) -> None:
+    dashboard = start(WANDB_API_KEY=KEY, WANDB_BASE_URL=refusing() if url == "refused" else url)
+    assert is_offline(dashboard, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_server_that_never_answers_costs_30_seconds_at_most(tmp_path: Path, start: Start) -> None:
+    with Server().serving() as server:
+        server.is_stuck = True
+        begun = time.monotonic()
+        dashboard = start(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+        assert time.monotonic() - begun < BOUND
+        assert is_offline(dashboard, tmp_path)
+
+
+def test_a_start_that_hangs_is_killed(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tracking.START_SECONDS + LAST_WAIT <= BOUND
+    (tmp_path / "hangs.py").write_text("import signal, time\nsignal.signal(15, signal.SIG_IGN)\ntime.sleep(600)\n")
+    monkeypatch.setattr(tracking, "WORKER", tmp_path / "hangs.py")
+    monkeypatch.setattr(tracking, "FIRST_SECONDS", 0.5)
+    monkeypatch.setattr(tracking, "START_SECONDS", 1.0)
+    begun = time.monotonic()
+    dashboard = start(WANDB_API_KEY=KEY)
+    assert time.monotonic() - begun < 1.0 + LAST_WAIT
+    assert "no answer" in dashboard.notice
+    assert "metrics.jsonl alone" in dashboard.notice
+    dashboard.log(ROW)
+    dashboard.summarise({})
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("broken", ["WANDB_BASE_URL", "wandb_id"])
+def test_where_offline_fails_too_metrics_jsonl_is_left(tmp_path: Path, start: Start, broken: str) -> None:
+    if broken == "wandb_id":
+        (tmp_path / "a run" / "wandb_id").mkdir()
+    dashboard = start(**({broken: "nonsense"} if broken.isupper() else {}))
+    assert re.fullmatch(r"wandb does not start \(.+\)\. Rows go to metrics\.jsonl alone\.", dashboard.notice)
+    dashboard.log(ROW)
+    dashboard.summarise({})
+
+
+def test_rows_reach_a_server(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    with Takes().serving() as server:
+        dashboard = start(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+        dashboard.log(ROW)
+        dashboard.summarise({"l0": 8.0})
+    (row,) = server.rows
+    assert (row["tokens"], row["train/fvu"]) == (512, 0.25)
+    assert row["density/histogram"]["values"] == ROW["density/histogram"]
+    assert row["density/histogram"]["bins"] == HISTOGRAM_EDGES.tolist()
+    assert {"sae", "step"} & set(row) == set()
+    assert server.summary["l0"] == 8.0
+    assert (dashboard.notice, capsys.readouterr()) == ("", ("", ""))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_impatient")
+def test_a_server_that_stops_answering(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    with Takes().serving() as server:
+        dashboard = start(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+        server.is_stuck = True
+        begun = time.monotonic()
+        for _ in range(100):
+            dashboard.log(ROW)
+        assert time.monotonic() - begun < 1
+        dashboard.summarise({"l0": 8.0})
+        assert time.monotonic() - begun < 2 + 4
+    (line,) = capsys.readouterr().err.splitlines()
+    (flag, directory) = named(line)
+    assert flag == "--include-online"
+    assert list(Path(directory).glob("run-*.wandb"))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_stops_working(
+    start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, how: signal.Signals
+) -> None:
+    dashboard = start()
+    assert isinstance(dashboard, Wandb)
+    assert dashboard._process is not None
+    os.kill(dashboard._process._process.pid, how)
+    monkeypatch.setattr(tracking, "END_SECONDS", 0.5)
+    begun = time.monotonic()
+    for _ in range(12_000):  # more than a pipe and the queue hold
+        dashboard.log(ROW)
+    dashboard.summarise({})
+    assert time.monotonic() - begun < 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("wandb may lack rows")
+    assert named(line) == named(dashboard.notice)
+
+
+def test_a_resumed_run_names_every_directory_to_sync(tmp_path: Path, start: Start) -> None:
+    folder = tmp_path / "a run" / "wandb"
+    for name in ("offline-run-20260101_000000-id", "offline-run-20260102_000000-id", "run-20260103_000000-id"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "run-id.wandb").touch()
+    (folder / "offline-run-20260101_000000-id" / "run-id.wandb.synced").touch()  # as `wandb sync` marks it
+    dashboard = start()
+    before, now = named(dashboard.notice)
+    assert before == str(folder / "offline-run-20260102_000000-id")
+    assert now not in (before, *(str(path) for path in folder.glob("*2026010*")))
+    assert Path(now).is_dir()
+
+
+def verdict_is_last(text: str) -> bool:
+    *lines, last = text.replace("\r", "\n").strip().splitlines()
+    return "FVU" in last and "runs/" in last and sum("wandb" in line for line in lines) == 1
+
+
+def combined(folder: Path, **environment: str) -> "subprocess.Popen[str]":
+    """Start a run in a folder, with everything that it or a child process prints in one stream."""
+    variables = {key: value for key, value in os.environ.items() if key not in LAUNCHERS}
+    return subprocess.Popen(
+        [sys.executable, "-m", "sae_train", *changed(rows_run(folder), "tracking=wandb", "tokens=131072")],
+        cwd=folder,
+        env={**variables, **QUIET, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_run_without_network_trains_and_ends_with_its_verdict(tmp_path: Path) -> None:
+    with combined(tmp_path, WANDB_MODE="online", WANDB_API_KEY=KEY, WANDB_BASE_URL=refusing()) as process:
+        text, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, text
+    assert verdict_is_last(text), text
+    assert named(text) == offline(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_run_keeps_its_rows_and_is_synced_as_a_whole(tmp_path: Path, command: Command) -> None:
+    process = combined(tmp_path)
+    deadline = time.monotonic() + 120
+    while not any(path.read_text() for path in tmp_path.glob("runs/*/metrics.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=30)  # which ends when no child process holds the stream
+    with combined(tmp_path) as process:
+        text, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, text
+    assert verdict_is_last(text), text
+    assert len(named(text)) == 2
+    assert named(text) == offline(tmp_path)
+    for path in named(text):
+        (file,) = Path(path).glob("*.wandb")
+        assert b"train/fvu" in file.read_bytes()
