@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Self
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -50,7 +50,7 @@ class Server(ThreadingHTTPServer):
         """Say nothing of clients that hang up."""
 
     @contextmanager
-    def serving(self) -> Iterator["Server"]:
+    def serving(self) -> Iterator[Self]:
         """Serve in the background."""
         threading.Thread(target=self.serve_forever, daemon=True).start()
         try:

@@ -32,29 +32,39 @@ def serve() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # whatever wandb and its service print
     os.dup2(nowhere, 2)
-    lines = sys.stdin.buffer
+    request = json.loads(sys.stdin.buffer.readline())
     try:
-        answer, run, histogram = begin(json.loads(lines.readline()))
+        answer, run, histogram = begin(request)
     except BaseException as error:
         answer, run, histogram = {"error": reason(error)}, None, None
     reply(replies, answer)
+    if run is None:
+        return
+    is_finished, problem = pass_on(run, histogram)
+    if not is_finished:  # the run was killed: what wandb's service holds in memory would be lost with it
+        signal.alarm(round(request["finish_seconds"]) + 5)  # kills this process, too, where wandb hangs
+    try:
+        run.finish(exit_code=0 if is_finished else 1)
+    except BaseException as error:
+        problem = problem or reason(error)
+    reply(replies, {"error": problem} if problem else {})
+
+
+def pass_on(run: Any, histogram: Any) -> tuple[bool, str]:
+    """Give wandb what comes; return whether the last line said that the run is finished, and the first problem."""
     problem = ""
-    for line in lines if run is not None else ():
+    for line in sys.stdin.buffer:
         message = json.loads(line)
+        if "finish" in message:
+            return True, problem
         try:
             if "row" in message:
                 run.log(with_histogram(message["row"], histogram))
-            elif "summary" in message:
-                run.summary.update(message["summary"])
             else:
-                run.finish()
-                reply(replies, {"error": problem} if problem else {})
-                break
+                run.summary.update(message["summary"])
         except BaseException as error:
             problem = problem or reason(error)
-            if "finish" in message:
-                reply(replies, {"error": problem})
-                break
+    return False, problem
 
 
 def begin(request: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
