@@ -17,7 +17,7 @@ from wandb_server import Server, Takes, refusing
 from sae_train.compose import compose_config
 from sae_train.evaluation.density import HISTOGRAM_EDGES
 from sae_train.training import tracking
-from sae_train.training.json_process import LAST_WAIT
+from sae_train.training.json_process import BLOCKED, LAST_WAIT
 from sae_train.training.tracking import Dashboard, Wandb, build_dashboard
 
 KEY = "0123456789abcdef" * 3
@@ -65,6 +65,13 @@ def named(text: str) -> list[str]:
     """Return the directories that the one `wandb sync` line of a text names."""
     (arguments,) = re.findall(r"wandb sync (.*)", text)
     return shlex.split(arguments)
+
+
+def worker(dashboard: Dashboard) -> int:
+    """Return the id of wandb's process."""
+    assert isinstance(dashboard, Wandb)
+    assert dashboard._process is not None
+    return dashboard._process._process.pid
 
 
 def is_offline(dashboard: Dashboard, folder: Path) -> bool:
@@ -115,6 +122,7 @@ def test_a_malformed_key_is_a_reason_to_be_offline(tmp_path: Path, start: Start)
         ({"HOME": "FILE/home", "WANDB_API_KEY": "hunter2"}, "invalid"),
         ({"WANDB_CONFIG_DIR": "FILE/a", "WANDB_CACHE_DIR": "FILE/b", "WANDB_DATA_DIR": "FILE/c"}, "not logged in"),
         ({"NETRC": "/"}, ""),
+        ({"WANDB_SERVICE": "2-1-unix-/nowhere", "WANDB_API_KEY": "hunter2"}, "invalid"),
     ],
     ids=str,
 )
@@ -181,9 +189,11 @@ def test_where_offline_fails_too_metrics_jsonl_is_left(tmp_path: Path, start: St
     dashboard.summarise({})
 
 
-def test_rows_reach_a_server(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_reach_a_server_though_a_scheduler_signals(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     with Takes().serving() as server:
         dashboard = start(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+        for number in BLOCKED:  # as a scheduler signals a whole job
+            os.kill(worker(dashboard), number)
         dashboard.log(ROW)
         dashboard.summarise({"l0": 8.0})
     (row,) = server.rows
@@ -218,9 +228,7 @@ def test_a_process_that_stops_working(
     start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, how: signal.Signals
 ) -> None:
     dashboard = start()
-    assert isinstance(dashboard, Wandb)
-    assert dashboard._process is not None
-    os.kill(dashboard._process._process.pid, how)
+    os.kill(worker(dashboard), how)
     monkeypatch.setattr(tracking, "END_SECONDS", 0.5)
     begun = time.monotonic()
     for _ in range(12_000):  # more than a pipe and the queue hold

@@ -13,6 +13,8 @@ from typing import Any
 
 LONGEST_QUEUE = 10_000
 """Lines that wait for a child process that does not read; more are dropped."""
+BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What a terminal or SLURM sends to every process of a job. The parent alone acts on it, and ends the child process."""
 LAST_WAIT = 2.0
 """Seconds that a killed process may take to be gone."""
 
@@ -22,21 +24,25 @@ class NoAnswer(Exception):
 
 
 class JsonProcess:
-    """A child process in a session of its own: a Ctrl-C in the terminal does not reach it.
+    """A child process that ends when it is told to, or after its parent. It blocks the signals in `BLOCKED`.
 
     `tracking.Wandb` creates one for wandb. A thread writes, so that `send` returns at once.
     """
 
     def __init__(self, command: list[str], *, environment: dict[str, str]) -> None:
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-            bufsize=0,
-        )
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)  # child processes inherit it
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+                bufsize=0,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         assert self._process.stdin
         assert self._process.stdout
         self._to, self._from = self._process.stdin, self._process.stdout
