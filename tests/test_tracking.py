@@ -240,17 +240,26 @@ def test_a_process_that_stops_working(
     assert named(line) == named(dashboard.notice)
 
 
-def test_a_resumed_run_names_every_directory_to_sync(tmp_path: Path, start: Start) -> None:
+@pytest.mark.parametrize(
+    "mode", ["offline", pytest.param("online", marks=pytest.mark.slow), pytest.param("none", marks=pytest.mark.slow)]
+)
+def test_a_resumed_run_names_every_directory_to_sync(tmp_path: Path, start: Start, mode: str) -> None:
     folder = tmp_path / "a run" / "wandb"
-    for name in ("offline-run-20260101_000000-id", "offline-run-20260102_000000-id", "run-20260103_000000-id"):
+    names = [f"offline-run-2026010{day}_000000-id" for day in (1, 3, 2)]
+    for name in (*names, "run-20260104_000000-id"):
         (folder / name).mkdir(parents=True)
         (folder / name / "run-id.wandb").touch()
-    (folder / "offline-run-20260101_000000-id" / "run-id.wandb.synced").touch()  # as `wandb sync` marks it
-    dashboard = start()
-    before, now = named(dashboard.notice)
-    assert before == str(folder / "offline-run-20260102_000000-id")
-    assert now not in (before, *(str(path) for path in folder.glob("*2026010*")))
-    assert Path(now).is_dir()
+    (folder / names[0] / "run-id.wandb.synced").touch()  # as `wandb sync` marks it
+    waiting = [str(folder / names[2]), str(folder / names[1])]
+    if mode == "offline":
+        *before, own = named(start().notice)
+        assert before == waiting
+        assert list(Path(own).parent.glob("offline-run-*-????????")) == [Path(own)]
+    elif mode == "online":
+        with Takes().serving() as server:
+            assert named(start(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url).notice) == waiting
+    else:
+        assert named(start(WANDB_RESUME="nonsense").notice) == waiting
 
 
 def verdict_is_last(text: str) -> bool:

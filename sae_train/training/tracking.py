@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from sae_train.config import RunConfig, TrackingConfig, WandbConfig, as_dict
-from sae_train.errors import UserError
 from sae_train.evaluation.density import HISTOGRAM_EDGES
 from sae_train.formats.durable import explained, write_text
 from sae_train.training.console import warn
@@ -80,19 +79,20 @@ class Wandb(Dashboard):
 
     def __init__(self, tracking: WandbConfig, config: RunConfig, directory: Path) -> None:
         self._folder = directory.absolute() / "wandb"
-        self._own = ""
         self._process: JsonProcess | None = None
         answer, problem = self._start(tracking, config, directory)
         mode = answer.get("mode")
-        self._own = answer.get("directory", "")
         self._is_online = mode == "online"
+        self._own: str = answer.get("directory", "")
+        sync = self._sync_command()
         if mode is None:
             self.notice = f"wandb does not start ({problem}). Rows go to metrics.jsonl alone."
+            self.notice += f" Earlier rows can be synced with: {sync}" if sync else ""
         elif mode == "offline":
             why = problem or answer["why"]
-            self.notice = f"wandb is offline{f' ({why})' if why else ''}; sync with: {self._sync_command()}"
-        elif mode == "online" and self._offline():
-            self.notice = f"wandb lacks what this run logged offline; when it has ended: {self._sync_command()}"
+            self.notice = f"wandb is offline{f' ({why})' if why else ''}; sync with: {sync}"
+        elif mode == "online" and sync:
+            self.notice = f"This run was offline before. Once it has ended, sync the earlier rows with: {sync}"
 
     def log(self, row: dict[str, Any]) -> None:
         if self._process:
@@ -140,7 +140,7 @@ class Wandb(Dashboard):
                 self._process = JsonProcess(command, environment=_environment() | changes)
                 self._process.send(request)
                 answer = self._process.answer(deadline=begun + seconds)
-            except (NoAnswer, OSError, ValueError, UserError) as error:
+            except Exception as error:  # whatever it is, the run goes on without wandb
                 answer = {"error": str(error)}
             except BaseException:
                 self._give_up()
@@ -162,14 +162,14 @@ class Wandb(Dashboard):
         """Return the directories of this run that hold rows for `wandb sync`, the oldest first."""
         found = [path.parent for path in self._folder.glob("offline-run-*/*.wandb")]
         paths = [str(path) for path in sorted(found) if not list(path.glob("*.wandb.synced"))]
-        return paths if self._is_online or self._own in paths else [*paths, self._own]
+        return paths if self._is_online or self._own in ("", *paths) else [*paths, self._own]
 
     def _sync_command(self, *, own: bool = False) -> str:
-        """Return the command for every directory that waits; `own` adds the one of an online run."""
+        """Return the command for every directory that waits, if any; `own` adds the one of an online run."""
         paths, flags = self._offline(), ""
         if own and self._is_online:
             paths, flags = [*paths, self._own], " --include-online"
-        return f"wandb sync{flags} {shlex.join(paths)}"
+        return f"wandb sync{flags} {shlex.join(paths)}" if paths else ""
 
 
 def _environment() -> dict[str, str]:
