@@ -15,6 +15,7 @@ from conftest import LAUNCHERS, QUIET, changed, rows_run
 from wandb_server import Server, Takes, refusing
 
 from sae_train.compose import compose_config
+from sae_train.config import RunConfig
 from sae_train.evaluation.density import HISTOGRAM_EDGES
 from sae_train.training import tracking
 from sae_train.training.json_process import BLOCKED, LAST_WAIT
@@ -28,14 +29,18 @@ ROW = {"sae": "it", "step": 1, "tokens": 512, "train/fvu": 0.25, "density/histog
 Start = Callable[..., Dashboard]
 
 
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    return compose_config(["tracking=wandb"])
+
+
 @pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: RunConfig) -> Iterator[Start]:
     """Return `start(**environment)`: the dashboard of a run in 'tmp_path/a run', of a user who has no wandb yet."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     (tmp_path / "home").mkdir()
     (tmp_path / "a run").mkdir()
-    config = compose_config(["tracking=wandb"])
     built: list[Dashboard] = []
 
     def build(**environment: str) -> Dashboard:
