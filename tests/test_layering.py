@@ -40,7 +40,7 @@ OUTSIDE = {
     "datasets": {"harvest/table_rows.py"},
     "pyarrow": {"harvest/table_rows.py"},
     "submitit": {"sweeps/submit.py"},
-    "wandb": {"training/tracking.py"},
+    "wandb": {"training/wandb_worker.py"},
     "hydra": {"cli.py", "compose.py", "schemas.py"},
     "omegaconf": {"compose.py", "draft.py"},
     "yaml": {"compose.py", "training/directory.py"},

@@ -1,22 +1,33 @@
-"""Where rows go: `metrics.jsonl` always, Weights & Biases when asked; the only importer of wandb."""
+"""Where rows go: `metrics.jsonl` always, Weights & Biases when asked, by way of a process of its own."""
 
-import inspect
 import json
 import math
 import os
 import secrets
-from contextlib import suppress
+import shlex
+import sys
+import time
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from sae_train.config import RunConfig, TrackingConfig, WandbConfig, as_dict
 from sae_train.evaluation.density import HISTOGRAM_EDGES
 from sae_train.formats.durable import explained, write_text
+from sae_train.training.console import warn
+from sae_train.training.json_process import JsonProcess, NoAnswer
 
-ANSWER_SECONDS = 20
-"""How long wandb's server may take to answer at the start and at the end."""
+WORKER = Path(__file__).with_name("wandb_worker.py")
+ANSWER_SECONDS = 15.0
+"""How long wandb's server may take to answer at the start. The error that wandb then gives says more than a kill."""
+FIRST_SECONDS = 18.0
+"""How long the first try to start wandb may take."""
+START_SECONDS = 28.0
+"""How long both tries may take: as asked for, and offline. What is over of 30 s is for killing them."""
+FINISH_SECONDS = 20.0
+"""How long wandb's server may take for the last rows."""
+END_SECONDS = 24.0
+"""How long wandb's process may take to end."""
+TRUE = ("1", "true", "yes", "y", "on", "t")
 
 
 class MetricsFile:
@@ -53,84 +64,137 @@ class Dashboard:
         """Send a row."""
 
     def summarise(self, figures: dict[str, Any]) -> None:
-        """Send the final figures."""
+        """Send the final figures and finish. No row comes after them, and the verdict is printed next."""
 
     def close(self) -> None:
-        """Finish."""
+        """Finish, if that is still to do."""
 
 
 class Wandb(Dashboard):
-    """Weights & Biases: online where credentials exist, else offline. Never asks; gives up rather than block the run.
+    """Weights & Biases: online where credentials exist, else offline. `build_dashboard` creates it for the session.
 
-    What cannot be sent stays in the run's directory, for `wandb sync`.
+    wandb runs in a process of its own, and every wait for it has a deadline: it can neither end nor hang the run. What
+    cannot be sent stays in the run's directory, for `wandb sync`.
     """
 
     def __init__(self, tracking: WandbConfig, config: RunConfig, directory: Path) -> None:
-        import wandb
-
-        options: dict[str, Any] = {
-            "project": tracking.project,
-            "entity": tracking.entity,
-            "name": directory.name,
-            "id": self._identifier(directory),
-            "resume": "allow",
-            "dir": str(directory),
-            "config": as_dict(config),
-            "settings": wandb.Settings(
-                silent=True, console="off", init_timeout=ANSWER_SECONDS, finish_timeout=ANSWER_SECONDS
-            ),
-        }
-        self._error, self._histogram = wandb.errors.Error, wandb.Histogram
-        asked = os.environ.get("WANDB_MODE", "")
-        mode: Any = asked if asked in ("offline", "disabled") or has_credentials() else "offline"
-        try:
-            self._run = wandb.init(mode=mode or "online", **options)
-        except wandb.errors.Error:  # no answer, or a refusal: the run matters more
-            mode = "offline"
-            self._run = wandb.init(mode=mode, **options)
-        self._run.define_metric("tokens")
-        for group in ("train", "perf", "density", "tokens_l0", "eval"):
-            self._run.define_metric(f"{group}/*", step_metric="tokens")
-        if mode == "offline":
-            self.notice = f"wandb is offline; sync with: wandb sync {self._run.settings.sync_dir}"
+        self._folder = directory.absolute() / "wandb"
+        self._process: JsonProcess | None = None
+        answer, problem = self._start(tracking, config, directory)
+        mode = answer.get("mode")
+        self._is_online = mode == "online"
+        self._own: str = answer.get("directory", "")
+        sync = self._sync_command()
+        if mode is None:
+            self.notice = f"wandb does not start ({problem}). Rows go to metrics.jsonl alone."
+            self.notice += f" Earlier rows can be synced with: {sync}" if sync else ""
+        elif mode == "offline":
+            why = problem or answer["why"]
+            self.notice = f"wandb is offline{f' ({why})' if why else ''}; sync with: {sync}"
+        elif mode == "online" and sync:
+            self.notice = f"This run was offline before. Once it has ended, sync the earlier rows with: {sync}"
 
     def log(self, row: dict[str, Any]) -> None:
-        sent = {key: value for key, value in row.items() if key not in ("sae", "step")}
-        if "density/histogram" in sent:
-            counts = np.asarray(sent["density/histogram"])
-            sent["density/histogram"] = self._histogram(np_histogram=(counts, HISTOGRAM_EDGES.numpy()))
-        with suppress(self._error):
-            self._run.log(sent)
+        if self._process:
+            self._process.send({"row": {key: value for key, value in row.items() if key not in ("sae", "step")}})
 
     def summarise(self, figures: dict[str, Any]) -> None:
-        with suppress(self._error):
-            self._run.summary.update(figures)
+        if self._process:
+            self._process.send({"summary": figures})
+        self.close()
 
     def close(self) -> None:
-        with suppress(self._error):
-            self._run.finish()
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            process.send({"finish": True})
+            problem = process.answer(deadline=time.monotonic() + END_SECONDS).get("error", "")
+        except NoAnswer as error:
+            problem = str(error)
+        finally:
+            process.end()
+        if process.n_dropped:
+            problem = problem or f"{process.n_dropped} rows were dropped"
+        if problem:
+            warn(f"wandb may lack rows ({problem}); metrics.jsonl has all. Sync with: {self._sync_command(own=True)}")
 
-    @staticmethod
-    def _identifier(directory: Path) -> str:
-        """Return the run's wandb id: kept beside it, so that a resumed run continues the same curves."""
-        path = directory / "wandb_id"
-        if not path.exists():
-            write_text(path, secrets.token_hex(4))
-        return path.read_text(encoding="utf-8").strip()
+    def _start(self, tracking: WandbConfig, config: RunConfig, directory: Path) -> tuple[dict[str, Any], str]:
+        """Start wandb as the environment asks, else offline; return its answer and why the first try failed."""
+        begun = time.monotonic()
+        request = {"argv": sys.argv, "pid": os.getpid(), "edges": HISTOGRAM_EDGES.tolist()}
+        request |= {"finish_seconds": FINISH_SECONDS, "deadline": begun + ANSWER_SECONDS}
+        problem = ""
+        for changes, seconds in (({}, FIRST_SECONDS), ({"WANDB_MODE": "offline"}, START_SECONDS)):
+            try:
+                request["options"] = {
+                    "project": tracking.project,
+                    "entity": tracking.entity,
+                    "name": directory.name,
+                    "id": _identifier(directory),
+                    "resume": "allow",
+                    "dir": str(directory.absolute()),
+                    "config": as_dict(config),
+                }
+                command = [sys.executable, "-P", str(WORKER)]  # -P: no module of this folder hides one of wandb's
+                self._process = JsonProcess(command, environment=_environment() | changes)
+                self._process.send(request)
+                answer = self._process.answer(deadline=begun + seconds)
+            except Exception as error:  # whatever it is, the run goes on without wandb
+                answer = {"error": str(error)}
+            except BaseException:
+                self._give_up()
+                raise
+            if answer.get("mode") in ("online", "offline"):
+                return answer, problem
+            self._give_up()
+            if "error" not in answer:
+                return answer, problem
+            problem = problem or answer["error"]
+        return {}, problem
+
+    def _give_up(self) -> None:
+        process, self._process = self._process, None
+        if process:
+            process.end()
+
+    def _offline(self) -> list[str]:
+        """Return the directories of this run that hold rows for `wandb sync`, the oldest first."""
+        found = [path.parent for path in self._folder.glob("offline-run-*/*.wandb")]
+        paths = [str(path) for path in sorted(found) if not list(path.glob("*.wandb.synced"))]
+        return paths if self._is_online or self._own in ("", *paths) else [*paths, self._own]
+
+    def _sync_command(self, *, own: bool = False) -> str:
+        """Return the command for every directory that waits, if any; `own` adds the one of an online run."""
+        paths, flags = self._offline(), ""
+        if own and self._is_online:
+            paths, flags = [*paths, self._own], " --include-online"
+        return f"wandb sync{flags} {shlex.join(paths)}" if paths else ""
 
 
-def has_credentials() -> bool:
-    """Return whether wandb can speak to its server without asking the user anything."""
-    import wandb
+def _environment() -> dict[str, str]:
+    """Return the environment of wandb's process: no service of another program, and the run's program, not its own."""
+    shared = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
+    return {"WANDB_PROGRAM": sys.argv[0], **shared}
 
-    if "prompt" in inspect.signature(wandb.login).parameters:
-        return bool(wandb.login(prompt=False, verify=False))
-    return bool(wandb.api.api_key)  # before 0.31
+
+def _identifier(directory: Path) -> str:
+    """Return the run's wandb id: kept beside it, so that a resumed run continues the same curves."""
+    path = directory / "wandb_id"
+    if not path.exists():
+        write_text(path, secrets.token_hex(4))
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _is_switched_off() -> bool:
+    """Return whether the environment turns wandb off. wandb itself no longer reads WANDB_DISABLED."""
+    asked = os.environ.get("WANDB_MODE", ""), os.environ.get("WANDB_DISABLED", "")
+    return asked[0].strip().lower() == "disabled" or asked[1].strip().lower() in TRUE
 
 
 def build_dashboard(config: RunConfig, directory: Path) -> Dashboard:
     """Return the dashboard that `tracking` names; for the first rank, which alone speaks to one."""
     tracking: TrackingConfig = config.tracking
-    if isinstance(tracking, WandbConfig):
+    if isinstance(tracking, WandbConfig) and not _is_switched_off():
         return Wandb(tracking, config, directory)
     return Dashboard()
