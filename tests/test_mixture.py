@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import changed, tiny_run
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import live_config, save_tokenizer
 
+from sae_train.cli import run_command
 from sae_train.harvest import text
 from sae_train.harvest.lanes import Lane, check_lanes
 from sae_train.harvest.language_model import Tokenizer
@@ -180,3 +182,21 @@ def test_a_cursor_does_not_grow_with_a_document(tmp_path: Path, tokenizer: Token
     for _ in range(50):
         lane.contexts(4)
         assert len(lane.state()["tokens"]) < 4096 + 16
+
+
+def test_lanes_that_are_epochs_apart_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A lane with many marks that are not trained on reads its text more often than others."""
+    marks = Tokenizer(live_config().model)
+    end = "<|eos|>"
+    assert marks.encode(end) == [marks.eos]
+    texts = [*(words(random.Random(n), ANSWER, 300) for n in range(30)), end * 1500]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": words(random.Random(99), ANSWER, 9000)}) + "\n")
+    data = ["data=files", f"data.id={tmp_path / 'a.jsonl'}", f"data.held_out_split={tmp_path / 'held.jsonl'}"]
+    assert run_command([*changed(tiny_run(tmp_path), "tokens=81920", "log_every=8192"), *data]) == 0
+    assert capsys.readouterr().err.count("epochs apart") == 1
+    (rows,) = (tmp_path / "runs").glob("*/metrics.jsonl")
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    spread = [row["data/epoch_spread"] for row in found if "data/epoch_spread" in row]
+    assert spread[0] < 1 < spread[-1]
+    assert all(row["data/epochs"] > 1 for row in found[-2:-1])
