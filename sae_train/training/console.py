@@ -47,6 +47,7 @@ class ProgressBar:
             mininterval=SECONDS_TO_THE_FIRST,
             miniters=0,
             leave=name == TRAINING or not is_terminal,
+            position=None if is_terminal else 0,  # in a file nothing is moved up or down
             file=sys.stderr,
             **_room(),
         )
