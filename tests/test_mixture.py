@@ -184,6 +184,7 @@ def test_a_cursor_does_not_grow_with_a_document(tmp_path: Path, tokenizer: Token
         assert len(lane.state()["tokens"]) < 4096 + 16
 
 
+@pytest.mark.slow
 def test_lanes_that_are_epochs_apart_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A lane with many marks that are not trained on reads its text more often than others."""
     marks = Tokenizer(live_config().model)

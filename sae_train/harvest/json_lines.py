@@ -19,24 +19,27 @@ from numpy.typing import NDArray
 from sae_train.errors import suggest
 from sae_train.harvest.documents import Document, Documents, Flaw
 from sae_train.harvest.files import read_bytes
+from sae_train.phases import SILENT, Phases
 
 LONG_LINE = 64 * 1024
 """Bytes of a line from which on its text is kept once it was parsed."""
 _SEARCHED_AT_ONCE = 64 * 1024 * 1024
 _BLANK_AT_MOST = 8
 """Bytes of a line up to which it is looked at for being blank; a longer blank line counts as an empty document."""
+Int64s = NDArray[np.int64]
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def open_json_lines(path: Path, *, column: str, is_scanned: bool) -> Documents:
+def open_json_lines(path: Path, *, column: str, is_scanned: bool, phases: Phases = SILENT) -> Documents:
     """Return the documents of a file of JSON lines.
 
     Args:
         path: of the file.
         column: key of the text.
         is_scanned: parse every line now and keep the texts in memory; else lines are parsed when they are read.
+        phases: told how many bytes were searched for lines.
     """
-    lines = JsonLines(path, column=column)
+    lines = JsonLines(path, column=column, phases=phases)
     return TextsInMemory([lines.read(index) for index in range(len(lines))]) if is_scanned else lines
 
 
@@ -69,10 +72,10 @@ class JsonLines(Documents):
 
     is_exact = False
 
-    def __init__(self, path: Path, *, column: str) -> None:
+    def __init__(self, path: Path, *, column: str, phases: Phases = SILENT) -> None:
         self._path, self._column = path, column
         self._bytes = read_bytes(path)
-        self._start, self._stop, self._number = _find_lines(self._bytes)
+        self._start, self._stop, self._number = _find_lines(self._bytes, phases)
         self.n_bytes = torch.from_numpy(self._stop - self._start)
         self._long: dict[int, tuple[int, int]] = {}
         self._spool: IO[bytes] | None = None
@@ -141,13 +144,14 @@ class JsonLines(Documents):
             return Document(repaired, Flaw.REPAIRED, f"{where}: {self._column!r} holds half of a surrogate pair")
 
 
-def _find_lines(data: bytes | mmap.mmap) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+def _find_lines(data: bytes | mmap.mmap, phases: Phases) -> tuple[Int64s, Int64s, Int64s]:
     """Return start, stop and number (from 1) of the lines that are not blank, int64."""
     size = len(data)
     ends = [np.empty(0, dtype=np.int64)]
     for at in range(0, size, _SEARCHED_AT_ONCE):
         piece = np.frombuffer(data[at : at + _SEARCHED_AT_ONCE], dtype=np.uint8)
         ends.append(np.flatnonzero(piece == ord("\n")) + at)
+        phases.advance(len(piece))
     stop = np.concatenate([*ends, [size]]).astype(np.int64)
     start = np.concatenate([[0], stop[:-1] + 1]).astype(np.int64)
     is_text = stop > start

@@ -16,6 +16,7 @@ from sae_train.harvest.shares import check_lane_count
 from sae_train.harvest.sites import SiteFacts, site_facts
 from sae_train.harvest.source import StreamFacts, prefetch_of, row_width
 from sae_train.harvest.text import Corpus
+from sae_train.phases import Phases
 from sae_train.place import find_place
 
 _USABLE_MEMORY = 0.8
@@ -25,7 +26,7 @@ _LOGITS_HELD = 4
 and bf16)."""
 
 
-def check_live(config: RunConfig, harvest: LiveHarvestConfig, *, n_ranks: int) -> StreamFacts:
+def check_live(config: RunConfig, harvest: LiveHarvestConfig, *, n_ranks: int, phases: Phases) -> StreamFacts:
     """Return what is known before weights are loaded.
 
     Raises:
@@ -41,9 +42,9 @@ def check_live(config: RunConfig, harvest: LiveHarvestConfig, *, n_ranks: int) -
         findings.collect(lambda: _check_loss(config, facts))
         findings.collect(lambda: _check_positions(config, harvest, facts))
         findings.collect(lambda: _check_memory(config, harvest, row_width(config, facts.d_model), n_ranks))
-        corpus = findings.collect(lambda: _check_text(config, n_ranks))
+        corpus = findings.collect(lambda: _check_text(config, n_ranks, phases))
     else:
-        corpus = findings.collect(lambda: _check_text_only(config))
+        corpus = findings.collect(lambda: _check_text_only(config, phases))
     findings.raise_any()
     assert facts is not None
     notice = corpus.notice() if corpus is not None else ""
@@ -131,10 +132,10 @@ def _host_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _check_text(config: RunConfig, n_ranks: int) -> Corpus | None:
+def _check_text(config: RunConfig, n_ranks: int, phases: Phases) -> Corpus | None:
     """Open local text and see that every lane has a context; of hub data, see that it exists."""
     tokenizer = Tokenizer(config.model)
-    corpus = _check_text_only(config)
+    corpus = _check_text_only(config, phases)
     if corpus is not None:
         sizes = config.lane_sizes
         check_lanes(corpus, tokenizer, lanes=sizes.lanes, context_length=sizes.context_length,
@@ -142,9 +143,9 @@ def _check_text(config: RunConfig, n_ranks: int) -> Corpus | None:
     return corpus
 
 
-def _check_text_only(config: RunConfig) -> Corpus | None:
+def _check_text_only(config: RunConfig, phases: Phases) -> Corpus | None:
     """As far as text can be checked when the model, and so its tokenizer, is not there; None for hub data."""
     if is_local(config.data):
-        return Corpus(config.data)
+        return Corpus(config.data, phases)
     check_data(config.data)
     return None

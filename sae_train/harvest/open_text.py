@@ -11,6 +11,7 @@ from sae_train.harvest.hub import local_path
 from sae_train.harvest.json_lines import open_json_lines
 from sae_train.harvest.plain_text import TextBlocks, block_bytes_of
 from sae_train.harvest.table_rows import check_hub, is_saved, open_hub, open_parquet, open_saved, saved_splits
+from sae_train.phases import SILENT, Phases
 
 
 def check_data(data: DataConfig) -> None:
@@ -24,7 +25,7 @@ def is_local(data: DataConfig) -> bool:
     return data.id == "bundled" or _local_path(data.id) is not None
 
 
-def open_text(data: DataConfig) -> tuple[Documents, Documents | None]:
+def open_text(data: DataConfig, phases: Phases = SILENT) -> tuple[Documents, Documents | None]:
     """Return training documents and, where they have a split of their own, held-out ones."""
     if data.id == "bundled":
         return (open_json_lines(training_corpus(), column=data.text_column, is_scanned=True),
@@ -34,14 +35,14 @@ def open_text(data: DataConfig) -> tuple[Documents, Documents | None]:
                         "leave it null: 2% of the documents are held out.")  # fmt: skip
     path = _local_path(data.id)
     if path is None:
-        held_out = open_hub(data, data.held_out_split) if data.held_out_split else None
-        return open_hub(data, data.split), held_out
+        held_out = open_hub(data, data.held_out_split, phases) if data.held_out_split else None
+        return open_hub(data, data.split, phases), held_out
     if is_saved(path):
-        training: Documents = open_saved(path, data, data.split)
-        return training, _open_held_out(data, splits=saved_splits(path), path=path)
+        training: Documents = open_saved(path, data, data.split, phases)
+        return training, _open_held_out(data, phases, splits=saved_splits(path), path=path)
     files = text_files(path, key="data.id")
     if data.held_out_split is None:
-        return _open_files(files, data), None
+        return _open_files(files, data, phases), None
     held = Path(data.held_out_split).expanduser()
     if not is_saved(held):
         apart = {file.resolve() for file in text_files(held, key="data.held_out_split")}
@@ -49,7 +50,7 @@ def open_text(data: DataConfig) -> tuple[Documents, Documents | None]:
         if not files:
             raise DataError(f"data.held_out_split={data.held_out_split}: holds every file of data.id={data.id}, so "
                             "nothing is left to train on. Name fewer files, or leave it null.")  # fmt: skip
-    return _open_files(files, data), _open_held_out(data, splits=[], path=path)
+    return _open_files(files, data, phases), _open_held_out(data, phases, splits=[], path=path)
 
 
 def _split_of(data: DataConfig) -> str | None:
@@ -58,35 +59,36 @@ def _split_of(data: DataConfig) -> str | None:
     return data.split if path is None or is_saved(path) else None
 
 
-def _open_held_out(data: DataConfig, *, splits: list[str], path: Path) -> Documents | None:
+def _open_held_out(data: DataConfig, phases: Phases, *, splits: list[str], path: Path) -> Documents | None:
     """Return held-out text: one of the `splits` of the saved directory `path`, or files or a directory of its own."""
     name = data.held_out_split
     if name is None:
         return None
     if name in splits:
-        return open_saved(path, data, name)
+        return open_saved(path, data, name, phases)
     held = Path(name).expanduser()
     if splits and not held.exists():
         raise DataError(f"data.held_out_split={name}: {path} has no such split.{suggest(name, splits)}")
     if is_saved(held):
-        return open_saved(held, data, data.split)
-    return _open_files(text_files(held, key="data.held_out_split"), data)
+        return open_saved(held, data, data.split, phases)
+    return _open_files(text_files(held, key="data.held_out_split"), data, phases)
 
 
 def _local_path(name: str) -> Path | None:
     return Path(name).expanduser() if name.endswith(SUFFIXES) else local_path(name)
 
 
-def _open_files(files: list[Path], data: DataConfig) -> Documents:
+def _open_files(files: list[Path], data: DataConfig, phases: Phases) -> Documents:
     sizes = {file: file.stat().st_size for file in files}
     is_scanned = sum(sizes.values()) <= SCANNED_BYTES
     block_bytes = block_bytes_of(sum(size for file, size in sizes.items() if file.suffix == ".txt"))
     parts: list[Documents] = []
-    for file in files:
-        if file.suffix == ".txt":
-            parts.append(TextBlocks(file, block_bytes=block_bytes))
-        elif file.suffix == ".parquet":
-            parts.append(open_parquet(file, data))
-        else:
-            parts.append(open_json_lines(file, column=data.text_column, is_scanned=is_scanned))
+    for number, file in enumerate(files, start=1):
+        with phases.of(f"opening text, file {number} of {len(files)}", total=sizes[file], unit="B"):
+            if file.suffix == ".txt":
+                parts.append(TextBlocks(file, block_bytes=block_bytes))
+            elif file.suffix == ".parquet":
+                parts.append(open_parquet(file, data, phases))
+            else:
+                parts.append(open_json_lines(file, column=data.text_column, is_scanned=is_scanned, phases=phases))
     return Joined(parts)

@@ -36,7 +36,7 @@ def build_stream(config: RunConfig, *, ranks: Ranks, dtype: torch.dtype, phases:
     return LiveStream(config, ranks=ranks, phases=phases)
 
 
-def check_stream(config: RunConfig, *, n_ranks: int) -> StreamFacts:
+def check_stream(config: RunConfig, *, n_ranks: int, phases: Phases = SILENT) -> StreamFacts:
     """Check all that can be checked without weights and before heavy work, and return what is then known.
 
     Raises:
@@ -47,7 +47,7 @@ def check_stream(config: RunConfig, *, n_ranks: int) -> StreamFacts:
     assert isinstance(config.harvest, LiveHarvestConfig)
     from sae_train.harvest.live_checks import check_live
 
-    return check_live(config, config.harvest, n_ranks=n_ranks)
+    return check_live(config, config.harvest, n_ranks=n_ranks, phases=phases)
 
 
 def _check_tensors(config: RunConfig, *, n_ranks: int) -> StreamFacts:

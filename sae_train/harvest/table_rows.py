@@ -15,6 +15,7 @@ from sae_train.config import DataConfig
 from sae_train.errors import DataError, suggest
 from sae_train.harvest.documents import Document, Documents, Flaw
 from sae_train.harvest.hub import hub_error
+from sae_train.phases import Phases
 
 _ROWS_AT_ONCE = 65_536
 _SAVED = ("dataset_info.json", "state.json")
@@ -26,11 +27,12 @@ class TableRows(Documents):
 
     is_exact = True
 
-    def __init__(self, rows: Any, data: DataConfig, *, source: str) -> None:
+    def __init__(self, rows: Any, data: DataConfig, *, source: str, phases: Phases) -> None:
         """Args:
         rows: the dataset.
         data: names the column.
         source: file or hub id, for messages.
+        phases: told how many rows were measured.
 
         Raises:
             DataError: there is no such column, or it holds no text.
@@ -42,9 +44,11 @@ class TableRows(Documents):
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_null(kind)):
             raise DataError(f"data.text_column={data.text_column}: {source} holds {kind} there, not text.")
         lengths = [torch.empty(0, dtype=torch.int64)]
-        for batch in self._rows.iter(batch_size=_ROWS_AT_ONCE):
-            length = pyarrow.compute.binary_length(batch[data.text_column].cast(pyarrow.large_string()))
-            lengths.append(torch.from_numpy(length.fill_null(0).to_numpy().astype("int64")))
+        with phases.of("measuring text", total=len(self._rows), unit="row"):
+            for batch in self._rows.iter(batch_size=_ROWS_AT_ONCE):
+                length = pyarrow.compute.binary_length(batch[data.text_column].cast(pyarrow.large_string()))
+                lengths.append(torch.from_numpy(length.fill_null(0).to_numpy().astype("int64")))
+                phases.advance(len(batch))
         self.n_bytes = torch.cat(lengths)
 
     def read(self, index: int) -> Document:
@@ -62,7 +66,7 @@ class TableRows(Documents):
         return memoryview(scalar.as_buffer()) if scalar.is_valid else memoryview(b"")
 
 
-def open_parquet(file: Path, data: DataConfig) -> TableRows:
+def open_parquet(file: Path, data: DataConfig, phases: Phases) -> TableRows:
     """Return the rows of a parquet file.
 
     Raises:
@@ -71,7 +75,8 @@ def open_parquet(file: Path, data: DataConfig) -> TableRows:
     import datasets
 
     try:
-        return TableRows(datasets.load_dataset("parquet", data_files=str(file), split="train"), data, source=str(file))
+        rows = datasets.load_dataset("parquet", data_files=str(file), split="train")
+        return TableRows(rows, data, source=str(file), phases=phases)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         _refuse_cache(error)
         raise DataError(f"{file}: not a readable parquet file ({str(error).splitlines()[0][:160]}).") from error
@@ -82,7 +87,7 @@ def is_saved(path: Path) -> bool:
     return (path / _SAVED_SPLITS).is_file() or all((path / name).is_file() for name in _SAVED)
 
 
-def open_saved(path: Path, data: DataConfig, split: str) -> TableRows:
+def open_saved(path: Path, data: DataConfig, split: str, phases: Phases) -> TableRows:
     """Return the rows of one split of a directory that `datasets.save_to_disk` wrote.
 
     Raises:
@@ -100,7 +105,7 @@ def open_saved(path: Path, data: DataConfig, split: str) -> TableRows:
             raise DataError(f"data.split={split}: {path} has no such split.{suggest(split, saved)} Choose it with "
                             "data=huggingface data.split=NAME.")  # fmt: skip
         saved = saved[split]
-    return TableRows(saved, data, source=str(path))
+    return TableRows(saved, data, source=str(path), phases=phases)
 
 
 def saved_splits(path: Path) -> list[str]:
@@ -110,7 +115,7 @@ def saved_splits(path: Path) -> list[str]:
     return list(datasets.load_from_disk(str(path))) if (path / _SAVED_SPLITS).is_file() else []
 
 
-def open_hub(data: DataConfig, split: str) -> TableRows:
+def open_hub(data: DataConfig, split: str, phases: Phases) -> TableRows:
     """Return the rows of one split of a hub dataset.
 
     Raises:
@@ -119,7 +124,8 @@ def open_hub(data: DataConfig, split: str) -> TableRows:
     import datasets
 
     try:
-        return TableRows(datasets.load_dataset(data.id, data.subset, split=split), data, source=data.id)
+        rows = datasets.load_dataset(data.id, data.subset, split=split)
+        return TableRows(rows, data, source=data.id, phases=phases)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         _refuse_cache(error)
         raise _hub_data_error(data, error, split=split) from error

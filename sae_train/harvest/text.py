@@ -19,6 +19,7 @@ from sae_train.harvest.documents import FLAWS, SCANNED_BYTES, SCANNED_DOCUMENTS,
 from sae_train.harvest.open_text import open_text
 from sae_train.harvest.plain_text import LONGEST_CHARACTER, character_start
 from sae_train.harvest.stretches import Stretches
+from sae_train.phases import SILENT, Phases
 
 if TYPE_CHECKING:
     from sae_train.harvest.language_model import Tokenizer
@@ -54,9 +55,9 @@ class Corpus:
         is_scanned: whether all were.
     """
 
-    def __init__(self, data: DataConfig) -> None:
+    def __init__(self, data: DataConfig, phases: Phases = SILENT) -> None:
         self._data = data
-        self._documents, self._held_out = open_text(data)
+        self._documents, self._held_out = open_text(data, phases)
         n_bytes, n = self._documents.n_bytes, len(self._documents)
         self.is_scanned = int(n_bytes.sum()) <= SCANNED_BYTES and n <= SCANNED_DOCUMENTS
         self._reason = ""
@@ -65,7 +66,11 @@ class Corpus:
         if self._documents.is_exact:
             self.flaw_N[n_bytes == 0] = Flaw.EMPTY
         n_looked_at = n if self.is_scanned else _first_few(n_bytes)
-        hash_N = np.array([self._meet(index) for index in range(n_looked_at)], dtype=np.uint64)
+        hash_N = np.zeros(n_looked_at, dtype=np.uint64)
+        with phases.of("reading text", total=n_looked_at, unit="document"):
+            for index in range(n_looked_at):
+                hash_N[index] = self._meet(index)
+                phases.advance(1)
         if data.strict and bool((self.flaw_N == Flaw.EMPTY).any()):
             self._meet(int((self.flaw_N == Flaw.EMPTY).nonzero()[0]))  # raises
         self._refuse_no_text(self.flaw_N[: len(hash_N)])

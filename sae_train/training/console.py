@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -90,3 +91,15 @@ def verdict(
     if "ce_recovered" in figures:
         parts.append(f"CE recovered {figures['ce_recovered']:.1%}")
     return f"{name}: {', '.join(parts)}; {tokens:,} tokens at {tokens_per_second:,.0f} tokens/s; {path}"
+
+
+def verdict_of(summary: dict[str, Any], *, path: Path, sparsity: str) -> str:
+    """Return the verdict line of a finished run: of its summary, its directory and what its config says of sparsity."""
+    return verdict(
+        name=summary["run"],
+        figures=next(iter(summary["saes"].values())),
+        tokens=summary["tokens"],
+        tokens_per_second=summary["tokens_per_second"],
+        sparsity=sparsity,
+        path=str(path),
+    )

@@ -14,6 +14,9 @@ from sae_train.ranks import Ranks
 from sae_train.sae.code import Code
 from sae_train.sae.firing import Firing
 
+LARGEST_SPREAD = 1.0
+"""Epochs that the fastest lane may be ahead of the slowest before the user is told."""
+
 
 class Totals:
     """What the steps since the last row add up to, this rank's share."""
@@ -126,3 +129,13 @@ def firing_row(firing: Firing, dead_window: int, *, n_features: int, ranks: Rank
     row |= {f"density/{name}": value for name, value in density_figures(density_F).items()}
     row["density/histogram"] = density_histogram(density_F, n_tokens)
     return row
+
+
+def spread_notice(row: dict[str, Any]) -> str:
+    """Return what to tell the user of lanes that read their text at very different speeds; nothing where none do."""
+    if row.get("data/epoch_spread", 0) <= LARGEST_SPREAD:
+        return ""
+    return (
+        f"lanes are {row['data/epoch_spread']:.1f} epochs apart, the slowest has read its text "
+        f"{row['data/epochs']:.1f} times: some text is trained on more often than other. Lower harvest.lanes, or give more text."
+    )

@@ -2,23 +2,25 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sae_train.config import RunConfig
 from sae_train.errors import Preempted
 from sae_train.harvest.stream import StreamFacts, check_stream
+from sae_train.phases import Phases
 from sae_train.place import find_place
 from sae_train.ranks import Ranks, find_ranks
 from sae_train.sae.nesting import prefix_sizes
 from sae_train.sparsifiers import build_sparsifier
 from sae_train.training import stop
 from sae_train.training.alike import check_alike
-from sae_train.training.console import say, warn
+from sae_train.training.console import ProgressBar, say, verdict_of, warn
 from sae_train.training.directory import RunDirectory, run_name
 from sae_train.training.memory import named_when_it_runs_out
 from sae_train.training.plan import Plan, describe, make_plan
-from sae_train.training.session import Session, verdict_of
+from sae_train.training.session import Session
 
 
 def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], None]) -> int:
@@ -37,9 +39,10 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
         UserError: see errors.py; its `status` is the exit status. `Preempted` after a signal, once everything is saved.
     """
     n_ranks = find_place().size
-    if n_ranks == 1:
-        stop.leave_early()
-    facts = check_stream(config, n_ranks=n_ranks)
+    show = partial(ProgressBar, is_first=find_place().rank == 0)
+    phases = Phases(show=show, alone=stop.leave_early) if n_ranks == 1 else Phases(show=show)
+    phases.advance()
+    facts = check_stream(config, n_ranks=n_ranks, phases=phases)
     plan = make_plan(config, facts, n_ranks=n_ranks)
     build_sparsifier(config, n_features=plan.n_features)  # refuses infeasible budgets
     prefix_sizes(config.nesting, n_features=plan.n_features)  # and prefixes that are not whole
@@ -48,8 +51,7 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
     )
     directory.check_length()
     directory.check_identity(config)
-    if n_ranks == 1:
-        stop.leave_early()
+    phases.advance()
     if config.dry_run:
         if find_place().rank == 0:
             say(describe(plan, config, path=str(directory.path)))
@@ -66,7 +68,7 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
         _train(config, plan, facts, **parts, ranks=ranks)
     elif ranks.is_first:
         entered(directory.path)
-        say(f"already finished: {verdict_of(result, directory, config)}")
+        say(f"already finished: {verdict_of(result, path=directory.path, sparsity=config.sparsity)}")
     return 0
 
 

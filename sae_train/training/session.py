@@ -22,17 +22,15 @@ from sae_train.phases import Phases
 from sae_train.ranks import Ranks
 from sae_train.training import restore, resumed, stop
 from sae_train.training.alike import check_same_source
-from sae_train.training.console import TRAINING, ProgressBar, figures_text, say, verdict, warn
+from sae_train.training.console import TRAINING, ProgressBar, figures_text, say, verdict_of, warn
 from sae_train.training.directory import RunDirectory, run_name
 from sae_train.training.finish import check_held_out, evaluation_row, exported, write_export
+from sae_train.training.metrics import spread_notice
 from sae_train.training.plan import Plan
 from sae_train.training.provenance import check_source, provenance, resolve_precision
 from sae_train.training.saver import Saver
 from sae_train.training.tracking import Dashboard, MetricsFile, build_dashboard
 from sae_train.training.trainer import Events, Trainer
-
-LARGEST_SPREAD = 1.0
-"""Epochs that the fastest lane may be ahead of the slowest before the user is told."""
 
 
 class Session:
@@ -230,13 +228,9 @@ class Session:
             row["perf/slurm_restarts"] = int(os.environ["SLURM_RESTART_COUNT"])
         if "train/fvu" in row:
             self._phases.note(figures_text(row))
-        if row.get("data/epoch_spread", 0) > LARGEST_SPREAD and not self._is_spread_said:
+        if not self._is_spread_said and (notice := spread_notice(row)):
             self._is_spread_said = True
-            self._warn(
-                f"lanes are {row['data/epoch_spread']:.1f} epochs apart, the slowest has read its text "
-                f"{row['data/epochs']:.1f} times: some text is trained on more often than other. Lower harvest.lanes, "
-                "or give more text."
-            )
+            self._warn(notice)
         self._saver.publish_if_written()
         self._on_first(lambda: self.metrics.append(row))
         self.dashboard.log(row)
@@ -318,7 +312,7 @@ class Session:
         self._phases.meet()
         self._on_first(lambda: write_text(self.directory.summary, json.dumps(summary, indent=2) + "\n"))
         self.dashboard.summarise(figures)
-        self._say(verdict_of(summary, self.directory, self.config))
+        self._say(verdict_of(summary, path=self.directory.path, sparsity=self.config.sparsity))
 
     def _dead_fraction(self) -> float:
         dead = self.trainer.firing.dead_F(self.plan.dead_window).sum()
@@ -348,15 +342,3 @@ class Session:
         except UserError as error:
             problem = error
         self.ranks.raise_together(problem)
-
-
-def verdict_of(summary: dict[str, Any], directory: RunDirectory, config: RunConfig) -> str:
-    """Return the verdict line of a finished run."""
-    return verdict(
-        name=summary["run"],
-        figures=next(iter(summary["saes"].values())),
-        tokens=summary["tokens"],
-        tokens_per_second=summary["tokens_per_second"],
-        sparsity=config.sparsity,
-        path=str(directory.path),
-    )
