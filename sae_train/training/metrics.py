@@ -137,5 +137,6 @@ def spread_notice(row: dict[str, Any]) -> str:
         return ""
     return (
         f"lanes are {row['data/epoch_spread']:.1f} epochs apart, the slowest has read its text "
-        f"{row['data/epochs']:.1f} times: some text is trained on more often than other. Lower harvest.lanes, or give more text."
+        f"{row['data/epochs']:.1f} times: some text is trained on more often than other. Lower harvest.lanes, or give "
+        "more text."
     )
