@@ -18,6 +18,7 @@ from sae_train.evaluation.evaluate import evaluate
 from sae_train.formats import native
 from sae_train.harvest.held_out import Half, HeldOut, HeldOutBatch, TextHeldOut
 from sae_train.harvest.language_model import LanguageModel, Tokenizer
+from sae_train.harvest.text import Part
 from sae_train.ranks import Ranks, Solo
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.sae.calibration import Calibration, calibrate
@@ -112,8 +113,9 @@ def read_text(folder: Path, ranks: Ranks) -> dict[str, Any]:
 
 
 def held_out_text(config: Any, model: LanguageModel, ranks: Ranks) -> TextHeldOut:
-    held_out = TextHeldOut(iter(sentences(40)), language_model=model, tokenizer=Tokenizer(config.model),
-                           context_length=16, contexts_per_batch=2, ranks=ranks, site="here")  # fmt: skip
+    parts = (Part(text, is_end=True) for text in sentences(40))
+    held_out = TextHeldOut(parts, language_model=model, tokenizer=Tokenizer(config.model), context_length=16,
+                           contexts_per_batch=2, ranks=ranks, site="here")  # fmt: skip
     held_out.limit = 1e9
     return held_out
 

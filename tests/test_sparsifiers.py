@@ -60,11 +60,13 @@ def test_never_above_k_and_met_where_affinities_are_there(
     name: str, budget: str, n: int, f: int, share: float, shift: float
 ) -> None:
     k = max(1.0, share * f)
+    if name in BY_TOKEN:
+        k = float(round(k))
     config = run_config(sparsifier=name, budget=budget, k=k, batch_tokens=n, tokens=64 * n)
     sparsifier = build_sparsifier(config, n_features=f)
     pre = affinities(n, f, seed=n * 100 + f, shift=shift)
     code = select(sparsifier, pre, moment(3, batch_tokens=n))
-    assert len(code.value) == sparsifier.capacity == round(round(k) * n if name in BY_TOKEN else k * n)
+    assert len(code.value) == sparsifier.capacity == round(k * n)
     assert int(code.count) <= sparsifier.capacity
     dense = code.dense()
     kept = dense != 0
@@ -117,10 +119,17 @@ def test_start_below_k_rises() -> None:
     assert sparsifier.capacity == 8 * 64
 
 
-def test_topk_keeps_the_same_number_a_token() -> None:
-    sparsifier = build_sparsifier(run_config(sparsifier="topk", k=3.4), n_features=40)
-    code = select(sparsifier, affinities(64, 40, shift=9.0), moment())
-    assert code.start.diff().tolist() == [3] * 64
+@pytest.mark.parametrize("name", BY_TOKEN)
+@pytest.mark.parametrize(("start_k", "k"), [(3, 5), (5, 3)])
+def test_every_token_keeps_the_same_number_where_k_is_fractional_on_its_way(name: str, start_k: int, k: int) -> None:
+    config = run_config(sparsifier=name, k=k, start_k=start_k, anneal=0.5)
+    sparsifier = build_sparsifier(config, n_features=40)
+    pre = affinities(64, 40, shift=9.0)
+    by_k = {3.375: 3, 3.625: 4, 4.375: 4, 4.625: 5}
+    for current, kept in by_k.items():
+        when = moment(int(32 * (current - start_k) / (k - start_k)))
+        assert sparsifier.k_at(when) == current
+        assert select(sparsifier, pre, when).start.diff().tolist() == [kept] * 64
 
 
 def test_mutual_choice_of_one_token_is_topk() -> None:
@@ -317,7 +326,8 @@ def test_infeasible_cap_or_floor_names_what_works(settings_: dict[str, float], w
     [
         ({"k": 64}, "k=64: above n_features=32"),
         ({"k": 4, "start_k": 40, "anneal": 0.5}, "budget.start_k=40: above n_features=32"),
-        ({"k": 0.4, "sparsifier": "topk"}, "k=0.4: leaves a batch"),
+        ({"k": 0.4, "sparsifier": "topk"}, "k=0.4: every token .* Nearest: 1"),
+        ({"k": 4, "start_k": 0.004, "anneal": 0.5}, "k=0.004: leaves a batch"),
         ({"k": 0.004}, "k=0.004: leaves a batch"),
         ({"sparsifier": "mutual_chioce"}, "Did you mean 'mutual_choice'"),
     ],
