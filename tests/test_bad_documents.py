@@ -15,7 +15,7 @@ from tiny_models import live_config, sentences
 from sae_train.cli import run_command
 from sae_train.config import DataConfig
 from sae_train.errors import DataError
-from sae_train.harvest import open_text, text
+from sae_train.harvest import checked, open_text
 from sae_train.harvest.text import Corpus
 
 GOOD = [sentence.encode() for sentence in sentences(40)]
@@ -58,17 +58,18 @@ def read_all(corpus: Corpus) -> list[str]:
 def test_a_bad_line_costs_its_document_alone(tmp_path, monkeypatch, case, is_scanned):
     line, expected, kind, reason = LINES[case]
     if not is_scanned:
-        for module in (text, open_text):
+        for module in (checked, open_text):
             monkeypatch.setattr(module, "SCANNED_BYTES", 0)
-        monkeypatch.setattr(text, "LOOKED_AT", 5)
+        monkeypatch.setattr(checked, "LOOKED_AT", 5)
     path = lines_with(tmp_path, line)
     corpus = Corpus(data_at(path))
     read = [one for one in read_all(corpus) if one]
     assert sorted(read) == sorted([one.decode() for one in GOOD] + ([expected] if expected else []))
     counts = {"documents": 41, "empty": 0, "repaired": 0, "unusable": 0, kind: 1}
     assert corpus.counts() == counts
-    assert "of 41 documents" in corpus.notice()
-    assert ("line 31" in corpus.notice()) == (kind != "empty")
+    (notice,) = corpus.notices()
+    assert "of 41 documents" in notice
+    assert ("line 31" in notice) == (kind != "empty")
     with pytest.raises(DataError, match=r"data\.strict=true") as caught:
         read_all(Corpus(data_at(path, strict=True)))
     assert f"{path}, line 31" in str(caught.value)
@@ -129,7 +130,7 @@ def test_a_column_of_numbers_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_long_line_is_read_in_pieces(tmp_path, monkeypatch):
-    for module in (text, open_text):
+    for module in (checked, open_text):
         monkeypatch.setattr(module, "SCANNED_BYTES", 0)
     long = ("caf\u00e9 \U0001f600 " * 20_000).strip()
     path = lines_with(tmp_path, json.dumps({"text": long}).encode(), at=40)
@@ -216,3 +217,86 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, command: Comman
     assert "Traceback" not in done.stderr
     assert "HF_HOME" in done.stderr
     assert "not a readable parquet file" not in done.stderr
+
+
+@pytest.mark.parametrize("line", [b'{"text": ""}', b'{"text": null}', b'{"text": 7}', b'{"body": "x"}'])
+def test_held_out_files_are_checked_too(tmp_path, line):
+    held_out = tmp_path / "held.jsonl"
+    held_out.write_bytes(b'{"text": "kept apart"}\n' + line + b'\n{"text": "this too"}\n')
+    path = lines_with(tmp_path, b"")
+    corpus = Corpus(data_at(path, held_out=held_out))
+    assert [part.text for part in corpus.held_out_parts()] == ["kept apart", "this too"]
+    (notice,) = corpus.notices()
+    assert notice.startswith(f"data.held_out_split={held_out}: of 3 documents 1 ")
+    assert sum(corpus.counts()[f"held_out_{kind}"] for kind in ("empty", "unusable")) == 1
+    with pytest.raises(DataError, match=r"held\.jsonl, line 2: .*data\.strict=true|line 2 .*data\.strict=true"):
+        Corpus(data_at(path, held_out=held_out, strict=True))
+
+
+def test_a_large_text_with_held_out_files_is_counted_as_it_is_met(tmp_path, monkeypatch):
+    for module in (checked, open_text):
+        monkeypatch.setattr(module, "SCANNED_BYTES", 0)
+    monkeypatch.setattr(checked, "LOOKED_AT", 3)
+    path = lines_with(tmp_path, b'{"text": null}', at=25)
+    corpus = Corpus(data_at(path, held_out=lines_with_good(tmp_path)))
+    read_all(corpus)
+    assert corpus.counts()["empty"] == 1
+    with pytest.raises(DataError, match=r"data\.strict=true"):
+        read_all(Corpus(data_at(path, held_out=lines_with_good(tmp_path), strict=True)))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_files_that_say_that_they_are_in_another_unicode(tmp_path, encoding):
+    text_of = "".join(f"{one.decode()}\n" for one in GOOD) * 3
+    (tmp_path / "a.txt").write_bytes(text_of.encode(encoding))
+    corpus = Corpus(data_at(tmp_path / "a.txt", held_out=lines_with_good(tmp_path)))
+    assert "".join(read_all(corpus)[:-1]) == text_of
+    assert corpus.counts()["repaired"] == 0
+
+
+def test_parquet_files_of_odd_kinds(tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    good = [one.decode() for one in GOOD]
+    odd = {
+        "no rows": pyarrow.table({"text": pyarrow.array([], pyarrow.string())}),
+        "a map beside it": pyarrow.table({
+            "text": good, "m": pyarrow.array([[("a", 1)]] * 40, pyarrow.map_(pyarrow.string(), pyarrow.int64()))}),
+        "a view": pyarrow.table({"text": pyarrow.array(good, pyarrow.string_view())}),
+        "a dictionary": pyarrow.table({"text": pyarrow.array(good).dictionary_encode()}),
+        "not UTF-8": pyarrow.table({"text": pyarrow.array([b"caf\xe9"] * 2, pyarrow.binary()).view(pyarrow.string())}),
+    }  # fmt: skip
+    for name, table in odd.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        pyarrow.parquet.write_table(table, folder / "a.parquet")
+        write_parquet(folder / "b.parquet", [*good])
+        corpus = Corpus(data_at(folder, held_out=lines_with_good(tmp_path)))
+        assert len(corpus) == len(table) + 40
+        assert corpus.counts()["repaired"] == (2 if name == "not UTF-8" else 0)
+        assert set(good) <= set(read_all(corpus))
+
+
+@pytest.mark.parametrize("spelling", ["{}/", "{}/.", "{}/../two", "{}/train"])
+def test_a_saved_directory_is_not_its_own_held_out_text(tmp_path, spelling):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": [one.decode() for one in GOOD]})
+    datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "two"))
+    config = data_at(tmp_path / "two")
+    config.held_out_split = spelling.format(tmp_path / "two")
+    with pytest.raises(DataError, match="this is what is trained on"):
+        Corpus(config)
+
+
+def test_what_is_unusable_at_the_front_does_not_refuse_a_large_text(tmp_path, monkeypatch):
+    for module in (checked, open_text):
+        monkeypatch.setattr(module, "SCANNED_BYTES", 0)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a_meta.jsonl").write_text('{"info": 1}\n' * 150)
+    (tmp_path / "text" / "b.jsonl").write_bytes(b"".join(json.dumps({"text": one.decode()}).encode() + b"\n"
+                                                         for one in GOOD * 10))  # fmt: skip
+    corpus = Corpus(data_at(tmp_path / "text", held_out=lines_with_good(tmp_path)))
+    assert len(read_all(corpus)) == 150 + 400 + 1

@@ -15,7 +15,7 @@ from tiny_models import live_config, save_tokenizer
 
 from sae_train.cli import run_command
 from sae_train.harvest import text
-from sae_train.harvest.lanes import Lane, check_lanes
+from sae_train.harvest.lanes import Lane, Packer, check_lanes
 from sae_train.harvest.language_model import Tokenizer
 from sae_train.harvest.stretches import Stretches
 from sae_train.harvest.text import Corpus
@@ -37,6 +37,11 @@ def words(draw: random.Random, letters: str, n_bytes: int) -> str:
     while len(text) < n_bytes:
         text += "".join(draw.choices(letters, k=draw.randint(2, 9))) + draw.choice("  \n")
     return text
+
+
+def two_kinds_in_each_document(draw: random.Random) -> Texts:
+    """A long answer whose last part is made of questions."""
+    return [words(draw, ANSWER, 12_000) + words(draw, QUESTION, 2000) for _ in range(12)]
 
 
 def alternating(draw: random.Random) -> Texts:
@@ -70,7 +75,15 @@ def corpus_of(folder: Path, texts: Texts) -> Corpus:
 
 
 @pytest.mark.parametrize(
-    "kind", [alternating, few_long_among_short, a_period_of_the_lanes, hardly_enough, every_second_empty]
+    "kind",
+    [
+        alternating,
+        few_long_among_short,
+        a_period_of_the_lanes,
+        hardly_enough,
+        every_second_empty,
+        two_kinds_in_each_document,
+    ],
 )
 def test_each_kind_of_text_has_its_share_of_the_tokens(
     tmp_path: Path, tokenizer: Tokenizer, kind: Callable[[random.Random], Texts]
@@ -79,9 +92,9 @@ def test_each_kind_of_text_has_its_share_of_the_tokens(
     corpus = corpus_of(tmp_path, texts)
     check_lanes(corpus, tokenizer, lanes=lanes, context_length=length, batch_tokens=lanes, n_ranks=1)
     ids = torch.tensor([token for text in texts for token in tokenizer.encode(text)])
-    is_question = torch.zeros(int(ids.max()) + 1, dtype=torch.bool)
-    is_question[[token for text in texts if text[:1] in QUESTION for token in tokenizer.encode(text)]] = True
-    is_question[[token for text in texts if text[:1] in ANSWER for token in tokenizer.encode(text)]] = False
+    is_question = torch.zeros(1000, dtype=torch.bool)
+    is_question[tokenizer.encode(words(random.Random(1), QUESTION, 20_000))] = True
+    is_question[tokenizer.encode(words(random.Random(1), ANSWER, 20_000))] = False
     expected = float(is_question[ids].double().mean())
     stretches = corpus.stretches(lanes, context_length=length, tokenizer=tokenizer)
     n_contexts = max(2 * len(ids), 40_000) // lanes // (length - 1)
@@ -100,10 +113,10 @@ def test_each_kind_of_text_has_its_share_of_the_tokens(
 
 
 @pytest.mark.parametrize("kind", [alternating, a_period_of_the_lanes])
-def test_so_it_has_in_a_text_too_large_to_count_its_tokens(
+def test_so_it_has_in_a_text_of_too_many_pieces_to_measure(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, kind: Callable[[random.Random], Texts]
 ) -> None:
-    monkeypatch.setattr(text, "COUNTED_BYTES", 0)
+    monkeypatch.setattr(text, "MEASURED_PIECES", 0)
     test_each_kind_of_text_has_its_share_of_the_tokens(tmp_path, tokenizer, kind)
 
 
@@ -119,6 +132,11 @@ def test_dealing_documents_by_their_number_would_not_do(tmp_path: Path, tokenize
         assert 0.3 < (segments[:, 0] % 2 == 0).double().mean() < 0.7, "both lanes hold both kinds"
 
 
+def in_few_tokens(segments: torch.Tensor) -> torch.Tensor:
+    """Return one token for 700 bytes: none for many pieces."""
+    return (segments[:, 2] - segments[:, 1]) // 700
+
+
 @given(
     sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=30),
     lanes=st.integers(1, 20),
@@ -130,8 +148,8 @@ def test_stretches_tile_the_documents(
     sizes: list[int], lanes: int, context_length: int, in_tokens: bool, seed: int
 ) -> None:
     n_bytes = torch.tensor(sizes)
-    n_tokens = (n_bytes + 2) // 3 if in_tokens else None
-    stretches = Stretches(n_bytes, n_tokens=n_tokens, lanes=lanes, context_length=context_length, seed=seed)
+    measured = {"measure": in_few_tokens} if in_tokens else {}
+    stretches = Stretches(n_bytes, **measured, lanes=lanes, context_length=context_length, seed=seed)
     seen = [torch.zeros(size, dtype=torch.int64) for size in sizes]
     lengths = []
     for lane in range(lanes):
@@ -201,3 +219,15 @@ def test_lanes_that_are_epochs_apart_are_said_once(tmp_path: Path, capsys: pytes
     spread = [row["data/epoch_spread"] for row in found if "data/epoch_spread" in row]
     assert spread[0] < 1 < spread[-1]
     assert all(row["data/epochs"] > 1 for row in found[-2:-1])
+
+
+def test_a_document_that_ends_in_blanks_has_its_end_token(tmp_path: Path) -> None:
+    """BERT-like tokenizers give no tokens for blanks."""
+    save_tokenizer(tmp_path, bos_token="<bos>", eos_token="<eos>")
+    tokenizer = Tokenizer(live_config(tmp_path).model)
+    packer = Packer(tokenizer, context_length=8)
+    packer.add("abc", is_end=False)
+    tokenizer.encode = lambda text: []  # type: ignore[method-assign]
+    packer.add("   ", is_end=True)
+    packer.add("", is_end=True)
+    assert packer.tokens.count(tokenizer.eos) == 1

@@ -11,6 +11,15 @@ from sae_train.errors import DataError, suggest
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 
 
+_WIDE = {
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+"""Marks with which files that are not in UTF-8 begin; the longer ones first."""
+
+
 def text_files(path: Path, *, key: str) -> list[Path]:
     """Return the text files that `path` is or holds, in sorted order; a directory's hidden ones are left out.
 
@@ -28,6 +37,8 @@ def text_files(path: Path, *, key: str) -> list[Path]:
         if not files:
             raise DataError(f"{key}={path}: no text files in this directory. Known kinds: {kinds}.")
         return files
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{key}={path}: a link to what is not there ({path.readlink()}).")
     if not path.exists():
         near = suggest(path.name, [file.name for file in path.parent.iterdir()]) if path.parent.is_dir() else ""
         raise DataError(f"{key}={path}: no such file or directory." + (near if "Did you mean" in near else ""))
@@ -42,7 +53,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 def read_bytes(path: Path) -> bytes | mmap.mmap:
-    """Return a file's bytes, unpacked; uncompressed files are mapped rather than read.
+    """Return a file's bytes, unpacked and in UTF-8; uncompressed files in UTF-8 are mapped rather than read.
 
     Raises:
         DataError: it cannot be read or unpacked.
@@ -55,7 +66,9 @@ def read_bytes(path: Path) -> bytes | mmap.mmap:
         if path.stat().st_size == 0:
             return b""
         with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        encoding = next((name for mark, name in _WIDE.items() if data[: len(mark)] == mark), None)
+        return data if encoding is None else data[:].decode(encoding, errors="replace").encode()
     except (lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: cannot be unpacked ({error}). Fetch or compress it again.") from error
     except OSError as error:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sae_train.errors import suggest
+from sae_train.errors import DataError, suggest
 from sae_train.harvest.documents import Document, Documents, Flaw
 from sae_train.harvest.files import read_bytes
 from sae_train.phases import SILENT, Phases
@@ -99,11 +99,16 @@ class JsonLines(Documents):
         if int(self._stop[index] - self._start[index]) < LONG_LINE:
             return False
         if index not in self._long:
-            self._spool = self._spool or tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this object)
             text = self.read(index).data
-            self._long[index] = self._spool.seek(0, os.SEEK_END), len(text)
-            self._spool.write(text)
-            self._spool.flush()
+            try:
+                self._spool = self._spool or tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as this object)
+                self._long[index] = self._spool.seek(0, os.SEEK_END), len(text)
+                self._spool.write(text)
+                self._spool.flush()
+            except OSError as error:
+                raise DataError(f"{tempfile.gettempdir()}: cannot keep the text of the long line {self._number[index]} "
+                                f"of {self._path} ({error.strerror}). Free space there, or set TMPDIR to another "
+                                "directory.") from error  # fmt: skip
         return True
 
     def _text(self, index: int) -> bytes:

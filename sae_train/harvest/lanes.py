@@ -34,11 +34,10 @@ class Packer:
         return len(self.tokens) // self._body
 
     def add(self, text: str, *, is_end: bool = True) -> int:
-        """Append text; return how many tokens it has. The end of a document leaves an end token, if it has any."""
+        """Append text; return how many tokens it has. The end of a document leaves an end token, if it has any text."""
         ids = self._tokenizer.encode(text)
-        if ids:
-            self.tokens += ids
-            self.tokens += self._tail if is_end else []
+        self.tokens += ids
+        self.tokens += self._tail if is_end and text else []
         return len(ids)
 
     def take(self, n: int) -> Tensor:

@@ -32,11 +32,13 @@ class LiveStream(Stream):
 
     language_model: LanguageModel
 
-    def __init__(self, config: RunConfig, *, ranks: Ranks, phases: Phases = SILENT) -> None:
+    def __init__(
+        self, config: RunConfig, *, ranks: Ranks, phases: Phases = SILENT, corpus: Corpus | None = None
+    ) -> None:
         assert isinstance(config.harvest, LiveHarvestConfig)
         self._config, self._ranks, self._harvest, self._sizes = config, ranks, config.harvest, config.lane_sizes
         self._dtype = run_dtype(config.precision)
-        self._corpus = Corpus(config.data, phases)
+        self._corpus = corpus or Corpus(config.data, phases)
         tokenizer = Tokenizer(config.model)
         check_lanes(self._corpus, tokenizer, lanes=self._sizes.lanes, batch_tokens=config.batch_tokens,
                     context_length=self._harvest.context_length, n_ranks=ranks.size)  # fmt: skip
@@ -151,7 +153,7 @@ class LiveStream(Stream):
         return dropped / max(1, seen)
 
     def notices(self) -> list[str]:
-        return [line for line in [self._corpus.notice(self._flaws())] if line]
+        return self._corpus.notices(self._flaws())
 
     def data_figures(self) -> dict[str, int]:
         return self._corpus.counts(self._flaws())

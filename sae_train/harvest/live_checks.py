@@ -47,7 +47,7 @@ def check_live(config: RunConfig, harvest: LiveHarvestConfig, *, n_ranks: int, p
         corpus = findings.collect(lambda: _check_text_only(config, phases))
     findings.raise_any()
     assert facts is not None
-    notice = corpus.notice() if corpus is not None else ""
+    notices = corpus.notices() if corpus is not None else []
     record: dict[str, str | int | None] = {
         "model": config.model.id,
         "revision": facts.revision or config.model.revision,
@@ -62,7 +62,7 @@ def check_live(config: RunConfig, harvest: LiveHarvestConfig, *, n_ranks: int, p
                        pool_bytes=_pool_bytes(config, harvest, width), record=record,
                        prefetch=prefetch, ahead_bytes=_ahead_bytes(config, width, prefetch),
                        flops_per_token=facts.flops_per_token, logit_bytes=_logit_bytes(sizes, facts),
-                       notices=tuple(note for note in (facts.note, notice) if note), sizes=sizes,
+                       notices=tuple(note for note in (facts.note, *notices) if note), sizes=sizes, corpus=corpus,
                        whole_flops_per_token=facts.whole_flops_per_token if facts.has_loss else 0)  # fmt: skip
 
 

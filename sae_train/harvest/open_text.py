@@ -13,6 +13,9 @@ from sae_train.harvest.plain_text import TextBlocks, block_bytes_of
 from sae_train.harvest.table_rows import check_hub, is_saved, open_hub, open_parquet, open_saved, saved_splits
 from sae_train.phases import SILENT, Phases
 
+UNPACKED = 5
+"""How much larger compressed text usually is when it is unpacked."""
+
 
 def check_data(data: DataConfig) -> None:
     """Refuse a hub dataset, configuration or column that does not exist, without fetching the data."""
@@ -30,10 +33,10 @@ def open_text(data: DataConfig, phases: Phases = SILENT) -> tuple[Documents, Doc
     if data.id == "bundled":
         return (open_json_lines(training_corpus(), column=data.text_column, is_scanned=True),
                 open_json_lines(held_out_corpus(), column=data.text_column, is_scanned=True))  # fmt: skip
-    if data.held_out_split is not None and data.held_out_split in (data.id, _split_of(data)):
+    path = _local_path(data.id)
+    if data.held_out_split is not None and _is_trained_on(data, path):
         raise DataError(f"data.held_out_split={data.held_out_split}: this is what is trained on. Name other text, or "
                         "leave it null: 2% of the documents are held out.")  # fmt: skip
-    path = _local_path(data.id)
     if path is None:
         held_out = open_hub(data, data.held_out_split, phases) if data.held_out_split else None
         return open_hub(data, data.split, phases), held_out
@@ -53,10 +56,15 @@ def open_text(data: DataConfig, phases: Phases = SILENT) -> tuple[Documents, Doc
     return _open_files(files, data, phases), _open_held_out(data, phases, splits=[], path=path)
 
 
-def _split_of(data: DataConfig) -> str | None:
-    """Return the split that is trained on, where there is such a thing."""
-    path = _local_path(data.id)
-    return data.split if path is None or is_saved(path) else None
+def _is_trained_on(data: DataConfig, path: Path | None) -> bool:
+    """Return whether data.held_out_split names the very text that is trained on, however it is spelled."""
+    assert data.held_out_split is not None
+    if (path is None or is_saved(path)) and data.held_out_split == data.split:
+        return True
+    if path is None:
+        return False
+    held = Path(data.held_out_split).expanduser().resolve()
+    return held in (path.resolve(), (path / data.split).resolve() if is_saved(path) else path.resolve())
 
 
 def _open_held_out(data: DataConfig, phases: Phases, *, splits: list[str], path: Path) -> Documents | None:
@@ -80,7 +88,8 @@ def _local_path(name: str) -> Path | None:
 
 def _open_files(files: list[Path], data: DataConfig, phases: Phases) -> Documents:
     sizes = {file: file.stat().st_size for file in files}
-    is_scanned = sum(sizes.values()) <= SCANNED_BYTES
+    unpacked = sum(size * (UNPACKED if file.suffix in (".gz", ".xz") else 1) for file, size in sizes.items())
+    is_scanned = unpacked <= SCANNED_BYTES
     block_bytes = block_bytes_of(sum(size for file, size in sizes.items() if file.suffix == ".txt"))
     parts: list[Documents] = []
     for number, file in enumerate(files, start=1):

@@ -19,6 +19,7 @@ from sae_train.phases import SILENT, Phases
 
 if TYPE_CHECKING:
     from sae_train.harvest.language_model import LanguageModel
+    from sae_train.harvest.text import Corpus
 
 FILES_PREFETCH = 2
 """Batches that are read ahead from files with a GPU, where nothing else is said."""
@@ -47,6 +48,8 @@ class StreamFacts:
     """Operations of the language model's whole forward pass for one token; 0 without one, or without a loss."""
     notices: tuple[str, ...] = ()
     """What the user should be told of the model and the data, a line each."""
+    corpus: "Corpus | None" = None
+    """Local text, which was opened to check it; the run reads on from it."""
     sizes: LaneSizes | None = None
     """Lanes, contexts a forward pass and pools of a live harvest."""
     record: dict[str, str | int | None] = field(default_factory=dict)

@@ -3,6 +3,8 @@
 What needs transformers is imported where activations come from a language model: it takes longer than a short run.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from sae_train.config import LiveHarvestConfig, RunConfig, TensorsHarvestConfig
@@ -13,10 +15,15 @@ from sae_train.harvest.tensors import TensorStream, plan_rows
 from sae_train.phases import SILENT, Phases
 from sae_train.ranks import Ranks
 
+if TYPE_CHECKING:
+    from sae_train.harvest.text import Corpus
+
 __all__ = ["Stream", "StreamFacts", "build_stream", "check_stream"]
 
 
-def build_stream(config: RunConfig, *, ranks: Ranks, dtype: torch.dtype, phases: Phases = SILENT) -> Stream:
+def build_stream(
+    config: RunConfig, *, ranks: Ranks, dtype: torch.dtype, phases: Phases = SILENT, corpus: "Corpus | None" = None
+) -> Stream:
     """Open data and language model; nothing is harvested before `start` or `restore`.
 
     Args:
@@ -24,6 +31,7 @@ def build_stream(config: RunConfig, *, ranks: Ranks, dtype: torch.dtype, phases:
         ranks: who reads which lanes.
         dtype: of pools and batches: float64 under precision=float64, else fp32.
         phases: told of what takes long.
+        corpus: local text that `check_stream` has opened; None: open it here.
 
     Raises:
         ConfigError, DataError: see `check_stream`.
@@ -33,7 +41,7 @@ def build_stream(config: RunConfig, *, ranks: Ranks, dtype: torch.dtype, phases:
         return TensorStream(config, ranks=ranks)
     from sae_train.harvest.live import LiveStream
 
-    return LiveStream(config, ranks=ranks, phases=phases)
+    return LiveStream(config, ranks=ranks, phases=phases, corpus=corpus)
 
 
 def check_stream(config: RunConfig, *, n_ranks: int, phases: Phases = SILENT) -> StreamFacts:

@@ -2,10 +2,11 @@
 
 Every lane gives an equal share of each batch. So that what is trained on has the corpus's own mixture, each lane must
 hold the same mixture and the same amount: dealing documents by their number would follow any period of the file, and
-dealing whole documents would let a long one fill a lane. Length is counted in tokens where the text is so short that
-counting them is quick and a lane's few pieces may differ much in tokens a byte; else in bytes. Nothing here reads text.
-Letters: P pieces.
+dealing whole documents would let a long one fill a lane. Length is measured in tokens where lanes have so few pieces
+that these may differ much in tokens a byte; else in bytes. Nothing here reads text. Letters: P pieces.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,6 +30,14 @@ def piece_bytes_of(total_bytes: int, *, lanes: int, context_length: int) -> int:
     return min(max(LEAST_PIECE_BYTES, context), max(context, total_bytes // (PIECES_A_LANE * lanes)))
 
 
+Measure = Callable[[Tensor], Tensor | None]
+"""Returns how long pieces are, int64 [P], given document, first byte and last byte + 1 of each, [P, 3]; None: bytes."""
+
+
+def _in_bytes(_segments: Tensor) -> None:
+    return None
+
+
 class Stretches:
     """The pieces of every lane.
 
@@ -38,11 +47,11 @@ class Stretches:
     """
 
     def __init__(
-        self, n_bytes: Tensor, *, n_tokens: Tensor | None = None, lanes: int, context_length: int, seed: int
+        self, n_bytes: Tensor, *, measure: Measure = _in_bytes, lanes: int, context_length: int, seed: int
     ) -> None:
         """Args:
         n_bytes: int64 [documents]; 0 for those that no lane is to read.
-        n_tokens: int64 [documents], what stretches are to have equally much of; None: bytes.
+        measure: what stretches are to have equally much of; None: bytes.
         lanes: how many stretches.
         context_length: tokens a context.
         seed: data.seed, which draws the order of the pieces.
@@ -53,38 +62,35 @@ class Stretches:
         self.window = min(piece_bytes // WINDOW_SHARE, total // (LANE_WINDOW_SHARE * lanes))
         step = max(1, piece_bytes - self.window)
         self._n_bytes = n_bytes
-        self._length = n_bytes if n_tokens is None else torch.where(n_bytes > 0, n_tokens, 0)
         self._n_pieces = (n_bytes + step - 1) // step
         self._first = self._n_pieces.cumsum(0) - self._n_pieces
         self._order = keyed_order(int(self._n_pieces.sum()), seed, "pieces")
-        start_P, stop_P = self._spans(self._order, self._length)
-        self._ends = (stop_P - start_P).cumsum(0)
-        whole = int(self._length.sum())
+        pieces = self._pieces(self._order)
+        length_P = measure(pieces)
+        length_P = pieces[:, 2] - pieces[:, 1] if length_P is None else length_P
+        self._ends = length_P.clamp(min=1).cumsum(0)  # a piece without any length would belong to no lane
+        whole = int(self._ends[-1]) if len(self._ends) else 0
         self._bounds = [whole * lane // lanes for lane in range(lanes + 1)]
 
     def segments(self, lane: int) -> Tensor:
         """Return a lane's pieces, int64 [n, 3]: document, first byte, last byte + 1; the outer ones may be cut."""
         low, high = self._bounds[lane], self._bounds[lane + 1]
-        first = int(torch.searchsorted(self._ends, low, right=True))
-        last = int(torch.searchsorted(self._ends, high, right=False))
         if low == high:
             return torch.empty(0, 3, dtype=torch.int64)
-        number_P = self._order[first : last + 1]
-        start_P, stop_P = self._spans(number_P, self._n_bytes)
-        length_P = torch.sub(*reversed(self._spans(number_P, self._length)))
-        begins_P = self._ends[first : last + 1] - length_P  # where they lie in the row of all pieces
-        n_bytes_P, length_P = stop_P - start_P, length_P.clamp(min=1)
+        first = int(torch.searchsorted(self._ends, low, right=True))
+        last = int(torch.searchsorted(self._ends, high, right=False))
+        document_P, start_P, stop_P = self._pieces(self._order[first : last + 1]).unbind(dim=1)
+        ends_P = self._ends[first : last + 1]
+        begins_P = torch.cat([self._ends[first - 1 : first] if first else ends_P.new_zeros(1), ends_P[:-1]])
+        length_P, n_bytes_P = ends_P - begins_P, stop_P - start_P
         cut_start_P = start_P + (low - begins_P).clamp(min=0) * n_bytes_P // length_P
         cut_stop_P = torch.minimum(stop_P, start_P + (high - begins_P) * n_bytes_P // length_P)
-        return torch.stack([self._document(number_P), cut_start_P, cut_stop_P], dim=1)
+        return torch.stack([document_P, cut_start_P, cut_stop_P], dim=1)
 
-    def _document(self, number_P: Tensor) -> Tensor:
-        """Return the document of each piece, [P]."""
-        return torch.searchsorted(self._first, number_P, right=True) - 1
-
-    def _spans(self, number_P: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where in its document each piece begins and ends, [P], in the unit of the documents' `length`."""
-        document_P = self._document(number_P)
+    def _pieces(self, number_P: Tensor) -> Tensor:
+        """Return document, first byte and last byte + 1 of pieces, int64 [P, 3]."""
+        document_P = torch.searchsorted(self._first, number_P, right=True) - 1
         part_P = number_P - self._first[document_P]
-        length_P, n_parts_P = length[document_P], self._n_pieces[document_P]
-        return part_P * length_P // n_parts_P, (part_P + 1) * length_P // n_parts_P
+        n_bytes_P, n_parts_P = self._n_bytes[document_P], self._n_pieces[document_P]
+        stops = part_P * n_bytes_P // n_parts_P, (part_P + 1) * n_bytes_P // n_parts_P
+        return torch.stack([document_P, *stops], dim=1)

@@ -15,9 +15,11 @@ from sae_train.config import DataConfig
 from sae_train.errors import DataError, suggest
 from sae_train.harvest.documents import Document, Documents, Flaw
 from sae_train.harvest.hub import hub_error
+from sae_train.harvest.json_lines import TextsInMemory
 from sae_train.phases import Phases
 
 _ROWS_AT_ONCE = 65_536
+_TEXT = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view, pyarrow.types.is_null)
 _SAVED = ("dataset_info.json", "state.json")
 _SAVED_SPLITS = "dataset_dict.json"
 
@@ -41,8 +43,7 @@ class TableRows(Documents):
         self._column, self._source = data.text_column, source
         self._rows = rows.select_columns([data.text_column]).with_format("arrow")
         kind = self._rows.features.arrow_schema.field(data.text_column).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_null(kind)):
-            raise DataError(f"data.text_column={data.text_column}: {source} holds {kind} there, not text.")
+        check_text(data, kind, source=source)
         lengths = [torch.empty(0, dtype=torch.int64)]
         with phases.of("measuring text", total=len(self._rows), unit="row"):
             for batch in self._rows.iter(batch_size=_ROWS_AT_ONCE):
@@ -55,7 +56,13 @@ class TableRows(Documents):
         data = self._buffer(index)
         if not len(data):
             return Document(b"", Flaw.EMPTY, f"{self._source}, row {index}: {self._column!r} is null or empty")
-        return Document(bytes(data))
+        text = bytes(data)
+        try:
+            text.decode()
+        except UnicodeDecodeError as error:
+            reason = f"{self._source}, row {index}: byte {error.start} of {self._column!r} is not UTF-8"
+            return Document(text, Flaw.REPAIRED, reason)
+        return Document(text)
 
     def slice(self, index: int, start: int, stop: int) -> bytes:
         return bytes(self._buffer(index)[start:stop])
@@ -66,18 +73,32 @@ class TableRows(Documents):
         return memoryview(scalar.as_buffer()) if scalar.is_valid else memoryview(b"")
 
 
-def open_parquet(file: Path, data: DataConfig, phases: Phases) -> TableRows:
-    """Return the rows of a parquet file.
+def open_parquet(file: Path, data: DataConfig, phases: Phases) -> Documents:
+    """Return the rows of a parquet file; columns beside the text are not read.
 
     Raises:
         DataError: it is not readable, or the cache into which `datasets` unpacks it is not writable.
     """
     import datasets
+    import pyarrow.parquet
 
     try:
-        rows = datasets.load_dataset("parquet", data_files=str(file), split="train")
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            schema, n_rows = opened.schema_arrow, opened.metadata.num_rows
+        check_column(data, schema.names, source=str(file))
+        check_text(data, schema.field(data.text_column).type, source=str(file))
+        if not n_rows:
+            return TextsInMemory([])
+        column = data.text_column
+        rows = datasets.load_dataset(
+            "parquet",
+            data_files=str(file),
+            split="train",
+            columns=[column],
+            features=datasets.Features({column: datasets.Value("large_string")}),  # else it looks at all columns
+        )
         return TableRows(rows, data, source=str(file), phases=phases)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
         _refuse_cache(error)
         raise DataError(f"{file}: not a readable parquet file ({str(error).splitlines()[0][:160]}).") from error
 
@@ -157,6 +178,18 @@ def check_column(data: DataConfig, columns: list[str], *, source: str) -> None:
     if data.text_column not in columns:
         raise DataError(f"data.text_column={data.text_column}: {source} has no such column."
                         + suggest(data.text_column, columns))  # fmt: skip
+
+
+def check_text(data: DataConfig, kind: pyarrow.DataType, *, source: str) -> None:
+    """Refuse a column that is not of text.
+
+    Raises:
+        DataError: see above.
+    """
+    while isinstance(kind, pyarrow.DictionaryType):
+        kind = kind.value_type
+    if not any(is_text(kind) for is_text in _TEXT):
+        raise DataError(f"data.text_column={data.text_column}: {source} holds {kind} there, not text.")
 
 
 def _refuse_cache(error: BaseException) -> None:

@@ -185,7 +185,8 @@ class TensorStream(Stream):
             raise DataError(f"harvest.path={self._harvest.path}: not the files that the checkpoint was made from. "
                             "Put the old ones back, or start a new run with another name.")  # fmt: skip
         self._set_scaling(Scaling.from_state(replicated, device=self._ranks.device))
-        self._outliers, self._n_zero = replicated["outliers"], int(replicated["zero_rows"])
+        self._outliers = replicated["outliers"]
+        self._n_zero = int(replicated.get("zero_rows", 0))  # checkpoints before 0.1.0 lack it
         self._epochs.clear()
 
     def notices(self) -> list[str]:

@@ -4,18 +4,18 @@ A document is read in pieces, so that its length costs nothing: between a line e
 `start` and one near `stop`. Whether it is held out is a matter of the whole document.
 """
 
-import hashlib
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_train.config import DataConfig
 from sae_train.errors import DataError
-from sae_train.harvest.documents import FLAWS, SCANNED_BYTES, SCANNED_DOCUMENTS, Document, Documents, Flaw
+from sae_train.harvest.checked import Checked
+from sae_train.harvest.documents import Documents
 from sae_train.harvest.open_text import open_text
 from sae_train.harvest.plain_text import LONGEST_CHARACTER, character_start
 from sae_train.harvest.stretches import Stretches
@@ -27,10 +27,9 @@ if TYPE_CHECKING:
 HELD_OUT_SHARE = 0.02
 FINGERPRINTED = 16
 """Documents, spread evenly, whose hashes tell one corpus from another."""
-COUNTED_BYTES = 4 * 1024 * 1024
-"""Text up to this size is shared out over lanes by its tokens."""
-LOOKED_AT, LOOKED_AT_BYTES = 100, 16 * 1024 * 1024
-"""Of a text too large to be read whole the first documents, this many or this long at most; some must hold text."""
+MEASURED_PIECES, MEASURED_BYTES, LEAST_SAMPLE = 16_000, 1024 * 1024, 128
+"""A text of no more pieces is shared out over lanes by its tokens: of so many bytes in all, spread evenly over the
+pieces, and so many of a piece at least. Of more pieces every lane has so many that bytes do as well."""
 _HASH_RANGE = 2**64
 _HELD_OUT_PIECE = 4 * 1024
 _UNKNOWN, _TRAINING, _HELD_OUT = 0, 1, 2
@@ -49,55 +48,46 @@ class Corpus:
 
     Indices count all documents. Up to `SCANNED_BYTES` of text are read whole when the corpus is opened; of more text,
     what is wrong with a document and whether it is held out is found when it is met.
-
-    Attributes:
-        flaw_N: uint8 [documents], a `Flaw` for each, as far as it was met.
-        is_scanned: whether all were.
     """
 
     def __init__(self, data: DataConfig, phases: Phases = SILENT) -> None:
         self._data = data
-        self._documents, self._held_out = open_text(data, phases)
-        n_bytes, n = self._documents.n_bytes, len(self._documents)
-        self.is_scanned = int(n_bytes.sum()) <= SCANNED_BYTES and n <= SCANNED_DOCUMENTS
-        self._reason = ""
-        self._n_tokens: Tensor | None = None
-        self.flaw_N = torch.zeros(n, dtype=torch.uint8)
-        if self._documents.is_exact:
-            self.flaw_N[n_bytes == 0] = Flaw.EMPTY
-        n_looked_at = n if self.is_scanned else _first_few(n_bytes)
-        hash_N = np.zeros(n_looked_at, dtype=np.uint64)
-        with phases.of("reading text", total=n_looked_at, unit="document"):
-            for index in range(n_looked_at):
-                hash_N[index] = self._meet(index)
-                phases.advance(1)
-        if data.strict and bool((self.flaw_N == Flaw.EMPTY).any()):
-            self._meet(int((self.flaw_N == Flaw.EMPTY).nonzero()[0]))  # raises
-        self._refuse_no_text(self.flaw_N[: len(hash_N)])
-        self._last_held_out = -1 if self._held_out is not None else self._largest_held_out(hash_N)
-        self._side_N = np.full(n, _UNKNOWN, dtype=np.uint8)
-        if self._last_held_out < 0:
-            self._side_N[:] = _TRAINING
-        else:
-            is_held_out = (hash_N <= np.uint64(self._last_held_out)) & self._has_text()[: len(hash_N)].numpy()
-            self._side_N[: len(hash_N)] = np.where(is_held_out, _HELD_OUT, _TRAINING)
+        training, held_out = open_text(data, phases)
+        self._training = Checked(training, source=f"data.id={data.id}", strict=data.strict, phases=phases)
+        self._held_out: Checked | None = None
+        if held_out is not None:
+            source = f"data.held_out_split={data.held_out_split or data.id}"
+            self._held_out = Checked(held_out, source=source, strict=data.strict, phases=phases)
+        self._largest_held_out = -1 if self._held_out is not None else self._find_largest_held_out()
+        self._side_N = np.full(len(training), _UNKNOWN, dtype=np.uint8)
+        for index in self._training.met:
+            self._decide(index, int(self._training.hash_N[index]))
+        is_left_out = torch.from_numpy(self._side_N == _HELD_OUT)
+        self._n_bytes = torch.where(is_left_out, 0, training.n_bytes)
+        self._shared_out: tuple[tuple[int, int], Stretches] | None = None
+        self._fingerprint = self._find_fingerprint()
 
     def __len__(self) -> int:
-        return len(self._documents)
+        return len(self._training)
 
     def holds_out(self, index: int) -> bool:
         """Return whether a document is kept out of training."""
         if self._side_N[index] == _UNKNOWN:
-            is_held_out = self._meet(index) <= self._last_held_out and bool(self._has_text(index))
-            self._side_N[index] = _HELD_OUT if is_held_out else _TRAINING
+            self._decide(index, self._training.meet(index))
         return bool(self._side_N[index] == _HELD_OUT)
 
     def stretches(self, lanes: int, *, context_length: int, tokenizer: "Tokenizer") -> Stretches:
-        """Return how the training text is shared out over lanes; only what is known to be held out is left out."""
-        is_left_out = torch.from_numpy(self._side_N == _HELD_OUT)
-        n_bytes = torch.where(is_left_out, 0, self._documents.n_bytes)
-        n_tokens = self._count_tokens(tokenizer) if int(n_bytes.sum()) <= COUNTED_BYTES else None
-        return Stretches(n_bytes, n_tokens=n_tokens, lanes=lanes, context_length=context_length, seed=self._data.seed)
+        """Return how the training text is shared out over lanes; the last answer is remembered.
+
+        What was known to be held out when the corpus was opened is left out.
+        """
+        asked = lanes, context_length
+        if self._shared_out is None or self._shared_out[0] != asked:
+            measure = partial(self._measure, tokenizer)
+            found = Stretches(self._n_bytes, measure=measure, lanes=lanes, context_length=context_length,
+                              seed=self._data.seed)  # fmt: skip
+            self._shared_out = asked, found
+        return self._shared_out[1]
 
     def part(self, index: int, start: int, stop: int, *, window: int) -> Part:
         """Return a document's text between the cuts near byte `start` and byte `stop`.
@@ -105,103 +95,87 @@ class Corpus:
         A cut lies at the next line end, else blank, within `window` bytes, else at the next character. Parts that meet
         at a byte meet at its cut: nothing is lost or read twice.
         """
-        low, high, size = self._place(self._documents, index, start, stop, window)
-        is_end = high >= size > low and self._documents.ends_document(index)
-        return Part(self._documents.slice(index, low, high).decode(errors="replace"), is_end)
+        documents = self._training.documents
+        low, high, size = _place(documents, index, start, stop, window)
+        is_end = high >= size > low and documents.ends_document(index)
+        return Part(documents.slice(index, low, high).decode(errors="replace"), is_end)
 
     def held_out_parts(self) -> Iterator[Part]:
         """Yield the held-out documents in order, long ones in pieces."""
-        documents = self._documents if self._held_out is None else self._held_out
-        for index in range(len(documents)):
+        checked = self._training if self._held_out is None else self._held_out
+        documents = checked.documents
+        for index in range(len(checked)):
             if self._held_out is None and not self.holds_out(index):
                 continue
-            size = documents.size(index)
-            cuts = [_cut(documents, index, at, size, _HELD_OUT_PIECE) for at in range(0, size, _HELD_OUT_PIECE)]
-            for low, high in zip(cuts, [*cuts[1:], size], strict=True):
+            if self._held_out is not None and not checked.is_scanned:
+                checked.meet(index)
+            size, low = documents.size(index), 0
+            while low < size:
+                high = _cut(documents, index, low + _HELD_OUT_PIECE, size, _HELD_OUT_PIECE)
                 text = documents.slice(index, low, high).decode(errors="replace")
-                yield Part(text, high >= size > low and documents.ends_document(index))
+                yield Part(text, high >= size and documents.ends_document(index))
+                low = high
 
     def fingerprint(self) -> list[int]:
         """Return numbers that change when the corpus does: how many documents, and hashes of a few of them."""
-        last = len(self) - 1
-        few = sorted({number * last // FINGERPRINTED for number in range(FINGERPRINTED + 1)})
-        return [len(self), *(_hash(self._documents.read(index).data) >> 1 for index in few)]
+        return list(self._fingerprint)
+
+    @property
+    def flaw_N(self) -> Tensor:
+        """What is wrong with the documents to train on, as far as they were met: uint8 [documents], see `Flaw`."""
+        return self._training.flaw_N
 
     def counts(self, flaw_N: Tensor | None = None) -> dict[str, int]:
-        """Return how many documents there are, and how many of each flaw.
+        """Return how many documents there are, and how many of each flaw; of held-out files likewise.
 
         Args:
-            flaw_N: what all ranks met; None: what this one did.
+            flaw_N: of those to train on, what all ranks met; None: what this one did.
         """
-        flaw_N = self.flaw_N if flaw_N is None else flaw_N
-        return {"documents": len(self)} | {name: int((flaw_N == flaw).sum()) for flaw, name in FLAWS.items()}
+        held_out = {} if self._held_out is None else self._held_out.counts()
+        return self._training.counts(flaw_N) | {f"held_out_{name}": count for name, count in held_out.items()}
 
-    def notice(self, flaw_N: Tensor | None = None) -> str:
-        """Return a line that says what is wrong with some documents; nothing where nothing is."""
-        counts = self.counts(flaw_N)
-        said = [f"{counts['empty']:,} empty or null (left out)" if counts["empty"] else "",
-                f"{counts['repaired']:,} with bytes or characters that are not UTF-8 (replaced by U+FFFD)"
-                if counts["repaired"] else "",
-                f"{counts['unusable']:,} that hold no text (left out)" if counts["unusable"] else ""]  # fmt: skip
-        found = ", ".join(filter(None, said))
-        first = f" The first: {self._reason}" if self._reason else ""
-        met = "" if self.is_scanned else " (those that were met)"
-        return f"data.id={self._data.id}: of {len(self):,} documents{met} {found}.{first}" if found else ""
+    def notices(self, flaw_N: Tensor | None = None) -> list[str]:
+        """Return a line for training and for held-out text where something is wrong with it. Arguments as above."""
+        lines = [self._training.notice(flaw_N), "" if self._held_out is None else self._held_out.notice()]
+        return [line for line in lines if line]
 
-    def _count_tokens(self, tokenizer: "Tokenizer") -> Tensor:
-        """Return how many tokens each document has, int64 [documents]; counted once."""
-        if self._n_tokens is None:
-            texts = [self._documents.read(index).data.decode(errors="replace") for index in range(len(self))]
-            self._n_tokens = torch.tensor(tokenizer.lengths(texts), dtype=torch.int64)
-        return self._n_tokens
+    def _decide(self, index: int, found: int) -> None:
+        """Note on which side a document with this hash is."""
+        is_held_out = found <= self._largest_held_out and bool(self._training.has_text(index))
+        self._side_N[index] = _HELD_OUT if is_held_out else _TRAINING
 
-    def _meet(self, index: int) -> int:
-        """Read a document whole; note what is wrong with it and return its hash.
+    def _measure(self, tokenizer: "Tokenizer", segments: Tensor) -> Tensor | None:
+        """Return how many tokens pieces [P, 3] have, by a sample of each, int64 [P]; None: measure them in bytes."""
+        if not 0 < len(segments) <= MEASURED_PIECES or not self._training.documents.is_exact:
+            return None
+        sample = max(LEAST_SAMPLE, MEASURED_BYTES // len(segments))
+        texts, n_bytes = [], []
+        for document, start, stop in segments.tolist():
+            first = start + max(0, stop - start - sample) // 2
+            data = self._training.documents.slice(document, first, min(stop, first + sample))
+            texts.append(data.decode(errors="ignore"))
+            n_bytes.append(max(1, len(data)))
+        tokens = torch.tensor(tokenizer.lengths(texts), dtype=torch.float64)
+        length = segments[:, 2] - segments[:, 1]
+        return (tokens * length / torch.tensor(n_bytes)).round().long()
 
-        Raises:
-            DataError: something is, and data.strict=true.
-        """
-        document = self._documents.read(index)
-        if document.flaw != Flaw.NONE:
-            self._note(index, document)
-        return _hash(document.data)
+    def _find_fingerprint(self) -> list[int]:
+        last = len(self) - 1
+        few = sorted({number * last // FINGERPRINTED for number in range(FINGERPRINTED + 1)})
+        return [len(self), *(self._training.meet(index) >> 1 for index in few)]
 
-    def _note(self, index: int, document: Document) -> None:
-        if self._data.strict:
-            reason = document.reason.rstrip(".")
-            raise DataError(f"{reason}. data.strict=true takes no such document; false counts it and goes on.")
-        self.flaw_N[index] = document.flaw
-        if document.flaw != Flaw.EMPTY:
-            self._reason = self._reason or document.reason
-
-    def _has_text(self, index: int | slice = slice(None)) -> Tensor:
-        """Return whether documents hold any text, as far as they were met: bool, [documents] or of one."""
-        flaw = self.flaw_N[index]
-        return (flaw != Flaw.EMPTY) & (flaw != Flaw.UNUSABLE)
-
-    def _refuse_no_text(self, flaw_N: Tensor) -> None:
-        """Refuse a corpus in which nothing that was looked at is text: a wrong column, more likely than bad data.
-
-        Raises:
-            DataError: see above.
-        """
-        if bool((flaw_N == Flaw.UNUSABLE).any()) and not self._has_text(slice(len(flaw_N))).any():
-            raise DataError(self._reason)
-        if not self._has_text().any():
-            raise DataError(f"data.id={self._data.id}: holds no text.")
-
-    def _largest_held_out(self, hash_N: NDArray[np.uint64]) -> int:
+    def _find_largest_held_out(self) -> int:
         """Return the largest hash that is held out: 2% of all hashes are, or as many as hold out two documents.
 
         Raises:
             DataError: that leaves nothing to train on.
         """
-        below = int(HELD_OUT_SHARE * _HASH_RANGE)
+        training, below = self._training, int(HELD_OUT_SHARE * _HASH_RANGE)
         smallest: list[int] = []
         largest = 0
         for index in range(len(self)):
-            found = int(hash_N[index]) if index < len(hash_N) else self._meet(index)
-            if not self._has_text(index):
+            found = int(training.hash_N[index]) if training.is_scanned else training.meet(index)
+            if not training.has_text(index):
                 continue
             smallest = sorted([*smallest, found])[:2]
             largest = max(largest, found)
@@ -211,25 +185,21 @@ class Corpus:
             raise DataError(f"data.id={self._data.id}: holds no text.")
         if largest <= smallest[-1]:
             raise DataError(f"data.id={self._data.id}: {len(self)} documents leave none to train on once two are "
-                            "held out. Give more, or held-out ones of their own as data.held_out_split.")  # fmt: skip
+                            "held out. Give more that differ, or held-out ones of their own as "
+                            "data.held_out_split.")  # fmt: skip
         return smallest[-1]
 
-    def _place(self, documents: Documents, index: int, start: int, stop: int, window: int) -> tuple[int, int, int]:
-        """Return the cuts near `start` and `stop`, and the document's size.
 
-        Where lengths are estimates, as bytes of the file, the places are taken to the same share of the text itself.
-        """
-        size = documents.size(index)
-        if not documents.is_exact:
-            estimate = int(documents.n_bytes[index])
-            start, stop = start * size // estimate, stop * size // estimate
-        return _cut(documents, index, start, size, window), _cut(documents, index, stop, size, window), size
+def _place(documents: Documents, index: int, start: int, stop: int, window: int) -> tuple[int, int, int]:
+    """Return the cuts near `start` and `stop`, and the document's size.
 
-
-def _first_few(n_bytes: Tensor) -> int:
-    """Return how many documents are looked at when a text too large to be read whole is opened."""
-    within = int((n_bytes[:LOOKED_AT].cumsum(0) <= LOOKED_AT_BYTES).sum())
-    return min(len(n_bytes), max(1, within))
+    Where lengths are estimates, as bytes of the file, the places are taken to the same share of the text itself.
+    """
+    size = documents.size(index)
+    if not documents.is_exact:
+        estimate = int(documents.n_bytes[index])
+        start, stop = start * size // estimate, stop * size // estimate
+    return _cut(documents, index, start, size, window), _cut(documents, index, stop, size, window), size
 
 
 def _cut(documents: Documents, index: int, target: int, size: int, window: int) -> int:
@@ -245,7 +215,3 @@ def _cut(documents: Documents, index: int, target: int, size: int, window: int) 
     if blank >= 0:
         return target - 1 + blank  # a blank goes with the word behind it, as tokenizers have it
     return target - 1 + character_start(near, 1, len(near))
-
-
-def _hash(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")

@@ -76,7 +76,9 @@ class Session:
         dtype = torch.float64 if precision == "float64" else torch.float32
         try:
             self._phases.meet()
-            self.stream: Stream = build_stream(config, ranks=ranks, dtype=dtype, phases=self._phases)
+            self.stream: Stream = build_stream(
+                config, ranks=ranks, dtype=dtype, phases=self._phases, corpus=facts.corpus
+            )
         except UserError:
             self._abandon()
             raise
