@@ -79,7 +79,12 @@ def compose_request(
         where, found = library.launcher(sent, sweep=sweep)
         problems += found
         configs = []
-        for point in library.expand(overrides):
+        points_typed = library.expand(overrides)
+        if not points_typed:
+            swept = [_text(override) for override in overrides if override.is_sweep_override()]
+            problems.append(f"{' '.join(swept)}: nothing that there is matches, so this sweep has no runs. Type the "
+                            "values one by one, as in k=16,32.")  # fmt: skip
+        for point in points_typed:
             config, found = library.check(point, refused=refused.keys() - {""})
             problems += found
             configs.append((point, config))

@@ -195,6 +195,25 @@ def test_activations_without_a_code_are_refused_and_not_given_zeros(
     assert sae.encode_sparse(x, check_finite=False).shape == (3, 5)
 
 
+def test_codes_in_half_precision_are_not_refused_for_their_sum() -> None:
+    """The sum of a row's pre-activations is beyond float16, and every one of them is not."""
+    sae = exported("threshold")
+    wide = autoencoder.SparseAutoencoder(
+        **{name: getattr(sae, name).repeat(1, 4000) for name in ("W_enc",)},
+        b_enc=(sae.b_enc - 3).repeat(4000),
+        W_dec=sae.W_dec.repeat(4000, 1),
+        b_dec=sae.b_dec,
+        threshold=sae.threshold.repeat(4000),
+        k=sae.k,
+        inference="threshold",
+        config={},
+    ).half()
+    x = raw(3).half()
+    total = next(iter(wide.pre_activations(x))).float().sum(1)
+    assert total.abs().max() > torch.finfo(torch.float16).max
+    assert wide.encode(x).isfinite().all()
+
+
 @BOTH_RULES
 def test_no_tokens_have_no_code(inference: str) -> None:
     sae = exported(inference)

@@ -312,3 +312,9 @@ def test_one_rank_speaks_for_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         assert (capsys.readouterr().err != "") == (rank == "0")
     assert sweep(monkeypatch, Recorder(k1=DataError("only here."))) == 2
     assert capsys.readouterr().err == "rank 1: run 1 of 4 (k=1): only here.\n"
+
+
+@pytest.mark.parametrize("swept", ["k=glob(*)", "name=glob(*)"])
+def test_a_sweep_of_nothing_is_refused(swept: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["-m", swept, "dry_run=true"]) == 2
+    assert f"{swept}: nothing that there is matches" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from test_resume import rows, run_directory, weights, workers
 PREEMPTED = 75
 GRACE = 30.0
 """Seconds that torchrun and most schedulers give."""
-NOTHING = "nothing to save yet; the same command starts again."
+NOTHING = "nothing to save yet; the same command starts again"
 SAVED = "saved at step"
 
 SLOW = [

@@ -350,6 +350,16 @@ def test_rows_that_are_all_zero_are_counted_and_said(tmp_path):
     assert together == [stream.data_figures()] * 2
 
 
+def test_a_few_rows_of_zeros_are_counted_and_not_said(tmp_path):
+    rows = torch.randn(8000, 8, generator=torch.Generator().manual_seed(0))
+    rows[::500] = 0
+    save_file({"activations": rows}, tmp_path / "a.safetensors")
+    stream = build_stream(tensors_config(tmp_path), ranks=Solo(), dtype=torch.float32)
+    stream.start()
+    assert stream.data_figures()["zero_rows"] == 16
+    assert stream.notices() == []
+
+
 def figures_of(config, ranks):
     stream = build_stream(config, ranks=ranks, dtype=torch.float32)
     stream.start()

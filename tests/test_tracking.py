@@ -17,7 +17,7 @@ from wandb_server import Server, Takes, refusing
 from sae_train.compose import compose_config
 from sae_train.config import RunConfig
 from sae_train.evaluation.density import HISTOGRAM_EDGES
-from sae_train.training import tracking
+from sae_train.training import stop, tracking
 from sae_train.training.json_process import BLOCKED, LAST_WAIT
 from sae_train.training.tracking import Dashboard, Wandb, build_dashboard
 
@@ -88,6 +88,16 @@ def is_offline(dashboard: Dashboard, folder: Path) -> bool:
     (file,) = Path(path).glob("*.wandb")
     assert b"train/fvu" in file.read_bytes()
     return named(dashboard.notice) == [path]
+
+
+def test_a_start_is_given_up_where_the_run_is_told_to_stop(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stop, "_noted", stop.SAVE * stop._SHIFT + signal.SIGTERM)
+    begun = time.monotonic()
+    dashboard = start(WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9")
+    assert time.monotonic() - begun < 5
+    assert "the run was told to stop" in dashboard.notice
 
 
 @pytest.mark.parametrize(

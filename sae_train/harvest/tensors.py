@@ -26,6 +26,8 @@ from sae_train.ranks import Ranks, Solo
 
 HELD_OUT_SHARE = 0.05
 MOST_HELD_OUT = 100_000
+NOTED_ZERO_SHARE = 0.01
+"""Share of all-zero rows from which on the user is told."""
 BLOCK_ROWS = HELD_OUT_BLOCK
 """Rows that count as one context: neighbours in a file are rarely independent."""
 _BLOCKS_A_BATCH = 16
@@ -190,9 +192,9 @@ class TensorStream(Stream):
         self._epochs.clear()
 
     def notices(self) -> list[str]:
-        if not self._n_zero:
-            return []
         share = self._n_zero / self._plan.n_training
+        if share < NOTED_ZERO_SHARE:
+            return []
         return [f"harvest.path={self._harvest.path}: {self._n_zero:,} of {self._plan.n_training:,} rows to train on "
                 f"({share:.1%}) are all zero, and are trained on. Leave them out where they are padding."]  # fmt: skip
 

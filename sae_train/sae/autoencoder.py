@@ -146,7 +146,8 @@ class SparseAutoencoder(nn.Module):
         first = 0
         for pre_NF in self.pre_activations(x):
             if check_finite:
-                is_finite_N = pre_NF.detach().sum(1).isfinite()  # of a sum, so that no matrix of flags is made
+                dtype = torch.promote_types(pre_NF.dtype, torch.float32)  # half precision would overflow in the sum
+                is_finite_N = pre_NF.detach().sum(1, dtype=dtype).isfinite()  # a matrix of flags would be large
                 if not is_finite_N.all():
                     row = first + int(is_finite_N.logical_not().nonzero()[0])
                     raise ValueError(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +16,8 @@ LONGEST_QUEUE = 10_000
 """Lines that wait for a child process that does not read; more are dropped."""
 BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """What a terminal or SLURM sends to every process of a job. The parent alone acts on it, and ends the child process."""
+LOOKS_UP = 0.5
+"""Seconds after which a wait asks whether it is to be given up."""
 LAST_WAIT = 2.0
 """Seconds that a killed process may take to be gone."""
 
@@ -58,21 +61,27 @@ class JsonProcess:
         except queue.Full:
             self.n_dropped += 1
 
-    def answer(self, *, deadline: float) -> dict[str, Any]:
+    def answer(self, *, deadline: float, gives_up: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """Return the next line of the process, as soon as it is there.
 
         Args:
             deadline: what `time.monotonic` returns when the wait is over.
+            gives_up: asked every now and then; true ends the wait.
 
         Raises:
-            NoAnswer: the deadline has passed, or the process has ended.
+            NoAnswer: the deadline has passed, the wait was given up, or the process has ended.
         """
         begun = time.monotonic()
         while b"\n" not in self._buffer:
+            if gives_up():
+                raise NoAnswer("the run was told to stop")
             with selectors.DefaultSelector() as selector:
                 selector.register(self._from, selectors.EVENT_READ)
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise NoAnswer(f"no answer within {max(0.0, deadline - begun):.0f} s")
+                left = max(0.0, deadline - time.monotonic())
+                if not selector.select(min(left, LOOKS_UP)):
+                    if left <= LOOKS_UP:
+                        raise NoAnswer(f"no answer within {max(0.0, deadline - begun):.0f} s")
+                    continue
             read = os.read(self._from.fileno(), 1 << 16)
             if not read:
                 raise NoAnswer(f"its process ended{self._how()}")

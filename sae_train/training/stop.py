@@ -33,6 +33,8 @@ _SHIFT = 256
 """A wish and the signal that brought it travel as one number, wish * _SHIFT + signal: the gravest is the largest."""
 
 NOTHING_SAVED = "nothing to save yet; the same command starts again."
+NOTHING_NEW = "nothing to save yet; the same command starts again, or goes on from the last checkpoint."
+"""Before it is known whether there is a checkpoint."""
 
 _noted = NONE
 _alarm: int | None = None
@@ -164,9 +166,12 @@ class Agreement:
 
 
 def _preempted(noted: int, *, step: int | None) -> Preempted:
-    name = signal.Signals(noted % _SHIFT).name
     saved = NOTHING_SAVED if step is None else f"saved at step {step:,}; the same command goes on."
-    return Preempted(f"stopped by {name}: {saved}")
+    return Preempted(f"stopped by {_name(noted)}: {saved}")
+
+
+def _name(noted: int) -> str:
+    return signal.Signals(noted % _SHIFT).name
 
 
 def leave_early() -> None:
@@ -179,7 +184,7 @@ def leave_early() -> None:
         notice = requeue(wish())
         if notice:
             sys.stderr.write(f"{notice}\n")
-        raise _preempted(_noted, step=None)
+        raise Preempted(f"stopped by {_name(_noted)}: {NOTHING_NEW}")
 
 
 def requeue(asked: int, environment: Mapping[str, str] = os.environ) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 from sae_train.config import RunConfig, TrackingConfig, WandbConfig, as_dict
 from sae_train.evaluation.density import HISTOGRAM_EDGES
 from sae_train.formats.durable import explained, write_text
+from sae_train.training import stop
 from sae_train.training.console import warn
 from sae_train.training.json_process import JsonProcess, NoAnswer
 
@@ -139,7 +140,7 @@ class Wandb(Dashboard):
                 command = [sys.executable, "-P", str(WORKER)]  # -P: no module of this folder hides one of wandb's
                 self._process = JsonProcess(command, environment=_environment() | changes)
                 self._process.send(request)
-                answer = self._process.answer(deadline=begun + seconds)
+                answer = self._process.answer(deadline=begun + seconds, gives_up=_is_told_to_stop)
             except Exception as error:  # whatever it is, the run goes on without wandb
                 answer = {"error": str(error)}
             except BaseException:
@@ -170,6 +171,10 @@ class Wandb(Dashboard):
         if own and self._is_online:
             paths, flags = [*paths, self._own], " --include-online"
         return f"wandb sync{flags} {shlex.join(paths)}" if paths else ""
+
+
+def _is_told_to_stop() -> bool:
+    return stop.wish() != stop.NONE
 
 
 def _environment() -> dict[str, str]:
