@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import live_config, save_model
+from tiny_models import planned_config, save_model
 from transformers import AutoTokenizer
 
 from sae_train import config as schema
@@ -66,7 +66,7 @@ def edit(path: Path, **values: object) -> None:
 )  # fmt: skip
 def test_a_quantised_checkpoint_names_its_method_and_library(copy, given, method, said):
     edit(copy / "config.json", quantization_config=given)
-    message = planned(live_config(copy))
+    message = planned(planned_config(copy))
     assert f"its weights are quantised ({method}), and " in message
     assert said in message
     assert message.endswith("not quantised.")
@@ -84,10 +84,10 @@ def test_a_quantised_checkpoint_that_runs_here_is_not_refused(copy, llama, dtype
     halved = {name: each.float() / 2 for name, each in rounded.items()}
     save_file(weights | halved, plain / "model.safetensors", metadata={"format": "pt"})
     edit(copy / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
-    config = live_config(copy, dtype=dtype)
+    config = planned_config(copy, dtype=dtype)
     check_stream(config, n_ranks=1)
     found = LanguageModel(config, device=CPU).activations(IDS_BT)
-    right = LanguageModel(live_config(plain, dtype=dtype), device=CPU).activations(IDS_BT)
+    right = LanguageModel(planned_config(plain, dtype=dtype), device=CPU).activations(IDS_BT)
     torch.testing.assert_close(found, right)
 
 
@@ -102,7 +102,7 @@ def test_a_directory_without_weights_that_can_be_read_is_refused_in_the_plan(lla
         (tmp_path / name).write_text((llama / name).read_text() if name == "config.json" else "{}")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(llama / name, tmp_path)
-    message = planned(live_config(tmp_path))
+    message = planned(planned_config(tmp_path))
     assert said in message
     assert "\n" not in message, "one finding is one line"
 
@@ -111,7 +111,9 @@ def test_a_file_that_the_index_names_is_missed_in_the_plan(copy):
     parts = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (copy / "model.safetensors").rename(copy / parts["a"])
     (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": parts}))
-    assert "names 2 files of weights, and model-00002-of-00002.safetensors is not there" in planned(live_config(copy))
+    assert "names 2 files of weights, and model-00002-of-00002.safetensors is not there" in planned(
+        planned_config(copy)
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,13 +123,13 @@ def test_a_file_that_the_index_names_is_missed_in_the_plan(copy):
 )  # fmt: skip
 def test_a_broken_configuration_is_refused(copy, values, said):
     edit(copy / "config.json", **values)
-    assert said in planned(live_config(copy))
+    assert said in planned(planned_config(copy))
 
 
 def test_weights_of_other_shapes_are_refused(copy):
     edit(copy / "config.json", hidden_size=48)
     with pytest.raises(UserError, match="weights have other shapes than its config"):
-        LanguageModel(live_config(copy), device=CPU)
+        LanguageModel(planned_config(copy), device=CPU)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_a_tokenizer_names_the_library_that_it_needs(copy, kind, file, library):
     (copy / "tokenizer.json").unlink()
     (copy / file).write_text("IQ== 0\nIg== 1\n")
     (copy / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
-    message = planned(live_config(copy))
+    message = planned(planned_config(copy))
     assert "its tokenizer needs " in message
     assert library in message.partition("pip install ")[2]
 
@@ -156,7 +158,7 @@ def test_a_part_that_sees_names_the_library_that_it_needs(copy):
         import timm  # type: ignore[import-not-found]  # noqa: F401
     except ImportError:
         edit(copy / "config.json", model_type="gemma3n", architectures=["Gemma3nForConditionalGeneration"])
-        assert "its architecture 'gemma3n' needs " in planned(live_config(copy))
+        assert "its architecture 'gemma3n' needs " in planned(planned_config(copy))
     else:
         pytest.skip("timm is installed")
 
@@ -232,7 +234,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def own_config(folder: Path, *, remote_code: bool) -> RunConfig:
     layer = schema.ModuleLayerConfig(kind="module", path="blocks.1", side="output")
-    config = live_config(folder, attention="eager", layer=layer)
+    config = planned_config(folder, attention="eager", layer=layer)
     return replace(config, model=replace(config.model, remote_code=remote_code))
 
 
@@ -300,8 +302,8 @@ def test_code_that_looks_at_values_is_asked_with_weights_if_it_is_small(own, mon
 
 def test_a_native_class_needs_no_foreign_code(copy):
     edit(copy / "config.json", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"})
-    check_stream(live_config(copy), n_ranks=1)
-    LanguageModel(live_config(copy), device=CPU)
+    check_stream(planned_config(copy), n_ranks=1)
+    LanguageModel(planned_config(copy), device=CPU)
 
 
 def test_all_special_tokens_are_left_out(copy):
@@ -309,7 +311,7 @@ def test_all_special_tokens_are_left_out(copy):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"], "mask_token": "<mask>"})
     tokenizer.add_tokens(["plainword"])
     tokenizer.save_pretrained(copy)
-    found = Tokenizer(live_config(copy).model)
+    found = Tokenizer(planned_config(copy).model)
     marks = tokenizer.convert_tokens_to_ids(["<bos>", "<eos>", "<|turn|>", "<mask>"])
     assert found.special_ids == sorted(marks)
     assert set(found.encode("the <|turn|> river plainword")) & set(found.special_ids) == {marks[2]}
@@ -321,7 +323,7 @@ def test_a_mark_that_only_the_tokenizers_file_calls_special_is_left_out(copy):
     one = dict(stored["added_tokens"][0], id=mark, content="<|end_of_turn|>", special=True)
     stored["added_tokens"].append(one)
     (copy / "tokenizer.json").write_text(json.dumps(stored))
-    assert mark in Tokenizer(live_config(copy).model).special_ids
+    assert mark in Tokenizer(planned_config(copy).model).special_ids
 
 
 @pytest.mark.parametrize(
@@ -335,7 +337,7 @@ def test_a_message_about_numbers_names_what_is_to_blame(copy, tmp_path, dtype, v
     weights = load_file(copy / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"].fill_(value)
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    stream = build_stream(live_config(copy, dtype=dtype), ranks=Solo(CPU), dtype=torch.float32)
+    stream = build_stream(planned_config(copy, dtype=dtype), ranks=Solo(CPU), dtype=torch.float32)
     with pytest.raises(UserError) as caught:
         stream.start()
     assert said in str(caught.value)
@@ -359,4 +361,4 @@ def test_the_library_is_read_off_what_was_raised():
 def test_a_tokenizer_is_read_in_the_plan_whatever_the_text(copy):
     """Text on the hub is not read in the plan; the tokenizer is."""
     (copy / "tokenizer.json").write_text("{}")
-    assert "no tokenizer there that can be read" in planned(live_config(copy, "someone/no-such-text"))
+    assert "no tokenizer there that can be read" in planned(planned_config(copy, "someone/no-such-text"))

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Command, changed, rows_run
+from conftest import rows_run
 from small_runs import CPU
 from test_sharded_export import CASES, calibrated, held_out_text
 from tiny_models import live_config, save_model, sentences, tensors_config
 from torch import Tensor
 
+from sae_train.compose import compose_config
 from sae_train.config import RunConfig
 from sae_train.errors import Preempted
 from sae_train.evaluation.evaluate import evaluate, evaluate_all
@@ -36,6 +37,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "a.jsonl"
     path.write_text("".join(json.dumps({"text": one}) + "\n" for one in sentences(200)))
     return path
+
+
+@pytest.fixture(scope="module")
+def usual() -> RunConfig:
+    return compose_config(["batch_tokens=64"])
 
 
 def told_after(n: int) -> Phases:
@@ -62,7 +68,7 @@ def test_a_harvest_that_is_left_at_any_forward_pass_goes_on_bit_for_bit(model: P
     config = live_config(model, text, harvest={"prefetch": prefetch})
     whole = opened(config)
     whole.start()
-    expected = [whole.batch(step) for step in range(20)]
+    expected = [whole.batch(step) for step in range(12)]
     whole.close()
     torn = opened(config)
     torn.start()
@@ -179,10 +185,10 @@ def test_bars_end_where_their_phase_ends(model: Path, text: Path) -> None:
     ("tokens", "expected"),
     [(800_000, 50_000), (10_000_000, 50_000), (160_000, 10_000), (20_480, 1280), (1000, 256), (64, 256)],
 )
-def test_held_out_tokens_follow_from_the_run(compose: Callable[..., RunConfig], tokens: int, expected: int) -> None:
-    batch = ["batch_tokens=64"]
-    assert compose(f"tokens={tokens}", *batch).held_out_tokens == expected
-    assert compose(f"tokens={tokens}", "evaluation_tokens=777", *batch).held_out_tokens == 777
+def test_held_out_tokens_follow_from_the_run(usual: RunConfig, tokens: int, expected: int) -> None:
+    assert usual.evaluation_tokens is None
+    assert replace(usual, tokens=tokens).held_out_tokens == expected
+    assert replace(usual, tokens=tokens, evaluation_tokens=777).held_out_tokens == 777
 
 
 def test_held_out_tokens_fill_two_contexts_or_blocks(tmp_path: Path) -> None:
@@ -210,8 +216,8 @@ def test_the_plan_says_what_held_out_data_costs(model: Path, text: Path) -> None
     assert 0 < share(once) < share(often) < 100
 
 
-def test_the_plan_of_files_names_no_language_model(tmp_path: Path, command: Command) -> None:
-    done = command(*changed(rows_run(tmp_path), "dry_run=true"))
-    assert done.status == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("thresholds")]
+def test_the_plan_of_files_names_no_language_model(tmp_path: Path, compose: Callable[..., RunConfig]) -> None:
+    config = compose(*rows_run(tmp_path))
+    text = describe(make_plan(config, check_stream(config, n_ranks=1), n_ranks=1), config, path="here")
+    (line,) = [line for line in text.splitlines() if line.startswith("thresholds")]
     assert line.split(maxsplit=1)[1] == "256 held-out tokens"

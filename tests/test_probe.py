@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import save_architecture
-from tiny_models import live_config, save_model
+from tiny_models import planned_config, save_model
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sae_train import config as schema
@@ -27,7 +27,7 @@ TABLES = ("opt", "gpt_neo", "xlm-roberta", "camembert", "electra", "distilbert",
 
 def module_config(folder: Path, path: str, **rest: object) -> RunConfig:
     layer = schema.ModuleLayerConfig(kind="module", path=path, side="output")
-    return live_config(folder, layer=layer, attention="eager", **rest)  # type: ignore[arg-type]
+    return planned_config(folder, layer=layer, attention="eager", **rest)  # type: ignore[arg-type]
 
 
 def refusal(config: RunConfig) -> str:
@@ -68,13 +68,13 @@ def test_padding_as_token_zero_moves_the_first_position_by_one(tmp_path: Path) -
     save_architecture(tmp_path, "xlm-roberta")
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"pad_token_id": 0}))
-    assert site_facts(live_config(tmp_path)).max_positions == 65
+    assert site_facts(planned_config(tmp_path)).max_positions == 65
 
 
 def test_a_table_that_the_configuration_does_not_mention_ends_too(tmp_path: Path) -> None:
     """GPT-2's table is found by its lookups, whatever the configuration calls it."""
     save_model(tmp_path, "gpt2")
-    config = live_config(tmp_path)
+    config = planned_config(tmp_path)
     assert site_facts(config).max_positions == 64
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"n_positions": 20}))
@@ -91,7 +91,7 @@ def test_a_model_without_a_table_takes_any_context(tmp_path: Path, name: str) ->
 @pytest.mark.parametrize("name", ["mixtral", "gemma3"])
 def test_the_probe_runs_in_the_models_dtype(tmp_path: Path, name: str, dtype: str) -> None:
     save_architecture(tmp_path, name)
-    config = live_config(tmp_path, attention="eager", dtype=dtype)
+    config = planned_config(tmp_path, attention="eager", dtype=dtype)
     built = without_weights(config.model, read_model_config(config.model))
     assert {weight.dtype for weight in built.parameters()} == {getattr(torch, dtype)}
     assert all(isinstance(weight.data, FakeTensor) for weight in built.parameters())
@@ -106,7 +106,7 @@ def test_a_large_model_takes_no_memory(tmp_path: Path) -> None:
     large["num_key_value_heads"] = 2**10
     (tmp_path / "config.json").write_text(json.dumps(values | large | {"head_dim": 128}))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    facts = site_facts(live_config(tmp_path))
+    facts = site_facts(planned_config(tmp_path))
     assert (facts.d_model, facts.n_blocks) == (2**17, 3)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
 
@@ -114,7 +114,7 @@ def test_a_large_model_takes_no_memory(tmp_path: Path) -> None:
 def test_experts_that_are_chosen_are_counted(tmp_path: Path) -> None:
     """A token passes two of four experts: each has three matrices of 32 by 48."""
     save_architecture(tmp_path, "mixtral")
-    facts = site_facts(live_config(tmp_path, layer=schema.BlockLayerConfig(kind="residual", index=0)))
+    facts = site_facts(planned_config(tmp_path, layer=schema.BlockLayerConfig(kind="residual", index=0)))
     attention, router, experts = 2 * 32 * 32 + 2 * 32 * 16, 4 * 32, 2 * 3 * 32 * 48
     assert facts.flops_per_token == 2 * (attention + router + experts)
 
@@ -127,7 +127,7 @@ def test_the_decoder_of_an_encoder_decoder_is_refused(tmp_path: Path, name: str)
     assert f"{blocks} belongs to the decoder of an encoder-decoder ({name})" in message
     check_stream(module_config(tmp_path, block_of(name)), n_ranks=1)
     assert "does not predict the next token" in refusal(module_config(tmp_path, block_of(name), sparsifier="gradient"))
-    residual = live_config(tmp_path, layer=schema.BlockLayerConfig(kind="residual", index=1))
+    residual = planned_config(tmp_path, layer=schema.BlockLayerConfig(kind="residual", index=1))
     assert f"not known for models of type '{name}'" in refusal(residual)
 
 
@@ -145,6 +145,6 @@ def test_a_part_that_needs_an_image_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_added_with_a_factor_is_not_called_mlp(tmp_path: Path) -> None:
     save_architecture(tmp_path, "granite")
-    message = refusal(live_config(tmp_path, layer=schema.BlockLayerConfig(kind="mlp", index=1)))
+    message = refusal(planned_config(tmp_path, layer=schema.BlockLayerConfig(kind="mlp", index=1)))
     assert "layer=mlp: not known for block 1 of models of type 'granite'" in message
     assert "layer.path=model.layers.1.NAME" in message
