@@ -194,7 +194,7 @@ def test_a_start_that_hangs_is_killed(
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("broken", ["WANDB_BASE_URL", "wandb_id"])
+@pytest.mark.parametrize("broken", ["wandb_id", pytest.param("WANDB_BASE_URL", marks=pytest.mark.slow)])
 def test_where_offline_fails_too_metrics_jsonl_is_left(tmp_path: Path, start: Start, broken: str) -> None:
     if broken == "wandb_id":
         (tmp_path / "a run" / "wandb_id").mkdir()
