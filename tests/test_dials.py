@@ -59,11 +59,15 @@ def test_the_walk_meets_every_dial_of_the_readme() -> None:
 
 @pytest.mark.parametrize("typed", [[], ["harvest.context_length=1024"]])
 def test_the_dials_of_a_batch_agree_when_one_is_turned(typed: list[str]) -> None:
+    """A configuration checks itself when it is made."""
+    config = compose_config(typed)
     for key, value in dials(*typed).items():
         for factor in FACTORS:
-            if key == "batch_tokens" or (key.startswith("harvest.")):
-                own = [text for text in typed if not text.startswith(f"{key}=")]
-                compose_config([*own, turned(key, value, factor)])
+            changed = max(1, int(value * factor))
+            if key == "batch_tokens":
+                replace(config, batch_tokens=changed)
+            elif key.startswith("harvest."):
+                replace(config, harvest=replace(config.harvest, **{key.partition(".")[2]: changed}))
 
 
 def test_a_dial_that_has_a_range_says_so() -> None:
