@@ -238,6 +238,16 @@ def test_a_server_that_stops_answering(start: Start, capsys: pytest.CaptureFixtu
     assert list(Path(directory).glob("run-*.wandb"))
 
 
+def test_a_run_that_is_told_to_stop_waits_less_for_wandb(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler gives it half a minute, and the SLURM job has to be put back in that."""
+    dashboard = start()
+    os.kill(worker(dashboard), signal.SIGSTOP)
+    monkeypatch.setattr(stop, "_noted", stop.REQUEUE * stop._SHIFT + signal.SIGUSR1)
+    begun = time.monotonic()
+    dashboard.close()
+    assert time.monotonic() - begun < tracking.HURRIED_SECONDS + 4
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_process_that_stops_working(
     start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, how: signal.Signals

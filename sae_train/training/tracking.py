@@ -26,8 +26,8 @@ START_SECONDS = 28.0
 """How long both tries may take: as asked for, and offline. What is over of 30 s is for killing them."""
 FINISH_SECONDS = 20.0
 """How long wandb's server may take for the last rows."""
-END_SECONDS = 24.0
-"""How long wandb's process may take to end."""
+END_SECONDS, HURRIED_SECONDS = 24.0, 5.0
+"""How long wandb's process may take to end: after a run, and where a scheduler waits for the run to leave."""
 TRUE = ("1", "true", "yes", "y", "on", "t")
 
 
@@ -110,7 +110,8 @@ class Wandb(Dashboard):
             return
         try:
             process.send({"finish": True})
-            problem = process.answer(deadline=time.monotonic() + END_SECONDS).get("error", "")
+            seconds = HURRIED_SECONDS if _is_told_to_stop() else END_SECONDS
+            problem = process.answer(deadline=time.monotonic() + seconds).get("error", "")
         except NoAnswer as error:
             problem = str(error)
         finally:
