@@ -260,7 +260,7 @@ def test_nothing_asks_on_the_terminal(own):
 def test_foreign_code_runs_where_it_may(own):
     config = own_config(own, remote_code=True)
     facts = check_stream(config, n_ranks=1)
-    assert (facts.d_model, facts.notices) == (32, ())
+    assert (facts.d_model, facts.note) == (32, "")
     language_model = LanguageModel(config, device=CPU)
     weights, x = load_file(own / "model.safetensors"), None
     x = weights["embed.weight"][IDS_BT]
@@ -293,7 +293,7 @@ def test_code_that_looks_at_values_is_asked_with_weights_if_it_is_small(own, mon
     config = own_config(own, remote_code=True)
     facts = check_stream(config, n_ranks=1)
     assert facts.d_model == 32
-    assert "own_kind was run with arbitrary weights" in "".join(facts.notices)
+    assert "own_kind was run with arbitrary weights" in facts.note
     monkeypatch.setattr("sae_train.harvest.probe._LARGEST_REAL", 1000)
     message = planned(config)
     assert "the architecture 'own_kind' cannot be run without its weights" in message

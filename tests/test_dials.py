@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from tiny_models import save_model
+from tiny_models import planned_config, save_model
 
 from sae_train.compose import compose_config, offer
 from sae_train.config import LaneSizes, LiveHarvestConfig
@@ -150,3 +150,10 @@ def test_the_plan_names_both_ways_out_of_ranks_that_do_not_divide_the_lanes() ->
     config = compose_config(["harvest.lanes=63", "batch_tokens=2016"])
     facts: StreamFacts = check_stream(config, n_ranks=3)
     assert facts.sizes == config.lane_sizes
+
+
+def test_a_schedule_that_is_longer_than_the_run_is_said_in_the_plan() -> None:
+    config = planned_config("bundled", tokens=640)
+    config = replace(config, optimizer=replace(config.optimizer, decay_tokens=1280, warmup_tokens=640))
+    (note,) = make_plan(config, check_stream(config, n_ranks=1), n_ranks=1).notes
+    assert note.startswith("optimizer.decay_tokens=1280: longer than the run of tokens=640")

@@ -306,7 +306,7 @@ def test_refusals_before_weights(config, model, text, tmp_path):
     assert "Nearest harvest.lanes that divide batch_tokens=64: 8 or 16." in refusal(config, n_ranks=8)
     check_stream(changed(config, contexts_per_forward=4), n_ranks=1)
     check_stream(changed(config, contexts_per_forward=5, pool_batches=10), n_ranks=1)
-    (note,) = check_stream(changed(config, context_length=65, pool_batches=64), n_ranks=1).notices
+    note = check_stream(changed(config, context_length=65, pool_batches=64), n_ranks=1).note
     assert "harvest.context_length=65 is longer than the 64 positions that llama speaks of: it runs" in note
     huge = refusal(changed(config, pool_batches=10**12))
     assert "do not fit" in huge

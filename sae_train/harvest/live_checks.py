@@ -62,7 +62,7 @@ def check_live(config: RunConfig, harvest: LiveHarvestConfig, *, n_ranks: int, p
                        pool_bytes=_pool_bytes(config, harvest, width), record=record,
                        prefetch=prefetch, ahead_bytes=_ahead_bytes(config, width, prefetch),
                        flops_per_token=facts.flops_per_token, logit_bytes=_logit_bytes(sizes, facts),
-                       notices=tuple(note for note in (facts.note, *notices) if note), sizes=sizes, corpus=corpus,
+                       notices=tuple(notices), note=facts.note or "", sizes=sizes, corpus=corpus,
                        whole_flops_per_token=facts.whole_flops_per_token if facts.has_loss else 0)  # fmt: skip
 
 

@@ -47,7 +47,9 @@ class StreamFacts:
     whole_flops_per_token: int = 0
     """Operations of the language model's whole forward pass for one token; 0 without one, or without a loss."""
     notices: tuple[str, ...] = ()
-    """What the user should be told of the model and the data, a line each."""
+    """What the user should be told of the data, a line each; the stream says it again once it has begun."""
+    note: str = ""
+    """What the user should be told of the language model."""
     corpus: "Corpus | None" = None
     """Local text, which was opened to check it; the run reads on from it."""
     sizes: LaneSizes | None = None

@@ -85,8 +85,10 @@ class Plan:
     checkpoint_bytes: int
     sizes: LaneSizes | None
     """Lanes, contexts a forward pass and pools of a live harvest."""
-    notices: tuple[str, ...]
-    """What the user should be told of the model and the data."""
+    notes: tuple[str, ...]
+    """What the user should be told of the schedule and the language model."""
+    data_notices: tuple[str, ...]
+    """What the user should be told of the data; the stream says it again once it has begun."""
     flops: float
     """Estimated, of all steps: language model up to the site (gradients: to its loss and back), encoder product,
     matches."""
@@ -148,7 +150,8 @@ def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
         holdings=_holdings(config, facts, n_features=n_features, n_ranks=n_ranks, columns=columns),
         prefetch=facts.prefetch,
         sizes=facts.sizes,
-        notices=facts.notices,
+        notes=(*_schedule_notes(config), *([facts.note] if facts.note else [])),
+        data_notices=facts.notices,
         checkpoint_bytes=3 * element * parameters + facts.pool_bytes,
         flops=total * (facts.flops_per_token + _sae_flops(config, facts.d_model, n_features)),
         held_out=_held_out_cost(config, facts, n_features=n_features, total=total),
@@ -181,7 +184,7 @@ def describe(plan: Plan, config: RunConfig, *, path: str) -> str:
         ("operations", f"{plan.flops + plan.held_out.flops:.2e} floating-point, of which {plan.held_out_share:.0%} for "
                        "thresholds and evaluation (estimated)"),
         ("directory", path),
-        *(("note", notice) for notice in plan.notices),
+        *(("note", note) for note in (*plan.notes, *plan.data_notices)),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
@@ -238,11 +241,18 @@ def _problems(config: RunConfig, *, n_features: int) -> list[str]:
     start_k = config.budget.start_k
     if start_k is not None and start_k > n_features:
         found.append(f"budget.start_k={start_k:g}: larger than n_features={n_features}. Lower it.")
-    for key in ("warmup_tokens", "decay_tokens"):
-        value = getattr(config.optimizer, key)
-        if value is not None and value > config.tokens:
-            found.append(f"optimizer.{key}={value}: longer than the run of tokens={config.tokens}. Lower it.")
     return found
+
+
+def _schedule_notes(config: RunConfig) -> list[str]:
+    """Return a line for a warm-up or decay that is longer than the run."""
+    lengths = {"warmup_tokens": config.optimizer.warmup_tokens, "decay_tokens": config.optimizer.decay_tokens}
+    return [
+        f"optimizer.{key}={value}: longer than the run of tokens={config.tokens}, so the learning rate never reaches "
+        "its peak"
+        for key, value in lengths.items()
+        if value is not None and value > config.tokens
+    ]
 
 
 def _checkpoint_every(every: int | None, total: int) -> int:

@@ -105,7 +105,7 @@ class Session:
         except UserError:
             self._abandon()
             raise
-        for line in self.stream.notices():
+        for line in (*self.plan.notes, *self.stream.notices()):
             self._warn(line)
         self._on_first(self._open_dashboard)
         if self.ranks.is_first:
