@@ -260,7 +260,7 @@ class Library:
         return (None if draft.problems else run), draft.problems
 
     def draft(self, point: list[Override], *, refused: Collection[str] = ()) -> Draft:
-        """Return what the usable arguments of a point compose to, and the problems of the others (see `check`)."""
+        """Return the composed values of a point's usable arguments, and the problems of the others (see `check`)."""
         entries = [self._typed(override) for override in point]
         problems, bad, selections = preflight.check_repeats(entries), set(refused), list[str]()
         for override, entry in zip(point, entries, strict=True):

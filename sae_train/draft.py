@@ -76,7 +76,7 @@ def build(config: DictConfig) -> RunConfig:
 
 
 def reason(error: Exception) -> str:
-    """Return what Hydra or OmegaConf say, on one line: for what only a YAML of the user's or an `${...}` can cause."""
+    """Return the message of Hydra or OmegaConf on one line. A YAML of the user's or an `${...}` causes such errors."""
     causes = [e for e in (error, error.__cause__) if e is not None]
     key = next((str(e.full_key) for e in causes if isinstance(e, OmegaConfBaseException) and e.full_key), None)
     said = " ".join(dict.fromkeys(" ".join(_NOISE.sub("", str(e)).split()) for e in causes))

@@ -97,7 +97,7 @@ def _quotas(mount: Path, path: str, read: Callable[[Path], float | None]) -> lis
 
 
 def _quota_v2(folder: Path) -> float | None:
-    """Return what `cpu.max` says: microseconds in each period, such as `150000 100000`, or `max`."""
+    """Return the CPUs that `cpu.max` allows. It holds microseconds a period, such as `150000 100000`, or `max`."""
     try:
         quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
         return int(quota) / int(period) if quota != "max" else None
@@ -106,7 +106,7 @@ def _quota_v2(folder: Path) -> float | None:
 
 
 def _quota_v1(folder: Path) -> float | None:
-    """Return what `cpu.cfs_quota_us` and `cpu.cfs_period_us` say; a negative quota is none."""
+    """Return the CPUs that `cpu.cfs_quota_us` and `cpu.cfs_period_us` allow; a negative quota sets no limit."""
     try:
         quota, period = (
             int((folder / name).read_text(encoding="ascii")) for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")

@@ -51,7 +51,7 @@ def lane_of(corpus: Corpus, tokenizer: Tokenizer, index: int = 0, *, lanes: int 
 
 
 def own_parts(corpus: Corpus, tokenizer: Tokenizer, index: int, *, lanes: int, context_length: int) -> list[Part]:
-    """Return what a lane is to read, in no particular order."""
+    """Return the parts of a lane, in no particular order."""
     stretches = corpus.stretches(lanes, context_length=context_length, tokenizer=tokenizer)
     segments = stretches.segments(index).tolist()
     return [corpus.part(*segment, window=stretches.window) for segment in segments if not corpus.holds_out(segment[0])]

@@ -66,7 +66,7 @@ def lane_sizes(harvest: LiveHarvestConfig, *, batch_tokens: int) -> LaneSizes:
 
 
 def lane_problems(harvest: LiveHarvestConfig, *, batch_tokens: int) -> list[str]:
-    """Return what typed sizes contradict each other, each with the nearest values that do not."""
+    """Return a problem for each contradiction between typed sizes, with the nearest values that fit."""
     lanes = harvest.lanes
     if lanes is not None and batch_tokens % lanes:
         nearest = sorted({max(1, batch_tokens // lanes) * lanes, (batch_tokens // lanes + 1) * lanes})

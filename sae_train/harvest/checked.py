@@ -109,7 +109,7 @@ class Checked:
 
 
 def _a_few(n_bytes: Tensor) -> list[int]:
-    """Return which documents of a text too large to be read whole are met when it is opened."""
+    """Return the indices of the documents that are met when a text too large to be read whole is opened."""
     spread = sorted({number * len(n_bytes) // LOOKED_AT for number in range(LOOKED_AT)})
     within = int((n_bytes[spread].cumsum(0) <= LOOKED_AT_BYTES).sum())
     return spread[: max(1, within)]

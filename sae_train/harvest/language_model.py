@@ -134,7 +134,7 @@ class LanguageModel:
         return both.unflatten(0, ids_BT.shape) if both.ndim == 2 else both
 
     def why_not_finite(self) -> str:
-        """Return what to tell a user whose activations, or their gradients, are not finite."""
+        """Return the message for activations or gradients that are not finite."""
         weights = (name for name, weight in self.model.named_parameters()
                    if weight.is_floating_point() and not torch.isfinite(weight).all())  # fmt: skip
         broken, dtype = next(weights, None), str(self.model.dtype).removeprefix("torch.")

@@ -111,7 +111,7 @@ class Stream(ABC):
         """Go on from saved state, on any number of ranks; `lane_state` reads one lane's."""
 
     def notices(self) -> list[str]:
-        """Return what the user should be told of the data, a line each. Collective; once the stream has begun."""
+        """Return a line for each thing that is wrong with the data. Collective; call it once the stream has begun."""
         return []
 
     def data_figures(self) -> dict[str, int]:

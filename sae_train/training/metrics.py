@@ -132,7 +132,7 @@ def firing_row(firing: Firing, dead_window: int, *, n_features: int, ranks: Rank
 
 
 def spread_notice(row: dict[str, Any]) -> str:
-    """Return what to tell the user of lanes that read their text at very different speeds; nothing where none do."""
+    """Return a warning about lanes that read their text at very different speeds; empty where none do."""
     if row.get("data/epoch_spread", 0) <= LARGEST_SPREAD:
         return ""
     return (

@@ -197,7 +197,7 @@ def _thresholds_text(plan: Plan) -> str:
 
 
 def _evaluation_text(plan: Plan) -> str:
-    """Return what one evaluation reads, and how often it comes, with thresholds of its own each time."""
+    """Return the text about evaluations: tokens and passes of one, and how often the run makes one."""
     cost = plan.held_out
     passes = ", 1 forward pass of the language model up to the site" if cost.passes else ""
     if cost.passes > 1:
@@ -273,7 +273,7 @@ def _sae_flops(config: RunConfig, d_model: int, n_features: int) -> float:
 
 
 def _held_out_cost(config: RunConfig, facts: StreamFacts, *, n_features: int, total: int) -> HeldOutCost:
-    """Return what thresholds and evaluations cost: in each the SAE encodes as often as the sparsifier needs, about."""
+    """Return the estimated cost of thresholds and evaluations."""
     tokens, encodes = config.held_out_tokens, 2 * facts.d_model * n_features
     has_model = isinstance(config.harvest, LiveHarvestConfig)
     passes = (PASSES_OF_A_BATCH if facts.whole_flops_per_token else 1) if has_model else 0

@@ -178,7 +178,7 @@ class Session:
             raise self._preempted()
 
     def _preempted(self) -> Preempted:
-        """Return what to raise: it names the newest step that is saved by now."""
+        """Return the exception that ends the run; it names the newest saved step."""
         saved = self._saver.saved_at if self._saver.saved_at >= 0 else self._on_disk
         return self._agreement.preempted(step=saved)
 

@@ -157,7 +157,7 @@ class Agreement:
         return self.settle()
 
     def preempted(self, *, step: int | None) -> Preempted:
-        """Return what to raise on every rank; no question may be open.
+        """Return the exception that every rank raises. No question to the other ranks may be open.
 
         Args:
             step: the newest step that is saved; None where there is none.
