@@ -432,6 +432,7 @@ assert os.waitpid(child, 0)[1] == 0
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_fork_waits_for_what_another_thread_compiles(tmp_path: Path) -> None:
     """The child would wait for it for ever."""
     script = """
@@ -458,6 +459,7 @@ thread.join()
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_helper_that_has_changed_is_compiled_anew(tmp_path: Path) -> None:
     """Numba by itself looks at the file of the kernel, not at those that its helpers stand in."""
     package = Path(kernels.__file__).parent.parent

@@ -208,6 +208,7 @@ def test_a_run_that_is_not_whole_is_finished_again(tmp_path: Path, command: Comm
     assert command(*arguments).stdout.startswith("already finished")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
