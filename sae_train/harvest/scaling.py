@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sae_train import kernels
 from sae_train.errors import DataError
+from sae_train.harvest.row_table import RowTable
 from sae_train.ranks.interface import Ranks
 
 OUTLIER_FACTOR = 10.0
@@ -53,7 +53,7 @@ class Scaling:
         raw_ND, gradient_ND = raw_NW.to(dtype).split(len(centre_D), dim=-1)
         return torch.cat([(raw_ND - centre_D) / self.scale, gradient_ND / self.gradient_scale], dim=-1)
 
-    def normalise_rows(self, halves: Sequence[kernels.Table], index_N: Tensor, *, dtype: torch.dtype) -> Tensor:
+    def normalise_rows(self, halves: Sequence[RowTable], index_N: Tensor, *, dtype: torch.dtype) -> Tensor:
         """Return what `normalise` does, on a CPU, of rows [N, W] that are read in fp32 or float64.
 
         Args:

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sae_train import kernels
 from sae_train.errors import DataError, suggest
+from sae_train.harvest.row_table import RowTable
 
 TENSOR, GRADIENTS = "activations", "gradients"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -80,7 +80,7 @@ class TensorTable:
         self.dtype = dtype
         names = (TENSOR, GRADIENTS) if gradients else (TENSOR,)
         self._tensors = [tuple(_map(fact.path, name) for name in names) for fact in self.files]
-        self.halves = [kernels.Table(tensors) for tensors in zip(*self._tensors, strict=True)]
+        self.halves = [RowTable(tensors) for tensors in zip(*self._tensors, strict=True)]
         self._starts = self.halves[0].starts
         self.n_rows = int(self._starts[-1])
 

@@ -25,7 +25,7 @@ from sae_train.training.console import TRAINING, ProgressBar, figures_text, say,
 from sae_train.training.export import check_held_out, evaluation_row, exported, write_export
 from sae_train.training.metrics import spread_notice
 from sae_train.training.plan import Plan
-from sae_train.training.provenance import check_source, provenance, resolve_precision
+from sae_train.training.provenance import check_source, processor, provenance, resolve_precision
 from sae_train.training.run_directory import RunDirectory, run_name
 from sae_train.training.same_on_ranks import check_same_source
 from sae_train.training.saver import Saver
@@ -252,11 +252,10 @@ class Session:
 
     def _how_it_computes(self) -> dict[str, Any]:
         """Return the facts of this machine on which the bits of a result depend."""
-        is_compiled = self.trainer.precision != "float64" and backend.has_numba(self.ranks.device)
         return {
             "threads": torch.get_num_threads(),
-            "is_screened": self.trainer.is_screened,
-            "is_compiled": is_compiled,
+            "processor": processor(self.ranks.device),
+            "precision": self.trainer.precision,
         }
 
     def _save_this_step(self) -> None:

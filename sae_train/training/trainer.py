@@ -15,16 +15,16 @@ from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code
 from sae_train.sae.dictionary import PARAMETRISATIONS, REPLICATED
 from sae_train.sae.firing import Firing
-from sae_train.sae.losses import build_aux_loss
+from sae_train.sae.losses import Missed, build_aux_loss
 from sae_train.sae.nesting import prefix_sizes, reconstruct
 from sae_train.sae.step_info import Moment
 from sae_train.sparsifiers import build_sparsifier
 from sae_train.training.clock import Clock
 from sae_train.training.metrics import Totals, firing_row
 from sae_train.training.nonfinite import Halt
+from sae_train.training.optimizer import Adam
 from sae_train.training.plan import Plan
 from sae_train.training.schedule import is_due, learning_rate
-from sae_train.training.sphere_adam import build_optimizer
 
 DIVERGED = 100.0
 """FVU at which there is no way back: a reconstruction a hundred times worse than the mean."""
@@ -54,12 +54,10 @@ class Trainer:
 
     Attributes:
         features: lo, hi of the features that this rank holds.
-        is_screened: whether pre-activations are, by this processor, in this layout.
+        is_near: whether pre-activations come from a bf16 product that only finds candidates.
     """
 
     def __init__(self, config: RunConfig, plan: Plan, *, stream: Stream, precision: str, ranks: Ranks) -> None:
-        if ranks.device.type == "cpu":
-            kernels.keep_freed_memory()
         dtype = torch.float64 if precision == "float64" else torch.float32
         self.config, self.plan, self.stream, self.ranks, self.precision = config, plan, stream, ranks, precision
         self.features = ranks.features.slice(plan.n_features)
@@ -80,13 +78,12 @@ class Trainer:
         )
         half_life = max(1, min(LONGEST_HALF_LIFE, plan.total_tokens // 8))
         self.firing = Firing(self.dictionary.n_features, half_life_tokens=half_life, device=ranks.device)
-        self.optimizer = build_optimizer(self.dictionary, config.optimizer, rates=self.sparsifier.rates())
+        self.optimizer = Adam(self.dictionary, config.optimizer, rates=self.sparsifier.rates())
         self.totals = Totals(d_model=plan.d_model, device=ranks.device, n_ranks=ranks.size)
         self.halt = Halt(ranks.device)
         self.n_done = 0
         self._pre_NF: Tensor | None = None  # the largest thing that a step makes: kept from step to step
-        kept, own = self.sparsifier.kept_a_token, self.dictionary.n_features
-        self.is_screened = kernels.can_screen(n_features=own, kept_a_token=kept, device=ranks.device, dtype=dtype)
+        self.is_near = precision == "bf16" and not self.sparsifier.reads_all and not kernels.writes_fp32(ranks.device)
         self._clock = Clock()
 
     @property
@@ -153,7 +150,7 @@ class Trainer:
         for part in (aux, penalty):
             total = total if part is None else total + part
         total.backward()
-        norm_N, sum_D = kernels.norms_and_sum(own_ND)
+        norm_N, sum_D = torch.linalg.vector_norm(own_ND, dim=1), own_ND.sum(0, dtype=torch.float64)
         grad_norm = self._update(loss.detach(), norm_N)
         self.firing.update(code, n_tokens=self.plan.batch_tokens, ranks=ranks)
         lost = self._learning_rate(self.tokens, decays=False) - moment.learning_rate
@@ -175,9 +172,9 @@ class Trainer:
 
     def _pre_activations(self, x_ND: Tensor) -> kernels.PreActivations:
         if self._pre_NF is None:
-            dtype = torch.bfloat16 if self.is_screened else x_ND.dtype
+            dtype = torch.bfloat16 if self.is_near else x_ND.dtype
             self._pre_NF = x_ND.new_empty(len(x_ND), self.dictionary.n_features, dtype=dtype)
-        find = self.dictionary.screened if self.is_screened else self.dictionary.pre_activations
+        find = self.dictionary.near_pre_activations if self.is_near else self.dictionary.pre_activations
         return find(x_ND, out=self._pre_NF)
 
     def _split(self, own_NW: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -187,7 +184,7 @@ class Trainer:
         own_ND, gradient_ND = own_NW.split(self.plan.d_model, dim=1)
         return own_ND.contiguous(), gradient_ND.contiguous()
 
-    def _reconstruct(self, x_ND: Tensor, code: Code) -> tuple[kernels.Missed, Tensor]:
+    def _reconstruct(self, x_ND: Tensor, code: Code) -> tuple[Missed, Tensor]:
         """Return what the reconstruction from all features misses, and the loss."""
         kept, n_tokens = self.sparsifier.kept(code), self.plan.batch_tokens
         return reconstruct(self.dictionary, x_ND, kept, sizes=self.prefixes, n_tokens=n_tokens, ranks=self.ranks)
@@ -260,6 +257,7 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.dictionary.named_parameters():
                 parameter.copy_(both[f"dictionary/{name}"])
+        self.dictionary.moved()
         self.optimizer.load_state(part("optimizer"))
         self.sparsifier.load_state(part("sparsifier"))
         self.firing.load_state(part("firing"), state["firing/token_counts"])
@@ -293,11 +291,9 @@ class Trainer:
         for name in REPLICATED:  # equal on the ranks of a row but for rounding, which must not add up
             parameter = getattr(self.dictionary, name)
             parameter.grad = self.ranks.features.broadcast(parameter.grad, 0)
-        self.optimizer.project()
         norm = self.optimizer.gradient_norm(self.ranks)
         self.halt.watch(step=self.n_done, loss=self.ranks.data.sum(loss), grad_norm=norm, norm_N=norm_N)
         self.optimizer.step(lr=self._learning_rate(self.tokens), norm=norm, halted=self.halt.flag)
-        self.optimizer.normalise()
         return norm
 
 

@@ -9,10 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sae_train.kernels.backend import DTYPES, uses_numba
 
-
-class Table:
+class RowTable:
     """Rows of several tensors, one after another.
 
     Attributes:
@@ -28,14 +26,6 @@ class Table:
         self._width = self._parts[0].shape[1]
         assert all(part.shape[1] == self._width for part in self._parts)
         self.starts = torch.tensor([0, *map(len, self._parts)]).cumsum(0)
-        self._places = torch.tensor([part.data_ptr() for part in self._parts])
-        formats = {part.dtype for part in self._parts}
-        can_be = len(formats) == 1 and formats <= set(DTYPES) and all(part.is_contiguous() for part in self._parts)
-        self._compiled_for = formats.pop() if can_be else None
-
-    def __reduce__(self) -> tuple[type["Table"], tuple[tuple[Tensor, ...]]]:
-        """Let copies find their own parts: these go by addresses."""
-        return Table, (self._parts,)
 
     def rows(self, index_N: Tensor, *, dtype: torch.dtype) -> Tensor:
         """Return the rows [N, D] at int64 indices of 0..R-1, in their order."""
@@ -54,11 +44,4 @@ class Table:
     def normalised(self, index_N: Tensor, centre_D: Tensor, scale: float) -> Tensor:
         """Return (row - centre) / scale of the rows at int64 indices of 0..R-1 [N, D], in the centre's format."""
         assert centre_D.shape == (self._width,)
-        if self._compiled_for is None or not uses_numba(centre_D):
-            return (self.rows(index_N, dtype=centre_D.dtype) - centre_D).div_(scale)
-        from sae_train.kernels import numba_rows
-
-        part_N = torch.searchsorted(self.starts, index_N.contiguous(), right=True) - 1
-        row_bytes = self._width * self._compiled_for.itemsize
-        address_N = self._places[part_N] + (index_N - self.starts[part_N]) * row_bytes
-        return numba_rows.normalised(address_N, centre_D, scale, are_bf16=self._compiled_for == torch.bfloat16)
+        return (self.rows(index_N, dtype=centre_D.dtype) - centre_D).div_(scale)
