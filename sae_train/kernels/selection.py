@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_train.kernels import selection_cpu, selection_gpu
 from sae_train.kernels.cuts import cut_batch, cut_columns, cut_rows
 from sae_train.kernels.matches import Matches, pack
-from sae_train.kernels.near import Near, PreActivations, more_than
+from sae_train.kernels.near_product import Near, PreActivations, more_than
 from sae_train.ranks.interface import Ranks
 
 

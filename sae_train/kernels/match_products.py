@@ -30,9 +30,9 @@ def row_products(rows_ND: Tensor, W_FD: Tensor, feature_M: Tensor, token_M: Tens
     """
     with torch.no_grad():
         if uses_triton(rows_ND.device):
-            from sae_train.kernels import triton_row_products
+            from sae_train.kernels import triton_match_products
 
-            return triton_row_products.row_products(rows_ND, W_FD, feature_M, start_N)
+            return triton_match_products.row_products(rows_ND, W_FD, feature_M, start_N)
         if rows_ND.device.type == "cpu":
             return _sampled(rows_ND.contiguous(), W_FD, feature_M, start_N)
         return zero_unused(_gathered(rows_ND, W_FD, feature_M, token_M), start_N)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae_train.kernels.match_products import row_products
 from sae_train.kernels.matches import Matches
-from sae_train.kernels.row_products import row_products
 
 MORE = 1.1
 """Candidates over the budget of each cut."""

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from sae_train.kernels.bags import bags, bags_and_totals, rows_to_read, used_slots
 from sae_train.kernels.function import applied
+from sae_train.kernels.match_products import row_products
 from sae_train.kernels.matches import FeatureOrder
-from sae_train.kernels.row_products import row_products
 
 
 def decode(

@@ -15,7 +15,7 @@ TILE = 4096
 def row_products(rows_ND: Tensor, W_FD: Tensor, feature_M: Tensor, start_N: Tensor) -> Tensor:
     """Return each match's product of its token's row and its feature's row of W [M], 0 in unused slots.
 
-    For an example see row_products.py.
+    For an example see match_products.py.
 
     Args:
         rows_ND: fp32, bf16 (products are fp32) or float64.
