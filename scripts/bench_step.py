@@ -9,9 +9,9 @@ trains for --warm-up steps first, on rows of ACTS/train (*.safetensors with a te
 sparse sums of random directions with Zipf frequencies. Then steps are timed by turns with the floor: the fastest matrix
 product of the encoder's shape that torch has here, and a triad over as many bytes as Adam moves (28 a parameter).
 Printed: medians in ms, tokens a second, step over floor, memory at its most (on a CPU the process's, with the rows that
-it made), and the mean ms of each part, timed in steps of their own (encode: the product, or the one in bf16 that
-screens; select: with the exact values of what that let through; decode; aux: the auxiliary loss; backward; update:
-gradients' projection, norm and clipping, Adam, normalisation; rest: counters and sums). --dead makes a share of the
+it made), and the mean ms of each part, timed in steps of their own (encode: the product, in bf16 one that only finds
+candidates; select: with the exact values of candidates; decode; aux: the auxiliary loss; backward; update: gradients'
+projection, norm and clipping, Adam, normalisation; rest: counters and sums). --dead makes a share of the
 features dead, for what an auxiliary loss costs then.
 """
 
@@ -92,9 +92,7 @@ def build(point: dict[str, Any], scratch: Path) -> Trainer:
     stream = build_stream(config, ranks=ranks, dtype=torch.float32)
     stream.start()
     precision = resolve_precision(config, stored=None, device=ranks.device)
-    trainer = Trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
-    trainer.is_screened = trainer.is_screened and not point["unscreened"]
-    return trainer
+    return Trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
 
 
 def timed(act: Callable[[], Any]) -> float:
@@ -241,16 +239,13 @@ def main() -> None:
     parser.add_argument("--dead", type=float, default=0.0)
     parser.add_argument("--train", type=Path)
     parser.add_argument("--override", nargs="*", default=[], help="more settings of sae-train")
-    parser.add_argument(
-        "--unscreened", action="store_true", help="as on a processor without AMX, but for vectors' width"
-    )
     parser.add_argument("--warm-up", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--json", type=Path, help="append every setting's figures as a line")
     args = parser.parse_args()
-    common = {name: getattr(args, name) for name in ("dead", "override", "unscreened", "warm_up", "repeats", "threads")}
+    common = {name: getattr(args, name) for name in ("dead", "override", "warm_up", "repeats", "threads")}
     common["train"] = "" if args.train is None else str(args.train)
     names = (*BASE, "sparsifier", "aux_loss", "precision")
     chosen = {name: getattr(args, name) for name in names}

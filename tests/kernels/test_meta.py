@@ -53,11 +53,8 @@ def test_selection(is_near: bool) -> None:
 
 def test_devices_are_not_mixed() -> None:
     """A tensor left on the host is an error here, as it is on a GPU."""
-    here = torch.zeros(M, dtype=torch.int32)
-    feature, token, start = places()
+    there, here = empty(N, F), torch.ones(F, dtype=torch.bool)
     with pytest.raises(RuntimeError):
-        kernels.decode(empty(M), empty(F, D), here, token, start)
+        kernels.select_rows(there, k=2, capacity=M, n_features=F, ranks=Solo("meta"), allowed_F=here)
     with pytest.raises(RuntimeError):
-        kernels.affine(torch.zeros(N, D), empty(F, D), empty(F), precision="float32")
-    with pytest.raises(RuntimeError):
-        kernels.row_products(empty(N, D), empty(F, D), feature, here, start)
+        kernels.along_rows(empty(F, D), torch.zeros(F, D))
