@@ -252,22 +252,17 @@ def test_the_price_holds_l0_through_a_change_of_learning_rate(slope: float, righ
 
 
 @pytest.mark.parametrize("name", PENALISED)
-def test_a_resumed_run_is_bitwise_the_same(rows: Path, name: str) -> None:
+def test_a_resumed_run_is_bitwise_the_same(rows: Path, tmp_path: Path, name: str) -> None:
     first = trainer_of(rows, f"sparsifier={name}", precision="float32")
     learn(first, 25)
-    state, own = first.state(), first.feature_state()
-    lanes = first.stream.lane_states()
-    state, own = ({k: v.clone() for k, v in part.items()} for part in (state, own))
     second = trainer_of(rows, f"sparsifier={name}", precision="float32")
-    second.load_state(state, own, lambda lane: lanes[lane])
+    world.hand_over(first, second, tmp_path)
     for trainer in (first, second):
         learn(trainer, 20)
-    for (name, one), (_, other) in zip(
-        first.dictionary.named_parameters(), second.dictionary.named_parameters(), strict=True
-    ):
-        assert torch.equal(one, other), name
-    for key, value in first.sparsifier.state().items():
-        assert torch.equal(value, second.sparsifier.state()[key]), key
+    for kind in ("shared", "features"):
+        own, same = (getattr(each.learners[0].state(), kind) for each in (first, second))
+        for key, value in own.items():
+            assert torch.equal(value, same[key]), key
 
 
 def test_a_gated_feature_is_exported_as_the_jumprelu_feature_that_it_is(rows: Path) -> None:

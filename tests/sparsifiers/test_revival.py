@@ -56,7 +56,7 @@ def test_a_silent_bias_rises_by_the_rate_that_is_lost_and_nothing_else_moves(row
         lost = trainer.plan.peak_lr - trainer.learners[0].step_info(trainer.n_done).learning_rate
         assert lost > 0.9 * trainer.plan.peak_lr
         learn(trainer, 1)
-    silent_F = with_it.firing.since_F > LONG
+    silent_F = with_it.learners[0].firing.since_F > LONG
     assert silent_F[BURIED].all()
     assert not silent_F.all()
     after, plain = parameters(with_it), parameters(without)

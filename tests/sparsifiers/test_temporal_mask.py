@@ -215,22 +215,22 @@ def test_what_is_masked_gains_importance_all_the_same(rows: Path) -> None:
 
 
 @pytest.mark.parametrize("after", [8, 20], ids=["in warm-up", "in the ramp"])
-def test_a_resumed_run_is_bitwise_the_same(rows: Path, after: int) -> None:
+def test_a_resumed_run_is_bitwise_the_same(rows: Path, tmp_path: Path, after: int) -> None:
     typed = ["sparsifier.warmup=0.2", "sparsifier.ramp=0.3", "sparsifier.half_life=500"]
     first = trainer_of(rows, *typed, precision="float32")
     learn(first, after)
     assert (mask_of(first)._left_F is None) == (after == 8)
-    state, own = ({k: v.clone() for k, v in part.items()} for part in (first.state(), first.feature_state()))
-    lanes = first.stream.lane_states()
+    own = first.learners[0].state().features
     assert len(own["sparsifier/averages"]) == len(own["sparsifier/masked"]) == 128
     second = trainer_of(rows, *typed, precision="float32")
-    second.load_state(state, own, lambda lane: lanes[lane])
+    world.hand_over(first, second, tmp_path)
     for trainer in (first, second):
         learn(trainer, 60 - after)
     for name, value in world.weights(first).items():
         assert torch.equal(value, world.weights(second)[name]), name
-    for name, value in first.feature_state().items():
-        assert torch.equal(value, second.feature_state()[name]), name
+    same = second.learners[0].state().features
+    for name, value in first.learners[0].state().features.items():
+        assert torch.equal(value, same[name]), name
 
 
 @pytest.mark.parametrize("export_mask", [True, pytest.param(False, marks=pytest.mark.slow)])

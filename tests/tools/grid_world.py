@@ -215,6 +215,13 @@ def resume(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, torch.Ten
     return weights(trainer)
 
 
+def hand_over(first: Trainer, second: Trainer, folder: Path) -> None:
+    """Let `second` continue where `first` is, by way of a checkpoint in `folder`."""
+    notes = {"step": first.n_done, "tokens": first.tokens}
+    path = checkpoint.begin(folder, first.contents(), notes=notes, ranks=first.ranks, keep=1).publish()
+    second.restore(restore.load(path))
+
+
 def counted(folder: Path, kind: str, aux: str, *, n_features: int, dead_window: int) -> RunConfig:
     """Return the configuration of a run whose traffic is counted."""
     return dataclasses.replace(_counted(folder, kind, aux, dead_window), n_features=n_features)
