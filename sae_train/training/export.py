@@ -11,6 +11,7 @@ import sae_train
 from sae_train.config import RunConfig
 from sae_train.errors import DataError
 from sae_train.evaluation.evaluate import evaluate
+from sae_train.evaluation.registry import figures_in_rows
 from sae_train.evaluation.rounds import rounds
 from sae_train.formats import native
 from sae_train.harvest.build import Stream, StreamFacts
@@ -24,9 +25,6 @@ from sae_train.training.trainer import Trainer
 
 ENOUGH_TOKENS = 10_000
 """Held-out tokens that are looked at before training."""
-SUMMARY_ONLY = ("l0_p5", "l0_p50", "l0_p95", "l0_standard_error", "evaluation_tokens", "density", "target_l0",
-                "used_share", "ce", "correction", "budget_law")  # fmt: skip
-"""Figures of summary.json that are not among the `eval/` names."""
 
 
 def exported(trainer: Trainer, phases: Phases = SILENT) -> tuple[SparseAutoencoder, dict[str, Any]]:
@@ -97,7 +95,7 @@ def _of_half(phases: Phases, name: str, stream: Stream, half: Half, *, max_token
 
 def evaluation_row(figures: dict[str, Any], *, step: int, tokens: int) -> dict[str, Any]:
     """Return the row of metrics.jsonl for an evaluation."""
-    kept = {f"eval/{key}": value for key, value in figures.items() if key not in SUMMARY_ONLY}
+    kept = {f"eval/{key}": value for key, value in figures.items() if key in figures_in_rows()}
     return {"step": step, "tokens": tokens} | kept
 
 

@@ -15,7 +15,7 @@ from sae_train.config import (
     ZipfBudgetConfig,
 )
 from sae_train.errors import ConfigError, raise_all
-from sae_train.evaluation.language_model_loss import PASSES_OF_A_BATCH
+from sae_train.evaluation.language_model import PASSES_OF_A_BATCH
 from sae_train.harvest.build import StreamFacts
 from sae_train.kernels import backend
 from sae_train.ranks.layout import feature_columns
