@@ -55,9 +55,7 @@ def reconstruct(sae: SparseAutoencoder, raw_ND: Tensor, *, n_features: int, rank
 def _encode(sae: SparseAutoencoder, rows_RD: Tensor, *, n_features: int, ranks: Ranks) -> SparseCode:
     """Return this rank's features of the code; over the row the codes obey the SAE's rule."""
     if sae.inference == "threshold" or len(rows_RD) == 0:
-        return sae.encode_sparse(
-            rows_RD, check_finite=False
-        )  # an error on one rank would leave the others waiting
+        return sae.encode_sparse(rows_RD, check_finite=False)  # an error on one rank would leave the others waiting
     matches = _largest(sae, rows_RD, n_features=n_features, ranks=ranks)
     return joined(matches, shape=(len(rows_RD),), n_features=sae.n_features)
 

@@ -1,19 +1,21 @@
 """From trained weights to an exported SAE that keeps its promise: fold, calibrate, evaluate, write."""
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 import sae_train
-from sae_train.config import RunConfig
+from sae_train.config import LiveHarvestConfig, RunConfig
 from sae_train.errors import DataError
 from sae_train.evaluation.evaluate import evaluate
 from sae_train.evaluation.registry import figures_in_rows
 from sae_train.evaluation.rounds import rounds
 from sae_train.formats import native
+from sae_train.formats.manifest import ActivationSource, Normalisation, SaeManifest
 from sae_train.harvest.build import Stream, StreamFacts
 from sae_train.harvest.held_out import HALVES, Half
 from sae_train.phases import SILENT, Phases
@@ -113,26 +115,44 @@ def write_export(
     phases: Phases = SILENT,
 ) -> None:
     """Write `saes/NAME/`. Collective: every rank brings its features, and learns whether it was written."""
-    scaling = stream.scaling
-    notes = {
-        "site": facts.label,
-        "source": facts.record,
-        "tokens": tokens,
-        "sparsifier": config.sparsifier.name,
-        "prefixes": prefix_sizes(config.nesting, n_features=n_features),
-        "seed": config.seed,
-        "normalisation": {
-            "scale": scaling.scale,
-            "centre_norm": float(scaling.centre_D.norm()),
-            "gamma": scaling.gamma,
-            "outlier_limit": scaling.limit,
-            "folded": True,
-        },
-        "figures": figures,
-        "sae_train_version": sae_train.__version__,
-    }
+    manifest = SaeManifest(
+        inference=sae.inference,
+        k=sae.k,
+        d_model=sae.d_model,
+        n_features=n_features,
+        site=facts.label,
+        source=_activation_source(config, facts),
+        tokens=tokens,
+        sparsifier=config.sparsifier.name,
+        prefixes=prefix_sizes(config.nesting, n_features=n_features),
+        seed=config.seed,
+        normalisation=Normalisation(
+            scale=stream.scaling.scale,
+            centre_norm=float(stream.scaling.centre_D.norm()),
+            gamma=stream.scaling.gamma,
+            outlier_limit=stream.scaling.limit,
+            folded=True,
+        ),
+        figures=figures,
+        sae_train_version=sae_train.__version__,
+    )
     with phases.of("exporting", total=native.size_of(sae.d_model, n_features), unit="B"):
-        native.save(sae, directory, facts=notes, n_features=n_features, ranks=ranks, phases=phases)
+        native.save(sae, directory, manifest=manifest, ranks=ranks, phases=phases)
+
+
+def _activation_source(config: RunConfig, facts: StreamFacts) -> ActivationSource:
+    """Return the origin of a run's activations: the stream's record, and the settings of a language model and text."""
+    source = ActivationSource(**cast(dict[str, Any], facts.record))
+    if not isinstance(config.harvest, LiveHarvestConfig):
+        return source
+    return replace(
+        source,
+        dtype=config.model.dtype,
+        context_length=config.harvest.context_length,
+        subset=config.data.subset,
+        split=config.data.split,
+        text_column=config.data.text_column,
+    )
 
 
 def check_held_out(stream: Stream, *, ranks: Ranks) -> None:
