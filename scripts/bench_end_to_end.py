@@ -28,8 +28,8 @@ def build(said: list[str]) -> Trainer:
     """Return a trainer of these settings, its stream begun."""
     config = compose_config(["tracking=none", *said])
     ranks = Solo(torch.device("cpu"))
-    plan = make_plan(config, check_stream(config, n_ranks=1), n_ranks=1)
-    stream = build_stream(config, ranks=ranks, dtype=torch.float32)
+    plan = make_plan(config, check_stream(config.source, n_ranks=1), n_ranks=1)
+    stream = build_stream(config.source, ranks=ranks, dtype=torch.float32)
     stream.start()
     precision = resolve_precision(config, stored=None, device=ranks.device)
     return Trainer(config, plan, stream=stream, precision=precision, ranks=ranks)

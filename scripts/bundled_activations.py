@@ -30,7 +30,7 @@ BATCH = 2048
 def started(*, tokens: int = 100_000) -> Stream:
     """Return the stream of a run on the bundled model, ready for its first batch."""
     config = compose_config([f"tokens={tokens}", f"batch_tokens={BATCH}", "tracking=none"])
-    stream = build_stream(config, ranks=Solo(), dtype=torch.float32)
+    stream = build_stream(config.source, ranks=Solo(), dtype=torch.float32)
     stream.start()
     return stream
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sae_train.config import LiveHarvestConfig, RunConfig, TensorsHarvestConfig
+from sae_train.config import LiveHarvestConfig, TensorsHarvestConfig
+from sae_train.config.source import SourceConfig
 from sae_train.harvest.findings import Findings
 from sae_train.harvest.shares import check_batch
 from sae_train.harvest.stream import Stream, StreamFacts, prefetch_of, row_width, run_dtype, whole_batches
@@ -22,12 +23,12 @@ __all__ = ["Stream", "StreamFacts", "build_stream", "check_stream"]
 
 
 def build_stream(
-    config: RunConfig, *, ranks: Ranks, dtype: torch.dtype, phases: Phases = SILENT, corpus: "Corpus | None" = None
+    source: SourceConfig, *, ranks: Ranks, dtype: torch.dtype, phases: Phases = SILENT, corpus: "Corpus | None" = None
 ) -> Stream:
     """Open data and language model; nothing is harvested before `start` or `restore`.
 
     Args:
-        config: the run.
+        source: the settings of the stream.
         ranks: who reads which lanes.
         dtype: of pools and batches: float64 under precision=float64, else fp32.
         phases: told of what takes long.
@@ -36,38 +37,38 @@ def build_stream(
     Raises:
         ConfigError, DataError: see `check_stream`.
     """
-    assert dtype == run_dtype(config.precision)
-    if isinstance(config.harvest, TensorsHarvestConfig):
-        return TensorStream(config, ranks=ranks)
+    assert dtype == run_dtype(source.precision)
+    if isinstance(source.harvest, TensorsHarvestConfig):
+        return TensorStream(source, ranks=ranks)
     from sae_train.harvest.live import LiveStream
 
-    return LiveStream(config, ranks=ranks, phases=phases, corpus=corpus)
+    return LiveStream(source, ranks=ranks, phases=phases, corpus=corpus)
 
 
-def check_stream(config: RunConfig, *, n_ranks: int, phases: Phases = SILENT) -> StreamFacts:
+def check_stream(source: SourceConfig, *, n_ranks: int, phases: Phases = SILENT) -> StreamFacts:
     """Check all that can be checked without weights and before heavy work, and return what is then known.
 
     Raises:
         ConfigError, DataError: with every independent finding, one a line.
     """
-    if isinstance(config.harvest, TensorsHarvestConfig):
-        return _check_tensors(config, n_ranks=n_ranks)
-    assert isinstance(config.harvest, LiveHarvestConfig)
+    if isinstance(source.harvest, TensorsHarvestConfig):
+        return _check_tensors(source, n_ranks=n_ranks)
+    assert isinstance(source.harvest, LiveHarvestConfig)
     from sae_train.harvest.live_checks import check_live
 
-    return check_live(config, config.harvest, n_ranks=n_ranks, phases=phases)
+    return check_live(source, source.harvest, n_ranks=n_ranks, phases=phases)
 
 
-def _check_tensors(config: RunConfig, *, n_ranks: int) -> StreamFacts:
-    assert isinstance(config.harvest, TensorsHarvestConfig)
+def _check_tensors(source: SourceConfig, *, n_ranks: int) -> StreamFacts:
+    assert isinstance(source.harvest, TensorsHarvestConfig)
     findings = Findings()
-    findings.collect(lambda: check_batch(config.batch_tokens, n_ranks))
-    plan = findings.collect(lambda: plan_rows(config))
+    findings.collect(lambda: check_batch(source.batch_tokens, n_ranks))
+    plan = findings.collect(lambda: plan_rows(source))
     findings.raise_any()
     assert plan is not None
-    prefetch = prefetch_of(config)
-    steps = whole_batches(config) // config.batch_tokens
-    batch = config.batch_tokens * row_width(config, plan.d_model) * run_dtype(config.precision).itemsize
-    record: dict[str, str | int | None] = {"data": config.harvest.path, "rows": plan.n_training}
+    prefetch = prefetch_of(source)
+    steps = whole_batches(source) // source.batch_tokens
+    batch = source.batch_tokens * row_width(source, plan.d_model) * source.element_size
+    record: dict[str, str | int | None] = {"data": source.harvest.path, "rows": plan.n_training}
     return StreamFacts(d_model=plan.d_model, label="tensors", n_blocks=None, pool_bytes=0, flops_per_token=0,
                        record=record, prefetch=prefetch, ahead_bytes=min(prefetch, steps) * batch)  # fmt: skip

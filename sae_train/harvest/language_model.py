@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar, set_tqdm_hook
 
-from sae_train.config import ModelConfig, RunConfig
+from sae_train.config import ModelConfig
+from sae_train.config.source import SourceConfig
 from sae_train.errors import ConfigError, DataError
 from sae_train.harvest.checkpoints import check_quantised, load_error, loader_of, read_model_config, source_of
 from sae_train.harvest.families import text_part
@@ -73,14 +74,14 @@ class LanguageModel:
         model: the Hugging Face module, in eval mode, without gradients.
     """
 
-    def __init__(self, config: RunConfig, *, device: torch.device, facts: SiteFacts | None = None,
+    def __init__(self, source: SourceConfig, *, device: torch.device, facts: SiteFacts | None = None,
                  phases: Phases = SILENT) -> None:  # fmt: skip
-        self.facts = facts or site_facts(config)
-        settings = read_model_config(config.model)
+        self.facts = facts or site_facts(source)
+        settings = read_model_config(source.model)
         self.has_loss = self.facts.has_loss
         self.device = device
         with _reported(phases):
-            self.model = _load(config.model, settings, device)
+            self.model = _load(source.model, settings, device)
         self.model = self.model.eval().requires_grad_(False)
         for part in (self.model.config, text_part(self.model.config)):
             part.use_cache = False

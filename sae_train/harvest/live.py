@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sae_train.config import LiveHarvestConfig, RunConfig
+from sae_train.config import LiveHarvestConfig
+from sae_train.config.source import SourceConfig
 from sae_train.errors import DataError
 from sae_train.harvest.corpus import Corpus
 from sae_train.harvest.held_out import TextHeldOut
@@ -33,21 +34,21 @@ class LiveStream(Stream):
     language_model: LanguageModel
 
     def __init__(
-        self, config: RunConfig, *, ranks: Ranks, phases: Phases = SILENT, corpus: Corpus | None = None
+        self, source: SourceConfig, *, ranks: Ranks, phases: Phases = SILENT, corpus: Corpus | None = None
     ) -> None:
-        assert isinstance(config.harvest, LiveHarvestConfig)
-        self._config, self._ranks, self._harvest, self._sizes = config, ranks, config.harvest, config.lane_sizes
-        self._dtype = run_dtype(config.precision)
-        self._corpus = corpus or Corpus(config.data, phases)
-        tokenizer = Tokenizer(config.model)
-        check_lanes(self._corpus, tokenizer, lanes=self._sizes.lanes, batch_tokens=config.batch_tokens,
+        assert isinstance(source.harvest, LiveHarvestConfig)
+        self._source, self._ranks, self._harvest, self._sizes = source, ranks, source.harvest, source.lane_sizes
+        self._dtype = run_dtype(source.precision)
+        self._corpus = corpus or Corpus(source.data, phases)
+        tokenizer = Tokenizer(source.model)
+        check_lanes(self._corpus, tokenizer, lanes=self._sizes.lanes, batch_tokens=source.batch_tokens,
                     context_length=self._harvest.context_length, n_ranks=ranks.size)  # fmt: skip
         phases.meet()
-        self.language_model = LanguageModel(config, device=ranks.device, phases=phases)
+        self.language_model = LanguageModel(source, device=ranks.device, phases=phases)
         phases.meet()
         self.d_model = self.language_model.facts.d_model
-        self._width = row_width(config, self.d_model)
-        self._site = f"{config.model.id}, {self.language_model.facts.label}"
+        self._width = row_width(source, self.d_model)
+        self._site = f"{source.model.id}, {self.language_model.facts.label}"
         self.held_out = TextHeldOut(
             self._corpus.held_out_parts(), language_model=self.language_model, tokenizer=tokenizer, ranks=ranks,
             context_length=self._harvest.context_length, contexts_per_batch=self._sizes.contexts_per_forward,
@@ -55,23 +56,23 @@ class LiveStream(Stream):
         )  # fmt: skip
         self._share = self._sizes.share
         self._lanes = self._build_lanes(tokenizer)
-        self._prefetch = prefetch_of(config)
+        self._prefetch = prefetch_of(source)
         self._ahead = Ahead(self._find_work, is_on=self._prefetch > 0, device=ranks.device)
 
     def _build_lanes(self, tokenizer: Tokenizer) -> list[LiveLane]:
         """Return this rank's lanes: lanes / ranks consecutive ones."""
-        sizes, seed = self._sizes, self._config.data.seed
+        sizes, seed = self._sizes, self._source.data.seed
         stretches = self._corpus.stretches(sizes.lanes, context_length=sizes.context_length, tokenizer=tokenizer)
         n_owned = sizes.lanes // self._ranks.size
         rows_LCW = torch.empty(n_owned, sizes.capacity, self._width, dtype=self._dtype, device=self._ranks.device)
         lanes = []
         for number, rows_CW in enumerate(rows_LCW, start=self._ranks.rank * n_owned):
             text = Lane(number, stretches=stretches, corpus=self._corpus, tokenizer=tokenizer, seed=seed,
-                        context_length=sizes.context_length, repeat=self._config.data.repeat)  # fmt: skip
+                        context_length=sizes.context_length, repeat=self._source.data.repeat)  # fmt: skip
             pool = LanePool(rows_CW, lane=number, share=self._share, seed=seed, forward_rows=sizes.forward_tokens)
             lanes.append(LiveLane(text, pool, language_model=self.language_model, tokenizer=tokenizer,
                                   contexts_per_forward=sizes.contexts_per_forward, site=self._site,
-                                  reads_gradients=self._config.reads_gradients))  # fmt: skip
+                                  reads_gradients=self._source.reads_gradients))  # fmt: skip
         return lanes
 
     def start(self, phases: Phases = SILENT) -> None:
@@ -86,7 +87,7 @@ class LiveStream(Stream):
         parts = [torch.cat([block.raw_NW for block in own])[:quota] for own in blocks]
         rows, gradients = [part[:, : self.d_model] for part in parts], [part[:, self.d_model :] for part in parts]
         self._set_scaling(fit_scaling(rows, ranks=self._ranks, site=self._site,
-                                      gradients=gradients if self._config.reads_gradients else None))  # fmt: skip
+                                      gradients=gradients if self._source.reads_gradients else None))  # fmt: skip
         del parts, rows, gradients
         with phases.of("filling pools", total=sum(lane.pool.room for lane in self._lanes)):
             for lane, own, cursor in zip(self._lanes, blocks, cursors, strict=True):
@@ -140,7 +141,7 @@ class LiveStream(Stream):
 
     def restore(self, replicated: dict[str, Tensor], lane_state: Callable[[int], dict[str, Tensor]]) -> None:
         if replicated["corpus"].tolist() != self.fingerprint():
-            raise DataError(f"data.id={self._config.data.id}: not the text that the checkpoint was made from. "
+            raise DataError(f"data.id={self._source.data.id}: not the text that the checkpoint was made from. "
                             "Put the old text back, or start a new run with another name.")  # fmt: skip
         with self._ahead.paused():
             self._set_scaling(Scaling.from_state(replicated, device=self._ranks.device))
@@ -176,7 +177,7 @@ class LiveStream(Stream):
         """Return the forward pass of the lane that needs one first, if a refill to come has use for any."""
         limits = {
             "most_rows": self._prefetch * self._share,
-            "last_row": whole_batches(self._config) // self._sizes.lanes,
+            "last_row": whole_batches(self._source) // self._sizes.lanes,
         }
         wanting = [lane for lane in self._lanes if lane.wants_more(**limits)]
         if not wanting:
@@ -202,12 +203,12 @@ class LiveStream(Stream):
 
     def _check_supply(self) -> None:
         """With `data.repeat` off, stop as soon as a lane is known to end before the run does."""
-        if self._config.data.repeat:
+        if self._source.data.repeat:
             return
-        needed = whole_batches(self._config) // self._sizes.lanes
+        needed = whole_batches(self._source) // self._sizes.lanes
         if all(lane.pool.taken + lane.pool.unread >= needed or not lane.has_ended for lane in self._lanes):
             return
         supply = min(lane.pool.taken + lane.pool.unread + lane.remaining_tokens() for lane in self._lanes)
-        there = supply // self._share * self._config.batch_tokens
+        there = supply // self._share * self._source.batch_tokens
         raise DataError(f"data.repeat=false: the corpus gives {there} tokens with harvest.lanes={self._sizes.lanes}, "
-                        f"and tokens={self._config.tokens}. Lower tokens, or set data.repeat=true.")  # fmt: skip
+                        f"and tokens={self._source.tokens}. Lower tokens, or set data.repeat=true.")  # fmt: skip

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sae_train.config import LaneSizes, LiveHarvestConfig, RunConfig
+from sae_train.config import LaneSizes, LiveHarvestConfig
+from sae_train.config.source import SourceConfig
 from sae_train.harvest.held_out import HeldOut
 from sae_train.harvest.scaling import Scaling
 from sae_train.phases import SILENT, Phases
@@ -143,26 +144,26 @@ def run_dtype(precision: str) -> torch.dtype:
     return torch.float64 if precision == "float64" else torch.float32
 
 
-def row_width(config: RunConfig, d_model: int) -> int:
+def row_width(source: SourceConfig, d_model: int) -> int:
     """Return how many numbers go through the stream for a token."""
-    return 2 * d_model if config.reads_gradients else d_model
+    return 2 * d_model if source.reads_gradients else d_model
 
 
-def prefetch_of(config: RunConfig) -> int:
+def prefetch_of(source: SourceConfig) -> int:
     """Return how many batches may be harvested ahead; where the configuration leaves it open by rule.
 
     With a GPU files are read a few batches ahead, and a language model is half a pool ahead, which is what a refill
     takes: text and launches hide behind the device. Without one all that would only take the step's cores
     (docs/metrics.md).
     """
-    given = config.harvest.prefetch
+    given = source.harvest.prefetch
     if given is not None:
         return given
     if not torch.cuda.is_available():
         return 0
-    return config.lane_sizes.pool_batches // 2 if isinstance(config.harvest, LiveHarvestConfig) else FILES_PREFETCH
+    return source.lane_sizes.pool_batches // 2 if isinstance(source.harvest, LiveHarvestConfig) else FILES_PREFETCH
 
 
-def whole_batches(config: RunConfig) -> int:
+def whole_batches(source: SourceConfig) -> int:
     """Return how many tokens a run reads: `tokens`, rounded up to whole batches."""
-    return -(-config.tokens // config.batch_tokens) * config.batch_tokens
+    return -(-source.tokens // source.batch_tokens) * source.batch_tokens

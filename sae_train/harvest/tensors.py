@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sae_train.config import RunConfig, TensorsHarvestConfig
-from sae_train.config.source import HELD_OUT_BLOCK
+from sae_train.config import TensorsHarvestConfig
+from sae_train.config.source import HELD_OUT_BLOCK, SourceConfig
 from sae_train.errors import DataError
 from sae_train.harvest.held_out import HALVES, Half, HeldOut, HeldOutBatch
 from sae_train.harvest.prefetch import Ahead, Outcome
@@ -46,15 +46,15 @@ class RowPlan:
     """Held-out rows: those after, or all of harvest.held_out."""
 
 
-def plan_rows(config: RunConfig) -> RowPlan:
+def plan_rows(source: SourceConfig) -> RowPlan:
     """Split the rows from the files' headers alone.
 
     Raises:
         DataError: unusable files, too few rows to hold any out, or fewer than `tokens` with data.repeat=false.
     """
-    harvest = config.harvest
+    harvest = source.harvest
     assert isinstance(harvest, TensorsHarvestConfig)
-    facts = read_headers(harvest.path, key="harvest.path", gradients=config.reads_gradients)
+    facts = read_headers(harvest.path, key="harvest.path", gradients=source.reads_gradients)
     d_model, n_rows = facts[0].d_model, sum(fact.n_rows for fact in facts)
     if harvest.held_out is None:
         n_held_out = min(int(HELD_OUT_SHARE * n_rows), MOST_HELD_OUT)
@@ -67,9 +67,9 @@ def plan_rows(config: RunConfig) -> RowPlan:
         held_out = read_headers(harvest.held_out, key="harvest.held_out")
         n_training, n_held_out = n_rows, sum(fact.n_rows for fact in held_out)
         _check_held_out(harvest, d_model, held_out[0].d_model, n_held_out)
-    if not config.data.repeat and whole_batches(config) > n_training:
+    if not source.data.repeat and whole_batches(source) > n_training:
         raise DataError(f"data.repeat=false: harvest.path={harvest.path} holds {n_training} rows to train on, and "
-                        f"tokens={config.tokens} is {whole_batches(config)} in whole batches. Lower tokens, or set "
+                        f"tokens={source.tokens} is {whole_batches(source)} in whole batches. Lower tokens, or set "
                         "data.repeat=true.")  # fmt: skip
     return RowPlan(d_model=d_model, n_training=n_training, n_held_out=n_held_out)
 
@@ -86,17 +86,17 @@ def _check_held_out(harvest: TensorsHarvestConfig, d_model: int, width: int, n_h
 class TensorStream(Stream):
     """See `Stream`; any rank can read any row, so there are no lanes to save."""
 
-    def __init__(self, config: RunConfig, *, ranks: Ranks) -> None:
-        harvest = config.harvest
+    def __init__(self, source: SourceConfig, *, ranks: Ranks) -> None:
+        harvest = source.harvest
         assert isinstance(harvest, TensorsHarvestConfig)
-        self._config, self._ranks, self._harvest = config, ranks, harvest
-        self._plan = plan_rows(config)
+        self._source, self._ranks, self._harvest = source, ranks, harvest
+        self._plan = plan_rows(source)
         self.d_model = self._plan.d_model
         self.language_model = None
-        dtype = run_dtype(config.precision)
+        dtype = run_dtype(source.precision)
         plain = TensorTable(harvest.path, key="harvest.path", dtype=dtype)
         self._table = plain
-        if config.reads_gradients:
+        if source.reads_gradients:
             self._table = TensorTable(harvest.path, key="harvest.path", dtype=dtype, gradients=True)
         if harvest.held_out is None:
             held_out, first = plain, self._plan.n_training
@@ -106,7 +106,7 @@ class TensorStream(Stream):
         self._outliers = torch.empty(0, dtype=torch.int64)
         self._n_zero = 0
         self._epochs: dict[int, Tensor] = {}
-        self._prefetch = prefetch_of(config)
+        self._prefetch = prefetch_of(source)
         self._early: dict[int, Outcome[Tensor]] = {}
         self._next_step = 0
         self._ahead = Ahead(self._find_work, is_on=self._prefetch > 0, device=ranks.device, threads=1)
@@ -146,8 +146,8 @@ class TensorStream(Stream):
         return batch_NW
 
     def _read(self, step: int) -> Tensor:
-        n_local = self._config.batch_tokens // self._ranks.size
-        first = step * self._config.batch_tokens + self._ranks.rank * n_local
+        n_local = self._source.batch_tokens // self._ranks.size
+        first = step * self._source.batch_tokens + self._ranks.rank * n_local
         index_N = self._indices(first, first + n_local)
         if self._ranks.device.type == "cpu":
             return self.scaling.normalise_rows(self._table.halves, index_N, dtype=self._table.dtype)
@@ -156,7 +156,7 @@ class TensorStream(Stream):
 
     def _find_work(self) -> Callable[[], None] | None:
         """Return the reading of the next batch that is not there, if it may be ahead and the run has it."""
-        steps = whole_batches(self._config) // self._config.batch_tokens
+        steps = whole_batches(self._source) // self._source.batch_tokens
         wanted = len(self._early) < self._prefetch and self._next_step < steps
         return partial(self._work_ahead, self._next_step) if wanted else None
 
@@ -209,7 +209,7 @@ class TensorStream(Stream):
         self.held_out.limit = scaling.limit
 
     def _draw(self, epoch: int) -> Tensor:
-        return keyed_order(self._plan.n_training, self._config.data.seed, "tensors", epoch)
+        return keyed_order(self._plan.n_training, self._source.data.seed, "tensors", epoch)
 
     def _epoch(self, epoch: int) -> Tensor:
         """Return the epoch's order of kept rows; the last two drawn are remembered."""
@@ -252,9 +252,9 @@ class TensorStream(Stream):
 
     def _check_supply(self) -> None:
         n_kept = self._plan.n_training - len(self._outliers)
-        if not self._config.data.repeat and whole_batches(self._config) > n_kept:
+        if not self._source.data.repeat and whole_batches(self._source) > n_kept:
             raise DataError(f"data.repeat=false: {n_kept} rows are left to train on without the {len(self._outliers)} "
-                            f"of outlying norm, and tokens={self._config.tokens} is {whole_batches(self._config)} in "
+                            f"of outlying norm, and tokens={self._source.tokens} is {whole_batches(self._source)} in "
                             "whole batches. Lower tokens, or set data.repeat=true.")  # fmt: skip
 
 

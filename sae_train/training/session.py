@@ -77,7 +77,7 @@ class Session:
         try:
             self._phases.meet()
             self.stream: Stream = build_stream(
-                config, ranks=ranks, dtype=dtype, phases=self._phases, corpus=facts.corpus
+                config.source, ranks=ranks, dtype=dtype, phases=self._phases, corpus=facts.corpus
             )
         except UserError:
             self._abandon()

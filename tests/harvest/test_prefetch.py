@@ -72,7 +72,7 @@ def config_of(source: Path, kind: str, prefetch: int, **values: Any) -> RunConfi
 
 def opened(config: RunConfig, ranks: Ranks | None = None) -> Any:
     with LOADING:
-        return build_stream(config, ranks=ranks or Solo(), dtype=torch.float32)
+        return build_stream(config.source, ranks=ranks or Solo(), dtype=torch.float32)
 
 
 def until_idle(stream: Stream) -> None:

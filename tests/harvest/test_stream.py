@@ -48,7 +48,7 @@ def config(model: Path, text: Path) -> RunConfig:
 def stream_of(config: RunConfig, ranks: Ranks | None = None, *, start: bool = True) -> LiveStream:
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     with LOADING:
-        stream = build_stream(config, ranks=ranks or Solo(), dtype=dtype)
+        stream = build_stream(config.source, ranks=ranks or Solo(), dtype=dtype)
     assert isinstance(stream, LiveStream)
     if start:
         stream.start()
@@ -286,13 +286,13 @@ def changed(config: RunConfig, **values: Any) -> RunConfig:
 
 def refusal(config: RunConfig, *, n_ranks: int = 1) -> str:
     with pytest.raises(UserError) as caught:
-        check_stream(config, n_ranks=n_ranks)
+        check_stream(config.source, n_ranks=n_ranks)
     assert caught.value.status == 2
     return str(caught.value)
 
 
 def test_facts(config):
-    facts = check_stream(config, n_ranks=2)
+    facts = check_stream(config.source, n_ranks=2)
     assert (facts.d_model, facts.label, facts.n_blocks) == (32, "m.residual1", 3)
     assert facts.pool_bytes == 8 * 64 * 32 * 4 + 256 * 32 * 4
     assert facts.flops_per_token > 0
@@ -304,20 +304,22 @@ def test_refusals_before_weights(config, model, text, tmp_path):
         config, n_ranks=3
     )
     assert "Nearest harvest.lanes that divide batch_tokens=64: 8 or 16." in refusal(config, n_ranks=8)
-    check_stream(changed(config, contexts_per_forward=4), n_ranks=1)
-    check_stream(changed(config, contexts_per_forward=5, pool_batches=10), n_ranks=1)
-    note = check_stream(changed(config, context_length=65, pool_batches=64), n_ranks=1).note
+    check_stream(changed(config, contexts_per_forward=4).source, n_ranks=1)
+    check_stream(changed(config, contexts_per_forward=5, pool_batches=10).source, n_ranks=1)
+    note = check_stream(changed(config, context_length=65, pool_batches=64).source, n_ranks=1).note
     assert "harvest.context_length=65 is longer than the 64 positions that llama speaks of: it runs" in note
     huge = refusal(changed(config, pool_batches=10**12))
     assert "do not fit" in huge
     fits = int(huge.split("Largest that fits: ")[1].rstrip("."))
-    check_stream(changed(config, pool_batches=fits), n_ranks=1)
+    check_stream(changed(config, pool_batches=fits).source, n_ranks=1)
     refusal(changed(config, pool_batches=fits + 10**6))
     many = {"lanes": 4096, "context_length": 8, "contexts_per_forward": 1, "pool_batches": 16}
     lanes = refusal(live_config(model, text, harvest=many, batch_tokens=4096, tokens=4096))
     assert "harvest.lanes=4096: lane" in lanes
     fewer = int(lanes.split("largest that works is harvest.lanes=")[1].split(";")[0])
-    check_stream(live_config(model, text, harvest=many | {"lanes": fewer}, batch_tokens=4096, tokens=4096), n_ranks=1)
+    check_stream(
+        live_config(model, text, harvest=many | {"lanes": fewer}, batch_tokens=4096, tokens=4096).source, n_ranks=1
+    )
     refusal(live_config(model, text, harvest=many | {"lanes": 2 * fewer}, batch_tokens=4096, tokens=4096))
     several = refusal(live_config(tmp_path / "none", tmp_path / "gone.txt"), n_ranks=3)
     assert len(several.splitlines()) == 3

@@ -42,7 +42,7 @@ def write(folder: Path, *parts: Tensor, name: str = "activations") -> Path:
 
 def stream_of(config: RunConfig, *, ranks: Ranks | None = None) -> TensorStream:
     dtype = torch.float64 if config.precision == "float64" else torch.float32
-    stream = build_stream(config, ranks=ranks or Solo(), dtype=dtype)
+    stream = build_stream(config.source, ranks=ranks or Solo(), dtype=dtype)
     assert isinstance(stream, TensorStream)
     return stream
 
@@ -243,13 +243,13 @@ def test_state_restores_without_a_scan(tmp_path, monkeypatch):
 
 def refusal(config: RunConfig, *, n_ranks: int = 1) -> str:
     with pytest.raises(UserError) as caught:
-        check_stream(config, n_ranks=n_ranks)
+        check_stream(config.source, n_ranks=n_ranks)
     assert caught.value.status == 2
     return str(caught.value)
 
 
 def test_facts_come_from_headers(tmp_path):
-    facts = check_stream(tensors_config(write(tmp_path / "t", rows_of(6000))), n_ranks=2)
+    facts = check_stream(tensors_config(write(tmp_path / "t", rows_of(6000))).source, n_ranks=2)
     assert (facts.d_model, facts.label, facts.pool_bytes, facts.flops_per_token) == (D, "tensors", 0, 0)
 
 
@@ -315,7 +315,7 @@ def test_without_repeat_outliers_count(tmp_path):
     whole = rows_of(6000)
     whole[:70] *= 1000
     config = tensors_config(write(tmp_path / "t", whole), repeat=False, tokens=5632 + 64)
-    check_stream(config, n_ranks=1)
+    check_stream(config.source, n_ranks=1)
     with pytest.raises(UserError, match=r"5630 rows are left to train on without the 70 of outlying norm"):
         started(config)
 
@@ -336,14 +336,14 @@ def test_rows_that_are_all_zero_are_counted_and_said(tmp_path):
     rows = torch.randn(8000, 8, generator=torch.Generator().manual_seed(0))
     rows[::3] = 0
     save_file({"activations": rows}, tmp_path / "a.safetensors")
-    stream = build_stream(tensors_config(tmp_path), ranks=Solo(), dtype=torch.float32)
+    stream = build_stream(tensors_config(tmp_path).source, ranks=Solo(), dtype=torch.float32)
     stream.start()
     n_training = 8000 - 400
     n_zero = int((rows[:n_training] == 0).all(dim=1).sum())
     assert stream.data_figures() == {"rows": n_training, "zero_rows": n_zero, "outliers": 0}
     (line,) = stream.notices()
     assert f"{n_zero:,} of {n_training:,} rows to train on (33.3%) are all zero" in line
-    resumed = build_stream(tensors_config(tmp_path), ranks=Solo(), dtype=torch.float32)
+    resumed = build_stream(tensors_config(tmp_path).source, ranks=Solo(), dtype=torch.float32)
     resumed.restore(stream.replicated_state(), lambda lane: {})
     assert resumed.data_figures() == stream.data_figures()
     together = on_ranks(2, lambda ranks: figures_of(tensors_config(tmp_path), ranks))
@@ -354,13 +354,13 @@ def test_a_few_rows_of_zeros_are_counted_and_not_said(tmp_path):
     rows = torch.randn(8000, 8, generator=torch.Generator().manual_seed(0))
     rows[::500] = 0
     save_file({"activations": rows}, tmp_path / "a.safetensors")
-    stream = build_stream(tensors_config(tmp_path), ranks=Solo(), dtype=torch.float32)
+    stream = build_stream(tensors_config(tmp_path).source, ranks=Solo(), dtype=torch.float32)
     stream.start()
     assert stream.data_figures()["zero_rows"] == 16
     assert stream.notices() == []
 
 
 def figures_of(config, ranks):
-    stream = build_stream(config, ranks=ranks, dtype=torch.float32)
+    stream = build_stream(config.source, ranks=ranks, dtype=torch.float32)
     stream.start()
     return stream.data_figures()

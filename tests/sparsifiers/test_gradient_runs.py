@@ -50,7 +50,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
 def stream_of(config: RunConfig, ranks: Ranks | None = None, *, start: bool = True) -> Stream:
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     with LOADING:
-        stream = build_stream(config, ranks=ranks or Solo(), dtype=dtype)
+        stream = build_stream(config.source, ranks=ranks or Solo(), dtype=dtype)
     if start:
         stream.start()
     return stream
@@ -126,16 +126,16 @@ def test_pools_with_gradients_are_restored_bit_for_bit(live: Callable[..., RunCo
 
 
 def test_pools_take_twice_the_room(live: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, doubled = (check_stream(live(sparsifier=name), n_ranks=1) for name in ("topk", "gradient"))
+    plain, doubled = (check_stream(live(sparsifier=name).source, n_ranks=1) for name in ("topk", "gradient"))
     assert (doubled.d_model, doubled.pool_bytes) == (plain.d_model, 2 * plain.pool_bytes)
     plans = [make_plan(live(sparsifier=name), facts, n_ranks=1)
              for name, facts in (("topk", plain), ("gradient", doubled))]  # fmt: skip
     assert plans[1].checkpoint_bytes - plans[0].checkpoint_bytes == plain.pool_bytes
     assert plans[1].flops > 2 * plans[0].flops
     monkeypatch.setattr("sae_train.harvest.live_checks._host_memory", lambda: int(plain.pool_bytes * 1.5 / 0.8))
-    check_stream(live(sparsifier="topk"), n_ranks=1)
+    check_stream(live(sparsifier="topk").source, n_ranks=1)
     with pytest.raises(UserError, match=r"harvest.pool_batches=8: pools of .* Largest that fits: 5"):
-        check_stream(live(), n_ranks=1)
+        check_stream(live().source, n_ranks=1)
 
 
 def test_memory_has_room_for_slopes_or_logits(live: Callable[..., RunConfig]) -> None:
@@ -144,7 +144,7 @@ def test_memory_has_room_for_slopes_or_logits(live: Callable[..., RunConfig]) ->
     def memory(sparsifier: str, n_features: int, contexts: int = 2) -> int:
         harvest = {"contexts_per_forward": contexts}
         config = live(sparsifier=sparsifier, n_features=n_features, harvest=harvest)
-        facts = check_stream(config, n_ranks=1)
+        facts = check_stream(config.source, n_ranks=1)
         plan = make_plan(config, facts, n_ranks=1)
         return plan.memory_bytes - 4 * 4 * plan.parameters - facts.pool_bytes
 
@@ -195,7 +195,7 @@ def at(n: int, row: int, value: float) -> Tensor:
 
 
 def begun(config: RunConfig) -> Stream:
-    check_stream(config, n_ranks=1)
+    check_stream(config.source, n_ranks=1)
     return stream_of(config)
 
 

@@ -96,10 +96,10 @@ def config_of(
 
 def build(config: RunConfig, ranks: Ranks, *, start: bool = True) -> Trainer:
     """Return the trainer that a run on these ranks would have."""
-    facts = check_stream(config, n_ranks=ranks.size)
+    facts = check_stream(config.source, n_ranks=ranks.size)
     plan = make_plan(config, facts, n_ranks=ranks.size)
     dtype = torch.float64 if config.precision == "float64" else torch.float32
-    stream = build_stream(config, ranks=ranks, dtype=dtype)
+    stream = build_stream(config.source, ranks=ranks, dtype=dtype)
     if start:
         stream.start()
     return Trainer(config, plan, stream=stream, precision=config.precision, ranks=ranks)

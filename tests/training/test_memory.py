@@ -91,7 +91,7 @@ def test_what_cannot_fit_is_refused_with_the_largest_tensors_and_what_shrinks_th
     config = world.config_of(rows, [], precision="float32", n_features=10_000_000)
     config = replace(config, batch_tokens=2000, tokens=10**8)
     with pytest.raises(ConfigError) as caught:
-        make_plan(config, check_stream(config, n_ranks=1), n_ranks=1)
+        make_plan(config, check_stream(config.source, n_ranks=1), n_ranks=1)
     said = str(caught.value)
     assert all(part in said for part in (*NAMES, *KNOBS))
     assert said.index(NAMES[1]) < said.index(NAMES[0])  # the larger first
