@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+HELD_OUT_BLOCK = 256
+"""Rows of files that are held out together."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -74,6 +77,16 @@ class HarvestConfig:
     """Batches harvested beside the step, ahead of it, rounded up to whole forward passes of each lane; 0: none; null:
     on a GPU 2 from files and half of pool_batches from a model (not measured yet), none on a CPU (takes its cores)."""
 
+    @property
+    def runs_model(self) -> bool:
+        """Whether activations come from a language model that runs while training."""
+        return False
+
+    @property
+    def held_out_unit(self) -> int:
+        """Tokens that are held out together."""
+        return HELD_OUT_BLOCK
+
     def problems(self) -> list[str]:
         found = []
         if self.calibration_tokens < 1:
@@ -96,6 +109,14 @@ class LiveHarvestConfig(HarvestConfig):
     """Contexts of one lane that pass the language model together. Default: 8, or as many as fit twice into its pool."""
     pool_batches: int | None
     """Size of the shuffling pool, in batches. Default: 64, or what two forward passes of each lane take."""
+
+    @property
+    def runs_model(self) -> bool:
+        return True
+
+    @property
+    def held_out_unit(self) -> int:
+        return self.context_length
 
     def problems(self) -> list[str]:
         found = HarvestConfig.problems(self)

@@ -4,7 +4,7 @@
 of any module. Facts come from running the architecture on tensors without storage, so no weight is ever read.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -48,7 +48,11 @@ class SiteFacts:
     whole_flops_per_token: int
     """Operations of the weight products of a whole forward pass, for one token; all experts count."""
     note: str | None
-    """What the plan says beside these facts: that the architecture could not be run without storage, say."""
+    """A line of the plan about the model, for example that the architecture could not be run without storage."""
+    settings: Any = field(repr=False, compare=False)
+    """The model's Hugging Face configuration."""
+    is_quantised: bool
+    """Whether the checkpoint's weights are quantised."""
 
 
 def site_facts(source: SourceConfig) -> SiteFacts:
@@ -59,7 +63,7 @@ def site_facts(source: SourceConfig) -> SiteFacts:
         DataError: the model cannot be found, built or run, or needs a library that is not installed.
     """
     settings = read_model_config(source.model)
-    check_quantised(source.model, settings)
+    is_quantised = check_quantised(source.model, settings)
     model = without_weights(source.model, settings)
     blocks = blocks_name(model, settings)
     module, side, index, label = _find(source, model, settings, blocks=blocks)
@@ -83,6 +87,8 @@ def site_facts(source: SourceConfig) -> SiteFacts:
         revision=getattr(settings, "_commit_hash", None),
         whole_flops_per_token=2 * sum(map(_product_weights, model.modules())),
         note=found.note,
+        settings=settings,
+        is_quantised=is_quantised,
     )
 
 

@@ -8,12 +8,12 @@ import torch
 
 from sae_train.config import (
     LaneSizes,
-    LiveHarvestConfig,
     NoAuxLossConfig,
     RunConfig,
     TopKConfig,
     ZipfBudgetConfig,
 )
+from sae_train.config.lanes import FORWARDS_A_POOL
 from sae_train.errors import ConfigError, raise_all
 from sae_train.evaluation.language_model_loss import PASSES_OF_A_BATCH
 from sae_train.harvest.build import StreamFacts
@@ -156,7 +156,7 @@ def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
         flops=total * (facts.flops_per_token + _sae_flops(config, facts.d_model, n_features)),
         held_out=_held_out_cost(config, facts, n_features=n_features, total=total),
     )
-    _check_memory(plan)
+    _check_memory(plan, config, facts)
     return plan
 
 
@@ -275,8 +275,7 @@ def _sae_flops(config: RunConfig, d_model: int, n_features: int) -> float:
 def _held_out_cost(config: RunConfig, facts: StreamFacts, *, n_features: int, total: int) -> HeldOutCost:
     """Return the estimated cost of thresholds and evaluations."""
     tokens, encodes = config.held_out_tokens, 2 * facts.d_model * n_features
-    has_model = isinstance(config.harvest, LiveHarvestConfig)
-    passes = (PASSES_OF_A_BATCH if facts.whole_flops_per_token else 1) if has_model else 0
+    passes = (PASSES_OF_A_BATCH if facts.whole_flops_per_token else 1) if config.harvest.runs_model else 0
     whole = facts.whole_flops_per_token
     before_site = min(facts.flops_per_token, whole or facts.flops_per_token)  # with gradients the first has more in it
     evaluation = passes * whole or before_site
@@ -299,7 +298,7 @@ def _holdings(
         step, logits = (step, 0) if step >= logits else (0, logits)
     name = f"[{n_features}, {facts.d_model}]"
     copied = (3 * element * parameters + facts.pool_bytes) // n_ranks
-    copied = copied if config.checkpoint.beside and not torch.cuda.is_available() else 0  # a GPU's are the host's
+    copied = copied if _copies_in_host_memory(config) else 0
     rounds = config.precision == "bf16" or (config.precision == "auto" and _has_bf16())
     return (
         Holding(f"weights, gradients and two moments, 8 of {name}", 4 * element * parameters // columns,
@@ -318,16 +317,38 @@ def _holdings(
     )  # fmt: skip
 
 
+def _copies_in_host_memory(config: RunConfig) -> bool:
+    """Return whether a checkpoint's copy takes this rank's memory. A GPU's state is copied to the host's memory."""
+    return bool(config.checkpoint.beside) and not torch.cuda.is_available()
+
+
 def _has_bf16() -> bool:
     return torch.cuda.is_available() and backend.has_bf16(torch.device("cuda"))
 
 
-def _check_memory(plan: Plan) -> None:
-    """Refuse what cannot fit in this rank's memory."""
+def _check_memory(plan: Plan, config: RunConfig, facts: StreamFacts) -> None:
+    """Refuse a plan that cannot fit in this rank's memory, and name the largest pools that would fit."""
     available = available_bytes()
-    if plan.memory_bytes > available:
-        raise ConfigError(
-            f"n_features={plan.n_features}, batch_tokens={plan.batch_tokens}: needs about "
-            f"{gigabytes(plan.memory_bytes)} a rank, and there are {gigabytes(available)} for each. "
-            f"{largest(plan.holdings)}"
-        )
+    if plan.memory_bytes <= available:
+        return
+    given, way_out = f"n_features={plan.n_features}, batch_tokens={plan.batch_tokens}", ""
+    fits = _largest_pool(plan, config, facts, too_much=plan.memory_bytes - available)
+    if fits is not None and facts.sizes is not None:
+        pool_bytes = gigabytes(facts.pool_bytes // plan.n_ranks)
+        given = f"harvest.pool_batches={facts.sizes.pool_batches}: with pools of {pool_bytes} this run"
+        way_out = f"Largest that fits: {fits}. "
+    raise ConfigError(
+        f"{given}{'' if way_out else ':'} needs about {gigabytes(plan.memory_bytes)} a rank, and there are "
+        f"{gigabytes(available)} for each. {way_out}{largest(plan.holdings)}"
+    )
+
+
+def _largest_pool(plan: Plan, config: RunConfig, facts: StreamFacts, *, too_much: int) -> int | None:
+    """Return the largest harvest.pool_batches that saves `too_much` bytes a rank, or None where no pool is so small."""
+    sizes = facts.sizes
+    if sizes is None:
+        return None
+    copies = 2 if _copies_in_host_memory(config) else 1
+    fits = sizes.pool_batches + (-too_much * plan.n_ranks) // (copies * facts.pool_batch_bytes)
+    least = max(2, -(-FORWARDS_A_POOL * sizes.forward_tokens // sizes.share))
+    return fits if fits >= least else None

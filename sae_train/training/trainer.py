@@ -10,6 +10,7 @@ from torch import Tensor
 from sae_train import kernels
 from sae_train.config import RunConfig
 from sae_train.errors import StoppedByNumbers
+from sae_train.harvest.batch import Batch
 from sae_train.harvest.build import Stream
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code
@@ -116,9 +117,9 @@ class Trainer:
             before = self.tokens
             self._clock.start(self.plan.batch_tokens)
             events.fill()
-            own_NW = self.stream.batch(self.n_done)
+            batch = self.stream.batch(self.n_done)
             self._clock.harvested()
-            self.step(own_NW)
+            self.step(batch)
             self._clock.stop()
             events.advance(self.plan.batch_tokens)
             last = self.n_done == self.plan.steps
@@ -130,14 +131,14 @@ class Trainer:
                 self.halt.check(self.ranks, site=self.plan.label)
                 events.checkpoint()
 
-    def step(self, own_NW: Tensor) -> None:
-        """Learn from one batch, of which this rank harvested `own_NW`: activations, and gradients where they are read.
+    def step(self, own: Batch) -> None:
+        """Learn from one batch, of which this rank harvested the rows `own`.
 
         Nothing is read back to the host, but for the number of pairs that matter to a penalised sparsifier, and for
         what Feature Choice works out where its phases change.
         """
         moment, dictionary, ranks = self.moment(), self.dictionary, self.ranks
-        own_ND, own_gradient_ND = self._split(own_NW)
+        own_ND, own_gradient_ND = own.x_ND, own.gradient_ND
         x_ND = ranks.features.gather(own_ND).flatten(0, 1)
         self.sparsifier.prepare(dictionary, halted=self.halt.flag)
         pre_NF = self._pre_activations(x_ND)
@@ -159,12 +160,12 @@ class Trainer:
         lost = self._learning_rate(self.tokens, decays=False) - moment.learning_rate
         self.sparsifier.revive(dictionary, firing=self.firing, lost_rate=lost, halted=self.halt.flag)
         first = ranks.features.rank * len(own_ND)
-        own = slice(first, first + len(own_ND))
+        mine = slice(first, first + len(own_ND))
         self.totals.add(
             sum_D=sum_D,
             norm_N=norm_N,
-            missed_N=missed.norm[own],
-            l0_N=ranks.features.sum(code.l0())[own].long(),
+            missed_N=missed.norm[mine],
+            l0_N=ranks.features.sum(code.l0())[mine].long(),
             code=code,
             loss=loss / ranks.features.size,
             aux=None if aux is None else aux / ranks.features.size,
@@ -179,13 +180,6 @@ class Trainer:
             self._pre_NF = x_ND.new_empty(len(x_ND), self.dictionary.n_features, dtype=dtype)
         find = self.dictionary.screened if self.is_screened else self.dictionary.pre_activations
         return find(x_ND, out=self._pre_NF)
-
-    def _split(self, own_NW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the activations, and the gradients where the stream brings them."""
-        if not self.config.reads_gradients:
-            return own_NW, None
-        own_ND, gradient_ND = own_NW.split(self.plan.d_model, dim=1)
-        return own_ND.contiguous(), gradient_ND.contiguous()
 
     def _reconstruct(self, x_ND: Tensor, code: Code) -> tuple[kernels.Missed, Tensor]:
         """Return what the reconstruction from all features misses, and the loss."""

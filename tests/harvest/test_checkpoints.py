@@ -329,7 +329,7 @@ def test_a_message_about_numbers_names_what_is_to_blame(copy, tmp_path, dtype, v
     weights = load_file(copy / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"].fill_(value)
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    stream = build_stream(planned_config(copy, dtype=dtype).source, ranks=Solo(CPU), dtype=torch.float32)
+    stream = build_stream(planned_config(copy, dtype=dtype).source, ranks=Solo(CPU))
     with pytest.raises(UserError) as caught:
         stream.start()
     assert said in str(caught.value)

@@ -57,7 +57,7 @@ def test_it_is_the_gradient_of_the_summed_loss_at_the_site(models: dict[str, Pat
     language_model = LanguageModel(config.source, device=CPU)
     language_model.model.double()
     plain = language_model.activations(IDS_BT)
-    site_BTD, gradient_BTD = language_model.activations_and_gradients(IDS_BT).chunk(2, dim=-1)
+    site_BTD, gradient_BTD = language_model.activations_and_gradients(IDS_BT)
     assert torch.equal(site_BTD, plain)
     leaf = plain.clone().requires_grad_()
     (expected,) = torch.autograd.grad(loss_of(language_model, leaf * 1), leaf)
@@ -69,7 +69,7 @@ def test_it_is_what_finite_differences_say(models: dict[str, Path]) -> None:
     """One entry, in float64, of a model whose norms do not round to fp32 on the way."""
     language_model = LanguageModel(live_config(models["gpt2"], attention="eager").source, device=CPU)
     language_model.model.double()
-    site_BTD, gradient_BTD = language_model.activations_and_gradients(IDS_BT).chunk(2, dim=-1)
+    site_BTD, gradient_BTD = language_model.activations_and_gradients(IDS_BT)
     step = torch.zeros_like(site_BTD)
     step[1, 3, 5] = 1e-5
     with torch.no_grad():
@@ -87,11 +87,11 @@ def test_only_what_follows_the_site_is_kept_and_weights_get_nothing(models: dict
         return block.input_layernorm.register_forward_hook(lambda _m, _a, out: seen.update({index: out.requires_grad}))
 
     handles = [note(index) for index in range(3)]
-    rows = language_model.activations_and_gradients(IDS_BT)
+    _, gradient_BTD = language_model.activations_and_gradients(IDS_BT)
     for handle in handles:
         handle.remove()
     assert seen == {0: False, 1: False, 2: True}
-    assert not rows.requires_grad
+    assert not gradient_BTD.requires_grad
     assert all(
         parameter.grad is None and not parameter.requires_grad for parameter in language_model.model.parameters()
     )
@@ -101,9 +101,10 @@ def test_a_gradient_belongs_to_the_later_tokens_of_its_context(models: dict[str,
     """No context hears of another, however many go together; the last position predicts nothing."""
     language_model = LanguageModel(live_config(models["gpt2"]).source, device=CPU)
     both = language_model.activations_and_gradients(IDS_BT)
-    alone = torch.cat([language_model.activations_and_gradients(ids) for ids in IDS_BT.split(1)])
-    assert torch.allclose(both, alone, rtol=1e-4, atol=1e-5)
-    gradient_BTD = both[..., language_model.facts.d_model :]
+    alone = [language_model.activations_and_gradients(ids) for ids in IDS_BT.split(1)]
+    for here, parts in zip(both, zip(*alone, strict=True), strict=True):
+        assert torch.allclose(here, torch.cat(parts), rtol=1e-4, atol=1e-5)
+    gradient_BTD = both[1]
     assert not gradient_BTD[:, -1].any()
     assert gradient_BTD[:, :-1].any(dim=-1).all()
 
@@ -118,9 +119,9 @@ def test_a_site_that_the_loss_does_not_depend_on_is_refused(models: dict[str, Pa
 def test_where_a_module_sees_all_tokens_in_one_row(models: dict[str, Path]) -> None:
     layer = schema.ModuleLayerConfig(kind="module", path="model.decoder.layers.1.fc1", side="output")
     language_model = LanguageModel(live_config(models["opt"], layer=layer).source, device=CPU)
-    rows = language_model.activations_and_gradients(IDS_BT)
-    assert rows.shape == (2, 9, 96)
-    assert torch.equal(rows[..., :48], language_model.activations(IDS_BT))
+    site_BTD, gradient_BTD = language_model.activations_and_gradients(IDS_BT)
+    assert site_BTD.shape == gradient_BTD.shape == (2, 9, 48)
+    assert torch.equal(site_BTD, language_model.activations(IDS_BT))
 
 
 def test_the_way_to_the_loss_and_back_is_counted(models: dict[str, Path]) -> None:

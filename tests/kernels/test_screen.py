@@ -387,7 +387,7 @@ def test_a_run_is_the_same_but_for_the_order_of_sums(
         config = world.config_of(rows, said, precision=precision, steps=40, n_features=1536)
         trainer = world.build(config, Solo())
         assert trainer.is_screened == is_screened
-        first = trainer.stream.batch(0)
+        first = trainer.stream.batch(0).x_ND
         code, _ = trainer.sparsifier.encode(
             trainer.dictionary, first, trainer._pre_activations(first),
             moment=trainer.moment(), firing=trainer.firing, ranks=Solo(),

@@ -58,7 +58,7 @@ def told_after(n: int) -> Phases:
 
 
 def opened(config: RunConfig) -> LiveStream:
-    stream = build_stream(config.source, ranks=Solo(), dtype=torch.float32)
+    stream = build_stream(config.source, ranks=Solo())
     assert isinstance(stream, LiveStream)
     return stream
 
@@ -164,7 +164,7 @@ def test_bars_end_where_their_phase_ends(model: Path, text: Path) -> None:
         return bars[-1]
 
     phases = Phases(show=show)
-    stream = build_stream(live_config(model, text).source, ranks=Solo(), dtype=torch.float32, phases=phases)
+    stream = build_stream(live_config(model, text).source, ranks=Solo(), phases=phases)
     stream.start(phases)
     lm = stream.language_model
     sae, _ = calibrated(CASES["one threshold"], Solo())

@@ -46,7 +46,7 @@ def learn(trainer: Trainer, steps: int) -> None:
 
 def encoded(trainer: Trainer) -> tuple[Tensor, Code, Tensor]:
     """Return the next batch, its code and the penalty, without a step."""
-    x = trainer.stream.batch(trainer.n_done)
+    x = trainer.stream.batch(trainer.n_done).x_ND
     pre = trainer.dictionary.pre_activations(x)
     code, penalty = trainer.sparsifier.encode(
         trainer.dictionary, x, pre, moment=trainer.moment(), firing=trainer.firing, ranks=Solo()
@@ -65,7 +65,7 @@ def watch(trainer: Trainer) -> list[Tensor]:
     observe = trainer.sparsifier.observe
 
     def watched(*parts: Any, **rest: Any) -> None:
-        seen.append(slow_sums(trainer, trainer.stream.batch(trainer.n_done)))
+        seen.append(slow_sums(trainer, trainer.stream.batch(trainer.n_done).x_ND))
         observe(*parts, **rest)
 
     trainer.sparsifier.observe = watched

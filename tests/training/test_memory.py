@@ -40,10 +40,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def peak_bytes(trainer: Trainer) -> int:
     """Return how many bytes the next step holds at most beside what is there before it."""
-    x_NW = trainer.stream.batch(trainer.n_done)
+    batch = trainer.stream.batch(trainer.n_done)
     trainer._pre_NF = None  # kept from the step before; made anew, it counts
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        trainer.step(x_NW)
+        trainer.step(batch)
     results = profile.kineto_results
     assert results is not None
     events = [event for event in results.events() if event.name() == "[memory]"]
