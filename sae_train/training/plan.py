@@ -13,7 +13,6 @@ from sae_train.config import (
     TopKConfig,
     ZipfBudgetConfig,
 )
-from sae_train.config.lanes import FORWARDS_A_POOL
 from sae_train.errors import ConfigError, raise_all
 from sae_train.evaluation.language_model_loss import PASSES_OF_A_BATCH
 from sae_train.harvest.build import StreamFacts
@@ -21,7 +20,7 @@ from sae_train.kernels import backend
 from sae_train.ranks.layout import feature_columns
 from sae_train.sae.zipf_budget import law_of
 from sae_train.sparsifiers.topk import MULTIPLE
-from sae_train.training.memory import Holding, available_bytes, gigabytes, largest
+from sae_train.training.memory import Holding, available_bytes, gigabytes, largest, largest_pool
 from sae_train.training.schedule import DECAY_SHARE, WARMUP_SHARE, peak_learning_rate
 
 LARGEST_DEAD_WINDOW = 10_000_000
@@ -328,27 +327,18 @@ def _has_bf16() -> bool:
 
 def _check_memory(plan: Plan, config: RunConfig, facts: StreamFacts) -> None:
     """Refuse a plan that cannot fit in this rank's memory, and name the largest pools that would fit."""
-    available = available_bytes()
+    available, sizes = available_bytes(), facts.sizes
     if plan.memory_bytes <= available:
         return
-    given, way_out = f"n_features={plan.n_features}, batch_tokens={plan.batch_tokens}", ""
-    fits = _largest_pool(plan, config, facts, too_much=plan.memory_bytes - available)
-    if fits is not None and facts.sizes is not None:
-        pool_bytes = gigabytes(facts.pool_bytes // plan.n_ranks)
-        given = f"harvest.pool_batches={facts.sizes.pool_batches}: with pools of {pool_bytes} this run"
+    given, way_out = f"n_features={plan.n_features}, batch_tokens={plan.batch_tokens}:", ""
+    copies = 2 if _copies_in_host_memory(config) else 1
+    batch_bytes = copies * facts.pool_batch_bytes // plan.n_ranks
+    fits = sizes and largest_pool(sizes, batch_bytes=batch_bytes, too_much=plan.memory_bytes - available)
+    if sizes and fits:
+        pools = gigabytes(facts.pool_bytes // plan.n_ranks)
+        given = f"harvest.pool_batches={sizes.pool_batches}: with pools of {pools} this"
         way_out = f"Largest that fits: {fits}. "
     raise ConfigError(
-        f"{given}{'' if way_out else ':'} needs about {gigabytes(plan.memory_bytes)} a rank, and there are "
-        f"{gigabytes(available)} for each. {way_out}{largest(plan.holdings)}"
+        f"{given} needs about {gigabytes(plan.memory_bytes)} a rank, and there are {gigabytes(available)} for each. "
+        f"{way_out}{largest(plan.holdings)}"
     )
-
-
-def _largest_pool(plan: Plan, config: RunConfig, facts: StreamFacts, *, too_much: int) -> int | None:
-    """Return the largest harvest.pool_batches that saves `too_much` bytes a rank, or None where no pool is so small."""
-    sizes = facts.sizes
-    if sizes is None:
-        return None
-    copies = 2 if _copies_in_host_memory(config) else 1
-    fits = sizes.pool_batches + (-too_much * plan.n_ranks) // (copies * facts.pool_batch_bytes)
-    least = max(2, -(-FORWARDS_A_POOL * sizes.forward_tokens // sizes.share))
-    return fits if fits >= least else None
