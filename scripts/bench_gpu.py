@@ -71,7 +71,7 @@ def main() -> None:
         parser.error("torch sees no CUDA GPU here; on a CPU use bench_step.py and bench_peers.py")
     if (args.train is None) != (args.work is None):
         parser.error("--train and --work: give both, for the peers, or neither")
-    tests = ["tests/test_triton.py", "tests/test_selection.py"]
+    tests = ["tests/kernels/test_triton.py", "tests/kernels/test_selection.py"]
     tested = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "0", *tests], cwd=ROOT)
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}; tests ended with {tested.returncode}", flush=True

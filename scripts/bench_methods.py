@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae_train.compose import compose_config
-from sae_train.harvest.stream import build_stream, check_stream
-from sae_train.ranks import Solo
+from sae_train.cli.compose import compose_config
+from sae_train.harvest.build import build_stream, check_stream
+from sae_train.ranks.interface import Solo
 from sae_train.sae.code import DenseCode
 from sae_train.training.plan import make_plan
 from sae_train.training.provenance import resolve_precision

@@ -17,10 +17,10 @@ from quality_score import BLOCK
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_train.compose import compose_config
-from sae_train.harvest.source import Stream
-from sae_train.harvest.stream import build_stream
-from sae_train.ranks import Solo
+from sae_train.cli.compose import compose_config
+from sae_train.harvest.build import build_stream
+from sae_train.harvest.stream import Stream
+from sae_train.ranks.interface import Solo
 
 HELD_OUT = 20_000
 """Rows of each half, at most."""

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from test_resume import checkpoints, launch, rows, weights, workers
+from tools.processes import checkpoints, launch, rows, weights, workers
 
 Process = subprocess.Popen[str]
 

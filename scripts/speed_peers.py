@@ -66,9 +66,9 @@ def device() -> str:
 
 def ours(args: argparse.Namespace, batches: OnDemand) -> None:
     """sae-train's step on its own reader of files; rows of metrics and checkpoints come between steps."""
-    from sae_train.compose import compose_config
-    from sae_train.harvest.stream import build_stream, check_stream
-    from sae_train.ranks import Solo
+    from sae_train.cli.compose import compose_config
+    from sae_train.harvest.build import build_stream, check_stream
+    from sae_train.ranks.interface import Solo
     from sae_train.training.plan import make_plan
     from sae_train.training.provenance import resolve_precision
     from sae_train.training.trainer import Trainer

@@ -13,7 +13,7 @@ from synthetic_dictionary import recovery
 from torch import Tensor
 
 import sae_train
-from sae_train.sae.allocation import default_shift, zipf_mass
+from sae_train.sae.zipf_budget import default_shift, zipf_mass
 
 CHUNK = 4096
 QUANTILES = 64

@@ -6,9 +6,7 @@ They are never changed after loading. `null` means: the rule named in the field'
 
 from sae_train.config.budget import BudgetConfig, PooledBudgetConfig, UniformBudgetConfig, ZipfBudgetConfig
 from sae_train.config.dictionary import MatryoshkaConfig, NestingConfig, ParametrisationConfig
-from sae_train.config.lanes import LaneSizes
-from sae_train.config.run import RunConfig, as_dict, identity, identity_digest
-from sae_train.config.source import (
+from sae_train.config.harvest import (
     BlockLayerConfig,
     DataConfig,
     HarvestConfig,
@@ -18,6 +16,10 @@ from sae_train.config.source import (
     ModuleLayerConfig,
     TensorsHarvestConfig,
 )
+from sae_train.config.lanes import LaneSizes
+from sae_train.config.run import RunConfig, as_dict, identity, identity_digest
+from sae_train.config.sae import SaeConfig
+from sae_train.config.source import SourceConfig
 from sae_train.config.sparsifiers import (
     AllocatorConfig,
     FeatureChoiceConfig,
@@ -77,6 +79,8 @@ __all__ = [
     "PooledBudgetConfig",
     "ReLUConfig",
     "RunConfig",
+    "SaeConfig",
+    "SourceConfig",
     "SparsifierConfig",
     "TemporalMaskConfig",
     "TensorsHarvestConfig",

@@ -5,7 +5,7 @@ What is left open follows from `batch_tokens`, `context_length` and what is type
 
 from dataclasses import dataclass
 
-from sae_train.config.source import LiveHarvestConfig
+from sae_train.config.harvest import LiveHarvestConfig
 
 MOST_LANES = 64
 USUAL_CONTEXTS = 8

@@ -9,9 +9,7 @@ from typing import Any
 
 from sae_train.config.budget import BudgetConfig, PooledBudgetConfig
 from sae_train.config.dictionary import NestingConfig, ParametrisationConfig
-from sae_train.config.lanes import LaneSizes, lane_problems, lane_sizes
-from sae_train.config.naming import name_problem
-from sae_train.config.source import (
+from sae_train.config.harvest import (
     DataConfig,
     HarvestConfig,
     LayerConfig,
@@ -19,6 +17,10 @@ from sae_train.config.source import (
     ModelConfig,
     TensorsHarvestConfig,
 )
+from sae_train.config.lanes import LaneSizes, lane_problems
+from sae_train.config.naming import name_problem
+from sae_train.config.sae import SaeConfig
+from sae_train.config.source import SourceConfig
 from sae_train.config.sparsifiers import (
     FeatureChoiceConfig,
     GatedConfig,
@@ -47,17 +49,6 @@ PRECISIONS = ("auto", "bf16", "float32", "float64")
 
 LARGEST_NUMBER = 10**15
 """Of tokens and the like: far above any run, far below what 64 bits hold."""
-
-
-MOST_HELD_OUT_TOKENS = 50_000
-TOKENS_PER_HELD_OUT = 16
-"""Tokens of training for each held-out token of a half, where `evaluation_tokens` is null."""
-HELD_OUT_BLOCK = 256
-"""Rows of files that are held out together."""
-
-
-USUAL_K = 32.0
-"""What rules in k assume where there is none."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -176,36 +167,39 @@ class RunConfig:
         return found + self._budget_problems() + self._fractional_problems()
 
     @property
+    def source(self) -> SourceConfig:
+        """The settings that decide the stream of activations."""
+        return SourceConfig(**_values(self, SourceConfig), reads_gradients=self.reads_gradients)
+
+    @property
+    def sae(self) -> SaeConfig:
+        """The settings that belong to the SAE."""
+        return SaeConfig(**_values(self, SaeConfig))
+
+    @property
     def held_out_tokens(self) -> int:
-        """`evaluation_tokens`, or what the rule gives where it is null."""
-        if self.evaluation_tokens is not None:
-            return self.evaluation_tokens
-        unit = self.harvest.context_length if isinstance(self.harvest, LiveHarvestConfig) else HELD_OUT_BLOCK
-        return max(2 * unit, min(MOST_HELD_OUT_TOKENS, self.tokens // TOKENS_PER_HELD_OUT))
+        """`evaluation_tokens`, or the number that the rule gives where it is null."""
+        return self.source.held_out_tokens
 
     @property
     def usual_k(self) -> float:
-        """k, or what rules that need one assume where a coefficient takes its place."""
-        return USUAL_K if self.k is None else self.k
+        """`k`, or 32 where a coefficient takes its place."""
+        return self.sae.usual_k
 
     @property
     def lane_sizes(self) -> LaneSizes:
-        """The numbers of a live harvest, those that are null decided."""
-        assert isinstance(self.harvest, LiveHarvestConfig)
-        return lane_sizes(self.harvest, batch_tokens=self.batch_tokens)
+        """The numbers of a live harvest, with those that are null decided."""
+        return self.source.lane_sizes
 
     @property
     def reads_gradients(self) -> bool:
-        """Whether the gradient of the language model's loss goes with every activation."""
+        """Whether the gradient of the language model's loss comes with every activation."""
         return isinstance(self.sparsifier, GradientConfig) and self.sparsifier.beta > 0
 
     @property
     def sparsity(self) -> str:
-        """How sparse the codes are to be, as it was told: 'k 32' or 'coefficient 0.001'."""
-        if self.k is not None:
-            return f"k {self.k:g}"
-        assert isinstance(self.sparsifier, PenalisedConfig)
-        return f"coefficient {self.sparsifier.coefficient:g}"
+        """The target of sparsity in words: 'k 32' or 'coefficient 0.001'."""
+        return self.sae.sparsity
 
     def _fractional_problems(self) -> list[str]:
         """Return the problem of a k that is not whole where every token keeps the same number of features."""
@@ -232,6 +226,12 @@ class RunConfig:
             return [f"sparsifier.after=1: leaves no tokens to budget={self.budget.name}, so nothing would read it. "
                     "Lower it, or choose sparsifier=mutual_choice."]  # fmt: skip
         return []
+
+
+def _values(config: RunConfig, part: type) -> dict[str, Any]:
+    """Return those fields of a run's configuration that `part` has too."""
+    names = {field.name for field in dataclasses.fields(part)} & {field.name for field in dataclasses.fields(config)}
+    return {name: getattr(config, name) for name in names}
 
 
 def _nearest_whole(value: float) -> list[int]:

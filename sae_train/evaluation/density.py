@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sae_train.sae.zipf import fit_zipf
+from sae_train.sae.zipf_fit import fit_zipf
 
 HISTOGRAM_EDGES = torch.linspace(-8.0, 0.0, 51)
 """Edges of log10 density: 50 bins from 1e-8 to 1."""

@@ -10,11 +10,11 @@ from sae_train.evaluation.density import density_figures
 from sae_train.evaluation.language_model_loss import Baseline, LanguageModelTotals
 from sae_train.evaluation.reconstruction import ReconstructionTotals
 from sae_train.evaluation.rounds import rounds
+from sae_train.evaluation.spread import reconstruct
 from sae_train.harvest.held_out import HeldOut, HeldOutBatch
 from sae_train.phases import SILENT, Phases
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.autoencoder import SparseAutoencoder
-from sae_train.sae.sharded import reconstruct
 
 if TYPE_CHECKING:
     from sae_train.harvest.language_model import LanguageModel

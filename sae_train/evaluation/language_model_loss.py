@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_train.harvest.held_out import HeldOutBatch
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 
 if TYPE_CHECKING:
     from sae_train.harvest.language_model import LanguageModel

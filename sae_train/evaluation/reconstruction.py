@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from sae_train.ranks import Ranks
-from sae_train.sae.sharded import Reconstruction
+from sae_train.evaluation.spread import Reconstruction
+from sae_train.ranks.interface import Ranks
 
 L0_BINS = 4096  # per-token L0 above this counts as this; percentiles of useful SAEs are far below
 

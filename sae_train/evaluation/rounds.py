@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from sae_train.errors import UserError
 from sae_train.harvest.held_out import HeldOutBatch
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 
 
 class Round(NamedTuple):

@@ -21,7 +21,7 @@ from torch import Tensor
 from sae_train.errors import CheckpointError
 from sae_train.formats.durable import explained, sync_directory, write_text
 from sae_train.phases import SILENT, Phases
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.autoencoder import SparseAutoencoder
 
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from sae_train.errors import DataError
+from sae_train.harvest.corpus import Part
 from sae_train.harvest.lanes import Packer
 from sae_train.harvest.scaling import row_norms
-from sae_train.harvest.text import Part
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 
 if TYPE_CHECKING:
     from sae_train.harvest.language_model import LanguageModel, Tokenizer

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sae_train.errors import ConfigError, DataError
-from sae_train.harvest.keys import keyed_order
+from sae_train.harvest.corpus import Corpus
 from sae_train.harvest.stretches import Stretches
-from sae_train.harvest.text import Corpus
+from sae_train.sae.random import keyed_order
 
 if TYPE_CHECKING:
     from sae_train.harvest.language_model import Tokenizer

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from sae_train.config import LiveHarvestConfig, RunConfig
 from sae_train.errors import DataError
-from sae_train.harvest.ahead import Ahead
+from sae_train.harvest.corpus import Corpus
 from sae_train.harvest.held_out import TextHeldOut
 from sae_train.harvest.lanes import Lane, check_lanes
 from sae_train.harvest.language_model import LanguageModel, Tokenizer
 from sae_train.harvest.live_lane import Block, LiveLane
 from sae_train.harvest.pool import LanePool
+from sae_train.harvest.prefetch import Ahead
 from sae_train.harvest.scaling import Scaling, fit_scaling
-from sae_train.harvest.source import Stream, prefetch_of, row_width, run_dtype, whole_batches
-from sae_train.harvest.text import Corpus
+from sae_train.harvest.stream import Stream, prefetch_of, row_width, run_dtype, whole_batches
 from sae_train.phases import SILENT, Phases
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 
 
 class LiveStream(Stream):

@@ -7,6 +7,7 @@ import torch
 from sae_train.config import LaneSizes, LiveHarvestConfig, RunConfig
 from sae_train.errors import ConfigError
 from sae_train.harvest.checkpoints import check_weights
+from sae_train.harvest.corpus import Corpus
 from sae_train.harvest.findings import Findings
 from sae_train.harvest.hub import local_path
 from sae_train.harvest.lanes import check_lanes
@@ -14,10 +15,9 @@ from sae_train.harvest.language_model import Tokenizer
 from sae_train.harvest.open_text import check_data, is_local
 from sae_train.harvest.shares import check_lane_count
 from sae_train.harvest.sites import SiteFacts, site_facts
-from sae_train.harvest.source import StreamFacts, prefetch_of, row_width
-from sae_train.harvest.text import Corpus
+from sae_train.harvest.stream import StreamFacts, prefetch_of, row_width
 from sae_train.phases import Phases
-from sae_train.place import find_place
+from sae_train.ranks.launcher_env import find_place
 
 _USABLE_MEMORY = 0.8
 """Share of a machine's or accelerator's memory that pools may take."""

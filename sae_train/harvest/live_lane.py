@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from sae_train.errors import DataError
-from sae_train.harvest.ahead import Outcome
 from sae_train.harvest.held_out import check_finite, trainable
 from sae_train.harvest.lanes import Lane
 from sae_train.harvest.language_model import LanguageModel, Tokenizer
 from sae_train.harvest.pool import LanePool
+from sae_train.harvest.prefetch import Outcome
 from sae_train.harvest.scaling import Scaling
 from sae_train.phases import Phases
 

@@ -9,7 +9,7 @@ Rows are whatever the stream puts in. Letters: N rows, W width, C capacity.
 import torch
 from torch import Tensor
 
-from sae_train.harvest.keys import keyed_order
+from sae_train.sae.random import keyed_order
 
 _TAKEN_FROM, _FILLING, _FILLED = 0, 1, 2
 """Where a pool is between two takes. A run may be stopped while it fills, and then goes on filling."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_train import kernels
 from sae_train.errors import DataError
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 
 OUTLIER_FACTOR = 10.0
 _LEAST_RELATIVE_SPREAD = 1e-7

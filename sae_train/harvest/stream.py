@@ -1,73 +1,168 @@
-"""The way in: what a stream will be (`check_stream`, before weights) and the stream itself (`build_stream`).
+"""What every source of activations offers to training.
 
-What needs transformers is imported where activations come from a language model: it takes longer than a short run.
+Letters: N tokens in a batch, D d_model.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from sae_train.config import LiveHarvestConfig, RunConfig, TensorsHarvestConfig
-from sae_train.harvest.findings import Findings
-from sae_train.harvest.shares import check_batch
-from sae_train.harvest.source import Stream, StreamFacts, prefetch_of, row_width, run_dtype, whole_batches
-from sae_train.harvest.tensors import TensorStream, plan_rows
+from sae_train.config import LaneSizes, LiveHarvestConfig, RunConfig
+from sae_train.harvest.held_out import HeldOut
+from sae_train.harvest.scaling import Scaling
 from sae_train.phases import SILENT, Phases
-from sae_train.ranks import Ranks
 
 if TYPE_CHECKING:
-    from sae_train.harvest.text import Corpus
+    from sae_train.harvest.corpus import Corpus
+    from sae_train.harvest.language_model import LanguageModel
 
-__all__ = ["Stream", "StreamFacts", "build_stream", "check_stream"]
+FILES_PREFETCH = 2
+"""Batches that are read ahead from files with a GPU, where nothing else is said."""
 
 
-def build_stream(
-    config: RunConfig, *, ranks: Ranks, dtype: torch.dtype, phases: Phases = SILENT, corpus: "Corpus | None" = None
-) -> Stream:
-    """Open data and language model; nothing is harvested before `start` or `restore`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamFacts:
+    """What is known of a stream before weights are loaded or activations read."""
 
-    Args:
-        config: the run.
-        ranks: who reads which lanes.
-        dtype: of pools and batches: float64 under precision=float64, else fp32.
-        phases: told of what takes long.
-        corpus: local text that `check_stream` has opened; None: open it here.
+    d_model: int
+    label: str
+    """Where activations come from, for the run's name: 'bundled.residual2', or 'tensors'."""
+    n_blocks: int | None
+    """Blocks of the language model; None without one."""
+    pool_bytes: int
+    """Memory of all lanes' pools and calibration tokens, over all ranks."""
+    flops_per_token: int
+    """Floating-point operations of the language model's weight products, see `SiteFacts`; 0 without one."""
+    prefetch: int = 0
+    """Batches that may be harvested ahead of the step."""
+    ahead_bytes: int = 0
+    """Memory of what may be harvested ahead, over all ranks."""
+    logit_bytes: int = 0
+    """Memory that the loss and the way back through the logits take of one rank at most; 0 where nothing needs them."""
+    whole_flops_per_token: int = 0
+    """Operations of the language model's whole forward pass for one token; 0 without one, or without a loss."""
+    notices: tuple[str, ...] = ()
+    """What the user should be told of the data, a line each; the stream says it again once it has begun."""
+    note: str = ""
+    """What the user should be told of the language model."""
+    corpus: "Corpus | None" = None
+    """Local text, which was opened to check it; the run reads on from it."""
+    sizes: LaneSizes | None = None
+    """Lanes, contexts a forward pass and pools of a live harvest."""
+    record: dict[str, str | int | None] = field(default_factory=dict)
+    """What sae.json should say of the source: model id, revision, site, data."""
 
-    Raises:
-        ConfigError, DataError: see `check_stream`.
+
+class Stream(ABC):
+    """Batches of normalised activations, a function of the config alone, whatever the ranks.
+
+    Attributes:
+        d_model: width of the activations.
+        scaling: set by `start` or `restore`.
+        language_model: None when activations are read from files.
+        held_out: activations that are never trained on.
     """
-    assert dtype == run_dtype(config.precision)
-    if isinstance(config.harvest, TensorsHarvestConfig):
-        return TensorStream(config, ranks=ranks)
-    from sae_train.harvest.live import LiveStream
 
-    return LiveStream(config, ranks=ranks, phases=phases, corpus=corpus)
+    d_model: int
+    scaling: Scaling
+    language_model: "LanguageModel | None"
+    held_out: HeldOut
+
+    @abstractmethod
+    def start(self, phases: Phases = SILENT) -> None:
+        """Begin a fresh run: fix the scaling and fill the pools. Collective."""
+
+    @abstractmethod
+    def batch(self, step: int) -> Tensor:
+        """Return [N / ranks, W]: this rank's rows of `step`'s batch, normalised. Steps are asked for in order.
+
+        A row is an activation, W = D; where the run reads gradients its gradient stands behind it, W = 2 D.
+        """
+
+    def fill(self, phases: Phases = SILENT) -> None:  # noqa: B027 (most have nothing to fill)
+        """Harvest what the next batch needs; `batch` does what was not done.
+
+        `phases` may end this in the middle. The stream's state then leads to the same batches.
+        """
+
+    def fills_soon(self) -> bool:
+        """Return whether one of the next two batches may have to be harvested by this rank first."""
+        return False
+
+    @abstractmethod
+    def fingerprint(self) -> list[int]:
+        """Return numbers that tell what this process reads from anything else; before `start`, too."""
+
+    @abstractmethod
+    def replicated_state(self) -> dict[str, Tensor]:
+        """Return what all ranks share, as CPU tensors."""
+
+    @abstractmethod
+    def lane_states(self) -> dict[int, dict[str, Tensor]]:
+        """Return the state of each lane that this rank owns, as CPU tensors; empty where there are no lanes."""
+
+    @abstractmethod
+    def restore(self, replicated: dict[str, Tensor], lane_state: Callable[[int], dict[str, Tensor]]) -> None:
+        """Go on from saved state, on any number of ranks; `lane_state` reads one lane's."""
+
+    def notices(self) -> list[str]:
+        """Return a line for each thing that is wrong with the data. Collective; call it once the stream has begun."""
+        return []
+
+    def data_figures(self) -> dict[str, int]:
+        """Return counts of what was wrong with the data, over all ranks; for the summary. Collective."""
+        return {}
+
+    def figures(self) -> dict[str, float]:
+        """Return the `data/` figures of a row of metrics, over all ranks. Collective."""
+        return {}
+
+    @abstractmethod
+    def dropped_share(self) -> float:
+        """Return the share of tokens that the outlier limit left out so far, over all ranks. Collective."""
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """Return a context in which nothing harvests ahead, for what else uses language model or tokenizer."""
+        return nullcontext()
+
+    def beside_seconds(self) -> float:
+        """Return how long activations were harvested so far while no caller of `batch` waited for them."""
+        return 0.0
+
+    def close(self) -> None:  # noqa: B027 (most hold nothing open)
+        """Let go of files and memory."""
 
 
-def check_stream(config: RunConfig, *, n_ranks: int, phases: Phases = SILENT) -> StreamFacts:
-    """Check all that can be checked without weights and before heavy work, and return what is then known.
+def run_dtype(precision: str) -> torch.dtype:
+    """Return the number format of pools and batches: float64 when everything is, else fp32."""
+    return torch.float64 if precision == "float64" else torch.float32
 
-    Raises:
-        ConfigError, DataError: with every independent finding, one a line.
+
+def row_width(config: RunConfig, d_model: int) -> int:
+    """Return how many numbers go through the stream for a token."""
+    return 2 * d_model if config.reads_gradients else d_model
+
+
+def prefetch_of(config: RunConfig) -> int:
+    """Return how many batches may be harvested ahead; where the configuration leaves it open by rule.
+
+    With a GPU files are read a few batches ahead, and a language model is half a pool ahead, which is what a refill
+    takes: text and launches hide behind the device. Without one all that would only take the step's cores
+    (docs/metrics.md).
     """
-    if isinstance(config.harvest, TensorsHarvestConfig):
-        return _check_tensors(config, n_ranks=n_ranks)
-    assert isinstance(config.harvest, LiveHarvestConfig)
-    from sae_train.harvest.live_checks import check_live
+    given = config.harvest.prefetch
+    if given is not None:
+        return given
+    if not torch.cuda.is_available():
+        return 0
+    return config.lane_sizes.pool_batches // 2 if isinstance(config.harvest, LiveHarvestConfig) else FILES_PREFETCH
 
-    return check_live(config, config.harvest, n_ranks=n_ranks, phases=phases)
 
-
-def _check_tensors(config: RunConfig, *, n_ranks: int) -> StreamFacts:
-    assert isinstance(config.harvest, TensorsHarvestConfig)
-    findings = Findings()
-    findings.collect(lambda: check_batch(config.batch_tokens, n_ranks))
-    plan = findings.collect(lambda: plan_rows(config))
-    findings.raise_any()
-    assert plan is not None
-    prefetch = prefetch_of(config)
-    steps = whole_batches(config) // config.batch_tokens
-    batch = config.batch_tokens * row_width(config, plan.d_model) * run_dtype(config.precision).itemsize
-    record: dict[str, str | int | None] = {"data": config.harvest.path, "rows": plan.n_training}
-    return StreamFacts(d_model=plan.d_model, label="tensors", n_blocks=None, pool_bytes=0, flops_per_token=0,
-                       record=record, prefetch=prefetch, ahead_bytes=min(prefetch, steps) * batch)  # fmt: skip
+def whole_batches(config: RunConfig) -> int:
+    """Return how many tokens a run reads: `tokens`, rounded up to whole batches."""
+    return -(-config.tokens // config.batch_tokens) * config.batch_tokens

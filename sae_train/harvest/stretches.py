@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sae_train.harvest.keys import keyed_order
+from sae_train.sae.random import keyed_order
 
 LEAST_PIECE_BYTES = 4 * 1024
 BYTES_A_TOKEN = 4

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from sae_train.config import RunConfig, TensorsHarvestConfig
-from sae_train.config.run import HELD_OUT_BLOCK
+from sae_train.config.source import HELD_OUT_BLOCK
 from sae_train.errors import DataError
-from sae_train.harvest.ahead import Ahead, Outcome
 from sae_train.harvest.held_out import HALVES, Half, HeldOut, HeldOutBatch
-from sae_train.harvest.keys import keyed_order
+from sae_train.harvest.prefetch import Ahead, Outcome
 from sae_train.harvest.scaling import Scaling, fit_scaling, row_norms
-from sae_train.harvest.source import Stream, prefetch_of, run_dtype, whole_batches
+from sae_train.harvest.stream import Stream, prefetch_of, run_dtype, whole_batches
 from sae_train.harvest.tensor_files import TensorTable, read_headers
 from sae_train.phases import SILENT, Phases
-from sae_train.ranks import Ranks, Solo
+from sae_train.ranks.interface import Ranks, Solo
+from sae_train.sae.random import keyed_order
 
 HELD_OUT_SHARE = 0.05
 MOST_HELD_OUT = 100_000

@@ -16,7 +16,7 @@ from sae_train.kernels.matches import Matches, flat_reaching, kept, pack
 from sae_train.kernels.owners import column_cuts, row_cuts, row_slots
 from sae_train.kernels.radix import INTEGER, kth_largest, positive, ties_kept
 from sae_train.kernels.screened import PreActivations, Screened
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 
 _INFINITE_BITS = int(torch.tensor(torch.inf, dtype=torch.bfloat16).view(torch.int16))
 _NONE = -(1 << 48)

@@ -16,7 +16,7 @@ from torch import Tensor
 from sae_train.kernels.matches import Matches, no_matches
 from sae_train.kernels.owners import column_cuts, row_cuts, row_slots
 from sae_train.kernels.radix import kth_largest, ties_kept
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 
 SIZES = (64, 8)
 """Of groups, one after the other."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_train.kernels.radix import INTEGER
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 
 
 def row_slots(k: int, n_features: int, ranks: Ranks) -> int:

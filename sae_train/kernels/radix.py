@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_train.kernels.backend import uses_numba
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 
 DIGIT_BITS = 11
 INTEGER = {torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}

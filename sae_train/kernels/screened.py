@@ -13,7 +13,7 @@ from sae_train.kernels.backend import uses_numba
 from sae_train.kernels.matches import few_reaching, flat_reaching, kept
 from sae_train.kernels.products import row_products
 from sae_train.kernels.radix import kth_largest, positive
-from sae_train.ranks import Solo
+from sae_train.ranks.interface import Solo
 
 FEW = 1 / 48
 """Share of kept entries up to which computing them twice costs less than a whole product does."""

@@ -12,7 +12,7 @@ from sae_train.kernels import candidates, grouped
 from sae_train.kernels.hint import Hint
 from sae_train.kernels.matches import Matches, flat_nonzero, pack
 from sae_train.kernels.screened import PreActivations, Screened
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 
 
 def select_batch(

@@ -3,7 +3,7 @@
 Twins of what products.py makes of plain torch, after the kernels of Gao et al. 2024 (arXiv 2406.04093) but for the
 order of their sums: nothing is added atomically and no N*k*D numbers are made. A program sums one bag; of a long one,
 such as a feature that fires everywhere, it sums the beginning and adds what others made of the rest, in order.
-Checked interpreted on a CPU (tests/test_triton.py); the sizes of tiles are a guess, their speed is unmeasured.
+Checked interpreted on a CPU (tests/kernels/test_triton.py); the sizes of tiles are a guess, their speed is unmeasured.
 
 Offsets into matrices are int64, so N*F and F*D may exceed 2^31; slots are counted in int32, as `start` is.
 """

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_train import kernels
-from sae_train.ranks import Solo
+from sae_train.ranks.interface import Solo
 from sae_train.sae.code import SparseCode
 from sae_train.sae.dictionary import Dictionary
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from sae_train import kernels
 from sae_train.kernels.radix import kth_largest
 from sae_train.phases import SILENT, Phases
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.autoencoder import CHUNK_BYTES, SparseAutoencoder
-from sae_train.sae.moment import Moment
+from sae_train.sae.step_info import Moment
 
 SAMPLE_MARGIN = 1.25
 """How many times the kept affinities are gathered before the exact cut; too few only costs another pass."""

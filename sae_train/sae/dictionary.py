@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from sae_train import kernels
 from sae_train.kernels.function import applied
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, DenseCode, SparseCode
-from sae_train.sae.keyed import keyed_generator
+from sae_train.sae.random import keyed_generator
 
 ENCODER_SCALE = 0.2
 """Norm of an encoder row at the start: better than 1 wherever both were tried (docs/quality.md). A guess at the reason:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code
 
 

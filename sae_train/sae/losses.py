@@ -13,12 +13,12 @@ from torch import Tensor
 from sae_train import kernels
 from sae_train.config import AuxKConfig, AuxZipfConfig, NoAuxLossConfig, RunConfig
 from sae_train.kernels.function import applied
-from sae_train.ranks import Ranks
-from sae_train.sae.allocation import default_shift, zipf_mass
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import SparseCode
 from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.firing import Firing
-from sae_train.sae.moment import Moment
+from sae_train.sae.step_info import Moment
+from sae_train.sae.zipf_budget import default_shift, zipf_mass
 
 RERANKED_A_WINDOW = 8
 """How often in a dead window aux_zipf ranks the features anew."""

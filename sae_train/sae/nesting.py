@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_train import kernels
 from sae_train.config import MatryoshkaConfig, NestingConfig
 from sae_train.errors import ConfigError
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, DenseCode
 from sae_train.sae.dictionary import Dictionary, sum_of_shares
 from sae_train.sae.losses import squared_error

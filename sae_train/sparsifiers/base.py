@@ -10,11 +10,11 @@ from torch import Tensor
 from sae_train.config import AllocatorConfig, RunConfig
 from sae_train.errors import raise_all
 from sae_train.kernels import Matches, PreActivations
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, SparseCode
 from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.firing import Firing
-from sae_train.sae.moment import Moment
+from sae_train.sae.step_info import Moment
 
 SILENT_SHARE, SILENT_GAPS = 4, 20
 """A feature is silent that has not fired for a quarter of what makes it dead, and for twenty times the mean gap between

@@ -14,13 +14,13 @@ from torch import Tensor
 from sae_train import kernels
 from sae_train.config import FeatureChoiceConfig, RunConfig, ZipfBudgetConfig
 from sae_train.config.budget import LARGEST_EXPONENT, LEAST_R2
-from sae_train.ranks import Ranks
-from sae_train.sae.allocation import law_of, round_systematically, water_fill, zipf_mass
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import SparseCode
 from sae_train.sae.firing import Firing
-from sae_train.sae.keyed import keyed_uniform
-from sae_train.sae.moment import Moment
-from sae_train.sae.zipf import ZipfFit, fit_zipf
+from sae_train.sae.random import keyed_uniform
+from sae_train.sae.step_info import Moment
+from sae_train.sae.zipf_budget import law_of, round_systematically, water_fill, zipf_mass
+from sae_train.sae.zipf_fit import ZipfFit, fit_zipf
 from sae_train.sparsifiers.mutual_choice import MutualChoice
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from sae_train import kernels
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, SparseCode
 from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.losses import reconstruction_loss
-from sae_train.sae.moment import Moment
+from sae_train.sae.step_info import Moment
 from sae_train.sparsifiers.penalised import Penalised
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, addcmul, float64, where
 
 from sae_train import kernels
 from sae_train.config import GradientConfig, RunConfig
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import SparseCode
 from sae_train.sae.firing import Firing
-from sae_train.sae.moment import Moment
+from sae_train.sae.step_info import Moment
 from sae_train.sparsifiers.topk import TopK
 
 

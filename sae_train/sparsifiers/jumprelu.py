@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from sae_train import kernels
 from sae_train.config import JumpReLUConfig, RunConfig
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, SparseCode
 from sae_train.sae.dictionary import Dictionary
-from sae_train.sae.moment import Moment
-from sae_train.sae.straight_through import jump_relu, reach, step
+from sae_train.sae.step_info import Moment
 from sae_train.sparsifiers.penalised import Penalised
+from sae_train.sparsifiers.straight_through import jump_relu, reach, step
 
 FARTHEST = 20.0
 """Where the logarithms of thresholds are held if L0 cannot be reached: beyond it exponentials would end as 0."""

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from sae_train import kernels
 from sae_train.config import PAnnealConfig, ReLUConfig, RunConfig
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, SparseCode
 from sae_train.sae.dictionary import Dictionary
-from sae_train.sae.moment import Moment
+from sae_train.sae.step_info import Moment
 from sae_train.sparsifiers.penalised import Penalised
 
 LEAST = 1e-3

@@ -5,10 +5,10 @@ Ayonrinde 2024 (arXiv 2411.02124); the same selector is BatchTopK (Bussmann et a
 
 from sae_train import kernels
 from sae_train.config import RunConfig
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import SparseCode
 from sae_train.sae.firing import Firing
-from sae_train.sae.moment import Moment
+from sae_train.sae.step_info import Moment
 from sae_train.sparsifiers.base import Allocator
 
 

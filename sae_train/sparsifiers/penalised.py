@@ -8,11 +8,11 @@ from torch import Tensor
 
 from sae_train import kernels
 from sae_train.config import PenalisedConfig, RunConfig
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, DenseCode, SparseCode
 from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.firing import Firing
-from sae_train.sae.moment import Moment
+from sae_train.sae.step_info import Moment
 from sae_train.sparsifiers.base import Sparsifier
 from sae_train.sparsifiers.price import Price
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from sae_train.sae.moment import Moment
+from sae_train.sae.step_info import Moment
 
 AT_ONCE = 1.0
 """Power of L0 over its aim by which the price answers at once."""

@@ -28,12 +28,12 @@ from torch import Tensor
 from sae_train import kernels
 from sae_train.config import RunConfig, TemporalMaskConfig
 from sae_train.config.sparsifiers import MASKED_FROM
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, SparseCode
 from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.firing import Firing
-from sae_train.sae.keyed import keyed_generator
-from sae_train.sae.moment import Moment
+from sae_train.sae.random import keyed_generator
+from sae_train.sae.step_info import Moment
 from sae_train.sparsifiers.l1 import ReLU
 
 MOST = 0.9

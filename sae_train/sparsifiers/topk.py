@@ -8,12 +8,12 @@ from torch import Tensor
 
 from sae_train import kernels
 from sae_train.config import RunConfig, TopKConfig
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, SparseCode
 from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.firing import Firing
-from sae_train.sae.moment import Moment
 from sae_train.sae.nesting import prefix_sizes, reconstruct
+from sae_train.sae.step_info import Moment
 from sae_train.sparsifiers.base import Allocator
 
 MULTIPLE = 4

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sae_train.errors import UserError
 from sae_train.formats.durable import write_text
-from sae_train.place import find_place, job_id
+from sae_train.ranks.launcher_env import find_place, job_id
 
 VARIABLE = "SAE_TRAIN_OUTCOME"
 STATES = {0: "finished", 3: "stopped", 75: "preempted"}

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from sae_train.config.launcher import SlurmLauncher
 from sae_train.errors import ConfigError, raise_all
-from sae_train.place import find_place
+from sae_train.ranks.launcher_env import find_place
 from sae_train.sweeps.directory import PointState, SweepDirectory
-from sae_train.sweeps.launcher import SlurmLauncher
 
 LOST = 1
 """Exit status of a point whose job ended without a word."""

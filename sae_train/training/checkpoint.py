@@ -21,9 +21,9 @@ from torch import Tensor
 
 from sae_train.errors import CheckpointError
 from sae_train.formats.durable import explained, sync_directory, sync_file, write_text
-from sae_train.harvest.ahead import Outcome
+from sae_train.harvest.prefetch import Outcome
 from sae_train.phases import SILENT, Phases
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 from sae_train.training.restore import NOTES, REPLICATED, digest_of, fingerprint, finished, place
 
 

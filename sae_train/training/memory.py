@@ -14,7 +14,7 @@ from typing import NoReturn
 import torch
 
 from sae_train.errors import UserError
-from sae_train.place import find_place
+from sae_train.ranks.launcher_env import find_place
 
 NAMED = 0.02
 """Share of all from which on a holding is named in messages."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sae_train.config import OptimizerConfig
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.dictionary import REPLICATED, Dictionary
 
 

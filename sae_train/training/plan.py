@@ -16,11 +16,11 @@ from sae_train.config import (
 )
 from sae_train.errors import ConfigError, raise_all
 from sae_train.evaluation.language_model_loss import PASSES_OF_A_BATCH
-from sae_train.harvest.stream import StreamFacts
+from sae_train.harvest.build import StreamFacts
 from sae_train.kernels import backend
-from sae_train.sae.allocation import law_of
+from sae_train.ranks.layout import feature_columns
+from sae_train.sae.zipf_budget import law_of
 from sae_train.sparsifiers.topk import MULTIPLE
-from sae_train.training.layout import feature_columns
 from sae_train.training.memory import Holding, available_bytes, gigabytes, largest
 from sae_train.training.schedule import DECAY_SHARE, WARMUP_SHARE, peak_learning_rate
 
@@ -34,7 +34,7 @@ HELD = {"relu": 6, "temporal_mask": 8, "jumprelu": 10, "gated": 10, "p_anneal": 
 HELD_OTHERWISE, HELD_WITH_SLOPES = 2, 4
 """Matrices as large as a batch's pre-activations that a step holds at most: by sparsifier, where it may begin dense
 (temporal_mask: and decode twice); by any other; and where it reads gradients. Of fp32 steps on a CPU, screened or not,
-as measured by tests/test_memory.py, rounded up."""
+as measured by tests/training/test_memory.py, rounded up."""
 GRADIENTS = "of the language model's loss come with the activations: rows of the stream are twice as wide"
 """What the plan says where they are harvested."""
 LARGEST_CHECKPOINT_INTERVAL = 50_000_000

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sae_train.errors import CheckpointError
 from sae_train.phases import SILENT, Phases
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 
 NOTES = "checkpoint.json"
 NOTED = ("step", "tokens", "files")

@@ -8,25 +8,26 @@ from typing import Any
 
 from sae_train.config import RunConfig
 from sae_train.errors import Preempted
-from sae_train.harvest.stream import StreamFacts, check_stream
+from sae_train.harvest.build import StreamFacts, check_stream
 from sae_train.phases import Phases
-from sae_train.place import find_place
-from sae_train.ranks import Ranks, find_ranks
+from sae_train.ranks.distributed import find_ranks
+from sae_train.ranks.interface import Ranks
+from sae_train.ranks.launcher_env import find_place
 from sae_train.sae.nesting import prefix_sizes
 from sae_train.sparsifiers import build_sparsifier
-from sae_train.training import stop
-from sae_train.training.alike import check_alike
+from sae_train.training import signals
 from sae_train.training.console import ProgressBar, say, verdict_of, warn
-from sae_train.training.directory import RunDirectory, run_name
 from sae_train.training.memory import named_when_it_runs_out
 from sae_train.training.plan import Plan, describe, make_plan
+from sae_train.training.run_directory import RunDirectory, run_name
+from sae_train.training.same_on_ranks import check_alike
 from sae_train.training.session import Session
 
 
 def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], None]) -> int:
     """Train what `config` describes, or say that it is done already.
 
-    The ranks stay joined (`ranks.leave`), and from there on all of them leave together after a signal (stop.py).
+    The ranks stay joined (`ranks.leave`), and from there on all of them leave together after a signal (signals.py).
 
     Args:
         overrides: what was typed, kept in config.yaml.
@@ -40,7 +41,7 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
     """
     n_ranks = find_place().size
     show = partial(ProgressBar, is_first=find_place().rank == 0)
-    phases = Phases(show=show, alone=stop.leave_early) if n_ranks == 1 else Phases(show=show)
+    phases = Phases(show=show, alone=signals.leave_early) if n_ranks == 1 else Phases(show=show)
     phases.advance()
     facts = check_stream(config, n_ranks=n_ranks, phases=phases)
     plan = make_plan(config, facts, n_ranks=n_ranks)
@@ -57,7 +58,7 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
             say(describe(plan, config, path=str(directory.path)))
         return 0
     ranks = find_ranks()
-    stop.listen()
+    signals.listen()
     check_alike(config, plan, ranks=ranks)
     ranks = ranks.arranged(columns=plan.columns)
     # of what is there the first rank's view counts: others may see a moment later what it has written
@@ -74,13 +75,13 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
 
 def _train(config: RunConfig, plan: Plan, facts: StreamFacts, *, ranks: Ranks, **parts: Any) -> None:
     """Make the run; after a signal leave once it is saved, its files are closed and SLURM knows."""
-    agreement = stop.Agreement(ranks)
+    agreement = signals.Agreement(ranks)
     try:
         with named_when_it_runs_out(plan.holdings), ExitStack() as stack:
             Session(config, plan, facts, **parts, agreement=agreement, ranks=ranks, stack=stack).go()
     except Preempted:
         if ranks.is_first:
-            notice = stop.requeue(agreement.wish | stop.wish())
+            notice = signals.requeue(agreement.wish | signals.wish())
             if notice:
                 warn(notice)
         ranks.barrier()  # a rank that leaves before may have the launcher end the first one in the middle of this

@@ -6,7 +6,7 @@ from typing import Any
 from sae_train.config import CheckpointConfig
 from sae_train.errors import UserError
 from sae_train.phases import SILENT, Phases
-from sae_train.ranks import Ranks
+from sae_train.ranks.interface import Ranks
 from sae_train.training import checkpoint
 from sae_train.training.console import warn
 from sae_train.training.trainer import Trainer

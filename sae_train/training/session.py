@@ -16,18 +16,18 @@ import sae_train
 from sae_train.config import RunConfig, identity, identity_digest
 from sae_train.errors import CheckpointError, Preempted, StoppedByNumbers, UserError
 from sae_train.formats.durable import write_text
-from sae_train.harvest.stream import Stream, StreamFacts, build_stream
+from sae_train.harvest.build import Stream, StreamFacts, build_stream
 from sae_train.kernels import backend
 from sae_train.phases import Phases
-from sae_train.ranks import Ranks
-from sae_train.training import restore, resumed, stop
-from sae_train.training.alike import check_same_source
+from sae_train.ranks.interface import Ranks
+from sae_train.training import restore, resume_notices, signals
 from sae_train.training.console import TRAINING, ProgressBar, figures_text, say, verdict_of, warn
-from sae_train.training.directory import RunDirectory, run_name
-from sae_train.training.finish import check_held_out, evaluation_row, exported, write_export
+from sae_train.training.export import check_held_out, evaluation_row, exported, write_export
 from sae_train.training.metrics import spread_notice
 from sae_train.training.plan import Plan
 from sae_train.training.provenance import check_source, provenance, resolve_precision
+from sae_train.training.run_directory import RunDirectory, run_name
+from sae_train.training.same_on_ranks import check_same_source
 from sae_train.training.saver import Saver
 from sae_train.training.tracking import Dashboard, MetricsFile, build_dashboard
 from sae_train.training.trainer import Events, Trainer
@@ -46,7 +46,7 @@ class Session:
         stored: dict[str, Any] | None,
         overrides: list[str],
         entered: Callable[[Path], None],
-        agreement: stop.Agreement,
+        agreement: signals.Agreement,
         ranks: Ranks,
         stack: ExitStack,
     ) -> None:
@@ -155,7 +155,7 @@ class Session:
 
     def _stop_alone(self) -> None:
         """Leave if this process was told to, where it need not ask another one first."""
-        if stop.wish() and self._may_leave_alone:
+        if signals.wish() and self._may_leave_alone:
             raise self._preempted()
 
     def _fill(self) -> None:
@@ -201,7 +201,7 @@ class Session:
             self._say(
                 f"resuming at step {self.trainer.n_done:,} of {self.plan.steps:,} in {self.directory.path}{again}"
             )
-            for line in resumed.notices(found.notes, self._how_it_computes()) if self.ranks.is_first else ():
+            for line in resume_notices.notices(found.notes, self._how_it_computes()) if self.ranks.is_first else ():
                 warn(line)
         self._on_first(lambda: self.metrics.keep_first(n_rows))
 

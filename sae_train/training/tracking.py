@@ -13,7 +13,7 @@ from typing import Any
 from sae_train.config import RunConfig, TrackingConfig, WandbConfig, as_dict
 from sae_train.evaluation.density import HISTOGRAM_EDGES
 from sae_train.formats.durable import explained, write_text
-from sae_train.training import stop
+from sae_train.training import signals
 from sae_train.training.console import warn
 from sae_train.training.json_process import JsonProcess, NoAnswer
 
@@ -175,7 +175,7 @@ class Wandb(Dashboard):
 
 
 def _is_told_to_stop() -> bool:
-    return stop.wish() != stop.NONE
+    return signals.wish() != signals.NONE
 
 
 def _environment() -> dict[str, str]:

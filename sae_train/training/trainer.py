@@ -10,18 +10,18 @@ from torch import Tensor
 from sae_train import kernels
 from sae_train.config import RunConfig
 from sae_train.errors import StoppedByNumbers
-from sae_train.harvest.stream import Stream
-from sae_train.ranks import Ranks
+from sae_train.harvest.build import Stream
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code
 from sae_train.sae.dictionary import PARAMETRISATIONS, REPLICATED
 from sae_train.sae.firing import Firing
 from sae_train.sae.losses import build_aux_loss
-from sae_train.sae.moment import Moment
 from sae_train.sae.nesting import prefix_sizes, reconstruct
+from sae_train.sae.step_info import Moment
 from sae_train.sparsifiers import build_sparsifier
 from sae_train.training.clock import Clock
-from sae_train.training.halt import Halt
 from sae_train.training.metrics import Totals, firing_row
+from sae_train.training.nonfinite import Halt
 from sae_train.training.plan import Plan
 from sae_train.training.schedule import is_due, learning_rate
 from sae_train.training.sphere_adam import build_optimizer

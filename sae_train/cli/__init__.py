@@ -1,0 +1,1 @@
+"""The command line: reading what is typed, help, and one file for each command."""

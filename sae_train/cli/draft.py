@@ -1,0 +1,87 @@
+"""One point of a sweep while it is checked: its composed values, and what is wrong with them."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sae_train.cli.zipf_from import zipf_law
+from sae_train.config import RunConfig
+from sae_train.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class Draft:
+    """A point that is being checked."""
+
+    values: DictConfig
+    choices: dict[str, str]
+    problems: list[str]
+    bad: set[str]
+    """Keys whose arguments were refused, so that their values say nothing."""
+
+    @property
+    def reads_tensors(self) -> bool:
+        return "harvest" not in self.bad and str(self.values.harvest.source) == "tensors"
+
+    def leave_out_k(self, *, is_typed: bool) -> None:
+        """Take away the default k where a coefficient is given instead."""
+        if not is_typed and flat(self.values).get("sparsifier.coefficient") is not None:
+            self.values.k = None
+
+    def take_law(self) -> None:
+        """Set exponent and shift to what the run that budget.zipf_from names has found."""
+        if "budget.zipf_from" in self.bad or "zipf_from" not in self.values.budget:
+            return
+        try:
+            budget = cast(dict[str, Any], OmegaConf.to_container(self.values.budget, resolve=True))
+        except OmegaConfBaseException:  # said when the values are built
+            return
+        run, given = budget["zipf_from"], [key for key in ("exponent", "shift") if budget[key] is not None]
+        if run is None:
+            return
+        for key in given:
+            self.refuse("budget.zipf_from", f"budget.{key}={budget[key]:g}: budget.zipf_from={run} gives it. Keep one.")
+        try:
+            law = zipf_law(run)
+        except ConfigError as error:
+            self.refuse("budget.zipf_from", str(error))
+            return
+        if not given:
+            self.values.budget.exponent, self.values.budget.shift = law
+
+    def refuse(self, key: str, problem: str) -> None:
+        self.problems.append(problem)
+        self.bad.add(key)
+
+
+def flat(config: DictConfig) -> dict[str, Any]:
+    """Return every value under its dotted key, interpolations as they are written."""
+    found: dict[str, Any] = {}
+    for name, value in cast(dict[str, Any], OmegaConf.to_container(config)).items():
+        found |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
+def build(config: DictConfig) -> RunConfig:
+    """Return the composed configuration as typed values; their own checks run here."""
+    try:
+        run = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(reason(error)) from error
+    assert isinstance(run, RunConfig)
+    return run
+
+
+def reason(error: Exception) -> str:
+    """Return the message of Hydra or OmegaConf on one line. A YAML of the user's or an `${...}` causes such errors."""
+    causes = [e for e in (error, error.__cause__) if e is not None]
+    key = next((str(e.full_key) for e in causes if isinstance(e, OmegaConfBaseException) and e.full_key), None)
+    said = " ".join(dict.fromkeys(" ".join(_NOISE.sub("", str(e)).split()) for e in causes))
+    return f"{key}: {said}." if key else f"{said}."
+
+
+_NOISE = re.compile(r"\n\s*full_key:.*|\nTo append to your config.*|\nConfig search path:.*", re.DOTALL)
+"""What those messages add that does not help, or (`+key`) misleads."""

@@ -1,0 +1,74 @@
+"""The text of `sae-train --help`: commands, groups and keys, with the lines that config/ says about each."""
+
+import ast
+import inspect
+from textwrap import fill
+from typing import Any
+
+from sae_train import config as schema
+from sae_train.cli.compose import Offer
+from sae_train.cli.refusals import NAMES_OF_CHOICES
+from sae_train.config.launcher import GROUP, PREFIX, SlurmLauncher
+
+INTRODUCTION = """\
+sae-train: train sparse autoencoders on the activations of language models.
+
+  sae-train                                            the bundled model and corpus, on a CPU
+  sae-train sparsifier=topk k=64                       choose from a group, turn a dial
+  sae-train -m sparsifier=topk,mutual_choice k=16,32   a sweep: four runs, one after another
+  sae-train -m hydra/launcher=slurm k=16,32            the same, each run a SLURM job
+  sae-train model=gpt2 data=files data.id=PATH         another language model, text of your own
+  sae-train harvest=tensors harvest.path=DIR           activations from anywhere
+  sae-train dry_run=true                               the plan, and what is wrong with it
+
+The same command again goes on where a run stopped, and says so when it is finished.
+Exit status: 0 finished, 1 our fault or a lost rank, 2 yours, 3 stopped by the numbers, 75 preempted and saved.
+"""
+
+FLAGS = """\
+Flags
+  -m, --multirun     make a run for each combination of comma lists
+  --cfg job          print the composed configuration and stop (--resolve fills in ${...})
+  --config-dir DIR   more choices: DIR/GROUP/NAME.yaml, DIR/experiment/NAME.yaml
+  --info, --shell-completion, --hydra-help: see https://hydra.cc
+  --version, --help (with choices before it: their keys)
+"""
+
+
+def field_lines(config_class: type) -> dict[str, str]:
+    """Return the line that stands under each field of a configuration class, its bases' included."""
+    lines: dict[str, str] = {}
+    for owner in reversed(config_class.__mro__[:-1]):
+        (tree,) = ast.parse(inspect.getsource(owner)).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, after in zip(tree.body, [*tree.body[1:], ast.Pass()], strict=True):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                line = after.value if isinstance(after, ast.Expr) else None
+                lines[field.target.id] = str(line.value) if isinstance(line, ast.Constant) else ""
+    return lines
+
+
+def usage(offer: Offer) -> str:
+    """Return the help text for what can be set."""
+    dials = field_lines(schema.RunConfig)
+    text = [INTRODUCTION, "Dials (key=value)"]
+    text += [_entry(key, value, dials[key]) for key, value in offer.values.items() if key not in offer.classes]
+    text += ["", "Groups (group=choice), each with the keys of what it is set to now"]
+    for group, config_class in offer.classes.items():
+        lines = field_lines(config_class)
+        text += ["", f"  {group}: {', '.join(offer.choices[group])}"]
+        text += [
+            _entry(f"{group}.{key}", value, lines[key])
+            for key, value in offer.values[group].items()
+            if f"{group}.{key}" not in NAMES_OF_CHOICES
+        ]
+    lines = field_lines(SlurmLauncher)
+    text += ["", f"Where a sweep is made: here, or with -m {GROUP}=slurm", "", f"  {GROUP}: slurm"]
+    text += [_entry(f"{PREFIX}{key}", value, lines[key]) for key, value in offer.launcher.items()]
+    return "\n".join([*text, "", FLAGS])
+
+
+def _entry(key: str, value: Any, line: str) -> str:
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+    start = f"    {key}={shown}"
+    return fill(line, width=116, initial_indent=f"{start:<40} ", subsequent_indent=" " * 41) if line else start

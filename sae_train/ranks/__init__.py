@@ -1,0 +1,1 @@
+"""How ranks find and speak to each other: the only room that talks to the process group."""

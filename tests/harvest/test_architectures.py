@@ -1,0 +1,97 @@
+"""Many architectures of transformers: the plan without weights, and activations equal to a hook set by hand."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sae_train import config as schema
+from sae_train.config import RunConfig
+from sae_train.harvest.families import FAMILIES
+from sae_train.harvest.language_model import LanguageModel
+from sae_train.harvest.sites import site_facts
+from tools.architectures import ARCHITECTURES, save_architecture
+from tools.tiny_models import live_config
+
+CPU = torch.device("cpu")
+IDS_BT = torch.randint(5, 250, (2, 9), generator=torch.Generator().manual_seed(0))
+FAST = ("mixtral", "gemma3", "xlm-roberta", "opt", "bloom", "bart", "jetmoe")
+NEAR = {"rtol": 1e-4, "atol": 1e-5}  # of two models that were loaded apart: products depend on where weights lie
+
+
+def block_config(folder: Path, kind: str = "residual") -> RunConfig:
+    return live_config(folder, layer=schema.BlockLayerConfig(kind=kind, index=1), attention="eager")
+
+
+def module_config(folder: Path, path: str) -> RunConfig:
+    return live_config(folder, layer=schema.ModuleLayerConfig(kind="module", path=path, side="output"),
+                       attention="eager")  # fmt: skip
+
+
+def output_of(model: nn.Module, module: str) -> Tensor:
+    """Return a module's output in an undisturbed forward pass, by a hook of this test's own."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(module).register_forward_hook(
+        lambda _m, _a, out: seen.append(out if isinstance(out, Tensor) else out[0])
+    )
+    needs_more = getattr(model.config, "is_encoder_decoder", False)
+    with torch.no_grad():
+        model(input_ids=IDS_BT, **({"decoder_input_ids": IDS_BT} if needs_more else {}))
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in ARCHITECTURES]
+)
+def test_plan_and_activations(tmp_path: Path, name: str) -> None:
+    expected = ARCHITECTURES[name]
+    by_hand = save_architecture(tmp_path, name).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    prefix = "" if expected.has_loss else by_hand.base_model_prefix + "."
+    own = expected.block if expected.block in dict(by_hand.named_modules()) else prefix + expected.block
+    right = output_of(by_hand, own)
+    config = block_config(tmp_path) if expected.has_family else module_config(tmp_path, expected.block)
+    language_model = LanguageModel(config, device=CPU)
+    facts = language_model.facts
+    assert (facts.module, facts.d_model, facts.has_loss) == (expected.block, right.shape[-1], expected.has_loss)
+    assert (facts.n_blocks, facts.index) == ((3, 1) if expected.has_family else (None, None))
+    torch.testing.assert_close(language_model.activations(IDS_BT), right, **NEAR)
+    assert torch.equal(language_model.activations(IDS_BT), output_of(language_model.model, facts.module))
+    assert facts.flops_per_token > 0
+    assert (facts.note is not None) == (name == "jetmoe")
+    if expected.has_loss:
+        plain = language_model.logits(IDS_BT)
+        torch.testing.assert_close(plain, by_hand(input_ids=IDS_BT).logits.detach(), **NEAR)
+        assert torch.equal(language_model.logits(IDS_BT, replace=lambda site: site.clone()), plain)
+        assert not torch.allclose(language_model.logits(IDS_BT, replace=torch.zeros_like), plain, atol=1e-4)
+    if expected.has_family:
+        assert site_facts(module_config(tmp_path, facts.module)).module == facts.module
+        check_parts_of_a_block(language_model, tmp_path)
+
+
+def check_parts_of_a_block(language_model: LanguageModel, folder: Path) -> None:
+    """`mlp` is added to the residual stream, and `attention` is what its projection reads."""
+    block, kind = language_model.facts.module, language_model.model.config.get_text_config().model_type
+    before_norm = FAMILIES[kind].blocks in ("encoder.layer", "layer")
+    if FAMILIES[kind].mlp is not None and not before_norm:
+        language_model.facts = site_facts(block_config(folder, "mlp"))
+        added, full = language_model.activations(IDS_BT), output_of(language_model.model, block)
+        part = language_model.model.get_submodule(language_model.facts.module)
+        handle = part.register_forward_hook(
+            lambda _m, _a, out: torch.zeros_like(out) if isinstance(out, Tensor) else (out[0] * 0, *out[1:])
+        )
+        without = output_of(language_model.model, block)
+        handle.remove()
+        assert without.any(), "the stream itself is not added by the part"
+        assert torch.allclose(full, without + added, atol=1e-4)
+        assert not torch.allclose(full, without, atol=1e-4)
+    language_model.facts = site_facts(block_config(folder, "attention"))
+    projection = language_model.model.get_submodule(language_model.facts.module)
+    heads = language_model.activations(IDS_BT)
+    assert torch.allclose(projection(heads), output_of(language_model.model, language_model.facts.module), atol=1e-6)
+    assert language_model.facts.side == "input"
+
+
+def test_the_walk_is_as_wide_as_it_claims() -> None:
+    assert len(ARCHITECTURES) >= 40

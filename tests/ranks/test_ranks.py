@@ -1,0 +1,67 @@
+"""Ranks that were not started alike are told so, all of them, before one waits for another in a different place."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from sae_train.errors import ConfigError, DataError
+from sae_train.harvest.build import StreamFacts
+from sae_train.ranks.interface import Ranks
+from sae_train.training.plan import make_plan
+from sae_train.training.same_on_ranks import check_alike, check_same_source
+from tools.grid_of_threads import on_ranks
+from tools.small_runs import run_config
+
+FACTS = StreamFacts(d_model=16, label="tensors", n_blocks=None, pool_bytes=0, flops_per_token=0, record={})
+
+
+def said(*given: dict[str, Any]) -> list[str]:
+    """Return what each rank says, given its settings and `columns`."""
+
+    def one(ranks: Ranks) -> str:
+        settings = dict(given[ranks.rank])
+        columns = settings.pop("columns", 1)
+        plan = dataclasses.replace(make_plan(run_config(), FACTS, n_ranks=ranks.size), columns=columns)
+        try:
+            check_alike(run_config(**settings), plan, ranks=ranks)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    return on_ranks(len(given), one)
+
+
+def test_ranks_that_were_started_alike_pass() -> None:
+    assert said({}, {}, {}) == [""] * 3
+
+
+@pytest.mark.parametrize("other", [{"k": 5.0}, {"log_every": 2048}, {"runs": "elsewhere"}])
+def test_other_settings_are_refused_on_every_rank(other: dict[str, Any]) -> None:
+    """Even one that is not of the run's identity: ranks that log at different steps wait for each other for ever."""
+    expected = "rank 2 was given other settings than rank 0. Start all ranks with the same command."
+    assert said({}, {}, other) == [expected] * 3
+
+
+def test_nodes_of_different_sizes_are_refused_on_every_rank() -> None:
+    messages = said({"columns": 2}, {"columns": 2}, {"columns": 1})
+    assert len(set(messages)) == 1
+    assert "rank 2 would spread the features over 1 ranks, and rank 0 over 2" in messages[0]
+    assert "Set parallel.feature_ranks." in messages[0]
+
+
+@pytest.mark.parametrize("other", [({"rows": 5}, [4, 7]), ({"rows": 4}, [4, 8])])
+def test_ranks_that_read_something_else_are_refused_on_every_rank(other: tuple[dict[str, Any], list[int]]) -> None:
+    """The same relative path on nodes with disks of their own: they would train on a mixture."""
+
+    def one(ranks: Ranks) -> str:
+        record, numbers = other if ranks.rank == 1 else ({"rows": 4}, [4, 7])
+        try:
+            check_same_source(record, numbers, ranks=ranks)
+        except DataError as error:
+            return str(error)
+        return ""
+
+    messages = on_ranks(3, one)
+    assert len(set(messages)) == 1
+    assert messages[0].startswith("rank 1 does not see the source of activations that rank 0 sees")

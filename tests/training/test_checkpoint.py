@@ -1,0 +1,297 @@
+"""Checkpoints are whole or passed over; a refused write leaves the last good one."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_train.config import CheckpointConfig
+from sae_train.errors import CheckpointError
+from sae_train.ranks.interface import Solo
+from sae_train.training import checkpoint, restore
+from sae_train.training.saver import Saver
+from tools import grid_world as world
+
+
+def begin(directory: Path, step: int, *, keep: int = 0, beside: bool = False) -> checkpoint.Saving:
+    return checkpoint.begin(
+        directory,
+        notes={"step": step, "tokens": 10 * step, "identity": "3fa9c1", "n_features": 5},
+        replicated={"a/w": torch.full((1000,), float(step)), "n": torch.tensor(step)},
+        features=(0, 5),
+        feature_state={"dictionary/W_enc": torch.arange(10.0).view(5, 2), "firing/since": torch.arange(5)},
+        lane_states={
+            0: {"pool": torch.arange(6.0).view(2, 3)},
+            1: {"pool": torch.ones(0, 3), "epoch": torch.tensor(4)},
+        },
+        ranks=Solo(),
+        keep=keep,
+        beside=beside,
+    )
+
+
+def save(directory: Path, step: int, *, keep: int = 0) -> Path:
+    return begin(directory, step, keep=keep).publish()
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    assert found is not None
+    assert found.notes["step"] == 3
+    assert torch.equal(found.replicated["a/w"], torch.full((1000,), 3.0))
+    assert torch.equal(found.features(1, 4)["dictionary/W_enc"], torch.arange(10.0).view(5, 2)[1:4])
+    assert torch.equal(found.features(0, 5)["firing/since"], torch.arange(5))
+    with pytest.raises(CheckpointError, match="does not hold features 3 to 6"):
+        found.features(3, 7)
+    assert torch.equal(found.lane_state(0)["pool"], torch.arange(6.0).view(2, 3))
+    assert found.lane_state(1)["pool"].shape == (0, 3)
+    assert int(found.lane_state(1)["epoch"]) == 4
+    with pytest.raises(CheckpointError, match="no lane 2"):
+        found.lane_state(2)
+
+
+def test_the_newest_comes_first_and_old_ones_go(tmp_path: Path) -> None:
+    for step in (5, 90, 200, 100_000_000):
+        save(tmp_path, step, keep=2)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step_00000200", "step_100000000"]  # by number, not by name
+    found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    assert found is not None
+    assert found.notes["step"] == 100_000_000
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_damaged_ones_crowd_out_no_good_one(tmp_path: Path, keep: int) -> None:
+    for step in (100, 200, 300):
+        save(tmp_path, step)
+    for step in (200, 300):
+        (tmp_path / f"step_{step:08d}" / "replicated.safetensors").write_bytes(b"damaged")
+    said: list[str] = []
+    found = restore.newest(tmp_path, ranks=Solo(), warn=said.append)
+    assert found is not None
+    assert found.notes["step"] == 100
+    assert len(said) == 2
+    save(tmp_path, 150, keep=keep)
+    found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    assert found is not None
+    assert found.notes["step"] == 150
+    assert len(list(tmp_path.iterdir())) == (keep or 2)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "replicated.safetensors",
+        "features_00000000_00000005.safetensors",
+        "lanes_0000_0001.safetensors",
+        "checkpoint.json",
+    ],
+)
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, file: str, damage: str) -> None:
+    save(tmp_path, 1)
+    victim = save(tmp_path, 2) / file
+    data = victim.read_bytes()
+    if damage == "cut":
+        victim.write_bytes(data[: len(data) // 2])
+    elif damage == "flip":
+        victim.write_bytes(data[:20] + bytes([data[20] ^ 0x80]) + data[21:])
+    else:
+        victim.unlink()
+    said: list[str] = []
+    found = restore.newest(tmp_path, ranks=Solo(), warn=said.append)
+    assert found is not None
+    assert found.notes["step"] == 1
+    assert len(said) == 1
+    assert "step_00000002" in said[0]
+    assert "before it" in said[0]
+
+
+def test_what_the_file_system_will_not_give_is_not_damage(tmp_path: Path) -> None:
+    """Passed over, it would be removed by the next checkpoint, and all that was trained since with it."""
+    save(tmp_path, 1)
+    file = save(tmp_path, 2) / "features_00000000_00000005.safetensors"
+    file.rename(tmp_path / "kept")
+    file.symlink_to(file)
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*Too many levels.* Nothing was changed"):
+        restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    (tmp_path / "kept").replace(file)
+    found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    assert found is not None
+    assert found.notes["step"] == 2
+
+
+def test_a_kill_while_old_ones_go_leaves_only_whole_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        """As a SIGKILL, which nothing catches."""
+
+    def half(path: Path, ignore_errors: bool = False) -> None:
+        if path.is_dir():
+            next(iter(sorted(path.iterdir()))).unlink()
+            raise Killed
+
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.shutil, "rmtree", half)
+        with pytest.raises(Killed):
+            save(tmp_path, 3, keep=1)
+    for path in tmp_path.glob("step_*"):
+        assert restore.load(path).notes["step"] == int(path.name.removeprefix("step_"))
+    assert restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail) is not None
+    save(tmp_path, 4, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
+
+
+def test_a_directory_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path) -> None:
+    """A scratch that is not mounted, say: to start over would be to write over everything once it is."""
+    place = tmp_path / "checkpoints"
+    assert restore.newest(place, ranks=Solo(), warn=pytest.fail) is None
+    place.symlink_to(tmp_path / "not mounted")
+    with pytest.raises(CheckpointError, match="a link to what is not there"):
+        restore.newest(place, ranks=Solo(), warn=pytest.fail)
+    place.unlink()
+    place.write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*Not a directory"):
+        restore.newest(place, ranks=Solo(), warn=pytest.fail)
+
+
+def test_all_damaged_means_none(tmp_path: Path) -> None:
+    (save(tmp_path, 1) / "checkpoint.json").write_text("{")
+    said: list[str] = []
+    assert restore.newest(tmp_path, ranks=Solo(), warn=said.append) is None
+    assert len(said) == 1
+    assert "starting over" in said[0]
+
+
+def test_what_a_killed_writer_left_is_ignored_and_swept(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    partial = tmp_path / "tmp-step_00000002"
+    partial.mkdir()
+    (partial / "replicated.safetensors").write_bytes(b"half")
+    found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    assert found is not None
+    assert found.notes["step"] == 1
+    save(tmp_path, 3)
+    assert not partial.exists()
+
+
+def test_one_written_beside_the_step_is_of_the_moment_it_was_begun(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    given = {"w": torch.zeros(300_000), "n": torch.tensor(7)}
+    saving = checkpoint.begin(
+        tmp_path,
+        notes={"step": 2, "tokens": 20, "identity": "3fa9c1", "n_features": 4},
+        replicated=given,
+        features=(0, 4),
+        feature_state={"rows": given["w"].view(4, -1)},
+        lane_states={0: {"pool": given["n"].clone()}},
+        ranks=Solo(),
+        keep=1,
+        beside=True,
+    )
+    for each in given.values():
+        each += 1  # as the next step does
+    found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    assert found is not None
+    assert found.notes["step"] == 1  # until it is published
+    saving.publish()
+    found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    assert found is not None
+    assert found.notes["step"] == saving.step == 2
+    assert not found.replicated["w"].any()
+    assert not found.features(0, 4)["rows"].any()
+    assert int(found.replicated["n"]) == int(found.lane_state(0)["pool"]) == 7
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_one_that_is_never_published_was_never_there(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    forgotten = begin(tmp_path, 2, beside=True)
+    while not forgotten.is_written():
+        time.sleep(0.01)
+    found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    assert found is not None
+    assert found.notes["step"] == 1
+    begin(tmp_path, 2, beside=True).publish()  # a run that goes on makes the same step's again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["in the step", "beside it"])
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, beside: bool) -> None:
+    """The file-size limit refuses writes as a full disk does: midway, by an OSError."""
+    script = f"""
+        import resource, sys, torch
+        sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+        from test_checkpoint import begin, save
+        from pathlib import Path
+        from sae_train.errors import CheckpointError
+        save(Path({str(tmp_path)!r}), 1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        try:
+            begin(Path({str(tmp_path)!r}), 2, beside={beside}).publish()
+        except CheckpointError as error:
+            print(error)
+            sys.exit(2)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert json.loads((tmp_path / "step_00000001" / "checkpoint.json").read_text())["step"] == 1
+
+
+def saver_of(folder: Path) -> tuple[Saver, Callable[[], None]]:
+    """Return what saves a small run beside the step, and the call that begins a checkpoint of it."""
+    world.write_activations(folder)
+    trainer = world.build(world.config_of(folder, [], precision="float32", steps=4, n_features=64), Solo())
+    trainer.step(trainer.stream.batch(0))
+    saver = Saver(folder / "saved", CheckpointConfig(every_tokens=None, keep=2, beside=True), ranks=Solo())
+    notes = {"step": trainer.n_done, "tokens": trainer.tokens, "identity": "3fa9c1", "n_features": 64}
+    return saver, lambda: saver.save(trainer, notes)
+
+
+def test_an_interrupt_while_one_is_waited_for_does_not_lose_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver, save_it = saver_of(tmp_path)
+    save_it()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Saving, "publish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            saver.publish()
+    assert saver.saved_at == -1
+    saver.publish_at_last()
+    assert saver.saved_at == 1
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["step_00000001"]
+
+
+def interrupted(_: checkpoint.Saving) -> Path:
+    raise KeyboardInterrupt
+
+
+def test_one_that_fails_beside_the_step_is_told_where_it_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saver, save_it = saver_of(tmp_path)
+    (tmp_path / "saved").mkdir()
+    for tell in (saver.publish, saver.publish_at_last):
+        save_it()
+        while (tmp_path / "saved").exists():  # a file may come in between
+            shutil.rmtree(tmp_path / "saved", ignore_errors=True)
+        (tmp_path / "saved").write_text("")
+        if tell == saver.publish:
+            with pytest.raises(CheckpointError, match="saved"):
+                tell()
+        else:
+            tell()
+            assert "the checkpoint that was being written is lost" in capsys.readouterr().err
+        assert saver.saved_at == -1
+        tell()  # nothing is left to be told
+        (tmp_path / "saved").unlink()
