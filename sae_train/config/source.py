@@ -45,3 +45,8 @@ class SourceConfig:
         """The numbers of a live harvest, with those that are null decided."""
         assert isinstance(self.harvest, LiveHarvestConfig)
         return lane_sizes(self.harvest, batch_tokens=self.batch_tokens)
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of one number of a batch: activations are float32, or float64 under `precision=float64`."""
+        return 8 if self.precision == "float64" else 4
