@@ -47,16 +47,15 @@ def test_the_links_of_a_document_lead_somewhere(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
 def test_the_tests_that_a_document_names_exist(document: Path) -> None:
-    """A test is named by its function, with a `*` where several are meant; its file stands before it in the line."""
+    """A test is named by its function, with a `*` where several are meant, after the file that it is in."""
     sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
-    for line in document.read_text(encoding="utf-8").splitlines():
-        file = ""
-        for name, suffix in re.findall(r"\b(test_\w+)(\.py|\*)?", line):
-            if suffix == ".py":
-                file = f"{name}.py"
-                assert file in sources, line
-            elif file:
-                assert f"def {name}" + ("" if suffix else "(") in sources[file], name
+    file = ""
+    for name, suffix in re.findall(r"\b(test_\w+)(\.py|\*)?", document.read_text(encoding="utf-8")):
+        if suffix == ".py":
+            file = f"{name}.py"
+            assert file in sources, file
+        else:
+            assert f"def {name}" + ("" if suffix else "(") in sources[file], f"{name} in {file}"
 
 
 def test_the_readme_keeps_its_size() -> None:
