@@ -259,7 +259,7 @@ def pack(docs: list[list[int]], context: int, bos: int, keep_rest: bool = False)
 
 
 def epoch_contexts(docs: list[list[int]], context: int, bos: int, seed: int) -> torch.Tensor:
-    """Yield one pass over the documents in an order drawn by the seed."""
+    """Return the contexts of one pass over the documents, in an order drawn by the seed."""
     rng = random.Random(seed)
     order = rng.sample(docs, len(docs))
     contexts = pack(order, context, bos)
