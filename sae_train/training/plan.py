@@ -15,7 +15,7 @@ from sae_train.config import (
     ZipfBudgetConfig,
 )
 from sae_train.errors import ConfigError, raise_all
-from sae_train.evaluation.language_model_loss import PASSES_OF_A_BATCH
+from sae_train.evaluation.language_model import PASSES_OF_A_BATCH
 from sae_train.harvest.build import StreamFacts
 from sae_train.kernels import backend
 from sae_train.ranks.layout import feature_columns
@@ -127,7 +127,7 @@ def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
         ConfigError: settings that contradict each other once the width of the activations is known.
     """
     n_features = config.n_features or config.expansion * facts.d_model
-    raise_all(_problems(config, n_features=n_features))
+    raise_all(config.width_problems(n_features))
     steps = -(-config.tokens // config.batch_tokens)
     total = steps * config.batch_tokens
     element = 8 if config.precision == "float64" else 4
@@ -231,17 +231,6 @@ def _ranks_text(plan: Plan, config: RunConfig) -> str:
     if plan.n_ranks > 1:
         text += f": {rows} of tokens x {plan.columns} of features; {plan.batch_tokens // plan.n_ranks:,} tokens a rank"
     return text
-
-
-def _problems(config: RunConfig, *, n_features: int) -> list[str]:
-    found = []
-    if config.k is not None and config.k > n_features:
-        given = "n_features" if config.n_features else f"expansion={config.expansion} times d_model"
-        found.append(f"k={config.k:g}: larger than {given}={n_features}. Lower k or raise {given.split('=')[0]}.")
-    start_k = config.budget.start_k
-    if start_k is not None and start_k > n_features:
-        found.append(f"budget.start_k={start_k:g}: larger than n_features={n_features}. Lower it.")
-    return found
 
 
 def _schedule_notes(config: RunConfig) -> list[str]:

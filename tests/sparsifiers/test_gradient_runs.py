@@ -329,7 +329,9 @@ def test_a_run_with_beta_zero_is_a_run_of_topk(tmp_path: Path) -> None:
 def test_with_beta_zero_pre_activations_are_screened_as_for_topk(tmp_path: Path) -> None:
     world.write_activations(tmp_path)
     kept = [
-        world.build(world.config_of(tmp_path, case, precision="float32"), Solo(), start=False).sparsifier.kept_a_token
+        world.build(world.config_of(tmp_path, case, precision="float32"), Solo(), start=False)
+        .learners[0]
+        .sparsifier.kept_a_token
         for case in (["sparsifier=topk"], ["sparsifier=gradient", "sparsifier.beta=0"], ["sparsifier=gradient"])
     ]
     assert kept == [5, 5, float("inf")]

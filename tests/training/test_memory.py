@@ -41,7 +41,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def peak_bytes(trainer: Trainer) -> int:
     """Return how many bytes the next step holds at most beside what is there before it."""
     x_NW = trainer.stream.batch(trainer.n_done)
-    trainer._pre_NF = None  # kept from the step before; made anew, it counts
+    trainer.learners[0]._pre_NF = None  # kept from the step before; made anew, it counts
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         trainer.step(x_NW)
     results = profile.kineto_results
