@@ -72,7 +72,11 @@ def test_the_readme_shows_a_picture() -> None:
     assert all((ROOT / path).is_file() for path in shown)
 
 
-def test_the_tree_of_the_readme_has_every_room() -> None:
+def test_the_tree_of_the_readme_is_the_package() -> None:
+    """Each room has a line, and each file that a line names is in its room."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rooms = [path.name for path in (ROOT / "sae_train").iterdir() if (path / "__init__.py").exists()]
-    assert [room for room in rooms if not re.search(rf"^ +{room}/ +\S", text, flags=re.MULTILINE)] == []
+    tree = dict(re.findall(r"^  (\w+)/ +(\S.*)$", text, flags=re.MULTILINE))
+    rooms = {path.name for path in (ROOT / "sae_train").iterdir() if (path / "__init__.py").exists()}
+    assert set(tree) == rooms
+    named = {f"{room}/{file}" for room, line in tree.items() for file in re.findall(r"\w+\.py", line)}
+    assert {name for name in named if not (ROOT / "sae_train" / name).exists()} == set()
