@@ -1,6 +1,6 @@
-"""Rows that lie in several tensors, as those of a folder of files do, gathered by index.
+"""Rows that lie in several tensors, gathered by index.
 
-Letters: P parts, R rows of all parts, N rows that are asked for, D width.
+Letters: P parts, R rows of all parts, N rows that are gathered, D width.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class RowTable:
-    """Rows of several tensors, one after another.
+    """Rows of several tensors, one after another. `TensorTable` makes one of the tensors of a folder's files.
 
     Attributes:
         starts: [P + 1] int64, the first row of each part, and R.
@@ -19,8 +19,7 @@ class RowTable:
 
     def __init__(self, parts: Iterable[Tensor]) -> None:
         """Args:
-        parts: at least one [., D] each, on a CPU, of any number format; perhaps files that are read only where they are
-            asked for. They stay where they are in memory while the table is used.
+        parts: at least one [., D] each, on a CPU, of any number format. They may be mapped files.
         """
         self._parts = tuple(parts)
         self._width = self._parts[0].shape[1]
@@ -28,7 +27,11 @@ class RowTable:
         self.starts = torch.tensor([0, *map(len, self._parts)]).cumsum(0)
 
     def rows(self, index_N: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """Return the rows [N, D] at int64 indices of 0..R-1, in their order."""
+        """Return the rows [N, D] at int64 indices of 0..R-1, in their order.
+
+        Every part is read in ascending order. Example: with parts of 2 rows each, indices [3, 0] give the second row
+        of the second part, then the first row of the first.
+        """
         if len(self._parts) == 1:
             return self._parts[0].index_select(0, index_N).to(dtype)
         out_ND = torch.empty(len(index_N), self._width, dtype=dtype)
@@ -39,9 +42,3 @@ class RowTable:
                 place = ascending_N[low:high] - self.starts[part]
                 out_ND.index_copy_(0, order[low:high], self._parts[part].index_select(0, place).to(dtype))
         return out_ND
-
-    @torch.no_grad()
-    def normalised(self, index_N: Tensor, centre_D: Tensor, scale: float) -> Tensor:
-        """Return (row - centre) / scale of the rows at int64 indices of 0..R-1 [N, D], in the centre's format."""
-        assert centre_D.shape == (self._width,)
-        return (self.rows(index_N, dtype=centre_D.dtype) - centre_D).div_(scale)

@@ -311,7 +311,7 @@ def test_whole_steps_are_those_of_plain_torch(case: list[str], tmp_path: Path, m
         trainer = build(config, Solo(DEVICE))
         for step in range(2):
             trainer.step(trainer.stream.batch(step))
-        learned.append(weights(trainer) | trainer.optimizer.state())
+        learned.append(weights(trainer) | trainer.learners[0].optimizer.state())
     for name, plain in learned[0].items():
         close(learned[1][name], plain, tolerance=2e-5)
 
@@ -340,7 +340,7 @@ def test_a_gpu_without_bf16_says_so_in_one_line(
     """One that emulates bf16, as torch does before Ampere, has none; Triton is not for it, either."""
     write_activations(tmp_path)
     device, config = torch.device("cuda", 1), config_of(tmp_path, [], precision="auto")
-    facts = check_stream(config, n_ranks=1)
+    facts = check_stream(config.source, n_ranks=1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda which: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(backend, "_failure_of_a_kernel", lambda device: None)
