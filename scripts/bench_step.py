@@ -37,6 +37,7 @@ from sae_train import kernels
 from sae_train.cli.compose import compose_config
 from sae_train.harvest.build import build_stream, check_stream
 from sae_train.ranks.interface import Solo
+from sae_train.training import learner as learners
 from sae_train.training.clock import peak_memory_bytes
 from sae_train.training.plan import make_plan
 from sae_train.training.provenance import resolve_precision
@@ -145,10 +146,11 @@ def parts_noted(trainer: Trainer) -> Iterator[dict[str, float]]:
     learner = trainer.learners[0]
     sparsifier = learner.sparsifier
     select = "select" if hasattr(sparsifier, "select") else "encode"
-    places = [(learner, "_pre_activations", "encode"), (sparsifier, select, "select")]
-    places += [(learner, "_reconstruct", "decode"), (learner, "_update", "update")]
-    for owner, attribute, name in places:
-        setattr(owner, attribute, noted(name, getattr(owner, attribute)))
+    places: list[tuple[Any, str, str]] = [(learner, "_pre_activations", "encode"), (sparsifier, select, "select")]
+    places += [(learners, "reconstruct", "decode"), (learner, "_update", "update")]
+    before = [getattr(owner, attribute) for owner, attribute, _ in places]
+    for (owner, attribute, name), call in zip(places, before, strict=True):
+        setattr(owner, attribute, noted(name, call))
     aux = learner.aux_loss
     if aux is not None:
         learner.aux_loss = noted("aux", aux)
@@ -158,8 +160,8 @@ def parts_noted(trainer: Trainer) -> Iterator[dict[str, float]]:
     finally:
         torch.Tensor.backward = backward
         learner.aux_loss = aux
-        for owner, attribute, _ in places:
-            delattr(owner, attribute)
+        for (owner, attribute, _), call in zip(places, before, strict=True):
+            setattr(owner, attribute, call)
 
 
 def kill_share(trainer: Trainer, share: float) -> None:
