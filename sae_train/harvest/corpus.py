@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sae_train.config import DataConfig
 from sae_train.errors import DataError
-from sae_train.harvest.checked import Checked
 from sae_train.harvest.documents import Documents
+from sae_train.harvest.inspected_documents import InspectedDocuments
 from sae_train.harvest.open_text import open_text
 from sae_train.harvest.plain_text import LONGEST_CHARACTER, character_start
 from sae_train.harvest.stretches import Stretches
@@ -53,11 +53,11 @@ class Corpus:
     def __init__(self, data: DataConfig, phases: Phases = SILENT) -> None:
         self._data = data
         training, held_out = open_text(data, phases)
-        self._training = Checked(training, source=f"data.id={data.id}", strict=data.strict, phases=phases)
-        self._held_out: Checked | None = None
+        self._training = InspectedDocuments(training, source=f"data.id={data.id}", strict=data.strict, phases=phases)
+        self._held_out: InspectedDocuments | None = None
         if held_out is not None:
             source = f"data.held_out_split={data.held_out_split or data.id}"
-            self._held_out = Checked(held_out, source=source, strict=data.strict, phases=phases)
+            self._held_out = InspectedDocuments(held_out, source=source, strict=data.strict, phases=phases)
         self._largest_held_out = -1 if self._held_out is not None else self._find_largest_held_out()
         self._side_N = np.full(len(training), _UNKNOWN, dtype=np.uint8)
         for index in self._training.met:

@@ -1,6 +1,6 @@
 """Documents by index: what every source of text offers, and what can be wrong with one document.
 
-Every file of text is a `Documents` of its own (json_lines.py, plain_text.py, table_rows.py); the corpus joins them.
+Every file of text is a `Documents` of its own (json_lines.py, plain_text.py, dataset_rows.py); the corpus joins them.
 Nothing here raises for a bad document: it is counted, and `data.strict=true` turns it into an error in the corpus.
 """
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from sae_train.errors import DataError, suggest
 from sae_train.harvest.documents import Document, Documents, Flaw
-from sae_train.harvest.files import read_bytes
+from sae_train.harvest.text_files import read_bytes
 from sae_train.phases import SILENT, Phases
 
 LONG_LINE = 64 * 1024

@@ -22,7 +22,7 @@ from sae_train.harvest.language_model import LanguageModel, Tokenizer
 from sae_train.harvest.live_checks import LiveParts
 from sae_train.harvest.live_lane import LiveLane
 from sae_train.harvest.pool import LanePool
-from sae_train.harvest.prefetch import Ahead
+from sae_train.harvest.prefetch import Prefetcher
 from sae_train.harvest.raw_rows import Block, RawRows
 from sae_train.harvest.scaling import Scaling, fit_scaling
 from sae_train.harvest.stream import Stream, prefetch_of, run_dtype, whole_batches
@@ -52,7 +52,7 @@ class LiveStream(Stream):
         )  # fmt: skip
         self._lanes = self._build_lanes(tokenizer)
         self._prefetch = prefetch_of(source)
-        self._ahead = Ahead(self._find_work, is_on=self._prefetch > 0, device=ranks.device)
+        self._prefetcher = Prefetcher(self._find_work, is_on=self._prefetch > 0, device=ranks.device)
 
     def _fetch(self, tokenizer: Tokenizer, phases: Phases) -> Corpus:
         """Return a corpus of text on the hub, of which every lane has at least one context."""
@@ -123,7 +123,7 @@ class LiveStream(Stream):
         assert all(lane.pool.taken == step * share for lane in self._lanes), "steps are read in order"
         batch = self._empty(len(self._lanes) * share)
         self.fill()
-        with self._ahead.changing():
+        with self._prefetcher.changing():
             for place, lane in enumerate(self._lanes):
                 lane.pool.take(batch[place * share : (place + 1) * share])
         return batch
@@ -131,7 +131,7 @@ class LiveStream(Stream):
     def fill(self, phases: Phases = SILENT) -> None:
         due = [lane for lane in self._lanes if lane.pool.is_due]
         if due:
-            with self._ahead.paused(), phases.of("harvesting", total=sum(lane.pool.room for lane in due)):
+            with self._prefetcher.paused(), phases.of("harvesting", total=sum(lane.pool.room for lane in due)):
                 for lane in due:
                     lane.refill(self.scaling, self._dtype, phases)
                 self._check_supply()
@@ -140,10 +140,10 @@ class LiveStream(Stream):
         return any(lane.pool.is_due_soon for lane in self._lanes)
 
     def quiet(self) -> AbstractContextManager[None]:
-        return self._ahead.paused()
+        return self._prefetcher.paused()
 
     def beside_seconds(self) -> float:
-        return self._ahead.seconds - self._ahead.blocked
+        return self._prefetcher.seconds - self._prefetcher.blocked
 
     def fingerprint(self) -> list[int]:
         return self._corpus.fingerprint()
@@ -158,7 +158,7 @@ class LiveStream(Stream):
         if replicated["corpus"].tolist() != self.fingerprint():
             raise DataError(f"data.id={self._source.data.id}: not the text that the checkpoint was made from. "
                             "Put the old text back, or start a new run with another name.")  # fmt: skip
-        with self._ahead.paused():
+        with self._prefetcher.paused():
             self._set_scaling(Scaling.from_state(replicated, device=self._ranks.device))
             for lane in self._lanes:
                 lane.load_state(lane_state(lane.raw.lane))
@@ -185,7 +185,7 @@ class LiveStream(Stream):
         return self._ranks.max(self._corpus.flaw_N.to(self._ranks.device)).cpu()
 
     def close(self) -> None:
-        self._ahead.close()
+        self._prefetcher.close()
         self._lanes.clear()
 
     def _find_work(self) -> Callable[[], None] | None:

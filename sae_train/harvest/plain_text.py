@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from sae_train.harvest.documents import Document, Documents, Flaw
-from sae_train.harvest.files import read_bytes
+from sae_train.harvest.text_files import read_bytes
 
 BLOCK_BYTES = 64 * 1024
 LEAST_BLOCK_BYTES = 256

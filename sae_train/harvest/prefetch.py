@@ -50,7 +50,7 @@ class Outcome(Generic[T]):
         return self._value
 
 
-class Ahead:
+class Prefetcher:
     """The thread; it starts with the first change, and only if it may ever be ahead.
 
     Attributes:

@@ -16,7 +16,7 @@ from sae_train.config.source import SourceConfig
 from sae_train.errors import DataError
 from sae_train.harvest.batch import Batch
 from sae_train.harvest.held_out import TensorHeldOut
-from sae_train.harvest.prefetch import Ahead, Outcome
+from sae_train.harvest.prefetch import Outcome, Prefetcher
 from sae_train.harvest.row_plan import RowPlan
 from sae_train.harvest.scaling import Scaling, fit_scaling
 from sae_train.harvest.stream import Stream, prefetch_of, run_dtype, whole_batches
@@ -51,7 +51,7 @@ class TensorStream(Stream):
         self._prefetch = prefetch_of(source)
         self._early: dict[int, Outcome[Batch]] = {}
         self._next_step = 0
-        self._ahead = Ahead(self._find_work, is_on=self._prefetch > 0, device=ranks.device, threads=1)
+        self._prefetcher = Prefetcher(self._find_work, is_on=self._prefetch > 0, device=ranks.device, threads=1)
 
     def start(self, phases: Phases = SILENT) -> None:
         index_N = self._draw(0)[: self._harvest.calibration_tokens]
@@ -81,10 +81,10 @@ class TensorStream(Stream):
     def batch(self, step: int) -> Batch:
         batch = None
         if step not in self._early:
-            with self._ahead.paused():  # the work in progress may be this very step
+            with self._prefetcher.paused():  # the work in progress may be this very step
                 if step not in self._early:
                     batch = self._read(step)
-        with self._ahead.changing():
+        with self._prefetcher.changing():
             if batch is None:
                 batch = self._early[step].get()
             self._early = {later: early for later, early in self._early.items() if later > step}
@@ -106,14 +106,14 @@ class TensorStream(Stream):
 
     def _work_ahead(self, step: int) -> None:
         outcome = Outcome(partial(self._read, step))
-        with self._ahead.changing():
+        with self._prefetcher.changing():
             self._early[step], self._next_step = outcome, step + 1
 
     def beside_seconds(self) -> float:
-        return self._ahead.seconds - self._ahead.blocked
+        return self._prefetcher.seconds - self._prefetcher.blocked
 
     def close(self) -> None:
-        self._ahead.close()
+        self._prefetcher.close()
 
     def fingerprint(self) -> list[int]:
         return self._table.fingerprint()

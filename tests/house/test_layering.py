@@ -28,8 +28,8 @@ LAYERS = [
 
 OUTSIDE = {
     "accelerate": {"ranks/distributed.py"},
-    "datasets": {"harvest/table_rows.py"},
-    "pyarrow": {"harvest/table_rows.py"},
+    "datasets": {"harvest/dataset_rows.py"},
+    "pyarrow": {"harvest/dataset_rows.py"},
     "submitit": {"sweeps/submit.py"},
     "wandb": {"training/wandb_worker.py"},
     "hydra": {"cli/*"},

@@ -19,7 +19,7 @@ _WORDS = {
 }
 
 
-class Checked:
+class InspectedDocuments:
     """Documents with a table of their flaws. The corpus has one for what is trained on, one for held-out files.
 
     Attributes:

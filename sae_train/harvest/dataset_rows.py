@@ -24,7 +24,7 @@ _SAVED = ("dataset_info.json", "state.json")
 _SAVED_SPLITS = "dataset_dict.json"
 
 
-class TableRows(Documents):
+class DatasetRows(Documents):
     """One column of a map-style dataset."""
 
     is_exact = True
@@ -97,7 +97,7 @@ def open_parquet(file: Path, data: DataConfig, phases: Phases) -> Documents:
             columns=[column],
             features=datasets.Features({column: datasets.Value("large_string")}),  # else it looks at all columns
         )
-        return TableRows(rows, data, source=str(file), phases=phases)
+        return DatasetRows(rows, data, source=str(file), phases=phases)
     except (OSError, ValueError, KeyError, pyarrow.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
         _refuse_cache(error)
         raise DataError(f"{file}: not a readable parquet file ({str(error).splitlines()[0][:160]}).") from error
@@ -108,7 +108,7 @@ def is_saved(path: Path) -> bool:
     return (path / _SAVED_SPLITS).is_file() or all((path / name).is_file() for name in _SAVED)
 
 
-def open_saved(path: Path, data: DataConfig, split: str, phases: Phases) -> TableRows:
+def open_saved(path: Path, data: DataConfig, split: str, phases: Phases) -> DatasetRows:
     """Return the rows of one split of a directory that `datasets.save_to_disk` wrote.
 
     Raises:
@@ -126,7 +126,7 @@ def open_saved(path: Path, data: DataConfig, split: str, phases: Phases) -> Tabl
             raise DataError(f"data.split={split}: {path} has no such split.{suggest(split, saved)} Choose it with "
                             "data=huggingface data.split=NAME.")  # fmt: skip
         saved = saved[split]
-    return TableRows(saved, data, source=str(path), phases=phases)
+    return DatasetRows(saved, data, source=str(path), phases=phases)
 
 
 def saved_splits(path: Path) -> list[str]:
@@ -136,7 +136,7 @@ def saved_splits(path: Path) -> list[str]:
     return list(datasets.load_from_disk(str(path))) if (path / _SAVED_SPLITS).is_file() else []
 
 
-def open_hub(data: DataConfig, split: str, phases: Phases) -> TableRows:
+def open_hub(data: DataConfig, split: str, phases: Phases) -> DatasetRows:
     """Return the rows of one split of a hub dataset.
 
     Raises:
@@ -146,7 +146,7 @@ def open_hub(data: DataConfig, split: str, phases: Phases) -> TableRows:
 
     try:
         rows = datasets.load_dataset(data.id, data.subset, split=split)
-        return TableRows(rows, data, source=data.id, phases=phases)
+        return DatasetRows(rows, data, source=data.id, phases=phases)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         _refuse_cache(error)
         raise _hub_data_error(data, error, split=split) from error
