@@ -22,7 +22,7 @@ from sae_train.harvest.build import build_stream, check_stream
 from sae_train.ranks.interface import Solo
 from sae_train.training.plan import make_plan
 from sae_train.training.provenance import resolve_precision
-from sae_train.training.trainer import Trainer
+from sae_train.training.trainer import Trainer, build_trainer
 
 
 def build(said: list[str]) -> Trainer:
@@ -34,7 +34,7 @@ def build(said: list[str]) -> Trainer:
     stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
     precision = resolve_precision(config, stored=None, device=ranks.device)
-    return Trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+    return build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
 
 
 def timed(act: Callable[[], Any]) -> float:

@@ -71,7 +71,7 @@ def ours(args: argparse.Namespace, batches: OnDemand) -> None:
     from sae_train.ranks.interface import Solo
     from sae_train.training.plan import make_plan
     from sae_train.training.provenance import resolve_precision
-    from sae_train.training.trainer import Trainer
+    from sae_train.training.trainer import build_trainer
 
     said = ["harvest=tensors", f"harvest.path={args.train}", "tracking=none", f"sparsifier={args.method}"]
     said += [f"n_features={args.n_features}", f"k={args.k}", f"batch_tokens={args.batch}", f"tokens={args.tokens}"]
@@ -82,7 +82,7 @@ def ours(args: argparse.Namespace, batches: OnDemand) -> None:
     stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
     precision = resolve_precision(config, stored=None, device=ranks.device)
-    trainer = Trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+    trainer = build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
     for _ in batches:
         trainer.step(stream.batch(trainer.n_done))
 

@@ -14,7 +14,7 @@ from sae_train.config import (
     ZipfBudgetConfig,
 )
 from sae_train.errors import ConfigError, raise_all
-from sae_train.evaluation.language_model_loss import PASSES_OF_A_BATCH
+from sae_train.evaluation.language_model import PASSES_OF_A_BATCH
 from sae_train.harvest.build import StreamFacts
 from sae_train.kernels import backend
 from sae_train.ranks.layout import feature_columns
@@ -32,8 +32,8 @@ RULED = ("n_features", "dead_window", "peak_lr", "warmup_tokens", "decay_tokens"
 HELD = {"relu": 6, "temporal_mask": 8, "jumprelu": 10, "gated": 10, "p_anneal": 12}
 HELD_OTHERWISE, HELD_WITH_SLOPES = 2, 4
 """Matrices as large as a batch's pre-activations that a step holds at most: by sparsifier, where it may begin dense
-(temporal_mask: and decode twice); by any other; and where it reads gradients. Of fp32 steps on a CPU, screened or not,
-as measured by tests/training/test_memory.py, rounded up."""
+(temporal_mask: and decode twice); by any other; and where it reads gradients. Of fp32 steps on a CPU, as
+measured by tests/training/test_memory.py, rounded up."""
 GRADIENTS = "of the language model's loss come with the activations: rows of the stream are twice as wide"
 """What the plan says where they are harvested."""
 LARGEST_CHECKPOINT_INTERVAL = 50_000_000
@@ -126,7 +126,7 @@ def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
         ConfigError: settings that contradict each other once the width of the activations is known.
     """
     n_features = config.n_features or config.expansion * facts.d_model
-    raise_all(_problems(config, n_features=n_features))
+    raise_all(config.width_problems(n_features))
     steps = -(-config.tokens // config.batch_tokens)
     total = steps * config.batch_tokens
     element = 8 if config.precision == "float64" else 4
@@ -232,17 +232,6 @@ def _ranks_text(plan: Plan, config: RunConfig) -> str:
     return text
 
 
-def _problems(config: RunConfig, *, n_features: int) -> list[str]:
-    found = []
-    if config.k is not None and config.k > n_features:
-        given = "n_features" if config.n_features else f"expansion={config.expansion} times d_model"
-        found.append(f"k={config.k:g}: larger than {given}={n_features}. Lower k or raise {given.split('=')[0]}.")
-    start_k = config.budget.start_k
-    if start_k is not None and start_k > n_features:
-        found.append(f"budget.start_k={start_k:g}: larger than n_features={n_features}. Lower it.")
-    return found
-
-
 def _schedule_notes(config: RunConfig) -> list[str]:
     """Return a line for a warm-up or decay that is longer than the run."""
     lengths = {"warmup_tokens": config.optimizer.warmup_tokens, "decay_tokens": config.optimizer.decay_tokens}
@@ -322,7 +311,7 @@ def _copies_in_host_memory(config: RunConfig) -> bool:
 
 
 def _has_bf16() -> bool:
-    return torch.cuda.is_available() and backend.has_bf16(torch.device("cuda"))
+    return backend.has_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _check_memory(plan: Plan, config: RunConfig, facts: StreamFacts) -> None:

@@ -16,6 +16,7 @@ from sae_train.harvest.language_model import LanguageModel
 from sae_train.ranks.interface import Ranks, Solo
 from tools.grid_world import end, free_port, join
 from tools.held_out_rows import CASES, Case, F, Rows, calibrated, held_out_text
+from tools.random_sae import manifest_of
 from tools.small_runs import CPU
 from tools.tiny_models import live_config, save_model
 
@@ -27,7 +28,7 @@ def export(case: Case, directory: Path, ranks: Ranks) -> dict[str, Any]:
     sae, found = calibrated(case, ranks)
     figures = evaluate(sae, Rows(ranks), max_tokens=1, language_model=None, n_features=F, ranks=ranks)
     figures |= {"target_l0": found.target_l0, "used_share": found.used_share} | figures.pop("density")
-    native.save(sae, directory, facts={"site": "here"}, n_features=F, ranks=ranks)
+    native.save(sae, directory, manifest=manifest_of(sae, n_features=F, site="here"), ranks=ranks)
     return figures
 
 
@@ -47,7 +48,7 @@ def refusals(folder: Path, ranks: Ranks) -> list[list[str | None]]:
 
     def told(directory: Path) -> str | None:
         try:
-            native.save(sae, directory, facts={}, n_features=F, ranks=ranks)
+            native.save(sae, directory, manifest=manifest_of(sae, n_features=F), ranks=ranks)
         except CheckpointError as error:
             return str(error)
         return None

@@ -38,14 +38,13 @@ OUTSIDE = {
     "tqdm": {"training/console.py"},
     "safetensors": {
         "training/checkpoint.py",
+        "training/checkpoint_files.py",
         "training/restore.py",
         "formats/*",
         "harvest/tensors.py",
         "harvest/tensor_files.py",
     },
-    "numba": {"kernels/numba_*", "kernels/backend.py"},
-    "llvmlite": {"kernels/numba_team.py"},
-    "triton": {"kernels/triton_adam.py", "kernels/triton_products.py"},
+    "triton": {"kernels/triton_*"},
     "transformers": {"harvest/language_model.py", "harvest/sites.py", "harvest/checkpoints.py", "harvest/probe.py"},
 }
 """Which files may import each of the heavy libraries."""
