@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sae_train.cli.main import run_command
 from sae_train.config import DataConfig
 from sae_train.errors import DataError
-from sae_train.harvest import checked, open_text
+from sae_train.harvest import inspected_documents, open_text
 from sae_train.harvest.corpus import Corpus
 from tools.command_line import Command
 from tools.tiny_models import live_config, sentences
@@ -61,7 +61,7 @@ def test_a_bad_line_costs_its_document_alone(tmp_path, monkeypatch, case, is_sca
     if not is_scanned:
         for module in (checked, open_text):
             monkeypatch.setattr(module, "SCANNED_BYTES", 0)
-        monkeypatch.setattr(checked, "LOOKED_AT", 5)
+        monkeypatch.setattr(inspected_documents, "SAMPLED_DOCUMENTS", 5)
     path = lines_with(tmp_path, line)
     corpus = Corpus(data_at(path))
     read = [one for one in read_all(corpus) if one]
@@ -236,7 +236,7 @@ def test_held_out_files_are_checked_too(tmp_path, line):
 def test_a_large_text_with_held_out_files_is_counted_as_it_is_met(tmp_path, monkeypatch):
     for module in (checked, open_text):
         monkeypatch.setattr(module, "SCANNED_BYTES", 0)
-    monkeypatch.setattr(checked, "LOOKED_AT", 3)
+    monkeypatch.setattr(inspected_documents, "SAMPLED_DOCUMENTS", 3)
     path = lines_with(tmp_path, b'{"text": null}', at=25)
     corpus = Corpus(data_at(path, held_out=lines_with_good(tmp_path)))
     read_all(corpus)
