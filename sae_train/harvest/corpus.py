@@ -46,7 +46,7 @@ class Part(NamedTuple):
 class Corpus:
     """Training documents by index, some of which may be held out by a hash of their text.
 
-    `check_stream` opens it; lanes read the training text from it, and `TextHeldOut` the held-out text. Indices count all
+    `check_stream` opens it. Lanes read the training text, and `TextHeldOut` the held-out text. Indices count all
     documents. Up to `SCANNED_BYTES` of text are read whole when the corpus is opened. In a larger text, flaws and
     held-out documents are found as documents are read.
     """

@@ -11,7 +11,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sae_train.config import LiveHarvestConfig
 from sae_train.config.source import SourceConfig
 from sae_train.errors import DataError
 from sae_train.harvest.batch import Batch
@@ -31,13 +30,16 @@ from sae_train.ranks.interface import Ranks
 
 
 class LiveStream(Stream):
-    """A language model run while training; see `Stream`."""
+    """A language model that runs while training; see `Stream`.
+
+    A rank owns lanes / ranks consecutive lanes. A background thread may run forward passes of the lanes ahead of the
+    step.
+    """
 
     language_model: LanguageModel
 
     def __init__(self, source: SourceConfig, parts: LiveParts, *, ranks: Ranks, phases: Phases = SILENT) -> None:
-        assert isinstance(source.harvest, LiveHarvestConfig)
-        self._source, self._ranks, self._harvest, self._sizes = source, ranks, source.harvest, source.lane_sizes
+        self._source, self._ranks, self._harvest, self._sizes = source, ranks, source.live, source.lane_sizes
         self._dtype, tokenizer = run_dtype(source.precision), parts.tokenizer
         self._corpus = parts.corpus or self._fetch(tokenizer, phases)
         phases.meet()
@@ -181,7 +183,7 @@ class LiveStream(Stream):
         return {"data/epochs": float(epochs.min()), "data/epoch_spread": float(epochs.max() - epochs.min())}
 
     def _flaws(self) -> Tensor:
-        """Return the flaws of all documents that any rank has met: a document has one flaw, whoever meets it."""
+        """Return the flaws of all documents that any rank has read. All ranks find the same flaw in a document."""
         return self._ranks.max(self._corpus.flaw_N.to(self._ranks.device)).cpu()
 
     def close(self) -> None:
@@ -189,7 +191,7 @@ class LiveStream(Stream):
         self._lanes.clear()
 
     def _find_work(self) -> Callable[[], None] | None:
-        """Return the forward pass of the lane that needs one first, if a refill to come has use for any."""
+        """Return the work of the lane that needs a forward pass first, or None where no coming refill needs one."""
         limits = {
             "most_rows": self._prefetch * self._sizes.share,
             "last_row": whole_batches(self._source) // self._sizes.lanes,
@@ -217,7 +219,7 @@ class LiveStream(Stream):
         return blocks
 
     def _check_supply(self) -> None:
-        """With `data.repeat` off, stop as soon as a lane is known to end before the run does."""
+        """With `data.repeat` off, refuse a run as soon as one of its lanes is certain to end before it."""
         if self._source.data.repeat:
             return
         needed = whole_batches(self._source) // self._sizes.lanes

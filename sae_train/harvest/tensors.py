@@ -11,7 +11,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sae_train.config import TensorsHarvestConfig
 from sae_train.config.source import SourceConfig
 from sae_train.errors import DataError
 from sae_train.harvest.batch import Batch
@@ -27,18 +26,16 @@ from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.random import keyed_order
 
 NOTED_ZERO_SHARE = 0.01
-"""Share of all-zero rows from which on the user is told."""
+"""Share of all-zero rows from which on a notice is shown."""
 _ROWS_A_READ = 4096
-"""Calibration rows that are read between two looks at whether the run was told to stop."""
+"""Calibration rows that are read between two checks for a signal to stop."""
 
 
 class TensorStream(Stream):
-    """See `Stream`; any rank can read any row, so there are no lanes to save."""
+    """Ready-made activations; see `Stream`. Any rank can read any row, so there are no lanes to save."""
 
     def __init__(self, source: SourceConfig, plan: RowPlan, *, ranks: Ranks) -> None:
-        harvest = source.harvest
-        assert isinstance(harvest, TensorsHarvestConfig)
-        self._source, self._ranks, self._harvest = source, ranks, harvest
+        self._source, self._ranks, self._harvest = source, ranks, source.tensors
         self._plan, self.d_model, self.language_model = plan, plan.d_model, None
         dtype = run_dtype(source.precision)
         self._table = TensorTable(plan.files, dtype=dtype, gradients=source.reads_gradients)
@@ -99,7 +96,7 @@ class TensorStream(Stream):
         return self.scaling.normalise(raw_ND.to(device), None if gradient_ND is None else gradient_ND.to(device))
 
     def _find_work(self) -> Callable[[], None] | None:
-        """Return the reading of the next batch that is not there, if it may be ahead and the run has it."""
+        """Return the work that reads the next missing batch, or None where enough batches are there."""
         steps = whole_batches(self._source) // self._source.batch_tokens
         wanted = len(self._early) < self._prefetch and self._next_step < steps
         return partial(self._work_ahead, self._next_step) if wanted else None
@@ -156,7 +153,7 @@ class TensorStream(Stream):
         return keyed_order(self._plan.n_training, self._source.data.seed, "tensors", epoch)
 
     def _epoch(self, epoch: int) -> Tensor:
-        """Return the epoch's order of kept rows; the last two drawn are remembered."""
+        """Return the epoch's order of kept rows. The last two orders are cached."""
         if epoch not in self._epochs:
             self._epochs = {known: order for known, order in self._epochs.items() if known == epoch - 1}
             order = self._draw(epoch)
