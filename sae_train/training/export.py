@@ -146,7 +146,7 @@ def _activation_source(config: SourceConfig, facts: StreamFacts) -> ActivationSo
     return replace(
         source,
         dtype=config.model.dtype,
-        context_length=config.harvest.context_length,
+        context_length=config.live.context_length,
         subset=config.data.subset,
         split=config.data.split,
         text_column=config.data.text_column,
