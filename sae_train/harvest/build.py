@@ -37,8 +37,8 @@ def build_stream(
         source: the settings of the stream.
         ranks: the ranks that share the lanes.
         phases: shows the progress.
-        facts: from `check_stream` of the same settings; the stream continues with what was opened there. None: check
-            now.
+        facts: from `check_stream` of the same settings; the stream continues with the parts that it opened. None:
+            check now.
 
     Raises:
         ConfigError, DataError: see `check_stream`.

@@ -57,7 +57,7 @@ class Lane:
     """One reader: the pieces of its stretch, in an order keyed by (data.seed, epoch, lane), epoch after epoch.
 
     `LiveStream` creates one for each of its lanes, and `RawRows` reads it. The cursor is the epoch, the place of the
-    next piece in that epoch's order, and the tokens that were read but did not fill a context yet.
+    next piece in that epoch's order, and the tokens that do not fill a context yet.
     """
 
     def __init__(self, index: int, *, stretches: Stretches, corpus: Corpus, tokenizer: "Tokenizer",
@@ -96,7 +96,7 @@ class Lane:
         self._order = self._draw_order()
 
     def epochs(self, cursor: dict[str, Tensor]) -> float:
-        """Return how often the lane's text was read at a cursor, in epochs."""
+        """Return the number of times that the lane's text was read at a cursor, in epochs."""
         epoch, position, _ = cursor["cursor"].tolist()
         return float(epoch + position / max(1, len(self._segments)))
 

@@ -177,7 +177,7 @@ class LiveStream(Stream):
         return self._corpus.counts(self._flaws())
 
     def figures(self) -> dict[str, float]:
-        """Return how often the slowest lane has read its text, and how much further the fastest is."""
+        """Return the epochs that the slowest lane has read, and the distance from it to the fastest lane."""
         own = torch.tensor([lane.epochs for lane in self._lanes], dtype=torch.float64, device=self._ranks.device)
         epochs = self._ranks.gather(own).flatten()
         return {"data/epochs": float(epochs.min()), "data/epoch_spread": float(epochs.max() - epochs.min())}

@@ -117,7 +117,7 @@ class RawRows:
         self._text.load_state(cursor)
 
     def epochs(self, cursor: dict[str, Tensor]) -> float:
-        """Return how often the text was read at a cursor, in epochs."""
+        """Return the number of times that the text was read at a cursor, in epochs."""
         return self._text.epochs(cursor)
 
     def count_rest(self) -> int:

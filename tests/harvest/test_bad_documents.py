@@ -262,7 +262,7 @@ def test_parquet_files_of_odd_kinds(tmp_path, monkeypatch):
     good = [one.decode() for one in GOOD]
     odd = {
         "no rows": pyarrow.table({"text": pyarrow.array([], pyarrow.string())}),
-        "a map beside it": pyarrow.table({
+        "a map in another column": pyarrow.table({
             "text": good, "m": pyarrow.array([[("a", 1)]] * 40, pyarrow.map_(pyarrow.string(), pyarrow.int64()))}),
         "a view": pyarrow.table({"text": pyarrow.array(good, pyarrow.string_view())}),
         "a dictionary": pyarrow.table({"text": pyarrow.array(good).dictionary_encode()}),

@@ -27,7 +27,7 @@ OPENERS: dict[str, tuple[Any, str]] = {
 
 @pytest.fixture
 def opens(monkeypatch: pytest.MonkeyPatch) -> Opens:
-    """Return how often each of `OPENERS` was called so far."""
+    """Return the number of calls of each of `OPENERS` so far."""
     seen: Opens = Counter()
 
     def count(name: str, opener: Callable[..., Any]) -> Callable[..., Any]:

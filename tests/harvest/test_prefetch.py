@@ -194,7 +194,7 @@ def first_error(config: RunConfig, spoil: Any) -> tuple[int, type, str]:
 
 
 def failing(what: Exception, *, after: int) -> Any:
-    """Return what makes a lane's n-th next reading of its text fail, in every lane alike."""
+    """Return a function that makes the n-th next reading of its text fail, in every lane."""
 
     def torn(contexts: Callable[[int], Tensor], lane: int, left: Iterator[int], n: int) -> Tensor:
         if next(left, None) is None:

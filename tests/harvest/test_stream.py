@@ -227,7 +227,7 @@ def test_held_out_batches(config):
 
 
 def contexts_in_batches(config: RunConfig, monkeypatch: pytest.MonkeyPatch, *, steps: int) -> list[int]:
-    """Return how many contexts each batch draws from: the model's activations are replaced by context numbers."""
+    """Return the number of contexts in each batch. The model's activations are replaced by context numbers."""
     stream = stream_of(config, start=False)
     count = 0
 
