@@ -1,4 +1,4 @@
-"""Names that may be local paths or ids of the Hugging Face hub, and messages for failures of the hub or of a library."""
+"""Names that are local paths or ids of the Hugging Face hub, and messages for failures of the hub or of a library."""
 
 import importlib.util
 import re
