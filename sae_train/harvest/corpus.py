@@ -36,7 +36,7 @@ _UNKNOWN, _TRAINING, _HELD_OUT = 0, 1, 2
 
 
 class Part(NamedTuple):
-    """A piece of a document's text."""
+    """A piece of a document's text. `Corpus` returns it, and `Packer` tokenises it."""
 
     text: str
     is_end: bool
@@ -218,5 +218,5 @@ def _cut(documents: Documents, index: int, target: int, size: int, window: int) 
         return target + line_end
     blank = searched.find(b" ", 1)
     if blank >= 0:
-        return target - 1 + blank  # a blank goes with the word behind it, as tokenizers have it
+        return target - 1 + blank  # a blank belongs to the next word, as in tokenizers
     return target - 1 + character_start(near, 1, len(near))

@@ -25,7 +25,7 @@ _SAVED_SPLITS = "dataset_dict.json"
 
 
 class DatasetRows(Documents):
-    """One column of a map-style dataset."""
+    """One column of a map-style dataset, as documents. The functions below open it."""
 
     is_exact = True
 

@@ -34,7 +34,7 @@ FLAWS = {Flaw.EMPTY: "empty", Flaw.REPAIRED: "repaired", Flaw.UNUSABLE: "unusabl
 
 
 class Document(NamedTuple):
-    """One document as it was read."""
+    """One document as `Documents.read` returns it."""
 
     data: bytes
     """The text in UTF-8, empty where there is none. A repaired text may hold bytes that decoding replaces."""
@@ -75,7 +75,7 @@ class Documents(ABC):
 
 
 class Joined(Documents):
-    """Several sources of text, one after the other."""
+    """Several sources of text, one after the other. `open_text` joins the files of a corpus."""
 
     def __init__(self, parts: Sequence[Documents]) -> None:
         self._parts = list(parts)

@@ -10,7 +10,10 @@ from torch import nn
 
 
 class Family(NamedTuple):
-    """The names of an architecture's sites, relative to the module that holds the list of blocks."""
+    """The names of an architecture's sites, relative to the module that holds the list of blocks.
+
+    `FAMILIES` lists them, and `sites.py` reads them.
+    """
 
     blocks: str
     mlp: str | None

@@ -70,7 +70,7 @@ class HeldOut(ABC):
 
 
 class TextHeldOut(HeldOut):
-    """Held-out text, run through the language model when it is read."""
+    """Held-out text, run through the language model when it is read. `LiveStream` creates it."""
 
     def __init__(self, parts: Iterator[Part], *, language_model: "LanguageModel", tokenizer: "Tokenizer",
                  context_length: int, contexts_per_batch: int, ranks: Ranks, site: str) -> None:  # fmt: skip
@@ -110,7 +110,7 @@ class TextHeldOut(HeldOut):
 
 
 class HeldOutContexts:
-    """Held-out documents packed into contexts, tokenised as far as they were read."""
+    """Held-out documents packed into contexts, tokenised as far as `TextHeldOut` has read them."""
 
     def __init__(self, parts: Iterator[Part], *, tokenizer: "Tokenizer", context_length: int) -> None:
         self._parts, self._tokenizer = parts, tokenizer
@@ -157,7 +157,10 @@ class HeldOutContexts:
 
 
 class TensorHeldOut(HeldOut):
-    """Rows `first` and on of a table of files, in blocks of 256 that count as contexts."""
+    """Rows `first` and on of a table of files, in blocks of 256 that count as contexts.
+
+    `TensorStream` creates it.
+    """
 
     def __init__(self, table: "TensorTable", *, first: int, ranks: Ranks) -> None:
         self.table, self.first = table, first

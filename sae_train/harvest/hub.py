@@ -76,6 +76,7 @@ def needs_library(libraries: str) -> str:
 
 
 def is_installed(module: str) -> bool:
+    """Return whether Python finds a module of this name."""
     return importlib.util.find_spec(module) is not None
 
 

@@ -20,7 +20,7 @@ _WORDS = {
 
 
 class InspectedDocuments:
-    """Documents with a table of their flaws. The corpus has one for training, and one for held-out files.
+    """Documents with a table of their flaws. `Corpus` creates one for training, and one for held-out files.
 
     Attributes:
         documents: the texts.

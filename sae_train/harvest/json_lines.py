@@ -44,7 +44,7 @@ def open_json_lines(path: Path, *, column: str, is_scanned: bool, phases: Phases
 
 
 class TextsInMemory(Documents):
-    """Documents that were read before, in one block of bytes."""
+    """Documents that `open_json_lines` has read, in one block of bytes."""
 
     is_exact = True
 
@@ -67,7 +67,7 @@ class TextsInMemory(Documents):
 class JsonLines(Documents):
     """One JSON object a line, with its text under `column`. Blank lines are no documents.
 
-    `n_bytes` are the lengths of the lines, which bound the lengths of their texts.
+    `open_json_lines` creates it. `n_bytes` are the lengths of the lines, which bound the lengths of their texts.
     """
 
     is_exact = False

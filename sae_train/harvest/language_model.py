@@ -45,7 +45,7 @@ class Tokenizer:
             if "local_files_only" in options:
                 why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
                 raise DataError(f"model.id={model.id}: no tokenizer there that can be read ({why}). "
-                                "Save one beside the model.") from error  # fmt: skip
+                                "Save one in the model's directory.") from error  # fmt: skip
             raise hub_error("model.id", model.id, error) from error
         known = self._tokenizer
         self.bos: int | None = _first(known.bos_token_id, known.cls_token_id)
@@ -126,7 +126,7 @@ class LanguageModel:
 
         def branch(site: Tensor) -> Tensor:
             sites.append(site.detach().requires_grad_())
-            return sites[0].clone()  # the model may write into what it goes on with
+            return sites[0].clone()  # the model may write into the tensor that replaces the site's
 
         with torch.enable_grad(), hooked(self.model, self.facts.module, self.facts.side, branch):
             logits = self.model(ids_BT).logits[:, :-1]

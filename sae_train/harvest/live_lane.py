@@ -21,7 +21,7 @@ from sae_train.phases import Phases
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The rows of a block that go into the pool: those within the outlier limit, normalised."""
+    """The rows of a block that `LiveLane` puts into its pool: those within the outlier limit, normalised."""
 
     rows: Batch
     n_seen: int

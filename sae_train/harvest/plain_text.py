@@ -23,7 +23,10 @@ def block_bytes_of(total_bytes: int) -> int:
 
 
 class TextBlocks(Documents):
-    """A text file, cut at line ends about every `block_bytes`, and inside longer lines between two characters."""
+    """A text file, cut at line ends about every `block_bytes`, and inside longer lines between two characters.
+
+    `open_text` creates one for each file.
+    """
 
     is_exact = True
 

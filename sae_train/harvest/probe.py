@@ -43,7 +43,7 @@ class Probe:
 
 
 class TableEnds(Exception):
-    """A lookup went `excess` rows beyond the end of a table."""
+    """Raised for a lookup `excess` rows beyond the end of a table. `_positions` catches it."""
 
     def __init__(self, excess: int) -> None:
         self.excess = excess
@@ -74,7 +74,7 @@ def probe(built: nn.Module, module: str, side: str, *, settings: Any, model: Mod
         DataError: the architecture cannot be run on token ids, or not without its weights.
     """
     kind, note = settings.model_type, None
-    logging.getLogger(FakeTensor.__module__).setLevel(logging.CRITICAL)  # it logs what it also raises
+    logging.getLogger(FakeTensor.__module__).setLevel(logging.CRITICAL)  # it logs every error that it raises
     try:
         width, flops, logits = _run(built, module, side, settings, given=given, reads_gradients=reads_gradients)
     except UserError:
@@ -95,10 +95,10 @@ def probe(built: nn.Module, module: str, side: str, *, settings: Any, model: Mod
                             f"as {module} ({_said(failure)}). Choose another site.") from failure  # fmt: skip
         note = f"{kind} was run with arbitrary weights: without any it cannot be run ({type(error).__name__})"
     positions = _positions(built, module, side, settings, context_length=context_length)
-    said = said_positions(settings)
+    said = configured_positions(settings)
     if positions is None and said is not None and context_length > said:
-        longer = (f"harvest.context_length={context_length} is longer than the {said} positions that {kind} speaks of: "
-                  "it runs, and may be outside of what it was trained on")  # fmt: skip
+        longer = (f"harvest.context_length={context_length} is longer than the {said} positions in the "
+                  f"configuration of {kind}: it runs, but perhaps beyond the lengths of its training")  # fmt: skip
         note = f"{note}. {longer}" if note else longer
     return Probe(width=width, flops=flops, logits=logits, max_positions=positions, note=note)
 
@@ -136,7 +136,9 @@ def _counted(built: nn.Module) -> Iterator[list[int]]:
             if weight.ndim == 2:
                 weights.append(weight.numel())
             elif weight.ndim == 3 and len(args) > 1 and isinstance(args[1], Tensor) and not args[1].is_floating_point():
-                weights.append(args[1].shape[-1] * weight[0].numel())  # experts: weights of each, and who is chosen
+                weights.append(
+                    args[1].shape[-1] * weight[0].numel()
+                )  # experts: chosen experts times the weights of one
 
     handles = [part.register_forward_pre_hook(count) for part in built.modules()]
     try:
@@ -151,7 +153,7 @@ def _positions(built: nn.Module, module: str, side: str, settings: Any, *, conte
 
     Rotary positions are computed, not looked up, so the configuration of such a model sets no limit.
     """
-    said = None if _is_rotary(settings) else said_positions(settings)
+    said = None if _is_rotary(settings) else configured_positions(settings)
     tried = said if said is not None and said <= _LONGEST_TABLE else context_length
     if said is not None:
         tried = min(tried, said)
@@ -165,7 +167,7 @@ def _positions(built: nn.Module, module: str, side: str, settings: Any, *, conte
     return said
 
 
-def said_positions(settings: Any) -> int | None:
+def configured_positions(settings: Any) -> int | None:
     """Return the number of positions in the model's configuration, or None."""
     said = getattr(text_part(settings), "max_position_embeddings", None)
     return said if isinstance(said, int) and said > 0 else None

@@ -22,7 +22,7 @@ _SPAN_ELEMENTS = 8 * 1024 * 1024
 
 
 class FileFacts(NamedTuple):
-    """The header of one file."""
+    """The header of one file, from `read_headers`."""
 
     path: Path
     n_rows: int

@@ -32,7 +32,10 @@ _ROWS_A_READ = 4096
 
 
 class TensorStream(Stream):
-    """Ready-made activations; see `Stream`. Any rank can read any row, so there are no lanes to save."""
+    """Ready-made activations; see `Stream`. `build_stream` creates it.
+
+    Any rank can read any row, so there are no lanes to save.
+    """
 
     def __init__(self, source: SourceConfig, plan: RowPlan, *, ranks: Ranks) -> None:
         self._source, self._ranks, self._harvest = source, ranks, source.tensors
