@@ -93,7 +93,7 @@ class RawRows:
         model = self._language_model
         largest = int(ids_BT.max())
         if largest >= model.vocab:
-            raise DataError(f"the tokenizer gives token {largest}, the language model has {model.vocab} tokens. Use the "
+            raise DataError(f"the tokenizer gives token {largest}, the language model has {model.vocab}. Use the "
                             "tokenizer that belongs to the model.")  # fmt: skip
         gradient_BTD = None
         if self._reads_gradients:
