@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
-from sae_train.cli.refusals import Typed, empty, signed, suggest_key, wrong_type
+from sae_train.cli.overrides import Typed, empty, signed, suggest_key, wrong_type
 from sae_train.config.launcher import GROUP, LAUNCHER_KEYS, PREFIX, SlurmLauncher
 from sae_train.errors import suggest
 

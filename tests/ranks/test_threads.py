@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_train.cli.main import run_command
+from sae_train.cli.train import run_command
 from sae_train.ranks.launcher_env import Place
 from sae_train.ranks.threads import SPINS, cgroup_quota, n_threads, prepare_threads
 from tools.command_line import LAUNCHERS, QUIET
@@ -95,7 +95,7 @@ def test_a_sweep_that_is_submitted_hands_nothing_of_this_machine_to_its_jobs(
     assert not {"OMP_NUM_THREADS", "GOMP_SPINCOUNT"} & os.environ.keys()
 
 
-POINT = "import sys; from sae_train.cli.main import run_point; run_point(sys.argv[1:], 'outcome.json')"
+POINT = "import sys; from sae_train.cli.train import run_point; run_point(sys.argv[1:], 'outcome.json')"
 ENTRIES = {
     "python -m": [sys.executable, "-m", "sae_train"],
     "console script": [str(Path(sys.executable).parent / "sae-train")],

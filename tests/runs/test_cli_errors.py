@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tools.command_line import Command
 
-from sae_train.cli.main import run_command
+from sae_train.cli.train import run_command
 from sae_train.config import RunConfig
 from sae_train.errors import DataError, StoppedByNumbers
 from sae_train.sweeps.outcome import VARIABLE, read_outcome
@@ -192,7 +192,7 @@ def test_a_broken_yaml_of_the_users_is_their_error(complaint: Complaint, tmp_pat
 
 def test_refusing_imports_nothing_heavy() -> None:
     program = (
-        "import sys; from sae_train.cli.main import run_command; status = run_command(sys.argv[1:]);"
+        "import sys; from sae_train.cli.train import run_command; status = run_command(sys.argv[1:]);"
         "heavy = {'torch', 'transformers', 'datasets', 'wandb', 'accelerate', 'numpy'} & set(sys.modules);"
         "assert not heavy, heavy; sys.exit(status)"
     )
@@ -304,7 +304,7 @@ def test_several_ranks_stop_at_the_first_error(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_one_rank_speaks_for_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sae_train.cli.main.FIRST_RANK_SPEAKS", 0.0)
+    monkeypatch.setattr("sae_train.cli.process.FIRST_RANK_SPEAKS", 0.0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)

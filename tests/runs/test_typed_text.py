@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sae_train.cli.compose import Library, opened
+from sae_train.cli.library import Library, opened
 from sae_train.cli.quoting import pasted, typed_values
 from sae_train.config import RunConfig
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sae_train.cli.compose import compose_request
-from sae_train.cli.main import run_command
+from sae_train.cli.train import run_command
 from sae_train.sweeps.directory import SweepDirectory
 from sae_train.sweeps.outcome import Outcome, Record, read_outcome
 from tools.command_line import Command, changed
