@@ -1,10 +1,10 @@
-"""What a run takes from end to end on a CPU, beside harvest alone and training alone.
+"""Time a run from end to end on a CPU, and its harvest and its training alone.
 
     python scripts/bench_end_to_end.py [--rounds 5] [--steps 64] [sparsifier=topk ...]
 
-Takes the settings that `sae-train` takes; the default is its own, the bundled model. By turns: steps as a run
-takes them, as many batches harvested alone, and steps on those batches from memory. Printed: seconds of each, and the
-run over the sum of the two. On a GPU batches are harvested beside the step, which parts by turns would not show.
+Takes the settings that `sae-train` takes; the default is its own, the bundled model. It takes turns: steps as a
+run makes them, as many batches harvested alone, and steps on those batches from memory. It prints the seconds of each,
+and the run over the sum of the two. On a GPU a background thread harvests, which turns would not show.
 """
 
 import argparse
@@ -17,22 +17,24 @@ from typing import Any
 import torch
 
 from sae_train.cli.compose import compose_config
+from sae_train.harvest.batch import Batch
 from sae_train.harvest.build import build_stream, check_stream
 from sae_train.ranks.interface import Solo
 from sae_train.training.plan import make_plan
 from sae_train.training.provenance import resolve_precision
-from sae_train.training.trainer import Trainer
+from sae_train.training.trainer import Trainer, build_trainer
 
 
 def build(said: list[str]) -> Trainer:
     """Return a trainer of these settings, its stream begun."""
     config = compose_config(["tracking=none", *said])
     ranks = Solo(torch.device("cpu"))
-    plan = make_plan(config, check_stream(config, n_ranks=1), n_ranks=1)
-    stream = build_stream(config, ranks=ranks, dtype=torch.float32)
+    facts = check_stream(config.source, n_ranks=1)
+    plan = make_plan(config, facts, n_ranks=1)
+    stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
     precision = resolve_precision(config, stored=None, device=ranks.device)
-    return Trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+    return build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
 
 
 def timed(act: Callable[[], Any]) -> float:
@@ -45,14 +47,14 @@ def timed(act: Callable[[], Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=64, help="in each part of a round")
+    parser.add_argument("--steps", type=int, default=64, help="steps in each part of a round")
     parser.add_argument("said", nargs="*", help="settings of sae-train")
     args = parser.parse_args()
     trainer = build([f"tokens={10**9}", *args.said])
-    batches: list[torch.Tensor] = []
+    batches: list[Batch] = []
     n_read = 0
 
-    def read() -> torch.Tensor:
+    def read() -> Batch:
         nonlocal n_read
         n_read += 1
         return trainer.stream.batch(n_read - 1)

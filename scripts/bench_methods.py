@@ -1,12 +1,12 @@
-"""Seconds of a training step of every sparsifier beside topk, on one set of activations, in one process by turns.
+"""Time a training step of every sparsifier and of topk, on one set of activations, in one process by turns.
 
     python scripts/bench_methods.py --train ACTS/train [--n-features 3072] [--k 32] [--tokens 400000]
 
 ACTS/train holds *.safetensors files with a tensor `activations`. Every method trains from its start to its end with its
-defaults, one step each in turn, so that all of them meet the same machine. Printed: the median CPU seconds of a step in
-the run's last half (time.process_time, one thread; wall seconds on CUDA), the same over topk's, the wanted ratio, the
-seconds of both phases of penalised methods (with their zeros and without), and the mean L0 of the whole run. `gradient`
-gets random gradients: its cost does not depend on them, and what the language model's backward costs is not in it.
+defaults, one step each in turn, so that all of them meet the same machine. The table has the median CPU seconds of a
+step in the run's last half (time.process_time, one thread; wall seconds on CUDA), their ratio to topk's, the aim for
+that ratio, the seconds of both phases of penalised methods (with their zeros and without), and the mean L0 of the run.
+`gradient` gets random gradients. Its cost does not depend on them, and leaves out the language model's backward pass.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from sae_train.ranks.interface import Solo
 from sae_train.sae.code import DenseCode
 from sae_train.training.plan import make_plan
 from sae_train.training.provenance import resolve_precision
-from sae_train.training.trainer import Trainer
+from sae_train.training.trainer import build_trainer
 
 METHODS: dict[str, tuple[list[str], float]] = {
     "topk": (["sparsifier=topk"], 1.0),
@@ -45,30 +45,31 @@ METHODS: dict[str, tuple[list[str], float]] = {
 
 
 class Watched:
-    """A run, and what its steps took."""
+    """A run, and the seconds of its steps."""
 
     def __init__(self, overrides: list[str], args: argparse.Namespace, folder: Path) -> None:
         said = ["harvest=tensors", f"harvest.path={folder}", "tracking=none", f"n_features={args.n_features}"]
         said += [f"k={args.k}", f"tokens={args.tokens}", f"batch_tokens={args.batch}"]
         config = compose_config([*said, *overrides])
-        plan = make_plan(config, check_stream(config, n_ranks=1), n_ranks=1)
+        facts = check_stream(config.source, n_ranks=1)
+        plan = make_plan(config, facts, n_ranks=1)
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         ranks = Solo(device)
-        stream = build_stream(config, ranks=ranks, dtype=torch.float32)
+        stream = build_stream(config.source, ranks=ranks, facts=facts)
         stream.start()
         precision = resolve_precision(config, stored=None, device=device)
-        self.trainer = Trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+        self.trainer = build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
         self.steps = plan.steps
         self.seconds: list[float] = []
         self.is_dense: list[bool] = []
-        encode = self.trainer.sparsifier.encode
+        encode = self.trainer.learners[0].sparsifier.encode
 
         def noted(*parts: object, **rest: object) -> object:
             found = encode(*parts, **rest)
             self.is_dense.append(isinstance(found[0], DenseCode))
             return found
 
-        self.trainer.sparsifier.encode = noted
+        self.trainer.learners[0].sparsifier.encode = noted
 
     def step(self) -> None:
         batch = self.trainer.stream.batch(self.trainer.n_done)
@@ -84,7 +85,7 @@ class Watched:
 
 
 def now() -> float:
-    """Seconds: of this process's CPU, or of the wall once the device has caught up."""
+    """Return seconds: of this process's CPU, or of the wall once the device has caught up."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -92,7 +93,7 @@ def now() -> float:
 
 
 def with_gradients(folder: Path, out: Path, n_rows: int) -> Path:
-    """Write as many rows as are asked for, with random gradients beside them."""
+    """Write as many rows as asked for, each with a random gradient."""
     rows = []
     for path in sorted(folder.glob("*.safetensors")):
         rows.append(load_file(path)["activations"])
@@ -125,7 +126,7 @@ def main() -> None:
     print("| method | ms a step, last half | x topk | may be | seconds with zeros | without | mean L0 of the run |")
     print("|---|---|---|---|---|---|---|")
     for name, run in runs.items():
-        aim, row = METHODS[name][1], run.trainer.row()
+        aim, row = METHODS[name][1], run.trainer.rows()[0]
         cells = [name, f"{1e3 * run.last_half():.0f}", f"{run.last_half() / runs['topk'].last_half():.2f}"]
         cells += [f"{aim:g}" if aim == aim else "-", f"{run.of_phase(dense=True):.1f}"]
         print("| " + " | ".join([*cells, f"{run.of_phase(dense=False):.1f}", f"{row['train/l0']:.1f}"]) + " |")

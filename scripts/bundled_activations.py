@@ -1,10 +1,10 @@
-"""Activations of the bundled model as files: what bench_quality.py trains peers on and study_sparsifiers.py measures.
+"""Write activations of the bundled model to files, for bench_quality.py and study_sparsifiers.py.
 
     python scripts/bundled_activations.py --out OUT [--tokens 400000]
 
-writes OUT/train and OUT/held_out for `harvest=tensors`: filtered as a run filters them, in the model's own scale. The
-training rows come mixed by the pool, in the order in which a live run with data.seed=0 sees them; held-out rows as
-blocks of 256, the halves by turns (quality_score.py).
+It writes OUT/train and OUT/held_out for `harvest=tensors`, filtered as in a run, in the model's own scale. The pool
+mixes the training rows in the order of a live run with data.seed=0. Held-out rows are blocks of 256, in turn of either
+half (quality_score.py).
 """
 
 import argparse
@@ -30,7 +30,7 @@ BATCH = 2048
 def started(*, tokens: int = 100_000) -> Stream:
     """Return the stream of a run on the bundled model, ready for its first batch."""
     config = compose_config([f"tokens={tokens}", f"batch_tokens={BATCH}", "tracking=none"])
-    stream = build_stream(config, ranks=Solo(), dtype=torch.float32)
+    stream = build_stream(config.source, ranks=Solo())
     stream.start()
     return stream
 
@@ -43,7 +43,7 @@ def save(rows_ND: Tensor, folder: Path) -> None:
 def write_train(stream: Stream, folder: Path, *, tokens: int) -> None:
     """Write the first `tokens` training rows (whole batches of them)."""
     scale, centre_D = stream.scaling.scale, stream.scaling.centre_D
-    save(torch.cat([(stream.batch(step) * scale + centre_D).float() for step in range(tokens // BATCH)]), folder)
+    save(torch.cat([(stream.batch(step).x_ND * scale + centre_D).float() for step in range(tokens // BATCH)]), folder)
 
 
 def write_held_out(stream: Stream, folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""Train one library on precomputed activations, a few steps whenever told; runs inside its own environment.
+"""Train one library on precomputed activations, a few steps on each request, inside its own environment.
 
-Used by bench_peers.py. Reads a number of steps a line from standard input, trains so many in the library's own loop
-(sparsify, whose trainer wants a language model, and ours: its step alone), and answers with a line of JSON: the seconds
-of each step, from one call for activations to the next.
+Used by bench_peers.py. It reads a number of steps a line from standard input and trains as many in the library's own
+loop. (sparsify's trainer requires a language model, so its step runs alone, and ours too.) It answers with a line of
+JSON: the seconds of each step, from one call for activations to the next.
 """
 
 import argparse
@@ -25,7 +25,7 @@ PARTS = 1 << 40
 
 
 class OnDemand:
-    """Batches for ever; between two of them lies a step. Waits for the next order where one is done."""
+    """Endless batches, with a step between two of them. It waits for the next request when one is done."""
 
     def __init__(self, rows_ND: Tensor, batch: int, answers: TextIO) -> None:
         self.rows_ND, self.batch, self.answers = rows_ND, batch, answers
@@ -71,17 +71,18 @@ def ours(args: argparse.Namespace, batches: OnDemand) -> None:
     from sae_train.ranks.interface import Solo
     from sae_train.training.plan import make_plan
     from sae_train.training.provenance import resolve_precision
-    from sae_train.training.trainer import Trainer
+    from sae_train.training.trainer import build_trainer
 
     said = ["harvest=tensors", f"harvest.path={args.train}", "tracking=none", f"sparsifier={args.method}"]
     said += [f"n_features={args.n_features}", f"k={args.k}", f"batch_tokens={args.batch}", f"tokens={args.tokens}"]
     config = compose_config([*said, "aux_loss=none", f"precision={'bf16' if args.bf16 else 'float32'}"])
     ranks = Solo(torch.device(device()))
-    plan = make_plan(config, check_stream(config, n_ranks=1), n_ranks=1)
-    stream = build_stream(config, ranks=ranks, dtype=torch.float32)
+    facts = check_stream(config.source, n_ranks=1)
+    plan = make_plan(config, facts, n_ranks=1)
+    stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
     precision = resolve_precision(config, stored=None, device=ranks.device)
-    trainer = Trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+    trainer = build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
     for _ in batches:
         trainer.step(stream.batch(trainer.n_done))
 

@@ -5,6 +5,9 @@ from typing import Annotated, Any
 
 from sae_train.config.ranges import Range, Settings
 
+HELD_OUT_BLOCK = 256
+"""Rows of files that are held out together."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION_KERNELS = ("eager", "sdpa", "flash_attention_2")
 
@@ -63,6 +66,16 @@ class HarvestConfig(Settings):
     """Batches that are harvested ahead in a background thread, rounded up to whole forward passes of each lane. 0 turns
     it off. Default: on a GPU 2 from files and half of pool_batches from a model (not measured yet), on a CPU 0."""
 
+    @property
+    def runs_model(self) -> bool:
+        """Whether activations come from a language model that runs while training."""
+        return False
+
+    @property
+    def held_out_unit(self) -> int:
+        """Tokens that are held out together."""
+        return HELD_OUT_BLOCK
+
 
 @dataclass(kw_only=True, slots=True)
 class LiveHarvestConfig(HarvestConfig):
@@ -77,6 +90,14 @@ class LiveHarvestConfig(HarvestConfig):
     """Contexts of one lane in a forward pass. Default: 8, or as many as fit twice into the lane's pool."""
     pool_batches: Annotated[int | None, Range(at_least=2)]
     """Size of the shuffling pool, in batches. Default: 64, or two forward passes of each lane if that is more."""
+
+    @property
+    def runs_model(self) -> bool:
+        return True
+
+    @property
+    def held_out_unit(self) -> int:
+        return self.context_length
 
 
 @dataclass(kw_only=True, slots=True)

@@ -17,7 +17,6 @@ from sae_train.config.harvest import (
     LayerConfig,
     LiveHarvestConfig,
     ModelConfig,
-    TensorsHarvestConfig,
 )
 from sae_train.config.lanes import LaneSizes, lane_problems
 from sae_train.config.naming import name_problem
@@ -257,7 +256,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
     the run that budgets were taken from are left out, too.
     """
     values = {key: value for key, value in as_dict(config).items() if key not in FREE_KEYS}
-    if isinstance(config.harvest, TensorsHarvestConfig):
+    if not config.harvest.runs_model:
         values = {key: value for key, value in values.items() if key not in ("model", "layer")}
         values["data"] = {"seed": config.data.seed}
     values["harvest"].pop("prefetch")  # when a batch is harvested changes nothing in it

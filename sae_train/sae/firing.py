@@ -5,6 +5,7 @@ from torch import Tensor
 
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code
+from sae_train.sae.state import State
 
 
 class Firing:
@@ -45,18 +46,15 @@ class Firing:
         self.interval_F = torch.zeros_like(self.interval_F)
         self.interval_tokens = 0
 
-    def state(self) -> dict[str, Tensor]:
-        """Return the counters [F], for a checkpoint."""
-        return {"since": self.since_F, "density": self.density_F, "interval": self.interval_F}
+    def state(self) -> State:
+        """Return the counters [F], and the tokens of the interval and of the run."""
+        counts = {"interval_tokens": torch.tensor(self.interval_tokens), "tokens": torch.tensor(self._tokens)}
+        return State(counts, {"since": self.since_F, "density": self.density_F, "interval": self.interval_F})
 
-    def token_counts(self) -> Tensor:
-        """Return the tokens of the interval and of the run [2], for a checkpoint."""
-        return torch.tensor([self.interval_tokens, self._tokens])
-
-    def load_state(self, state: dict[str, Tensor], token_counts: Tensor) -> None:
-        """Continue from `state()` and `token_counts()`."""
-        device = self.since_F.device
+    def load_state(self, state: State) -> None:
+        """Continue from a `state()` of these features."""
+        device, of_features = self.since_F.device, state.features
         self.since_F, self.density_F, self.interval_F = (
-            state[key].to(device=device, copy=True) for key in ("since", "density", "interval")
+            of_features[key].to(device=device, copy=True) for key in ("since", "density", "interval")
         )
-        self.interval_tokens, self._tokens = token_counts.tolist()
+        self.interval_tokens, self._tokens = int(state.shared["interval_tokens"]), int(state.shared["tokens"])

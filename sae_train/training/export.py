@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sae_train
-from sae_train.config import LiveHarvestConfig, RunConfig
+from sae_train.config import LiveHarvestConfig, SourceConfig
 from sae_train.errors import DataError
 from sae_train.evaluation.evaluate import evaluate
 from sae_train.evaluation.registry import figures_in_rows
@@ -22,50 +22,51 @@ from sae_train.phases import SILENT, Phases
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.sae.calibration import calibrate
-from sae_train.sae.nesting import prefix_sizes
+from sae_train.training.learner import Learner
 from sae_train.training.trainer import Trainer
 
 ENOUGH_TOKENS = 10_000
 """Held-out tokens that are looked at before training."""
 
 
-def exported(trainer: Trainer, phases: Phases = SILENT) -> tuple[SparseAutoencoder, dict[str, Any]]:
-    """Return the SAE as it would be exported now, and its figures on held-out data; changes nothing. Collective.
+def exported(trainer: Trainer, learner: Learner, phases: Phases = SILENT) -> tuple[SparseAutoencoder, dict[str, Any]]:
+    """Return an SAE as it would be exported now, and its figures on held-out data; change nothing. Collective.
 
     The SAE holds this rank's features, the figures are of all. Thresholds are set on the calibration half, every figure
     comes from the other.
     """
     with trainer.stream.quiet():
-        return _exported(trainer, phases)
+        return _exported(trainer, learner, phases)
 
 
-def _exported(trainer: Trainer, phases: Phases) -> tuple[SparseAutoencoder, dict[str, Any]]:
-    config, stream, ranks, n_features = trainer.config, trainer.stream, trainer.ranks, trainer.plan.n_features
+def _exported(trainer: Trainer, learner: Learner, phases: Phases) -> tuple[SparseAutoencoder, dict[str, Any]]:
+    stream, ranks, n_features = trainer.stream, trainer.ranks, learner.plan.n_features
+    info, is_steered = learner.step_info(trainer.n_done), learner.config.k is not None
     sae = SparseAutoencoder.fold(
-        trainer.dictionary,
+        learner.dictionary,
         centre_D=stream.scaling.centre_D,
         scale=stream.scaling.scale,
-        k=trainer.sparsifier.k_at(trainer.moment()),
-        inference=trainer.sparsifier.inference,
-        encoder=trainer.sparsifier.encoder(trainer.dictionary),
+        k=learner.sparsifier.k_at(info),
+        inference=learner.sparsifier.inference,
+        encoder=learner.sparsifier.encoder(learner.dictionary),
     )
-    max_tokens = config.held_out_tokens
+    max_tokens = trainer.source.held_out_tokens
     with _of_half(phases, "reading activations for thresholds", stream, "calibration", max_tokens=max_tokens):
         raw_ND = calibration_half(stream, max_tokens=max_tokens, phases=phases, ranks=ranks)
-    learned_F = trainer.sparsifier.thresholds(trainer.dictionary)
+    learned_F = learner.sparsifier.thresholds(learner.dictionary)
     calibration = calibrate(
         sae,
         raw_ND,
-        sparsifier=trainer.sparsifier,
-        moment=trainer.moment(),
+        sparsifier=learner.sparsifier,
+        moment=info,
         n_features=n_features,
         ranks=ranks,
-        is_steered=config.k is not None,
+        is_steered=is_steered,
         learned_F=None if learned_F is None else learned_F.detach().double() * stream.scaling.scale,
         phases=phases,
     )
     del raw_ND
-    if config.k is None:
+    if not is_steered:
         sae.k = calibration.target_l0
     sae.threshold.data.copy_(calibration.threshold_F)
     phases.meet()
@@ -87,7 +88,7 @@ def _exported(trainer: Trainer, phases: Phases) -> tuple[SparseAutoencoder, dict
     figures |= {"target_l0": calibration.target_l0, "used_share": calibration.used_share}
     if calibration.correction is not None:
         figures["correction"] = calibration.correction
-    return sae, figures | trainer.sparsifier.notes()
+    return sae, figures | learner.sparsifier.notes()
 
 
 def _of_half(phases: Phases, name: str, stream: Stream, half: Half, *, max_tokens: int) -> AbstractContextManager[None]:
@@ -95,36 +96,33 @@ def _of_half(phases: Phases, name: str, stream: Stream, half: Half, *, max_token
     return phases.of(name, total=stream.held_out.n_tokens(half, max_tokens=max_tokens))
 
 
-def evaluation_row(figures: dict[str, Any], *, step: int, tokens: int) -> dict[str, Any]:
-    """Return the row of metrics.jsonl for an evaluation."""
-    kept = {f"eval/{key}": value for key, value in figures.items() if key in figures_in_rows()}
-    return {"step": step, "tokens": tokens} | kept
+def evaluation_figures(figures: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of an evaluation that a row of metrics.jsonl holds, by their `eval/` names."""
+    return {f"eval/{key}": value for key, value in figures.items() if key in figures_in_rows()}
 
 
 def write_export(
     sae: SparseAutoencoder,
     directory: Path,
     *,
-    config: RunConfig,
-    stream: Stream,
+    trainer: Trainer,
+    learner: Learner,
     facts: StreamFacts,
     figures: dict[str, Any],
-    tokens: int,
-    n_features: int,
-    ranks: Ranks,
     phases: Phases = SILENT,
 ) -> None:
     """Write `saes/NAME/`. Collective: every rank brings its features, and learns whether it was written."""
+    config, stream, n_features = learner.config, trainer.stream, learner.plan.n_features
     manifest = SaeManifest(
         inference=sae.inference,
         k=sae.k,
         d_model=sae.d_model,
         n_features=n_features,
         site=facts.label,
-        source=_activation_source(config, facts),
-        tokens=tokens,
+        source=_activation_source(trainer.source, facts),
+        tokens=trainer.tokens,
         sparsifier=config.sparsifier.name,
-        prefixes=prefix_sizes(config.nesting, n_features=n_features),
+        prefixes=list(learner.prefixes),
         seed=config.seed,
         normalisation=Normalisation(
             scale=stream.scaling.scale,
@@ -137,10 +135,10 @@ def write_export(
         sae_train_version=sae_train.__version__,
     )
     with phases.of("exporting", total=native.size_of(sae.d_model, n_features), unit="B"):
-        native.save(sae, directory, manifest=manifest, ranks=ranks, phases=phases)
+        native.save(sae, directory, manifest=manifest, ranks=trainer.ranks, phases=phases)
 
 
-def _activation_source(config: RunConfig, facts: StreamFacts) -> ActivationSource:
+def _activation_source(config: SourceConfig, facts: StreamFacts) -> ActivationSource:
     """Return the origin of a run's activations: the stream's record, and the settings of a language model and text."""
     source = ActivationSource(**cast(dict[str, Any], facts.record))
     if not isinstance(config.harvest, LiveHarvestConfig):

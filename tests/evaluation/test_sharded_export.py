@@ -35,7 +35,7 @@ def export(case: Case, directory: Path, ranks: Ranks) -> dict[str, Any]:
 def read_text(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Return the figures on text, with the losses of a small language model."""
     config = live_config(folder)
-    model = LanguageModel(config, device=CPU)
+    model = LanguageModel(config.source, device=CPU)
     held_out = held_out_text(config, model, ranks)
     sae, _ = calibrated(CASES["one threshold"], ranks)
     figures = evaluate(sae, held_out, max_tokens=150, language_model=model, n_features=F, ranks=ranks)
@@ -125,7 +125,7 @@ def test_figures_of_the_cases_differ_and_are_not_trivial(tmp_path: Path) -> None
 def test_the_language_model_sees_what_the_autoencoder_makes(tmp_path: Path) -> None:
     """The spliced loss is that of a forward pass through language model and autoencoder, without special cases."""
     config = live_config(save_model(tmp_path))
-    model = LanguageModel(config, device=CPU)
+    model = LanguageModel(config.source, device=CPU)
     sae, _ = calibrated(CASES["one threshold"], Solo())
     figures = evaluate(sae, held_out_text(config, model, Solo()), max_tokens=150, language_model=model,
                        n_features=F, ranks=Solo())  # fmt: skip

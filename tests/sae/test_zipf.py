@@ -197,8 +197,9 @@ def test_a_run_goes_on_bit_for_bit_from_before_at_and_after_the_change(tmp_path:
     uninterrupted = world.learn(config, Solo())
     for steps in (24, 25, 26):  # the change is at the 26th
         world.save(config, Solo(), tmp_path / f"saved{steps}", steps=steps)
-        state = restore.load(tmp_path / f"saved{steps}" / f"step_{steps:08d}").replicated
-        assert ("sparsifier/fit" in state) == (steps == 26)
+        saved = restore.load(tmp_path / f"saved{steps}" / f"step_{steps:08d}")
+        (name,) = saved.sae_names()
+        assert ("sparsifier/fit" in saved.sae_state(name, 0, F).shared) == (steps == 26)
         resumed = world.resume(config, Solo(), tmp_path / f"saved{steps}")
         for name, value in uninterrupted["weights"].items():
             assert torch.equal(value, resumed[name]), (steps, name)

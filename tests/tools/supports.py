@@ -25,14 +25,20 @@ def compared(trainer: Trainer, sae: SparseAutoencoder, raw_ND: Tensor) -> Iterat
 
     Training sees its normalised activations and the dictionary, the exported autoencoder raw ones and itself.
     """
-    scaling, moment, n_features = trainer.stream.scaling, trainer.moment(), trainer.plan.n_features
+    learner, scaling, n_features = trainer.learners[0], trainer.stream.scaling, trainer.plan.n_features
+    moment = learner.step_info(trainer.n_done)
     for batch_ND in raw_ND.split(trainer.plan.batch_tokens):
         if len(batch_ND) < trainer.plan.batch_tokens:
             return
-        x_ND = ((batch_ND.double() - scaling.centre_D) / scaling.scale).to(trainer.dictionary.W_dec.dtype)
-        pre_NF = trainer.dictionary.pre_activations(x_ND)
-        code, _ = trainer.sparsifier.encode(
-            trainer.dictionary, x_ND, pre_NF, moment=moment, firing=trainer.firing, ranks=trainer.ranks
+        x_ND = ((batch_ND.double() - scaling.centre_D) / scaling.scale).to(learner.dictionary.W_dec.dtype)
+        pre_NF = learner.dictionary.pre_activations(x_ND)
+        code, _ = learner.sparsifier.encode(
+            learner.dictionary,
+            x_ND,
+            pre_NF,
+            moment=moment,
+            firing=learner.firing,
+            ranks=trainer.ranks,
         )
         token, feature, _ = places(code)
         training_NF = torch.zeros(len(batch_ND), n_features, dtype=torch.bool)
@@ -95,7 +101,7 @@ def densities(sae: SparseAutoencoder, batches: list[tuple[Tensor, Tensor]]) -> D
 
 def of_half(trainer: Trainer, half: Half) -> list[tuple[Tensor, Tensor]]:
     """Return the raw activations and contexts of a half of the held-out data."""
-    batches = trainer.stream.held_out.batches(half, max_tokens=trainer.config.evaluation_tokens)
+    batches = trainer.stream.held_out.batches(half, max_tokens=trainer.source.evaluation_tokens)
     return [(batch.raw_ND, batch.context_N) for batch in batches]
 
 
@@ -106,7 +112,7 @@ def share_within(trainer: Trainer, sae: SparseAutoencoder) -> float:
     of tokens on which the feature's affinity is positive.
     """
     calibration, fresh = (densities(sae, of_half(trainer, half)) for half in ("calibration", "evaluation"))
-    budget_F = trainer.sparsifier.shares(trainer.moment())
+    budget_F = trainer.learners[0].sparsifier.shares(trainer.learners[0].step_info(trainer.n_done))
     assert budget_F is not None
     error_F = (calibration.error.square() + fresh.error.square()).sqrt()
     missed_F = (fresh.fires - torch.minimum(budget_F, fresh.positive)).abs()

@@ -40,10 +40,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def peak_bytes(trainer: Trainer) -> int:
     """Return how many bytes the next step holds at most beside what is there before it."""
-    x_NW = trainer.stream.batch(trainer.n_done)
-    trainer._pre_NF = None  # kept from the step before; made anew, it counts
+    batch = trainer.stream.batch(trainer.n_done)
+    trainer.learners[0]._pre_NF = None  # kept from the step before; made anew, it counts
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        trainer.step(x_NW)
+        trainer.step(batch)
     results = profile.kineto_results
     assert results is not None
     events = [event for event in results.events() if event.name() == "[memory]"]
@@ -67,14 +67,11 @@ def test_a_bf16_run_holds_rounded_weights_besides(rows: Path) -> None:
     assert more <= 1.05 * expected
 
 
-@pytest.mark.parametrize("is_screened", [False, True], ids=["whole", "screened"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in CASES])
-def test_the_estimate_is_of_a_step_that_begins_dense(
-    rows: Path, monkeypatch: pytest.MonkeyPatch, case: str, is_screened: bool
-) -> None:
+def test_the_estimate_is_of_a_step_that_begins_dense(rows: Path, case: str, precision: str) -> None:
     """In matrices as large as the batch's pre-activations, beside weights, moments and gradients."""
-    monkeypatch.setattr(sys.modules["sae_train.kernels.screen"], "has_bf16_products", lambda: is_screened)
-    config = world.config_of(rows, CASES[case], precision="float32", n_features=F)
+    config = world.config_of(rows, CASES[case], precision=precision, n_features=F)
     trainer = world.build(config, Solo())
     trainer.step(trainer.stream.batch(0))
     parameters, matrix = 4 * trainer.plan.parameters, 4 * world.N * F
@@ -91,7 +88,7 @@ def test_what_cannot_fit_is_refused_with_the_largest_tensors_and_what_shrinks_th
     config = world.config_of(rows, [], precision="float32", n_features=10_000_000)
     config = replace(config, batch_tokens=2000, tokens=10**8)
     with pytest.raises(ConfigError) as caught:
-        make_plan(config, check_stream(config, n_ranks=1), n_ranks=1)
+        make_plan(config, check_stream(config.source, n_ranks=1), n_ranks=1)
     said = str(caught.value)
     assert all(part in said for part in (*NAMES, *KNOBS))
     assert said.index(NAMES[1]) < said.index(NAMES[0])  # the larger first
