@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from sae_train.ranks.launcher_env import find_place
+from sae_train.ranks.launcher_env import this_process
 from sae_train.training import signals
 
 BROKEN = 1
@@ -31,7 +31,7 @@ def run_and_exit(command: Callable[[list[str]], int]) -> NoReturn:
     """Run a command with the arguments of `sys.argv` and exit with its status. Each entry point is one such call."""
     show_all_text()
     status = command(sys.argv[1:])
-    if find_place().size > 1:
+    if this_process().size > 1:
         # Threads of a process group that was left may still end while Python does, and abort it (seen in four of ten
         # runs that had finished well). Nothing is left to do but to return the status.
         end_process(status)
@@ -63,7 +63,7 @@ def complain(message: str, *, everywhere: bool) -> None:
         message: the text for the user.
         everywhere: whether all ranks have this message, so that the first rank alone prints it.
     """
-    rank = find_place().rank
+    rank = this_process().rank
     if rank:
         if not everywhere:
             signals.release()  # the launcher ends the other ranks by SIGTERM, which then asks for no save

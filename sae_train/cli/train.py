@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from sae_train.cli.hydra_flags import ask_hydra, parse_flags
 from sae_train.cli.process import BROKEN, INTERRUPTED, PREEMPTED, complain, end_process, run_and_exit, show_all_text
 from sae_train.errors import DirectoryInUse, Preempted, UserError
-from sae_train.ranks.launcher_env import find_place
+from sae_train.ranks.launcher_env import this_process
 from sae_train.ranks.threads import prepare_threads
 from sae_train.sweeps import outcome
 from sae_train.training import signals
@@ -42,15 +42,15 @@ def run_point(arguments: list[str], outcome_file: str) -> NoReturn:
 
 def run_command(arguments: list[str]) -> int:
     """Run the command of these arguments; return the exit status."""
-    place = find_place()
+    process = this_process()
     # before the imports, which take seconds; it replaces submitit's handlers
-    signals.listen(joined=place.size == 1, rank=place.rank)
+    signals.listen(joined=process.size == 1, rank=process.rank)
     record = outcome.Record()
     try:
         request = _request(arguments)
         if request is None:
             return 0
-        if place.size == 1:
+        if process.size == 1:
             signals.leave_early()
         if request.launcher is not None and not any(point.config.dry_run for point in request.points):
             signals.release()  # nothing is trained here, so a signal just ends the process
@@ -123,13 +123,13 @@ def _run(points: "list[Point]", record: outcome.Record) -> int:
     from sae_train.ranks.distributed import leave
     from sae_train.training.run import run
 
-    place = find_place()
+    process = this_process()
     statuses: dict[str, int] = {}
     problem: str | None = None
     in_use = False
     names = _names(points)
     for name, point in zip(names, points, strict=True):
-        if name and place.rank == 0:
+        if name and process.rank == 0:
             sys.stderr.write(f"{name}\n")
         try:
             statuses[name] = run(point.config, overrides=point.overrides, entered=record.begin)
@@ -139,13 +139,13 @@ def _run(points: "list[Point]", record: outcome.Record) -> int:
             complain(problem, everywhere=isinstance(error, Preempted))
             statuses[name] = error.status
         except Exception as error:
-            if len(points) == 1 or place.size > 1:
+            if len(points) == 1 or process.size > 1:
                 raise  # no point comes after it in this process
             problem, in_use = f"{name}: {type(error).__name__}: {error}", False
             traceback.print_exc()
             complain(f"{name}: failed with the error above, which is a fault of this program.", everywhere=False)
             statuses[name] = BROKEN
-        if statuses[name] == PREEMPTED or (statuses[name] and place.size > 1):
+        if statuses[name] == PREEMPTED or (statuses[name] and process.size > 1):
             break
     unfinished = [name for name in names if statuses.get(name, UserError.status)]
     if len(points) > 1 and unfinished:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from sae_train.cli.train import run_command
-from sae_train.ranks.launcher_env import Place
+from sae_train.ranks.launcher_env import ProcessInfo
 from sae_train.ranks.threads import SPINS, cgroup_quota, n_threads, prepare_threads
 from tools.command_line import LAUNCHERS, QUIET
 from tools.tiny_runs import rows_run
 
 CORES = n_threads({})
-ALONE = Place(0, 0, 1, 1, "")
+ALONE = ProcessInfo(0, 0, 1, 1, "")
 
 
 def test_what_is_typed_stays() -> None:
@@ -30,15 +30,15 @@ def test_what_is_typed_stays() -> None:
 
 
 def test_ranks_of_a_machine_share_its_cores_and_tasks_of_slurm_have_their_own() -> None:
-    assert n_threads({}, place=ALONE) == CORES
-    assert n_threads({}, place=Place(0, 0, 64, 64, "slurm")) == 1
+    assert n_threads({}, process=ALONE) == CORES
+    assert n_threads({}, process=ProcessInfo(0, 0, 64, 64, "slurm")) == 1
     a_task = {"SLURM_CPUS_PER_TASK": "1"}
-    assert n_threads(a_task, place=ALONE) == 1
+    assert n_threads(a_task, process=ALONE) == 1
     for launcher in ("slurm", "submitit"):
         many = {"SLURM_CPUS_PER_TASK": "64"}
-        assert n_threads(many, place=Place(0, 0, 8, 8, launcher)) == CORES  # never more than it may run on
-    assert n_threads({"SLURM_CPUS_PER_TASK": "64"}, place=Place(0, 0, 64, 64, "torchrun")) == 1
-    assert n_threads({"SLURM_CPUS_PER_TASK": "many"}, place=ALONE) == CORES
+        assert n_threads(many, process=ProcessInfo(0, 0, 8, 8, launcher)) == CORES  # never more than it may run on
+    assert n_threads({"SLURM_CPUS_PER_TASK": "64"}, process=ProcessInfo(0, 0, 64, 64, "torchrun")) == 1
+    assert n_threads({"SLURM_CPUS_PER_TASK": "many"}, process=ALONE) == CORES
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")

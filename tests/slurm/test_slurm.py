@@ -101,7 +101,7 @@ def long(tiny: list[str], runs: Path) -> list[str]:
 
 def test_each_task_finds_its_place(cluster: Cluster, tmp_path: Path) -> None:
     program = (
-        "import os; from sae_train.ranks.launcher_env import find_place; p = find_place(); p.export(); "
+        "import os; from sae_train.ranks.launcher_env import this_process; p = this_process(); p.export(); "
         "print(p.rank, p.local_rank, p.size, p.local_size, os.environ['MASTER_ADDR'], os.environ['MASTER_PORT'])"
     )
     said = cluster.ask("srun", "--nodes=2", "--ntasks=3", "python", "-c", program).split("\n")
