@@ -81,9 +81,10 @@ def _request(arguments: list[str]) -> "Request | None":
         sys.stdout.write(f"sae-train {__version__}\n")
         return None
     from sae_train.cli import compose
+    from sae_train.cli.library import CONFIG_NAME
 
     options = parse_flags(arguments)
-    folder, name = options.config_dir, options.config_name or compose.CONFIG_NAME
+    folder, name = options.config_dir, options.config_name or CONFIG_NAME
     if not (options.help or options.cfg or options.info or options.hydra_help or options.shell_completion):
         return compose.compose_request(options.overrides, sweep=options.multirun, config_dir=folder, config_name=name)
     if options.help:

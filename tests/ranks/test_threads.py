@@ -1,4 +1,4 @@
-"""How many threads a run computes with and how long they spin: by what it may use, unless the user says otherwise."""
+"""Compute threads and their spinning follow from the usable cores, unless the user sets them."""
 
 import os
 import re
@@ -52,7 +52,7 @@ def test_cpus_that_a_process_may_not_run_on_do_not_count() -> None:
 
 
 def groups(folder: Path, lines: str, files: dict[str, str]) -> float | None:
-    """Return the quota that these files make, as Linux writes them."""
+    """Return the quota from files as Linux writes them."""
     (folder / "cgroup").write_text(lines)
     for name, text in files.items():
         path = folder / "mount" / name
@@ -117,7 +117,7 @@ ENTRIES = {
     "entry", [pytest.param(e, marks=[] if e == "python -m" else [pytest.mark.slow]) for e in ENTRIES]
 )
 def test_openmp_is_told_before_torch_loads_it(tmp_path: Path, entry: str) -> None:
-    """OpenMP itself says what it has read."""
+    """OpenMP prints the settings that it has read."""
     variables = {key: value for key, value in os.environ.items() if key not in (*LAUNCHERS, *QUIET, "GOMP_SPINCOUNT")}
     variables |= {"OMP_DISPLAY_ENV": "verbose", "WANDB_MODE": "offline"}
     command = [*ENTRIES[entry], *rows_run(tmp_path), "dry_run=true"]

@@ -1,4 +1,4 @@
-"""Whatever is typed wrongly ends with status 2 and one clear message, before anything heavy is imported."""
+"""A wrong argument ends with status 2 and one clear message, before anything heavy is imported."""
 
 import subprocess
 import sys
@@ -135,7 +135,7 @@ MESSAGES = {
     "-m --cfg job": "--multirun: --cfg and --info show one configuration. Remove it.",
     "-m k=interval(1,2)": "k=interval(1,2): a sweep needs its values one by one, as in k=16,32.",
 }
-"""What is typed, and the whole message."""
+"""The typed arguments, and the whole message."""
 
 
 @pytest.mark.parametrize("typed", MESSAGES)
@@ -218,7 +218,7 @@ def test_a_refused_command_leaves_nothing_behind(command: Command, tmp_path: Pat
 
 
 class Recorder:
-    """Stands in for training.run: keeps what it is asked for, and does what `outcomes` says of each k."""
+    """A stand-in for training.run that records the calls and ends each k as `outcomes` has it."""
 
     def __init__(self, **outcomes: object) -> None:
         self.outcomes, self.asked = outcomes, list[float]()
