@@ -51,10 +51,11 @@ class Watched:
         said = ["harvest=tensors", f"harvest.path={folder}", "tracking=none", f"n_features={args.n_features}"]
         said += [f"k={args.k}", f"tokens={args.tokens}", f"batch_tokens={args.batch}"]
         config = compose_config([*said, *overrides])
-        plan = make_plan(config, check_stream(config, n_ranks=1), n_ranks=1)
+        facts = check_stream(config.source, n_ranks=1)
+        plan = make_plan(config, facts, n_ranks=1)
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         ranks = Solo(device)
-        stream = build_stream(config, ranks=ranks, dtype=torch.float32)
+        stream = build_stream(config.source, ranks=ranks, facts=facts)
         stream.start()
         precision = resolve_precision(config, stored=None, device=device)
         self.trainer = build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)

@@ -87,9 +87,10 @@ def build(point: dict[str, Any], scratch: Path) -> Trainer:
         f"{name}={point[name]}" for name in ("n_features", "k", "batch_tokens", "sparsifier", "aux_loss", "precision")
     ]
     config = compose_config(said + point["override"])
-    plan = make_plan(config, check_stream(config, n_ranks=1), n_ranks=1)
+    facts = check_stream(config.source, n_ranks=1)
+    plan = make_plan(config, facts, n_ranks=1)
     ranks = Solo(torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))
-    stream = build_stream(config, ranks=ranks, dtype=torch.float32)
+    stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
     precision = resolve_precision(config, stored=None, device=ranks.device)
     trainer = build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)

@@ -77,8 +77,9 @@ def ours(args: argparse.Namespace, batches: OnDemand) -> None:
     said += [f"n_features={args.n_features}", f"k={args.k}", f"batch_tokens={args.batch}", f"tokens={args.tokens}"]
     config = compose_config([*said, "aux_loss=none", f"precision={'bf16' if args.bf16 else 'float32'}"])
     ranks = Solo(torch.device(device()))
-    plan = make_plan(config, check_stream(config, n_ranks=1), n_ranks=1)
-    stream = build_stream(config, ranks=ranks, dtype=torch.float32)
+    facts = check_stream(config.source, n_ranks=1)
+    plan = make_plan(config, facts, n_ranks=1)
+    stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
     precision = resolve_precision(config, stored=None, device=ranks.device)
     trainer = build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)

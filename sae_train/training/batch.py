@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sae_train import kernels
+from sae_train.harvest.batch import Batch
 from sae_train.ranks.interface import Ranks
 
 
@@ -27,19 +28,19 @@ class RowBatch:
     """Sum of the activations that this rank harvested, float64."""
 
 
-def gathered(own_ND: Tensor, gradient_ND: Tensor | None, *, ranks: Ranks) -> RowBatch:
+def gathered(own: Batch, *, ranks: Ranks) -> RowBatch:
     """Return the batch of a row of ranks. Collective.
 
     Args:
-        own_ND: normalised activations that this rank harvested, [n, D].
-        gradient_ND: gradients of the same tokens, or None.
+        own: the tokens that this rank harvested, n of them.
         ranks: whose `features` are the ranks of the row.
     """
-    row, n_own = ranks.features, len(own_ND)
-    norm_N, sum_D = kernels.norms_and_sum(own_ND)
+    row, n_own = ranks.features, len(own)
+    norm_N, sum_D = kernels.norms_and_sum(own.x_ND)
+    both = own.map(lambda own_ND: row.gather(own_ND).flatten(0, 1))
     return RowBatch(
-        x_ND=row.gather(own_ND).flatten(0, 1),
-        gradient_ND=None if gradient_ND is None else row.gather(gradient_ND).flatten(0, 1),
+        x_ND=both.x_ND,
+        gradient_ND=both.gradient_ND,
         own=slice(row.rank * n_own, (row.rank + 1) * n_own),
         norm_N=norm_N,
         sum_D=sum_D,

@@ -1,17 +1,21 @@
 """From trained weights to an exported SAE that keeps its promise: fold, calibrate, evaluate, write."""
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 import sae_train
+from sae_train.config import LiveHarvestConfig, SourceConfig
 from sae_train.errors import DataError
 from sae_train.evaluation.evaluate import evaluate
+from sae_train.evaluation.registry import figures_in_rows
 from sae_train.evaluation.rounds import rounds
 from sae_train.formats import native
+from sae_train.formats.manifest import ActivationSource, Normalisation, SaeManifest
 from sae_train.harvest.build import Stream, StreamFacts
 from sae_train.harvest.held_out import HALVES, Half
 from sae_train.phases import SILENT, Phases
@@ -23,9 +27,6 @@ from sae_train.training.trainer import Trainer
 
 ENOUGH_TOKENS = 10_000
 """Held-out tokens that are looked at before training."""
-SUMMARY_ONLY = ("l0_p5", "l0_p50", "l0_p95", "l0_standard_error", "evaluation_tokens", "density", "target_l0",
-                "used_share", "ce", "correction", "budget_law")  # fmt: skip
-"""Figures of summary.json that are not among the `eval/` names."""
 
 
 def exported(trainer: Trainer, learner: Learner, phases: Phases = SILENT) -> tuple[SparseAutoencoder, dict[str, Any]]:
@@ -97,7 +98,7 @@ def _of_half(phases: Phases, name: str, stream: Stream, half: Half, *, max_token
 
 def evaluation_figures(figures: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of an evaluation that a row of metrics.jsonl holds, by their `eval/` names."""
-    return {f"eval/{key}": value for key, value in figures.items() if key not in SUMMARY_ONLY}
+    return {f"eval/{key}": value for key, value in figures.items() if key in figures_in_rows()}
 
 
 def write_export(
@@ -111,26 +112,45 @@ def write_export(
     phases: Phases = SILENT,
 ) -> None:
     """Write `saes/NAME/`. Collective: every rank brings its features, and learns whether it was written."""
-    config, scaling, n_features = learner.config, trainer.stream.scaling, learner.plan.n_features
-    notes = {
-        "site": facts.label,
-        "source": facts.record,
-        "tokens": trainer.tokens,
-        "sparsifier": config.sparsifier.name,
-        "prefixes": learner.prefixes,
-        "seed": config.seed,
-        "normalisation": {
-            "scale": scaling.scale,
-            "centre_norm": float(scaling.centre_D.norm()),
-            "gamma": scaling.gamma,
-            "outlier_limit": scaling.limit,
-            "folded": True,
-        },
-        "figures": figures,
-        "sae_train_version": sae_train.__version__,
-    }
+    config, stream, n_features = learner.config, trainer.stream, learner.plan.n_features
+    manifest = SaeManifest(
+        inference=sae.inference,
+        k=sae.k,
+        d_model=sae.d_model,
+        n_features=n_features,
+        site=facts.label,
+        source=_activation_source(trainer.source, facts),
+        tokens=trainer.tokens,
+        sparsifier=config.sparsifier.name,
+        prefixes=list(learner.prefixes),
+        seed=config.seed,
+        normalisation=Normalisation(
+            scale=stream.scaling.scale,
+            centre_norm=float(stream.scaling.centre_D.norm()),
+            gamma=stream.scaling.gamma,
+            outlier_limit=stream.scaling.limit,
+            folded=True,
+        ),
+        figures=figures,
+        sae_train_version=sae_train.__version__,
+    )
     with phases.of("exporting", total=native.size_of(sae.d_model, n_features), unit="B"):
-        native.save(sae, directory, facts=notes, n_features=n_features, ranks=trainer.ranks, phases=phases)
+        native.save(sae, directory, manifest=manifest, ranks=trainer.ranks, phases=phases)
+
+
+def _activation_source(config: SourceConfig, facts: StreamFacts) -> ActivationSource:
+    """Return the origin of a run's activations: the stream's record, and the settings of a language model and text."""
+    source = ActivationSource(**cast(dict[str, Any], facts.record))
+    if not isinstance(config.harvest, LiveHarvestConfig):
+        return source
+    return replace(
+        source,
+        dtype=config.model.dtype,
+        context_length=config.harvest.context_length,
+        subset=config.data.subset,
+        split=config.data.split,
+        text_column=config.data.text_column,
+    )
 
 
 def check_held_out(stream: Stream, *, ranks: Ranks) -> None:

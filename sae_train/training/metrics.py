@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_train.evaluation.density import density_figures, density_histogram
-from sae_train.evaluation.reconstruction import L0_BINS, histogram_percentiles
+from sae_train.evaluation.l0 import L0_BINS, histogram_percentiles
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code
 from sae_train.sae.firing import Firing

@@ -44,7 +44,7 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
     show = partial(ProgressBar, is_first=find_place().rank == 0)
     phases = Phases(show=show, alone=signals.leave_early) if n_ranks == 1 else Phases(show=show)
     phases.advance()
-    facts = check_stream(config, n_ranks=n_ranks, phases=phases)
+    facts = check_stream(config.source, n_ranks=n_ranks, phases=phases)
     plan = make_plan(config, facts, n_ranks=n_ranks)
     build_sparsifier(config, n_features=plan.n_features)  # refuses infeasible budgets
     prefix_sizes(config.nesting, n_features=plan.n_features)  # and prefixes that are not whole

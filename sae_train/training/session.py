@@ -75,12 +75,9 @@ class Session:
             )
         if ranks.is_first:
             entered(directory.path)
-        dtype = torch.float64 if precision == "float64" else torch.float32
         try:
             self._phases.meet()
-            self.stream: Stream = build_stream(
-                config, ranks=ranks, dtype=dtype, phases=self._phases, corpus=facts.corpus
-            )
+            self.stream: Stream = build_stream(config.source, ranks=ranks, phases=self._phases, facts=facts)
         except UserError:
             self._abandon()
             raise

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sae_train import kernels
 from sae_train.config import RunConfig, SourceConfig
+from sae_train.harvest.batch import Batch
 from sae_train.harvest.build import Stream
 from sae_train.ranks.interface import Ranks
-from sae_train.training.batch import RowBatch, gathered
+from sae_train.training.batch import gathered
 from sae_train.training.checkpoint_files import Contents, SaeContents
 from sae_train.training.clock import Clock
 from sae_train.training.learner import Learner
@@ -72,9 +72,9 @@ class Trainer:
             before = self.tokens
             self._clock.start(self.plan.batch_tokens)
             events.fill()
-            own_NW = self.stream.batch(self.n_done)
+            batch = self.stream.batch(self.n_done)
             self._clock.harvested()
-            self.step(own_NW)
+            self.step(batch)
             self._clock.stop()
             events.advance(self.plan.batch_tokens)
             last = self.n_done == self.plan.steps
@@ -86,13 +86,13 @@ class Trainer:
                 self.check_finite()
                 events.checkpoint()
 
-    def step(self, own_NW: Tensor) -> None:
+    def step(self, own: Batch) -> None:
         """Let every SAE learn from one batch.
 
         Args:
-            own_NW: activations that this rank harvested, with their gradients behind them where the run reads those.
+            own: the tokens that this rank harvested.
         """
-        batch = self._batch(own_NW)
+        batch = gathered(own, ranks=self.ranks)
         for learner in self.learners:
             learner.step(batch, step=self.n_done)
         self.n_done += 1
@@ -131,13 +131,6 @@ class Trainer:
         stream = {name.removeprefix("stream/"): value for name, value in state.items() if name.startswith("stream/")}
         self.stream.restore(stream, checkpoint.lane_state)
         self.n_done = int(state["trainer/n_done"])
-
-    def _batch(self, own_NW: Tensor) -> RowBatch:
-        """Return the batch of this rank's row of the grid."""
-        if not self.source.reads_gradients:
-            return gathered(own_NW, None, ranks=self.ranks)
-        own_ND, gradient_ND = own_NW.split(self.plan.d_model, dim=1)
-        return gathered(own_ND.contiguous(), gradient_ND.contiguous(), ranks=self.ranks)
 
 
 def build_trainer(config: RunConfig, plan: Plan, *, stream: Stream, precision: str, ranks: Ranks) -> Trainer:

@@ -337,7 +337,7 @@ def test_a_gpu_without_bf16_says_so_in_one_line(
     """One that emulates bf16, as torch does before Ampere, has none; Triton is not for it, either."""
     write_activations(tmp_path)
     device, config = torch.device("cuda", 1), config_of(tmp_path, [], precision="auto")
-    facts = check_stream(config, n_ranks=1)
+    facts = check_stream(config.source, n_ranks=1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda which: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(backend, "_what_a_kernel_runs_into", lambda device: None)

@@ -112,7 +112,7 @@ def test_with_its_zeros_or_without_is_one_function(
         monkeypatch.setattr(penalised, "DENSE_FROM", dense_from)
         trainer = trainer_of(rows, *KINDS[kind])
         shake(trainer)
-        batch = trainer.stream.batch(0)
+        batch = trainer.stream.batch(0).x_ND
         dictionary = trainer.learners[0].dictionary
         pre = dictionary.pre_activations(batch)
         code, penalty = trainer.learners[0].sparsifier.encode(
@@ -270,7 +270,7 @@ def test_a_gated_feature_is_exported_as_the_jumprelu_feature_that_it_is(rows: Pa
     shake(trainer)
     learn(trainer, 30)
     gated, dictionary, scaling = trainer.learners[0].sparsifier, trainer.learners[0].dictionary, trainer.stream.scaling
-    x = trainer.stream.batch(30)
+    x = trainer.stream.batch(30).x_ND
     pre = dictionary.pre_activations(x)
     code, _ = gated.encode(
         dictionary,
@@ -300,7 +300,7 @@ def test_a_gated_feature_is_exported_as_the_jumprelu_feature_that_it_is(rows: Pa
 
 def test_a_gates_own_reconstruction_trains_no_decoder(rows: Path) -> None:
     trainer = trainer_of(rows, "sparsifier=gated")
-    dictionary, x = trainer.learners[0].dictionary, trainer.stream.batch(0)
+    dictionary, x = trainer.learners[0].dictionary, trainer.stream.batch(0).x_ND
     gated = trainer.learners[0].sparsifier
     assert isinstance(gated, Gated)
     pre = DenseCode(value=dictionary.attach_dense(x, dictionary.pre_activations(x)))
@@ -338,7 +338,7 @@ def test_p_falls_in_equal_steps_and_the_penalty_stays(rows: Path) -> None:
 def test_l1_weighs_values_with_their_rows_norms(rows: Path, norms: str) -> None:
     trainer = trainer_of(rows, "sparsifier=relu", f"sparsifier.norms={norms}", steps=80)
     learn(trainer, 60)
-    dictionary, x = trainer.learners[0].dictionary, trainer.stream.batch(60)
+    dictionary, x = trainer.learners[0].dictionary, trainer.stream.batch(60).x_ND
     norm_F = dictionary.W_dec.norm(dim=1)
     ones = torch.ones_like(norm_F)
     assert bool((norm_F - 1).abs().max() > 0.01) == (norms == "free")
@@ -442,7 +442,11 @@ def test_l0_comes_to_k_in_few_steps_and_at_a_small_rate(rows: Path, name: str, s
 def test_what_dead_features_lack_to_fire_is_learned(rows: Path, kind: str) -> None:
     trainer = trainer_of(rows, *KINDS[kind])
     shake(trainer)
-    dictionary, x, sparsifier = trainer.learners[0].dictionary, trainer.stream.batch(0), trainer.learners[0].sparsifier
+    dictionary, x, sparsifier = (
+        trainer.learners[0].dictionary,
+        trainer.stream.batch(0).x_ND,
+        trainer.learners[0].sparsifier,
+    )
     assert isinstance(sparsifier, penalised.Penalised)
     trainer.learners[0].firing.since_F[:40] = trainer.plan.dead_window
     pre = dictionary.pre_activations(x)

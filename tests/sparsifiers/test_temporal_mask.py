@@ -46,7 +46,7 @@ def learn(trainer: Trainer, steps: int) -> None:
 
 def encoded(trainer: Trainer) -> tuple[Tensor, Code, Tensor]:
     """Return the next batch, its code and the penalty, without a step."""
-    x = trainer.stream.batch(trainer.n_done)
+    x = trainer.stream.batch(trainer.n_done).x_ND
     pre = trainer.learners[0].dictionary.pre_activations(x)
     code, penalty = trainer.learners[0].sparsifier.encode(
         trainer.learners[0].dictionary,
@@ -70,7 +70,7 @@ def watch(trainer: Trainer) -> list[Tensor]:
     observe = trainer.learners[0].sparsifier.observe
 
     def watched(*parts: Any, **rest: Any) -> None:
-        seen.append(slow_sums(trainer, trainer.stream.batch(trainer.n_done)))
+        seen.append(slow_sums(trainer, trainer.stream.batch(trainer.n_done).x_ND))
         observe(*parts, **rest)
 
     trainer.learners[0].sparsifier.observe = watched

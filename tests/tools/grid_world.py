@@ -96,10 +96,9 @@ def config_of(
 
 def build(config: RunConfig, ranks: Ranks, *, start: bool = True) -> Trainer:
     """Return the trainer that a run on these ranks would have."""
-    facts = check_stream(config, n_ranks=ranks.size)
+    facts = check_stream(config.source, n_ranks=ranks.size)
     plan = make_plan(config, facts, n_ranks=ranks.size)
-    dtype = torch.float64 if config.precision == "float64" else torch.float32
-    stream = build_stream(config, ranks=ranks, dtype=dtype)
+    stream = build_stream(config.source, ranks=ranks, facts=facts)
     if start:
         stream.start()
     return build_trainer(config, plan, stream=stream, precision=config.precision, ranks=ranks)
@@ -239,9 +238,9 @@ def traffic(config: RunConfig, ranks: Ranks) -> dict[str, int]:
     before = 1 if config.aux_loss.name == "none" else trainer.plan.dead_window // N + 2
     for step in range(before):
         trainer.step(trainer.stream.batch(step))
-    x_ND = trainer.stream.batch(before)
+    batch = trainer.stream.batch(before)
     ranks.traffic.clear()
-    trainer.step(x_ND)
+    trainer.step(batch)
     return {verb: count for verb, count in ranks.traffic.items() if count}
 
 
