@@ -94,17 +94,18 @@ def test_a_checkpoint_of_an_older_version_is_refused(tmp_path: Path, command: Co
     assert command(*arguments).status == 0
     run = tmp_path / "runs" / "mine"
     (run / "summary.json").unlink()  # so that it has to be gone on with
-    for path in run.glob("checkpoints/*/checkpoint.json"):
+    kept = run / "checkpoints"
+    for path in kept.glob("*/checkpoint.json"):
         notes = json.loads(path.read_text())
         del notes["format"], notes["sha256"]
         path.write_text(json.dumps(notes | {"sha256": digest_of_notes(notes)}))
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
     done = command(*arguments)
     assert done.status == 2
     assert "written by another version of sae-train" in done.stderr
-    assert f"remove {run / 'checkpoints'} to start it over" in done.stderr
+    assert f"remove {kept} to start it over" in done.stderr
     assert "Traceback" not in done.stderr
-    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert before == {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
 
 
 def test_finished_is_skipped_and_another_identity_refused(tmp_path: Path, command: Command) -> None:
