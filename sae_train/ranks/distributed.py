@@ -71,7 +71,6 @@ class Group(Ranks):
     def sum_in_place(self, tensor: Tensor) -> None:
         with self._speaking("sum", 2 * tensor.nbytes * (self.size - 1) // self.size):
             torch.distributed.all_reduce(tensor, group=self._group)
-        torch.autograd.graph.increment_version(tensor)  # what was noted of it holds no longer (kernels/workspace.py)
 
     def max(self, tensor: Tensor) -> Tensor:
         largest = tensor.clone(memory_format=torch.contiguous_format)

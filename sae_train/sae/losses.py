@@ -5,7 +5,7 @@ ranks that hold other tokens (`ranks.data`) it is the loss.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,24 @@ RERANKED_A_WINDOW = 8
 """How often in a dead window aux_zipf ranks the features anew."""
 
 
+class Missed(NamedTuple):
+    """The errors of a reconstruction, without a graph."""
+
+    error: Tensor
+    """x - (x_hat + bias) [..., N, D]."""
+    norm: Tensor
+    """[..., N] of the rows of `error`."""
+
+
+@torch.no_grad()
+def missed(x_ND: Tensor, x_hat: Tensor, bias_D: Tensor | None = None) -> Missed:
+    """Return the errors of reconstructions x_hat + bias, x_hat being [N, D] or [G, N, D]."""
+    error = x_ND - x_hat
+    if bias_D is not None:
+        error -= bias_D
+    return Missed(error, torch.linalg.vector_norm(error, dim=-1))
+
+
 def reconstruction_loss(x_ND: Tensor, x_hat_ND: Tensor, *, n_tokens: int) -> Tensor:
     """Return the sum of squared errors of this rank's tokens over the global number of tokens, a scalar.
 
@@ -35,10 +53,10 @@ def reconstruction_loss(x_ND: Tensor, x_hat_ND: Tensor, *, n_tokens: int) -> Ten
         x_hat_ND: their reconstruction, or several [G, N, D], each of which is a summand.
         n_tokens: of the global batch.
     """
-    return squared_error(x_hat_ND, kernels.missed(x_ND, x_hat_ND)) / n_tokens
+    return squared_error(x_hat_ND, missed(x_ND, x_hat_ND)) / n_tokens
 
 
-def squared_error(x_hat: Tensor, missed: kernels.Missed, bias_D: Tensor | None = None) -> Tensor:
+def squared_error(x_hat: Tensor, missed: Missed, bias_D: Tensor | None = None) -> Tensor:
     """Return the sum of squares of what x_hat + bias has missed; differentiable in x_hat and the bias."""
     return applied(_SquaredError, x_hat, *missed, bias_D)
 
@@ -56,8 +74,8 @@ class _SquaredError(torch.autograd.Function):
         (error,) = ctx.saved_tensors
         if not ctx.needs_input_grad[3]:
             return error * (-2 * grads[0]), None, None, None
-        grad, grad_bias = kernels.scaled_and_sum(error, -2 * grads[0])
-        return grad, None, None, grad_bias
+        grad = error * (-2 * grads[0])
+        return grad, None, None, grad.flatten(0, -2).sum(0)
 
 
 class AuxLoss:
@@ -117,7 +135,7 @@ class AuxLoss:
         code = dictionary.attach(x_ND, code)
         code = replace(code, value=code.value * underuse_F[code.feature.long()])
         x_hat_ND = dictionary.decode(code, ranks=ranks, bias=False)
-        error = squared_error(x_hat_ND, kernels.missed(residual_ND, x_hat_ND))
+        error = squared_error(x_hat_ND, missed(residual_ND, x_hat_ND))
         variance = _total_variance(residual_ND, ranks.data)
         scale = (n_taking_part / self.slots).clamp(max=1)
         factor = torch.where(variance > 0, self.weight * scale / torch.where(variance > 0, variance, 1), 0)

@@ -9,13 +9,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sae_train import kernels
 from sae_train.config import MatryoshkaConfig, NestingConfig
 from sae_train.errors import ConfigError
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, DenseCode
 from sae_train.sae.dictionary import Dictionary, sum_of_shares
-from sae_train.sae.losses import squared_error
+from sae_train.sae.losses import Missed, missed, squared_error
 
 SEARCHED = 4096
 """How far from the given n_features one that all prefixes divide is looked for."""
@@ -50,7 +49,7 @@ def _sizes(shares: list[float], n_features: int) -> tuple[int, ...] | None:
 
 def reconstruct(
     dictionary: Dictionary, x_ND: Tensor, code: Code, *, sizes: tuple[int, ...], n_tokens: int, ranks: Ranks
-) -> tuple[kernels.Missed, Tensor]:
+) -> tuple[Missed, Tensor]:
     """Return what the reconstruction from all features misses [N, D], and the loss.
 
     That is the sum of `reconstruction_loss` over prefixes, a scalar.
@@ -64,9 +63,9 @@ def reconstruct(
         x_hat = dictionary.decode(code, ranks=ranks, bias=False)
     else:
         x_hat = decode_prefixes(dictionary, code, sizes, ranks=ranks)
-    missed = kernels.missed(x_ND, x_hat, dictionary.b_dec)
-    of_all = missed if has_one else kernels.Missed(*(each[-1] for each in missed))
-    return of_all, squared_error(x_hat, missed, dictionary.b_dec) / n_tokens
+    errors = missed(x_ND, x_hat, dictionary.b_dec)
+    of_all = errors if has_one else Missed(*(each[-1] for each in errors))
+    return of_all, squared_error(x_hat, errors, dictionary.b_dec) / n_tokens
 
 
 def decode_prefixes(dictionary: Dictionary, code: Code, sizes: tuple[int, ...], *, ranks: Ranks) -> Tensor:

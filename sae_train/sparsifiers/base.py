@@ -1,6 +1,5 @@
 """What every sparsifier is: how the pre-activations of a batch become a code."""
 
-import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -27,13 +26,12 @@ class Sparsifier(ABC):
     Attributes:
         inference: rule of the exported autoencoder, 'threshold' or 'topk'.
         cure: what else may help where no feature fires any more, for a message.
-        kept_a_token: matches of a token that it selects at most, or is to come to, on average; infinite where it reads
-            all pre-activations, which are not screened then.
+        reads_all: whether it reads every pre-activation; near ones of a bf16 product do not serve it.
     """
 
     inference: str
     cure = ""
-    kept_a_token = math.inf
+    reads_all = True
 
     def __init__(self, config: RunConfig, *, n_features: int) -> None:
         budget = config.budget
@@ -118,7 +116,7 @@ class Sparsifier(ABC):
         Args:
             dictionary: what the gradients are for.
             x_ND: normalised activations that this rank holds; every rank holds equally many tokens.
-            pre_NF: their pre-activations, detached; screened only for a finite `kept_a_token`.
+            pre_NF: their pre-activations, detached; near ones only where `reads_all` is false.
             moment: where in the run.
             firing: counters of the steps before this one, of this rank's features.
             ranks: who holds the batch's other tokens, and the other features.
@@ -185,7 +183,7 @@ class Allocator(Sparsifier):
         self.capacity = self.slots(max(self.k, self.start_k), config.batch_tokens)
         assert isinstance(config.sparsifier, AllocatorConfig)
         self._revival = config.sparsifier.revival
-        self.kept_a_token = max(self.k, self.start_k)
+        self.reads_all = False
 
     def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
         self._silent_tokens = max(dead_window // SILENT_SHARE, round(SILENT_GAPS * self.n_features / self.k))

@@ -9,8 +9,6 @@ features alike, so that neither beta nor k depends on the unit of the gradient. 
 asked for, is plain TopK's.
 """
 
-import math
-
 from torch import Tensor, addcmul, float64, where
 
 from sae_train import kernels
@@ -30,7 +28,7 @@ class Gradient(TopK):
         assert isinstance(config.sparsifier, GradientConfig)
         self._beta = config.sparsifier.beta
         if config.reads_gradients:
-            self.kept_a_token = math.inf  # scores are of all pairs
+            self.reads_all = True  # scores are of all pairs
         self._slope_NF: Tensor | None = None
 
     def heed(self, slope_NF: Tensor) -> None:

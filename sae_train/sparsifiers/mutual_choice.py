@@ -4,7 +4,6 @@ Ayonrinde 2024 (arXiv 2411.02124); the same selector is BatchTopK (Bussmann et a
 """
 
 from sae_train import kernels
-from sae_train.config import RunConfig
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import SparseCode
 from sae_train.sae.firing import Firing
@@ -17,10 +16,6 @@ class MutualChoice(Allocator):
 
     inference = "threshold"
 
-    def __init__(self, config: RunConfig, *, n_features: int) -> None:
-        super().__init__(config, n_features=n_features)
-        self._hint = kernels.Hint()
-
     def select(self, pre_NF: kernels.PreActivations, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
         budget = self.slots(self.k_at(moment), moment.batch_tokens)
         matches = kernels.select_batch(
@@ -29,6 +24,5 @@ class MutualChoice(Allocator):
             capacity=self.capacity,
             n_features=self.n_features,
             ranks=ranks,
-            hint=self._hint,
         )
         return self.code(matches, pre_NF)

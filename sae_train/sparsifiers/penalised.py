@@ -39,8 +39,6 @@ class Penalised(Sparsifier):
         assert isinstance(config.sparsifier, PenalisedConfig)
         super().__init__(config, n_features=n_features)
         self._settle, self._coefficient = config.sparsifier.settle, config.sparsifier.coefficient
-        if config.k is not None:
-            self.kept_a_token = self.k
 
     def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
         self.dead_window = dead_window
@@ -124,10 +122,10 @@ class Penalised(Sparsifier):
         """Return the pre-activations that matter, with their graph; the same function with its zeros or without."""
         n_tokens, n_features = pre_NF.shape
         most = n_tokens * n_features / DENSE_FROM
+        assert isinstance(pre_NF, Tensor), "it reads all pre-activations"
         matches = kernels.select_few_above(pre_NF, self.bounds(dictionary), most=most)
         if matches is None:
-            whole_NF = pre_NF.whole() if isinstance(pre_NF, kernels.Screened) else pre_NF
-            return DenseCode(value=dictionary.attach_dense(x_ND, whole_NF))
+            return DenseCode(value=dictionary.attach_dense(x_ND, pre_NF))
         places = SparseCode(**matches._asdict(), shape=(n_tokens,), n_features=n_features)
         return dictionary.attach(x_ND, places)
 

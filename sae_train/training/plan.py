@@ -32,8 +32,8 @@ RULED = ("n_features", "dead_window", "peak_lr", "warmup_tokens", "decay_tokens"
 HELD = {"relu": 6, "temporal_mask": 8, "jumprelu": 10, "gated": 10, "p_anneal": 12}
 HELD_OTHERWISE, HELD_WITH_SLOPES = 2, 4
 """Matrices as large as a batch's pre-activations that a step holds at most: by sparsifier, where it may begin dense
-(temporal_mask: and decode twice); by any other; and where it reads gradients. Of fp32 steps on a CPU, screened or not,
-as measured by tests/training/test_memory.py, rounded up."""
+(temporal_mask: and decode twice); by any other; and where it reads gradients. Of fp32 steps on a CPU, as
+measured by tests/training/test_memory.py, rounded up."""
 GRADIENTS = "of the language model's loss come with the activations: rows of the stream are twice as wide"
 """What the plan says where they are harvested."""
 LARGEST_CHECKPOINT_INTERVAL = 50_000_000
@@ -311,7 +311,7 @@ def _copies_in_host_memory(config: RunConfig) -> bool:
 
 
 def _has_bf16() -> bool:
-    return torch.cuda.is_available() and backend.has_bf16(torch.device("cuda"))
+    return backend.has_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _check_memory(plan: Plan, config: RunConfig, facts: StreamFacts) -> None:

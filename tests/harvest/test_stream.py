@@ -56,7 +56,7 @@ def stream_of(config: RunConfig, ranks: Ranks | None = None, *, start: bool = Tr
 
 def batches_of(config: RunConfig, ranks: Ranks | None = None, *, steps: int = STEPS) -> list[Tensor]:
     stream = stream_of(config, ranks)
-    return [stream.batch(step).x_ND.x_ND for step in range(steps)]
+    return [stream.batch(step).x_ND for step in range(steps)]
 
 
 def as_counts(rows: Tensor) -> Counter[bytes]:
@@ -67,7 +67,7 @@ def as_counts(rows: Tensor) -> Counter[bytes]:
 def test_batches_and_pool_hold_what_the_lanes_read_nothing_lost_nothing_twice(model, text, calibration_tokens):
     config = live_config(model, text, harvest={"calibration_tokens": calibration_tokens})  # 4096: more than pools hold
     stream = stream_of(config)
-    taken = [stream.batch(step).x_ND.x_ND for step in range(STEPS)]
+    taken = [stream.batch(step).x_ND for step in range(STEPS)]
     tokenizer, harvest = Tokenizer(config.model), config.harvest
     for number, state in stream.lane_states().items():
         stretches = stream._corpus.stretches(4, context_length=harvest.context_length, tokenizer=tokenizer)
@@ -110,7 +110,7 @@ def test_a_restored_stream_goes_on_bit_for_bit_and_lanes_move_between_ranks(conf
     def second(ranks: Ranks) -> list[Tensor]:
         stream = stream_of(config, ranks, start=False)
         stream.restore(replicated, lanes.__getitem__)
-        return [stream.batch(number).x_ND.x_ND for number in range(step, STEPS)]
+        return [stream.batch(number).x_ND for number in range(step, STEPS)]
 
     for batch, parts in zip(expected[step:], zip(*on_ranks(after, second), strict=True), strict=True):
         assert torch.equal(batch, torch.cat(parts))
@@ -172,7 +172,7 @@ def test_normalised_in_the_runs_precision(model, text):
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_other_families_stream_too(tmp_path, text, kind):
     stream = stream_of(live_config(save_model(tmp_path, kind), text))
-    assert stream.batch(0).x_ND.x_ND.shape == (64, 32)
+    assert stream.batch(0).x_ND.shape == (64, 32)
     assert stream.language_model.has_loss == (kind == "gpt2")
 
 
@@ -195,7 +195,7 @@ def test_tokens_of_outlying_norm_are_left_out_everywhere(model, text, tmp_path):
     layer = schema.ModuleLayerConfig(kind="module", path="model.embed_tokens", side="output")
     stream = stream_of(live_config(tmp_path, text, layer=layer))
     for step in range(STEPS):
-        raw = stream.batch(step).x_ND.x_ND * stream.scaling.scale + stream.scaling.centre_D.float()
+        raw = stream.batch(step).x_ND * stream.scaling.scale + stream.scaling.centre_D.float()
         assert (raw.norm(dim=1) <= stream.scaling.limit * 1.001).all()
     assert 0 < stream.dropped_share() < 0.2
     tokenizer = Tokenizer(live_config(tmp_path).model)
@@ -241,7 +241,7 @@ def contexts_in_batches(config: RunConfig, monkeypatch: pytest.MonkeyPatch, *, s
     monkeypatch.setattr(stream.language_model, "activations", numbered)
     stream.start()
     offset = stream.scaling.centre_D.float()
-    batches = [stream.batch(step).x_ND.x_ND * stream.scaling.scale + offset > 0 for step in range(steps)]
+    batches = [stream.batch(step).x_ND * stream.scaling.scale + offset > 0 for step in range(steps)]
     return [len(batch.unique(dim=0)) for batch in batches]
 
 
@@ -357,4 +357,4 @@ def test_a_site_that_becomes_all_outliers_is_refused(config, monkeypatch):
     loud = torch.full((32,), 1e6)
     monkeypatch.setattr(stream.language_model, "activations", lambda ids_BT: loud.expand(*ids_BT.shape, 32))
     with pytest.raises(UserError, match="gave no token that the filters keep"):
-        [stream.batch(step).x_ND.x_ND for step in range(STEPS)]
+        [stream.batch(step).x_ND for step in range(STEPS)]

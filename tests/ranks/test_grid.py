@@ -52,7 +52,6 @@ def everything(rank: int, size: int, port: int, folder: str, work: Work) -> None
     results: dict[Any, Any] = {}
     for columns in world.LAYOUTS[size]:
         ranks = ranks.arranged(columns=columns)
-        results["known", columns] = world.known_after_a_sum(ranks)
         for case, config in work.long.items():
             if not work.full and not is_paired(size, columns, case):
                 continue
@@ -102,10 +101,6 @@ def others(found: Found, what: str, *rest: Any) -> dict[str, Any]:
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
     """Return whether b is within `tolerance` of a, relative to a's largest entry."""
     return float((a - b).abs().max()) <= tolerance * float(a.abs().max())
-
-
-def test_what_was_found_of_a_gradient_is_not_believed_of_the_ranks_sum(found: Found) -> None:
-    assert set(others(found, "known").values()) == {False}
 
 
 @pytest.mark.parametrize("case", world.CASES)

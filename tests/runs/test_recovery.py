@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tools.small_runs import CPU, run_config
+from tools.small_runs import CPU, run_config, schema_of
 from torch import Tensor
 
 from sae_train.ranks.interface import Solo
@@ -11,6 +11,7 @@ from sae_train.sae.firing import Firing
 from sae_train.sae.losses import build_aux_loss, reconstruction_loss
 from sae_train.sae.step_info import Moment
 from sae_train.sparsifiers import build_sparsifier
+from sae_train.training.optimizer import Adam
 
 D, TRUE, F, K, BATCH, STEPS = 64, 128, 256, 4, 256, 600
 PEAK = 1e-2
@@ -57,7 +58,7 @@ def train(*, seed: int = 0, **choices: object) -> Dictionary:
     window = BATCH * STEPS // 8
     aux = build_aux_loss(config, d_model=D, n_features=F, dead_window=window)
     firing = Firing(F, half_life_tokens=window, device=CPU)
-    optimizer = torch.optim.Adam(dictionary.parameters(), lr=PEAK)
+    optimizer = Adam(dictionary, schema_of(clip=1.0), rates={})
     for step, x in enumerate(stream(seed=seed)):
         moment = Moment(
             step=step,
@@ -73,13 +74,9 @@ def train(*, seed: int = 0, **choices: object) -> Dictionary:
         loss = reconstruction_loss(x, x_hat, n_tokens=BATCH)
         if aux is not None:
             loss = loss + aux(dictionary, x, pre, x - x_hat, firing=firing, moment=moment, ranks=Solo())
-        optimizer.zero_grad()
         loss.backward()
-        dictionary.project_gradient()
-        torch.nn.utils.clip_grad_norm_(dictionary.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step)
-        optimizer.step()
-        dictionary.normalise()
+        norm = optimizer.gradient_norm(Solo())
+        optimizer.step(lr=learning_rate(step), norm=norm, halted=torch.tensor(False))
         firing.update(code, n_tokens=BATCH, ranks=Solo())
     return dictionary
 

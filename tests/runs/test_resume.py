@@ -146,10 +146,7 @@ def test_a_run_that_is_not_whole_is_finished_again(tmp_path: Path, command: Comm
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        (
-            {"NUMBA_DISABLE_JIT": "1"},
-            "this run computed with compiled kernels so far and now lacks them: it goes on, but",
-        ),
+        ({"ATEN_CPU_CAPABILITY": "default"}, "(DEFAULT): it goes on in float32, but not bit for bit"),
         ({"OMP_NUM_THREADS": "2"}, "this run computed with 1 threads so far and now has 2: it goes on, but"),
         ({}, None),
     ],

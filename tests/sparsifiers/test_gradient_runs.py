@@ -353,15 +353,15 @@ def test_a_run_with_beta_zero_is_a_run_of_topk(tmp_path: Path) -> None:
     assert not torch.allclose(topk["W_dec"], other["W_dec"], atol=1e-2)
 
 
-def test_with_beta_zero_pre_activations_are_screened_as_for_topk(tmp_path: Path) -> None:
+def test_with_beta_zero_near_pre_activations_serve_as_for_topk(tmp_path: Path) -> None:
     world.write_activations(tmp_path)
-    kept = [
+    reads_all = [
         world.build(world.config_of(tmp_path, case, precision="float32"), Solo(), start=False)
         .learners[0]
-        .sparsifier.kept_a_token
+        .sparsifier.reads_all
         for case in (["sparsifier=topk"], ["sparsifier=gradient", "sparsifier.beta=0"], ["sparsifier=gradient"])
     ]
-    assert kept == [5, 5, float("inf")]
+    assert reads_all == [False, False, True]
 
 
 @pytest.mark.parametrize("grid", [(2, 1), (1, 2), (2, 2)])

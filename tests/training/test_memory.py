@@ -67,14 +67,11 @@ def test_a_bf16_run_holds_rounded_weights_besides(rows: Path) -> None:
     assert more <= 1.05 * expected
 
 
-@pytest.mark.parametrize("is_screened", [False, True], ids=["whole", "screened"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in CASES])
-def test_the_estimate_is_of_a_step_that_begins_dense(
-    rows: Path, monkeypatch: pytest.MonkeyPatch, case: str, is_screened: bool
-) -> None:
+def test_the_estimate_is_of_a_step_that_begins_dense(rows: Path, case: str, precision: str) -> None:
     """In matrices as large as the batch's pre-activations, beside weights, moments and gradients."""
-    monkeypatch.setattr(sys.modules["sae_train.kernels.screen"], "has_bf16_products", lambda: is_screened)
-    config = world.config_of(rows, CASES[case], precision="float32", n_features=F)
+    config = world.config_of(rows, CASES[case], precision=precision, n_features=F)
     trainer = world.build(config, Solo())
     trainer.step(trainer.stream.batch(0))
     parameters, matrix = 4 * trainer.plan.parameters, 4 * world.N * F
