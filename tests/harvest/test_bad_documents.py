@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_train.cli.main import run_command
+from sae_train.cli.train import run_command
 from sae_train.config import DataConfig
 from sae_train.errors import DataError
 from sae_train.harvest import inspected_documents, open_text

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_train import config as schema
-from sae_train.cli.main import run_command
+from sae_train.cli.train import run_command
 from sae_train.config import RunConfig, identity
 from sae_train.errors import DataError, UserError
 from sae_train.harvest.batch import Batch
