@@ -93,8 +93,10 @@ class RawRows:
         model = self._language_model
         largest = int(ids_BT.max())
         if largest >= model.vocab:
-            raise DataError(f"the tokenizer gives token {largest}, the language model has {model.vocab}. Use the "
-                            "tokenizer that belongs to the model.")  # fmt: skip
+            raise DataError(
+                f"the tokenizer gives token {largest}, the language model has {model.vocab} tokens. "
+                "Use the tokenizer that belongs to the model."
+            )
         gradient_BTD = None
         if self._reads_gradients:
             raw_BTD, gradient_BTD = model.activations_and_gradients(ids_BT)
