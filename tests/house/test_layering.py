@@ -28,8 +28,8 @@ LAYERS = [
 
 OUTSIDE = {
     "accelerate": {"ranks/distributed.py"},
-    "datasets": {"harvest/table_rows.py"},
-    "pyarrow": {"harvest/table_rows.py"},
+    "datasets": {"harvest/dataset_rows.py"},
+    "pyarrow": {"harvest/dataset_rows.py"},
     "submitit": {"sweeps/submit.py"},
     "wandb": {"training/wandb_worker.py"},
     "hydra": {"cli/*"},
@@ -41,11 +41,15 @@ OUTSIDE = {
         "training/checkpoint_files.py",
         "training/restore.py",
         "formats/*",
-        "harvest/tensors.py",
         "harvest/tensor_files.py",
     },
     "triton": {"kernels/triton_*"},
-    "transformers": {"harvest/language_model.py", "harvest/sites.py", "harvest/checkpoints.py", "harvest/probe.py"},
+    "transformers": {
+        "harvest/language_model.py",
+        "harvest/sites.py",
+        "harvest/checkpoints.py",
+        "harvest/architecture.py",
+    },
 }
 """Which files may import each of the heavy libraries."""
 

@@ -169,7 +169,7 @@ def learn(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
         trainer.step(trainer.stream.batch(step))
     (row,) = trainer.rows()
     since = ranks.features.gather_slices(trainer.learners[0].firing.since_F, trainer.plan.n_features)
-    figures = {key: value for key, value in row.items() if not key.startswith("perf/")}
+    figures = {key: value for key, value in row.items() if key != "sae" and not key.startswith("perf/")}
     return {"matches": [index for index, _ in seen], "weights": weights(trainer), "since": since, "row": figures}
 
 
