@@ -47,7 +47,7 @@ def compose_request(
         overrides, refused = library.read(arguments, sweep=sweep)
         problems = list(refused.values())
         sent, overrides = library.split(overrides)
-        where, found = _launcher(library, sent, sweep=sweep)
+        where, found = launcher_of(library, sent, sweep=sweep)
         problems += found
         configs = []
         points_typed = library.expand(overrides)
@@ -64,7 +64,7 @@ def compose_request(
     return Request(points=points, launcher=where)
 
 
-def _launcher(library: Library, overrides: list[Override], *, sweep: bool) -> tuple[SlurmLauncher | None, list[str]]:
+def launcher_of(library: Library, overrides: list[Override], *, sweep: bool) -> tuple[SlurmLauncher | None, list[str]]:
     """Return the launcher of a sweep, None for runs in this process, and the problems of its overrides."""
     typed = [library.typed(override) for override in overrides]
     swept = [f"{text_of(o)}: one launcher submits the whole sweep." for o in overrides if o.is_sweep_override()]
