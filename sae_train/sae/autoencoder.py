@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sae_train import kernels
 from sae_train.ranks.interface import Solo
 from sae_train.sae.code import SparseCode
-from sae_train.sae.dictionary import Dictionary
+from sae_train.sae.trainable import TrainableAutoencoder
 
 CHUNK_BYTES = 64 * 2**20
 """Pre-activations that are computed together."""
@@ -57,7 +57,7 @@ class SparseAutoencoder(nn.Module):
     @classmethod
     def fold(
         cls,
-        dictionary: Dictionary,
+        dictionary: TrainableAutoencoder,
         *,
         centre_D: Tensor,
         scale: float,

@@ -19,7 +19,7 @@ from sae_train.kernels.radix import kth_largest
 from sae_train.phases import SILENT, Phases
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.autoencoder import CHUNK_BYTES, SparseAutoencoder
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
 
 SAMPLE_MARGIN = 1.25
 """How many times the kept affinities are gathered before the exact cut; too few only costs another pass."""
@@ -48,9 +48,9 @@ class Selector(Protocol):
 
     inference: str
 
-    def k_at(self, moment: Moment) -> float: ...
+    def k_at(self, info: StepInfo) -> float: ...
 
-    def shares(self, moment: Moment) -> Tensor | None: ...
+    def shares(self, info: StepInfo) -> Tensor | None: ...
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def calibrate(
     raw_ND: Tensor,
     *,
     sparsifier: Selector,
-    moment: Moment,
+    info: StepInfo,
     n_features: int,
     ranks: Ranks,
     learned_F: Tensor | None = None,
@@ -72,7 +72,7 @@ def calibrate(
         sae: the folded autoencoder with this rank's features; its own thresholds are not read.
         raw_ND: the whole calibration half, in raw units, the same on every rank.
         sparsifier: whose selection the thresholds stand in for.
-        moment: where in the run; tells k, the budgets and the batch size.
+        info: where in the run; tells k, the budgets and the batch size.
         n_features: of the whole dictionary.
         ranks: the grid; those of a row hold the other features.
         is_steered: whether there is a k at all; without one L0 is what it is.
@@ -82,7 +82,7 @@ def calibrate(
     """
     if len(raw_ND) == 0:
         raise ValueError("no tokens to calibrate thresholds on")
-    k, shares_F = sparsifier.k_at(moment), sparsifier.shares(moment)
+    k, shares_F = sparsifier.k_at(info), sparsifier.shares(info)
     row = ranks.features
     passes = _Passes(sae, phases)
     if learned_F is not None:
@@ -91,8 +91,8 @@ def calibrate(
     if sparsifier.inference == "topk":
         return _without_threshold(passes, raw_ND, k=round(k), row=row)
     if shares_F is None:
-        return _one_threshold(passes, raw_ND, k=k, batch_tokens=moment.batch_tokens, n_features=n_features, row=row)
-    return _threshold_each(passes, raw_ND, k=k, shares_F=shares_F, batch_tokens=moment.batch_tokens, row=row)
+        return _one_threshold(passes, raw_ND, k=k, batch_tokens=info.batch_tokens, n_features=n_features, row=row)
+    return _threshold_each(passes, raw_ND, k=k, shares_F=shares_F, batch_tokens=info.batch_tokens, row=row)
 
 
 class _Passes:

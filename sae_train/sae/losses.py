@@ -15,9 +15,9 @@ from sae_train.config import AuxKConfig, AuxZipfConfig, NoAuxLossConfig, RunConf
 from sae_train.kernels.function import applied
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import SparseCode
-from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.firing import Firing
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
+from sae_train.sae.trainable import TrainableAutoencoder
 from sae_train.sae.zipf_budget import default_shift, zipf_mass
 
 RERANKED_A_WINDOW = 8
@@ -73,19 +73,19 @@ class AuxLoss:
         self.slots = max(1, min(512, d_model // 2))
         self.dead_window = dead_window
 
-    def underuse(self, firing: Firing, *, moment: Moment, ranks: Ranks) -> Tensor:
+    def underuse(self, firing: Firing, *, info: StepInfo, ranks: Ranks) -> Tensor:
         """[F] in [0, 1], float64: how much each of this rank's features takes part."""
         return firing.dead_F(self.dead_window).double()
 
     def __call__(
         self,
-        dictionary: Dictionary,
+        dictionary: TrainableAutoencoder,
         x_ND: Tensor,
         pre_NF: kernels.PreActivations,
         residual_ND: Tensor,
         *,
         firing: Firing,
-        moment: Moment,
+        info: StepInfo,
         ranks: Ranks,
     ) -> Tensor:
         """Return this rank's tokens' weighted share of the loss, a scalar; 0 where no feature is underused.
@@ -96,10 +96,10 @@ class AuxLoss:
             pre_NF: their pre-activations.
             residual_ND: x - x_hat; no gradient flows into it.
             firing: counters of the steps before this one.
-            moment: where in the run.
+            info: where in the run.
             ranks: the residual's variance is over all of them.
         """
-        underuse_F = self.underuse(firing, moment=moment, ranks=ranks).to(x_ND.dtype)
+        underuse_F = self.underuse(firing, info=info, ranks=ranks).to(x_ND.dtype)
         taking_part_F = underuse_F > 0
         n_taking_part = ranks.features.sum(taking_part_F.sum())
         if x_ND.device.type == "cpu" and not int(n_taking_part):
@@ -153,23 +153,23 @@ class AuxZipfLoss(AuxLoss):
         self._rerank_every = max(1, dead_window // RERANKED_A_WINDOW)
         self._expected_F: Tensor | None = None
 
-    def underuse(self, firing: Firing, *, moment: Moment, ranks: Ranks) -> Tensor:
-        dead_F = super().underuse(firing, moment=moment, ranks=ranks)
+    def underuse(self, firing: Firing, *, info: StepInfo, ranks: Ranks) -> Tensor:
+        dead_F = super().underuse(firing, info=info, ranks=ranks)
         if self.tau == 0:
             return dead_F
-        expected_F = self._expected(firing, moment=moment, ranks=ranks)
+        expected_F = self._expected(firing, info=info, ranks=ranks)
         missing_F = (1 - firing.density_F / (self.tau * expected_F)).clamp(0, 1)
         underuse_F = torch.maximum(dead_F, missing_F)
         return (underuse_F > 0).double() if self.hard else underuse_F
 
-    def _expected(self, firing: Firing, *, moment: Moment, ranks: Ranks) -> Tensor:
+    def _expected(self, firing: Firing, *, info: StepInfo, ranks: Ranks) -> Tensor:
         """[F] float64: the density that the law gives the rank of each of this rank's features.
 
         Features are ranked by density over all ranks, the lower feature first where two are equal. Ranks move slowly,
         and their order is the one thing here that every rank's features decide, so it is renewed now and then.
         """
-        before = moment.tokens - moment.batch_tokens
-        if self._expected_F is None or before // self._rerank_every != moment.tokens // self._rerank_every:
+        before = info.tokens - info.batch_tokens
+        if self._expected_F is None or before // self._rerank_every != info.tokens // self._rerank_every:
             density_F = ranks.features.gather_slices(firing.density_F, self.n_features)
             law_F = self._law_F.to(density_F.device, non_blocking=True)
             expected_F = torch.empty_like(law_F)

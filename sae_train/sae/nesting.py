@@ -14,8 +14,8 @@ from sae_train.config import MatryoshkaConfig, NestingConfig
 from sae_train.errors import ConfigError
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, DenseCode
-from sae_train.sae.dictionary import Dictionary, sum_of_shares
 from sae_train.sae.losses import squared_error
+from sae_train.sae.trainable import TrainableAutoencoder, sum_of_shares
 
 SEARCHED = 4096
 """How far from the given n_features one that all prefixes divide is looked for."""
@@ -49,7 +49,7 @@ def _sizes(shares: list[float], n_features: int) -> tuple[int, ...] | None:
 
 
 def reconstruct(
-    dictionary: Dictionary, x_ND: Tensor, code: Code, *, sizes: tuple[int, ...], n_tokens: int, ranks: Ranks
+    dictionary: TrainableAutoencoder, x_ND: Tensor, code: Code, *, sizes: tuple[int, ...], n_tokens: int, ranks: Ranks
 ) -> tuple[kernels.Missed, Tensor]:
     """Return what the reconstruction from all features misses [N, D], and the loss.
 
@@ -69,7 +69,7 @@ def reconstruct(
     return of_all, squared_error(x_hat, missed, dictionary.b_dec) / n_tokens
 
 
-def decode_prefixes(dictionary: Dictionary, code: Code, sizes: tuple[int, ...], *, ranks: Ranks) -> Tensor:
+def decode_prefixes(dictionary: TrainableAutoencoder, code: Code, sizes: tuple[int, ...], *, ranks: Ranks) -> Tensor:
     """Return the reconstructions from the first sizes[g] features [G, N, D] without the bias; differentiable.
 
     A token's matches are sorted by feature, so those of one group of features between two prefixes stand together: a

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moment:
+class StepInfo:
     """A step's place in the run: host integers, the same on every rank."""
 
     step: int

@@ -12,9 +12,9 @@ from sae_train.errors import raise_all
 from sae_train.kernels import Matches, PreActivations
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, SparseCode
-from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.firing import Firing
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
+from sae_train.sae.trainable import TrainableAutoencoder
 
 SILENT_SHARE, SILENT_GAPS = 4, 20
 """A feature is silent that has not fired for a quarter of what makes it dead, and for twenty times the mean gap between
@@ -51,14 +51,14 @@ class Sparsifier(ABC):
             if value > self.n_features and (key == "k" or value != self.k)
         ]
 
-    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:  # noqa: B027 (most learn none)
+    def equip(self, dictionary: TrainableAutoencoder, *, dead_window: int) -> None:  # noqa: B027 (most learn none)
         """Give the dictionary the parameters [F] that this sparsifier learns, a value for each of its features.
 
         Args:
             dead_window: tokens without firing after which a feature is dead.
         """
 
-    def prepare(self, dictionary: Dictionary, *, halted: Tensor) -> None:  # noqa: B027 (most do nothing)
+    def prepare(self, dictionary: TrainableAutoencoder, *, halted: Tensor) -> None:  # noqa: B027 (most do nothing)
         """Do what is to be done to the dictionary before a step's pre-activations are computed.
 
         Args:
@@ -66,7 +66,7 @@ class Sparsifier(ABC):
         """
 
     def revive(  # noqa: B027 (most need no help)
-        self, dictionary: Dictionary, *, firing: Firing, lost_rate: float, halted: Tensor
+        self, dictionary: TrainableAutoencoder, *, firing: Firing, lost_rate: float, halted: Tensor
     ) -> None:
         """Help silent features after a step.
 
@@ -83,11 +83,11 @@ class Sparsifier(ABC):
         Called where the configuration asks for gradients, and only there.
 
         Args:
-            slope_NF: `Dictionary.slopes` of this rank's tokens and features; may be written to.
+            slope_NF: `TrainableAutoencoder.slopes` of this rank's tokens and features; may be written to.
         """
         raise TypeError(f"{type(self).__name__} does not ask for gradients")
 
-    def is_settling(self, moment: Moment) -> bool:
+    def is_settling(self, info: StepInfo) -> bool:
         """Return whether no feature may have fired yet without this being the end."""
         return False
 
@@ -95,21 +95,21 @@ class Sparsifier(ABC):
         """Return the learning rates of these parameters by name, as a share of the others'."""
         return {}
 
-    def k_at(self, moment: Moment) -> float:
-        """Return the mean number of matches a token at this moment: from start_k linearly to k."""
-        ramp = self.anneal * moment.total_tokens
-        if moment.tokens >= ramp:
+    def k_at(self, info: StepInfo) -> float:
+        """Return the mean number of matches a token at this step: from start_k linearly to k."""
+        ramp = self.anneal * info.total_tokens
+        if info.tokens >= ramp:
             return self.k
-        return self.start_k + (self.k - self.start_k) * moment.tokens / ramp
+        return self.start_k + (self.k - self.start_k) * info.tokens / ramp
 
     @abstractmethod
     def encode(
         self,
-        dictionary: Dictionary,
+        dictionary: TrainableAutoencoder,
         x_ND: Tensor,
         pre_NF: PreActivations,
         *,
-        moment: Moment,
+        info: StepInfo,
         firing: Firing,
         ranks: Ranks,
     ) -> tuple[Code, Tensor | None]:
@@ -119,7 +119,7 @@ class Sparsifier(ABC):
             dictionary: what the gradients are for.
             x_ND: normalised activations that this rank holds; every rank holds equally many tokens.
             pre_NF: their pre-activations, detached; screened only for a finite `kept_a_token`.
-            moment: where in the run.
+            info: where in the run.
             firing: counters of the steps before this one, of this rank's features.
             ranks: who holds the batch's other tokens, and the other features.
         """
@@ -129,7 +129,7 @@ class Sparsifier(ABC):
         return code
 
     def observe(  # noqa: B027 (most do not look)
-        self, dictionary: Dictionary, code: Code, error_ND: Tensor, *, moment: Moment, ranks: Ranks
+        self, dictionary: TrainableAutoencoder, code: Code, error_ND: Tensor, *, info: StepInfo, ranks: Ranks
     ) -> None:
         """Take notice of how a step's code reconstructs, before anything is updated.
 
@@ -138,19 +138,19 @@ class Sparsifier(ABC):
             error_ND: x - x_hat of what was `kept` of it, detached.
         """
 
-    def shares(self, moment: Moment) -> Tensor | None:
+    def shares(self, info: StepInfo) -> Tensor | None:
         """Return the share of a batch's tokens that each feature may fire on [F] float64, None where any may."""
         return None
 
-    def thresholds(self, dictionary: Dictionary) -> Tensor | None:
+    def thresholds(self, dictionary: TrainableAutoencoder) -> Tensor | None:
         """Return the thresholds [F] that training itself has learned; None where it has none."""
         return None
 
-    def encoder(self, dictionary: Dictionary) -> tuple[Tensor, Tensor]:
+    def encoder(self, dictionary: TrainableAutoencoder) -> tuple[Tensor, Tensor]:
         """Return the encoder of the exported autoencoder: W_enc [F, D], b_enc [F]."""
         return dictionary.W_enc, dictionary.b_enc
 
-    def figures(self, moment: Moment) -> dict[str, float]:
+    def figures(self, info: StepInfo) -> dict[str, float]:
         """Return what a row of metrics says of this sparsifier alone, of the next step; it may wait for the device."""
         return {}
 
@@ -187,7 +187,7 @@ class Allocator(Sparsifier):
         self._revival = config.sparsifier.revival
         self.kept_a_token = max(self.k, self.start_k)
 
-    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
+    def equip(self, dictionary: TrainableAutoencoder, *, dead_window: int) -> None:
         self._silent_tokens = max(dead_window // SILENT_SHARE, round(SILENT_GAPS * self.n_features / self.k))
 
     def problems(self, config: RunConfig) -> list[str]:
@@ -202,19 +202,19 @@ class Allocator(Sparsifier):
 
     def encode(
         self,
-        dictionary: Dictionary,
+        dictionary: TrainableAutoencoder,
         x_ND: Tensor,
         pre_NF: PreActivations,
         *,
-        moment: Moment,
+        info: StepInfo,
         firing: Firing,
         ranks: Ranks,
     ) -> tuple[Code, Tensor | None]:
-        chosen = self.select(pre_NF, moment=moment, firing=firing, ranks=ranks)
+        chosen = self.select(pre_NF, info=info, firing=firing, ranks=ranks)
         return dictionary.attach(x_ND, chosen), None
 
     @torch.no_grad()
-    def revive(self, dictionary: Dictionary, *, firing: Firing, lost_rate: float, halted: Tensor) -> None:
+    def revive(self, dictionary: TrainableAutoencoder, *, firing: Firing, lost_rate: float, halted: Tensor) -> None:
         """Raise the bias of every silent feature by what Adam's largest step has lost, until it fires again.
 
         Ours. At the full rate the auxiliary loss brings features back. As the rate decays the cut rises above the
@@ -225,7 +225,7 @@ class Allocator(Sparsifier):
         dictionary.b_enc.add_(silent_F.to(dictionary.b_enc.dtype), alpha=self._revival * lost_rate)
 
     @abstractmethod
-    def select(self, pre_NF: PreActivations, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
+    def select(self, pre_NF: PreActivations, *, info: StepInfo, firing: Firing, ranks: Ranks) -> SparseCode:
         """Return the code of this rank's tokens and features, its values detached; the choice is over all ranks'."""
 
     def code(self, matches: Matches, pre_NF: PreActivations) -> SparseCode:

@@ -18,7 +18,7 @@ from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import SparseCode
 from sae_train.sae.firing import Firing
 from sae_train.sae.random import keyed_uniform
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
 from sae_train.sae.zipf_budget import law_of, round_systematically, water_fill, zipf_mass
 from sae_train.sae.zipf_fit import ZipfFit, fit_zipf
 from sae_train.sparsifiers.mutual_choice import MutualChoice
@@ -56,30 +56,30 @@ class FeatureChoice(MutualChoice):
             )
         return found
 
-    def select(self, pre_NF: kernels.PreActivations, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
-        if self._rank_F is None and moment.tokens >= self._after * moment.total_tokens:
+    def select(self, pre_NF: kernels.PreActivations, *, info: StepInfo, firing: Firing, ranks: Ranks) -> SparseCode:
+        if self._rank_F is None and info.tokens >= self._after * info.total_tokens:
             density_F = ranks.features.gather_slices(firing.density_F, self.n_features)
             self._rank_F = _ranks_by_density(density_F)
             if self._zipf is not None and self._zipf.is_open:
                 self._fit = _common_fit(density_F, ranks)
         if self._rank_F is None:
-            return super().select(pre_NF, moment=moment, firing=firing, ranks=ranks)
-        budget = self.slots(self.k_at(moment), moment.batch_tokens)
+            return super().select(pre_NF, info=info, firing=firing, ranks=ranks)
+        budget = self.slots(self.k_at(info), info.batch_tokens)
         budget_F = round_systematically(
-            self._matches(budget, moment.batch_tokens),
+            self._matches(budget, info.batch_tokens),
             total=budget,
-            u=keyed_uniform(moment.seed, "feature_choice", moment.step),
+            u=keyed_uniform(info.seed, "feature_choice", info.step),
         )
         lo, hi = ranks.features.slice(self.n_features)
         matches = kernels.select_columns(pre_NF, budget_F=budget_F[lo:hi], capacity=self.capacity, ranks=ranks)
         return self.code(matches, pre_NF)
 
-    def shares(self, moment: Moment) -> Tensor | None:
+    def shares(self, info: StepInfo) -> Tensor | None:
         """Return each feature's budget over the batch's tokens, before rounding; None in the Mutual Choice phase."""
         if self._rank_F is None:
             return None
-        budget = self.slots(self.k_at(moment), moment.batch_tokens)
-        return self._matches(budget, moment.batch_tokens) / moment.batch_tokens
+        budget = self.slots(self.k_at(info), info.batch_tokens)
+        return self._matches(budget, info.batch_tokens) / info.batch_tokens
 
     def notes(self) -> dict[str, Any]:
         """Return the law of the budgets, and how well it fits where Mutual Choice's densities gave it."""

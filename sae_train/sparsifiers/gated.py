@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from sae_train import kernels
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, SparseCode
-from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.losses import reconstruction_loss
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
+from sae_train.sae.trainable import TrainableAutoencoder
 from sae_train.sparsifiers.penalised import Penalised
 
 
@@ -25,15 +25,17 @@ class Gated(Penalised):
 
     first_price = 0.02
 
-    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
+    def equip(self, dictionary: TrainableAutoencoder, *, dead_window: int) -> None:
         super().equip(dictionary, dead_window=dead_window)
         dictionary.log_magnitude = nn.Parameter(torch.zeros_like(dictionary.b_enc))
         dictionary.b_magnitude = nn.Parameter(torch.zeros_like(dictionary.b_enc))
 
-    def nudge(self, dictionary: Dictionary, amount: Tensor) -> None:
+    def nudge(self, dictionary: TrainableAutoencoder, amount: Tensor) -> None:
         dictionary.b_enc.sub_(amount.to(dictionary.b_enc.dtype))
 
-    def values(self, dictionary: Dictionary, code: Code, *, moment: Moment, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    def values(
+        self, dictionary: TrainableAutoencoder, code: Code, *, info: StepInfo, ranks: Ranks
+    ) -> tuple[Tensor, Tensor]:
         of_features: list[Tensor] = [dictionary.log_magnitude.exp(), dictionary.b_magnitude, dictionary.b_enc]
         if isinstance(code, SparseCode):
             places = code.feature, code.token, code.start
@@ -42,16 +44,18 @@ class Gated(Penalised):
         magnitude = scale * (code.value - b_gate) + b_magnitude
         return torch.where(code.value > 0, magnitude.relu(), 0), code.value.relu().sum()
 
-    def extra_loss(self, dictionary: Dictionary, x_ND: Tensor, pre: Code, *, n_tokens: int, ranks: Ranks) -> Tensor:
+    def extra_loss(
+        self, dictionary: TrainableAutoencoder, x_ND: Tensor, pre: Code, *, n_tokens: int, ranks: Ranks
+    ) -> Tensor:
         gates = replace(pre, value=pre.value.relu())
         x_hat_ND = dictionary.decode(gates, ranks=ranks, frozen=True)
         return reconstruction_loss(x_ND, x_hat_ND, n_tokens=n_tokens)
 
     @torch.no_grad()
-    def encoder(self, dictionary: Dictionary) -> tuple[Tensor, Tensor]:
+    def encoder(self, dictionary: TrainableAutoencoder) -> tuple[Tensor, Tensor]:
         return dictionary.log_magnitude.exp()[:, None] * dictionary.W_enc, dictionary.b_magnitude
 
     @torch.no_grad()
-    def thresholds(self, dictionary: Dictionary) -> Tensor:
+    def thresholds(self, dictionary: TrainableAutoencoder) -> Tensor:
         """Return where the gate opens, on the scale of magnitudes [F]: u > -b_gate is exp(r) u + b_mag > this."""
         return (dictionary.b_magnitude - dictionary.log_magnitude.exp() * dictionary.b_enc).relu()

@@ -18,7 +18,7 @@ from sae_train.config import GradientConfig, RunConfig
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import SparseCode
 from sae_train.sae.firing import Firing
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
 from sae_train.sparsifiers.topk import TopK
 
 
@@ -36,13 +36,13 @@ class Gradient(TopK):
     def heed(self, slope_NF: Tensor) -> None:
         self._slope_NF = slope_NF
 
-    def select(self, pre_NF: kernels.PreActivations, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
+    def select(self, pre_NF: kernels.PreActivations, *, info: StepInfo, firing: Firing, ranks: Ranks) -> SparseCode:
         slope_NF, self._slope_NF = self._slope_NF, None
         if slope_NF is None:
-            return super().select(pre_NF, moment=moment, firing=firing, ranks=ranks)
+            return super().select(pre_NF, info=info, firing=firing, ranks=ranks)
         assert isinstance(pre_NF, Tensor), "all pre-activations are read"
-        score_NF = self._scores(pre_NF, slope_NF, n_tokens=moment.batch_tokens, ranks=ranks)
-        k = round(self.k_at(moment))
+        score_NF = self._scores(pre_NF, slope_NF, n_tokens=info.batch_tokens, ranks=ranks)
+        k = round(self.k_at(info))
         chosen = kernels.select_rows(score_NF, k=k, capacity=self.capacity, n_features=self.n_features, ranks=ranks)
         value = where(chosen.value > 0, pre_NF[chosen.token.long(), chosen.feature.long()], 0)
         return self.code(chosen._replace(value=value), pre_NF)

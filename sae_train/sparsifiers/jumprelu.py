@@ -15,8 +15,8 @@ from sae_train import kernels
 from sae_train.config import JumpReLUConfig, RunConfig
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, SparseCode
-from sae_train.sae.dictionary import Dictionary
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
+from sae_train.sae.trainable import TrainableAutoencoder
 from sae_train.sparsifiers.penalised import Penalised
 from sae_train.sparsifiers.straight_through import jump_relu, reach, step
 
@@ -38,7 +38,7 @@ class JumpReLU(Penalised):
         self._settings = config.sparsifier
         super().__init__(config, n_features=n_features)
 
-    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
+    def equip(self, dictionary: TrainableAutoencoder, *, dead_window: int) -> None:
         super().equip(dictionary, dead_window=dead_window)
         start_F = torch.full_like(dictionary.b_enc, math.log(self._settings.threshold))
         dictionary.log_threshold = nn.Parameter(start_F)
@@ -48,17 +48,19 @@ class JumpReLU(Penalised):
     def rates(self) -> dict[str, float]:
         return {"log_threshold": self._settings.threshold_rate}
 
-    def thresholds(self, dictionary: Dictionary) -> Tensor:
+    def thresholds(self, dictionary: TrainableAutoencoder) -> Tensor:
         threshold_F: Tensor = dictionary.log_threshold.exp()
         return threshold_F
 
-    def bounds(self, dictionary: Dictionary) -> Tensor:
+    def bounds(self, dictionary: TrainableAutoencoder) -> Tensor:
         return self.thresholds(dictionary).detach() - reach(self._settings.bandwidth)
 
-    def nudge(self, dictionary: Dictionary, amount: Tensor) -> None:
+    def nudge(self, dictionary: TrainableAutoencoder, amount: Tensor) -> None:
         dictionary.log_threshold.add_(amount.to(dictionary.log_threshold.dtype)).clamp_(-FARTHEST, FARTHEST)
 
-    def values(self, dictionary: Dictionary, code: Code, *, moment: Moment, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    def values(
+        self, dictionary: TrainableAutoencoder, code: Code, *, info: StepInfo, ranks: Ranks
+    ) -> tuple[Tensor, Tensor]:
         threshold, bandwidth = self.thresholds(dictionary), self._settings.bandwidth
         if isinstance(code, SparseCode):
             threshold = kernels.of_features(threshold, code.feature, code.token, code.start)

@@ -16,8 +16,8 @@ from sae_train import kernels
 from sae_train.config import PAnnealConfig, ReLUConfig, RunConfig
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, SparseCode
-from sae_train.sae.dictionary import Dictionary
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
+from sae_train.sae.trainable import TrainableAutoencoder
 from sae_train.sparsifiers.penalised import Penalised
 
 LEAST = 1e-3
@@ -33,17 +33,19 @@ class ReLU(Penalised):
         self._free = isinstance(config.sparsifier, ReLUConfig) and config.sparsifier.norms == "free"
         super().__init__(config, n_features=n_features)
 
-    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
+    def equip(self, dictionary: TrainableAutoencoder, *, dead_window: int) -> None:
         super().equip(dictionary, dead_window=dead_window)
         dictionary.has_unit_norms = not self._free
 
-    def thresholds(self, dictionary: Dictionary) -> Tensor:
+    def thresholds(self, dictionary: TrainableAutoencoder) -> Tensor:
         return torch.zeros_like(dictionary.b_enc)
 
-    def nudge(self, dictionary: Dictionary, amount: Tensor) -> None:
+    def nudge(self, dictionary: TrainableAutoencoder, amount: Tensor) -> None:
         dictionary.b_enc.sub_(amount.to(dictionary.b_enc.dtype))
 
-    def values(self, dictionary: Dictionary, code: Code, *, moment: Moment, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    def values(
+        self, dictionary: TrainableAutoencoder, code: Code, *, info: StepInfo, ranks: Ranks
+    ) -> tuple[Tensor, Tensor]:
         value = code.value.relu()
         if not self._free:
             return value, value.sum()
@@ -61,7 +63,7 @@ class PAnneal(ReLU):
         self._settings = config.sparsifier
         super().__init__(config, n_features=n_features)
 
-    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
+    def equip(self, dictionary: TrainableAutoencoder, *, dead_window: int) -> None:
         super().equip(dictionary, dead_window=dead_window)
         self._factor = torch.ones((), dtype=torch.float64, device=dictionary.b_enc.device)
 
@@ -74,10 +76,12 @@ class PAnneal(ReLU):
         made = min(changes, 1 + math.floor(done * changes))
         return 1 + (self._settings.end - 1) * made / changes
 
-    def values(self, dictionary: Dictionary, code: Code, *, moment: Moment, ranks: Ranks) -> tuple[Tensor, Tensor]:
-        value, _ = super().values(dictionary, code, moment=moment, ranks=ranks)
-        p = self.p_at(moment.tokens, moment.total_tokens)
-        before = self.p_at(max(0, moment.tokens - moment.batch_tokens), moment.total_tokens)
+    def values(
+        self, dictionary: TrainableAutoencoder, code: Code, *, info: StepInfo, ranks: Ranks
+    ) -> tuple[Tensor, Tensor]:
+        value, _ = super().values(dictionary, code, info=info, ranks=ranks)
+        p = self.p_at(info.tokens, info.total_tokens)
+        before = self.p_at(max(0, info.tokens - info.batch_tokens), info.total_tokens)
         if p != before:
             with torch.no_grad():
                 was, now = ranks.sum(torch.stack([_power(value, before), _power(value, p)]).double())

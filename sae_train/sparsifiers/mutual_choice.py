@@ -8,7 +8,7 @@ from sae_train.config import RunConfig
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import SparseCode
 from sae_train.sae.firing import Firing
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
 from sae_train.sparsifiers.base import Allocator
 
 
@@ -21,8 +21,8 @@ class MutualChoice(Allocator):
         super().__init__(config, n_features=n_features)
         self._hint = kernels.Hint()
 
-    def select(self, pre_NF: kernels.PreActivations, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
-        budget = self.slots(self.k_at(moment), moment.batch_tokens)
+    def select(self, pre_NF: kernels.PreActivations, *, info: StepInfo, firing: Firing, ranks: Ranks) -> SparseCode:
+        budget = self.slots(self.k_at(info), info.batch_tokens)
         matches = kernels.select_batch(
             pre_NF,
             budget=budget,

@@ -10,9 +10,9 @@ from sae_train import kernels
 from sae_train.config import PenalisedConfig, RunConfig
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, DenseCode, SparseCode
-from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.firing import Firing
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
+from sae_train.sae.trainable import TrainableAutoencoder
 from sae_train.sparsifiers.base import Sparsifier
 from sae_train.sparsifiers.price import Price
 
@@ -42,18 +42,20 @@ class Penalised(Sparsifier):
         if config.k is not None:
             self.kept_a_token = self.k
 
-    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
+    def equip(self, dictionary: TrainableAutoencoder, *, dead_window: int) -> None:
         self.dead_window = dead_window
         self.price = Price(
             self.first_price, settle=self._settle, device=dictionary.b_enc.device, fixed=self._coefficient
         )
 
-    def bounds(self, dictionary: Dictionary) -> Tensor:
+    def bounds(self, dictionary: TrainableAutoencoder) -> Tensor:
         """Return what a pre-activation must exceed to matter to a value or a gradient, detached: [F] or a scalar."""
         return dictionary.b_enc.new_zeros(())
 
     @abstractmethod
-    def values(self, dictionary: Dictionary, code: Code, *, moment: Moment, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    def values(
+        self, dictionary: TrainableAutoencoder, code: Code, *, info: StepInfo, ranks: Ranks
+    ) -> tuple[Tensor, Tensor]:
         """Return the values of a code's slots, and what their price is of, summed over them; both differentiable.
 
         Args:
@@ -61,21 +63,21 @@ class Penalised(Sparsifier):
         """
 
     @abstractmethod
-    def nudge(self, dictionary: Dictionary, amount: Tensor) -> None:
+    def nudge(self, dictionary: TrainableAutoencoder, amount: Tensor) -> None:
         """Make all features fire less often by one common step, a scalar on the device (more often if negative).
 
         Where thresholds are learned it is of their logarithms, else of the biases, in units of the mean value.
         """
 
     @torch.no_grad()
-    def prepare(self, dictionary: Dictionary, *, halted: Tensor) -> None:
+    def prepare(self, dictionary: TrainableAutoencoder, *, halted: Tensor) -> None:
         amount = torch.where(halted, 0, self.price.nudge)
         self.nudge(dictionary, amount if self.has_thresholds else amount * self.price.size)
 
-    def is_settling(self, moment: Moment) -> bool:
-        return moment.tokens <= self._settle * moment.total_tokens
+    def is_settling(self, info: StepInfo) -> bool:
+        return info.tokens <= self._settle * info.total_tokens
 
-    def revival(self, dictionary: Dictionary, x_ND: Tensor, *, n_tokens: int, firing: Firing) -> Tensor:
+    def revival(self, dictionary: TrainableAutoencoder, x_ND: Tensor, *, n_tokens: int, firing: Firing) -> Tensor:
         """Return what this rank's dead features lack to fire, summed over tokens and weighted, a scalar.
 
         A feature that fires nowhere has no gradient of the reconstruction, and a penalised one nothing to compete with.
@@ -92,35 +94,35 @@ class Penalised(Sparsifier):
         return value
 
     def extra_loss(
-        self, dictionary: Dictionary, x_ND: Tensor, pre: Code, *, n_tokens: int, ranks: Ranks
+        self, dictionary: TrainableAutoencoder, x_ND: Tensor, pre: Code, *, n_tokens: int, ranks: Ranks
     ) -> Tensor | None:
         """Return this rank's share of a loss that belongs to the method, if any; `pre` as in `values`."""
         return None
 
     def encode(
         self,
-        dictionary: Dictionary,
+        dictionary: TrainableAutoencoder,
         x_ND: Tensor,
         pre_NF: kernels.PreActivations,
         *,
-        moment: Moment,
+        info: StepInfo,
         firing: Firing,
         ranks: Ranks,
     ) -> tuple[Code, Tensor | None]:
-        price = self.price.now(moment)
+        price = self.price.now(info)
         pre = self._attach(dictionary, x_ND, pre_NF)
-        value, priced = self.values(dictionary, pre, moment=moment, ranks=ranks)
+        value, priced = self.values(dictionary, pre, info=info, ranks=ranks)
         with torch.no_grad():
             fired = self.exported_values(pre, value)
             counts = torch.stack([(fired > 0).sum(), fired.sum(dtype=torch.float64)])
             fires, total = ranks.sum(counts)
-            self.price.look(fires / moment.batch_tokens, size=total / fires, k=self.k_at(moment), moment=moment)
-        penalty = (price / moment.batch_tokens).to(priced.dtype) * priced
-        penalty = penalty + self.revival(dictionary, x_ND, n_tokens=moment.batch_tokens, firing=firing)
-        extra = self.extra_loss(dictionary, x_ND, pre, n_tokens=moment.batch_tokens, ranks=ranks)
+            self.price.look(fires / info.batch_tokens, size=total / fires, k=self.k_at(info), info=info)
+        penalty = (price / info.batch_tokens).to(priced.dtype) * priced
+        penalty = penalty + self.revival(dictionary, x_ND, n_tokens=info.batch_tokens, firing=firing)
+        extra = self.extra_loss(dictionary, x_ND, pre, n_tokens=info.batch_tokens, ranks=ranks)
         return replace(pre, value=value), penalty if extra is None else penalty + extra
 
-    def _attach(self, dictionary: Dictionary, x_ND: Tensor, pre_NF: kernels.PreActivations) -> Code:
+    def _attach(self, dictionary: TrainableAutoencoder, x_ND: Tensor, pre_NF: kernels.PreActivations) -> Code:
         """Return the pre-activations that matter, with their graph; the same function with its zeros or without."""
         n_tokens, n_features = pre_NF.shape
         most = n_tokens * n_features / DENSE_FROM
@@ -131,8 +133,8 @@ class Penalised(Sparsifier):
         places = SparseCode(**matches._asdict(), shape=(n_tokens,), n_features=n_features)
         return dictionary.attach(x_ND, places)
 
-    def figures(self, moment: Moment) -> dict[str, float]:
-        return {"train/coefficient": float(self.price.now(moment))}
+    def figures(self, info: StepInfo) -> dict[str, float]:
+        return {"train/coefficient": float(self.price.now(info))}
 
     def state(self) -> dict[str, Tensor]:
         return self.price.state()

@@ -30,10 +30,10 @@ from sae_train.config import RunConfig, TemporalMaskConfig
 from sae_train.config.sparsifiers import MASKED_FROM
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, SparseCode
-from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.firing import Firing
 from sae_train.sae.random import keyed_generator
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
+from sae_train.sae.trainable import TrainableAutoencoder
 from sae_train.sparsifiers.l1 import ReLU
 
 MOST = 0.9
@@ -56,7 +56,7 @@ class TemporalMask(ReLU):
         self._mask = config.sparsifier
         super().__init__(config, n_features=n_features)
 
-    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
+    def equip(self, dictionary: TrainableAutoencoder, *, dead_window: int) -> None:
         super().equip(dictionary, dead_window=dead_window)
         self.averages_F3 = torch.zeros(dictionary.n_features, 3, dtype=torch.float64, device=dictionary.b_enc.device)
         self.masked_F = torch.zeros_like(self.averages_F3[:, 0])
@@ -72,19 +72,21 @@ class TemporalMask(ReLU):
 
     def encode(
         self,
-        dictionary: Dictionary,
+        dictionary: TrainableAutoencoder,
         x_ND: Tensor,
         pre_NF: kernels.PreActivations,
         *,
-        moment: Moment,
+        info: StepInfo,
         firing: Firing,
         ranks: Ranks,
     ) -> tuple[Code, Tensor | None]:
-        self._left_F = self._draw(moment, ranks)
-        return super().encode(dictionary, x_ND, pre_NF, moment=moment, firing=firing, ranks=ranks)
+        self._left_F = self._draw(info, ranks)
+        return super().encode(dictionary, x_ND, pre_NF, info=info, firing=firing, ranks=ranks)
 
-    def values(self, dictionary: Dictionary, code: Code, *, moment: Moment, ranks: Ranks) -> tuple[Tensor, Tensor]:
-        value, priced = super().values(dictionary, code, moment=moment, ranks=ranks)
+    def values(
+        self, dictionary: TrainableAutoencoder, code: Code, *, info: StepInfo, ranks: Ranks
+    ) -> tuple[Tensor, Tensor]:
+        value, priced = super().values(dictionary, code, info=info, ranks=ranks)
         if self._left_F is not None:
             priced = self.kept(replace(code, value=value)).value.sum()
         return value, priced
@@ -98,17 +100,19 @@ class TemporalMask(ReLU):
         return _of(replace(code, value=value), self.masked_F <= MASKED_FROM).value
 
     @torch.no_grad()
-    def observe(self, dictionary: Dictionary, code: Code, error_ND: Tensor, *, moment: Moment, ranks: Ranks) -> None:
+    def observe(
+        self, dictionary: TrainableAutoencoder, code: Code, error_ND: Tensor, *, info: StepInfo, ranks: Ranks
+    ) -> None:
         code = replace(code, value=code.value.detach())
         if self._left_F is not None:
             error_ND = error_ND - dictionary.decode(_of(code, ~self._left_F), ranks=ranks, bias=False)
-        means_F3 = ranks.data.sum(_sums(dictionary, code, error_ND)) / moment.batch_tokens
-        done, half_life = moment.tokens + moment.batch_tokens, self._mask.half_life
+        means_F3 = ranks.data.sum(_sums(dictionary, code, error_ND)) / info.batch_tokens
+        done, half_life = info.tokens + info.batch_tokens, self._mask.half_life
         if half_life is None:
-            half_life = min(HALF_LIFE, max(1, moment.total_tokens // HALF_LIVES))
-        lost, lost_of_all = (1 - 0.5 ** (tokens / half_life) for tokens in (moment.batch_tokens, done))
+            half_life = min(HALF_LIFE, max(1, info.total_tokens // HALF_LIVES))
+        lost, lost_of_all = (1 - 0.5 ** (tokens / half_life) for tokens in (info.batch_tokens, done))
         self.averages_F3 = self.averages_F3.lerp(means_F3, lost / lost_of_all)
-        self.masked_F = self._probabilities(self.strength_at(done, moment.total_tokens), ranks)
+        self.masked_F = self._probabilities(self.strength_at(done, info.total_tokens), ranks)
         self._masked_share = ranks.features.sum(self.masked_F.sum()) / self.n_features
 
     def _probabilities(self, strength: float, ranks: Ranks) -> Tensor:
@@ -121,24 +125,24 @@ class TemporalMask(ReLU):
         below_F = (threshold - importance_F).clamp(min=0) / torch.where(threshold > 0, threshold, 1)
         return (1 - torch.exp(-strength * below_F)).clamp(max=MOST)
 
-    def _draw(self, moment: Moment, ranks: Ranks) -> Tensor | None:
+    def _draw(self, info: StepInfo, ranks: Ranks) -> Tensor | None:
         """Return which of this rank's features are left in the step [F] bool; None where none can be masked."""
-        if self.strength_at(moment.tokens, moment.total_tokens) == 0:
+        if self.strength_at(info.tokens, info.total_tokens) == 0:
             return None
-        generator = keyed_generator(moment.seed, "temporal_mask", moment.step)
+        generator = keyed_generator(info.seed, "temporal_mask", info.step)
         drawn = torch.rand(self.n_features, generator=generator, dtype=torch.float64)
         lo, hi = ranks.features.slice(self.n_features)
         return drawn[lo:hi].to(self.masked_F.device, non_blocking=True) >= self.masked_F
 
-    def thresholds(self, dictionary: Dictionary) -> Tensor:
+    def thresholds(self, dictionary: TrainableAutoencoder) -> Tensor:
         """Return 0, or +inf for a feature that `export_mask` leaves out [F]."""
         threshold_F = super().thresholds(dictionary)
         if not self._mask.export_mask:
             return threshold_F
         return torch.where(self.masked_F > MASKED_FROM, torch.inf, threshold_F)
 
-    def figures(self, moment: Moment) -> dict[str, float]:
-        return super().figures(moment) | {"train/masked_share": float(self._masked_share)}
+    def figures(self, info: StepInfo) -> dict[str, float]:
+        return super().figures(info) | {"train/masked_share": float(self._masked_share)}
 
     def feature_state(self) -> dict[str, Tensor]:
         return {"averages": self.averages_F3, "masked": self.masked_F}
@@ -155,7 +159,7 @@ def _of(code: Code, allowed_F: Tensor) -> Code:
     return replace(code, value=torch.where(allowed, code.value, 0))
 
 
-def _sums(dictionary: Dictionary, code: Code, error_ND: Tensor) -> Tensor:
+def _sums(dictionary: TrainableAutoencoder, code: Code, error_ND: Tensor) -> Tensor:
     """Return sums over this rank's tokens of values, firings and contributions [F, 3] float64, at the code's cost."""
     if isinstance(code, SparseCode):
         along = kernels.row_products(error_ND, dictionary.W_dec, code.feature, code.token, code.start).double()

@@ -10,10 +10,10 @@ from sae_train import kernels
 from sae_train.config import RunConfig, TopKConfig
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, SparseCode
-from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.firing import Firing
 from sae_train.sae.nesting import prefix_sizes, reconstruct
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
+from sae_train.sae.trainable import TrainableAutoencoder
 from sae_train.sparsifiers.base import Allocator
 
 MULTIPLE = 4
@@ -38,25 +38,25 @@ class TopK(Allocator):
 
     def encode(
         self,
-        dictionary: Dictionary,
+        dictionary: TrainableAutoencoder,
         x_ND: Tensor,
         pre_NF: kernels.PreActivations,
         *,
-        moment: Moment,
+        info: StepInfo,
         firing: Firing,
         ranks: Ranks,
     ) -> tuple[Code, Tensor | None]:
-        code, _ = super().encode(dictionary, x_ND, pre_NF, moment=moment, firing=firing, ranks=ranks)
+        code, _ = super().encode(dictionary, x_ND, pre_NF, info=info, firing=firing, ranks=ranks)
         if self._multi_weight == 0:
             return code, None
-        most, now = (MULTIPLE * round(k) for k in (max(self.k, self.start_k), self.k_at(moment)))
+        most, now = (MULTIPLE * round(k) for k in (max(self.k, self.start_k), self.k_at(info)))
         capacity = len(x_ND) * min(most, dictionary.n_features)
         wide = dictionary.attach(x_ND, self._rows(pre_NF, now, capacity, ranks))
-        _, loss = reconstruct(dictionary, x_ND, wide, sizes=self._prefixes, n_tokens=moment.batch_tokens, ranks=ranks)
+        _, loss = reconstruct(dictionary, x_ND, wide, sizes=self._prefixes, n_tokens=info.batch_tokens, ranks=ranks)
         return code, self._multi_weight * loss
 
-    def select(self, pre_NF: kernels.PreActivations, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
-        return self._rows(pre_NF, round(self.k_at(moment)), self.capacity, ranks)
+    def select(self, pre_NF: kernels.PreActivations, *, info: StepInfo, firing: Firing, ranks: Ranks) -> SparseCode:
+        return self._rows(pre_NF, round(self.k_at(info)), self.capacity, ranks)
 
     def _rows(self, pre_NF: kernels.PreActivations, k: int, capacity: int, ranks: Ranks) -> SparseCode:
         matches = kernels.select_rows(pre_NF, k=k, capacity=capacity, n_features=self.n_features, ranks=ranks)

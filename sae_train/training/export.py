@@ -45,7 +45,7 @@ def _exported(trainer: Trainer, phases: Phases) -> tuple[SparseAutoencoder, dict
         trainer.dictionary,
         centre_D=stream.scaling.centre_D,
         scale=stream.scaling.scale,
-        k=trainer.sparsifier.k_at(trainer.moment()),
+        k=trainer.sparsifier.k_at(trainer.step_info()),
         inference=trainer.sparsifier.inference,
         encoder=trainer.sparsifier.encoder(trainer.dictionary),
     )
@@ -57,7 +57,7 @@ def _exported(trainer: Trainer, phases: Phases) -> tuple[SparseAutoencoder, dict
         sae,
         raw_ND,
         sparsifier=trainer.sparsifier,
-        moment=trainer.moment(),
+        info=trainer.step_info(),
         n_features=n_features,
         ranks=ranks,
         is_steered=config.k is not None,

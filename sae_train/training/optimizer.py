@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sae_train.config import OptimizerConfig
 from sae_train.ranks.interface import Ranks
-from sae_train.sae.dictionary import REPLICATED, Dictionary
+from sae_train.sae.trainable import REPLICATED, TrainableAutoencoder
 
 
 class Adam:
@@ -17,7 +17,7 @@ class Adam:
         rates: of parameters by name, as a share of each step's learning rate; 1 for those that are not named.
     """
 
-    def __init__(self, dictionary: Dictionary, config: OptimizerConfig, *, rates: dict[str, float]) -> None:
+    def __init__(self, dictionary: TrainableAutoencoder, config: OptimizerConfig, *, rates: dict[str, float]) -> None:
         self._dictionary, self._named = dictionary, dict(dictionary.named_parameters())
         self._config = config
         self._rates = {name: rates.get(name, 1.0) for name in self._named}
@@ -31,11 +31,11 @@ class Adam:
         }
 
     def project(self) -> None:
-        """Take off the decoder's gradient what would change the norms of its rows; see Dictionary."""
+        """Take off the decoder's gradient what would change the norms of its rows; see TrainableAutoencoder."""
         self._dictionary.project_gradient()
 
     def normalise(self) -> None:
-        """Bring the decoder's rows back to unit norm after a step; see Dictionary."""
+        """Bring the decoder's rows back to unit norm after a step; see TrainableAutoencoder."""
         self._dictionary.normalise()
 
     def gradient_norm(self, ranks: Ranks) -> Tensor:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from sae_train.config import OptimizerConfig
 from sae_train.kernels.backend import uses_numba, uses_triton
-from sae_train.sae.dictionary import Dictionary
+from sae_train.sae.trainable import TrainableAutoencoder
 from sae_train.training.optimizer import Adam
 
 
-def build_optimizer(dictionary: Dictionary, config: OptimizerConfig, *, rates: dict[str, float]) -> Adam:
+def build_optimizer(dictionary: TrainableAutoencoder, config: OptimizerConfig, *, rates: dict[str, float]) -> Adam:
     """Return the optimizer of `dictionary`; see Adam."""
     fits = dictionary.has_unit_norms and dictionary.W_dec.dtype == torch.float32
     is_compiled = uses_triton(dictionary.W_dec) or uses_numba(dictionary.W_dec)

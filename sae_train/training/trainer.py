@@ -13,11 +13,11 @@ from sae_train.errors import StoppedByNumbers
 from sae_train.harvest.build import Stream
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code
-from sae_train.sae.dictionary import PARAMETRISATIONS, REPLICATED
 from sae_train.sae.firing import Firing
 from sae_train.sae.losses import build_aux_loss
 from sae_train.sae.nesting import prefix_sizes, reconstruct
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
+from sae_train.sae.trainable import PARAMETRISATIONS, REPLICATED
 from sae_train.sparsifiers import build_sparsifier
 from sae_train.training.clock import Clock
 from sae_train.training.metrics import Totals, firing_row
@@ -94,9 +94,9 @@ class Trainer:
         """Tokens trained on so far, over all ranks."""
         return self.n_done * self.plan.batch_tokens
 
-    def moment(self) -> Moment:
+    def step_info(self) -> StepInfo:
         """Return where in the run the next step is."""
-        return Moment(
+        return StepInfo(
             step=self.n_done,
             tokens=self.tokens,
             total_tokens=self.plan.total_tokens,
@@ -136,7 +136,7 @@ class Trainer:
         Nothing is read back to the host, but for the number of pairs that matter to a penalised sparsifier, and for
         what Feature Choice works out where its phases change.
         """
-        moment, dictionary, ranks = self.moment(), self.dictionary, self.ranks
+        info, dictionary, ranks = self.step_info(), self.dictionary, self.ranks
         own_ND, own_gradient_ND = self._split(own_NW)
         x_ND = ranks.features.gather(own_ND).flatten(0, 1)
         self.sparsifier.prepare(dictionary, halted=self.halt.flag)
@@ -144,19 +144,19 @@ class Trainer:
         if own_gradient_ND is not None:
             gradient_ND = ranks.features.gather(own_gradient_ND).flatten(0, 1)
             self.sparsifier.heed(dictionary.slopes(gradient_ND))
-        code, penalty = self.sparsifier.encode(dictionary, x_ND, pre_NF, moment=moment, firing=self.firing, ranks=ranks)
+        code, penalty = self.sparsifier.encode(dictionary, x_ND, pre_NF, info=info, firing=self.firing, ranks=ranks)
         missed, loss = self._reconstruct(x_ND, code)
-        self.sparsifier.observe(dictionary, code, missed.error, moment=moment, ranks=ranks)
+        self.sparsifier.observe(dictionary, code, missed.error, info=info, ranks=ranks)
         aux, total = None, loss
         if self.aux_loss is not None:
-            aux = self.aux_loss(dictionary, x_ND, pre_NF, missed.error, firing=self.firing, moment=moment, ranks=ranks)
+            aux = self.aux_loss(dictionary, x_ND, pre_NF, missed.error, firing=self.firing, info=info, ranks=ranks)
         for part in (aux, penalty):
             total = total if part is None else total + part
         total.backward()
         norm_N, sum_D = kernels.norms_and_sum(own_ND)
         grad_norm = self._update(loss.detach(), norm_N)
         self.firing.update(code, n_tokens=self.plan.batch_tokens, ranks=ranks)
-        lost = self._learning_rate(self.tokens, decays=False) - moment.learning_rate
+        lost = self._learning_rate(self.tokens, decays=False) - info.learning_rate
         self.sparsifier.revive(dictionary, firing=self.firing, lost_rate=lost, halted=self.halt.flag)
         first = ranks.features.rank * len(own_ND)
         own = slice(first, first + len(own_ND))
@@ -169,7 +169,7 @@ class Trainer:
             loss=loss / ranks.features.size,
             aux=None if aux is None else aux / ranks.features.size,
             grad_norm=grad_norm,
-            budget=0.0 if self.config.k is None else self.sparsifier.k_at(moment) * len(own_ND),
+            budget=0.0 if self.config.k is None else self.sparsifier.k_at(info) * len(own_ND),
         )
         self.n_done += 1
 
@@ -202,7 +202,7 @@ class Trainer:
         row = self.totals.row(self.ranks) | firing_row(
             self.firing, self.plan.dead_window, n_features=self.plan.n_features, ranks=self.ranks
         )
-        if row["train/l0"] == 0 and not self.sparsifier.is_settling(self.moment()):
+        if row["train/l0"] == 0 and not self.sparsifier.is_settling(self.step_info()):
             raise StoppedByNumbers(
                 f"no feature fired in the {self.config.log_every:,} tokens before step {self.n_done}: the dictionary "
                 f"has collapsed. Lower optimizer.lr (now {self.plan.peak_lr:.1e}){self.sparsifier.cure}, and check the "
@@ -214,7 +214,7 @@ class Trainer:
                 f"training has diverged. Lower optimizer.lr (now {self.plan.peak_lr:.1e})."
             )
         row["train/learning_rate"] = self._learning_rate(self.tokens - self.plan.batch_tokens)
-        row |= self.sparsifier.figures(self.moment()) | self.stream.figures()
+        row |= self.sparsifier.figures(self.step_info()) | self.stream.figures()
         self.totals.reset()
         self.firing.reset_interval()
         perf = self._clock.row(beside=self.stream.beside_seconds())

@@ -390,7 +390,7 @@ def test_a_run_is_the_same_but_for_the_order_of_sums(
         first = trainer.stream.batch(0)
         code, _ = trainer.sparsifier.encode(
             trainer.dictionary, first, trainer._pre_activations(first),
-            moment=trainer.moment(), firing=trainer.firing, ranks=Solo(),
+            info=trainer.step_info(), firing=trainer.firing, ranks=Solo(),
         )  # fmt: skip
         for step in range(20):
             trainer.step(trainer.stream.batch(step))

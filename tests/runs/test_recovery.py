@@ -6,10 +6,10 @@ from tools.small_runs import CPU, run_config
 from torch import Tensor
 
 from sae_train.ranks.interface import Solo
-from sae_train.sae.dictionary import Dictionary
+from sae_train.sae.trainable import TrainableAutoencoder
 from sae_train.sae.firing import Firing
 from sae_train.sae.losses import build_aux_loss, reconstruction_loss
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
 from sae_train.sparsifiers import build_sparsifier
 
 D, TRUE, F, K, BATCH, STEPS = 64, 128, 256, 4, 256, 600
@@ -50,16 +50,16 @@ def learning_rate(step: int) -> float:
     return PEAK * min(1, (step + 1) / (0.05 * STEPS), (STEPS - step) / (0.33 * STEPS))
 
 
-def train(*, seed: int = 0, **choices: object) -> Dictionary:
+def train(*, seed: int = 0, **choices: object) -> TrainableAutoencoder:
     config = run_config(k=K, batch_tokens=BATCH, tokens=BATCH * STEPS, **choices)
-    dictionary = Dictionary.initial(d_model=D, n_features=F, seed=seed, dtype=torch.float32, device=CPU)
+    dictionary = TrainableAutoencoder.initial(d_model=D, n_features=F, seed=seed, dtype=torch.float32, device=CPU)
     sparsifier = build_sparsifier(config, n_features=F)
     window = BATCH * STEPS // 8
     aux = build_aux_loss(config, d_model=D, n_features=F, dead_window=window)
     firing = Firing(F, half_life_tokens=window, device=CPU)
     optimizer = torch.optim.Adam(dictionary.parameters(), lr=PEAK)
     for step, x in enumerate(stream(seed=seed)):
-        moment = Moment(
+        info = StepInfo(
             step=step,
             tokens=step * BATCH,
             total_tokens=STEPS * BATCH,
@@ -68,11 +68,11 @@ def train(*, seed: int = 0, **choices: object) -> Dictionary:
             seed=seed,
         )
         pre = dictionary.pre_activations(x)
-        code = dictionary.attach(x, sparsifier.select(pre, moment=moment, firing=firing, ranks=Solo()))
+        code = dictionary.attach(x, sparsifier.select(pre, info=info, firing=firing, ranks=Solo()))
         x_hat = dictionary.decode(code, ranks=Solo())
         loss = reconstruction_loss(x, x_hat, n_tokens=BATCH)
         if aux is not None:
-            loss = loss + aux(dictionary, x, pre, x - x_hat, firing=firing, moment=moment, ranks=Solo())
+            loss = loss + aux(dictionary, x, pre, x - x_hat, firing=firing, info=info, ranks=Solo())
         optimizer.zero_grad()
         loss.backward()
         dictionary.project_gradient()
@@ -84,7 +84,7 @@ def train(*, seed: int = 0, **choices: object) -> Dictionary:
     return dictionary
 
 
-def recovery(dictionary: Dictionary) -> Tensor:
+def recovery(dictionary: TrainableAutoencoder) -> Tensor:
     """[TRUE] largest cosine of each true direction with a feature's decoder row."""
     return (truth() @ dictionary.W_dec.detach().t()).amax(1)
 

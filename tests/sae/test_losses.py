@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 from sae_train.ranks.interface import Ranks, Solo
-from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.firing import Firing
 from sae_train.sae.losses import AuxLoss, build_aux_loss, reconstruction_loss
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
+from sae_train.sae.trainable import TrainableAutoencoder
 from sae_train.sae.zipf_budget import zipf_mass
 from tools.grid_of_threads import on_ranks
 from tools.small_runs import CPU, run_config
 
 N, D, F, WINDOW = 24, 10, 40, 1000
-START = Moment(step=0, tokens=0, total_tokens=100 * N, batch_tokens=N, learning_rate=1e-3, seed=0)
+START = StepInfo(step=0, tokens=0, total_tokens=100 * N, batch_tokens=N, learning_rate=1e-3, seed=0)
 
 
 class Setting(NamedTuple):
     """A step whose features 0 to n_dead - 1 are dead."""
 
-    dictionary: Dictionary
+    dictionary: TrainableAutoencoder
     x: Tensor
     pre: Tensor
     residual: Tensor
@@ -32,7 +32,7 @@ class Setting(NamedTuple):
 
 def setting(*, n_dead: int, seed: int = 0) -> Setting:
     generator = torch.Generator().manual_seed(seed)
-    dictionary = Dictionary.initial(d_model=D, n_features=F, seed=seed, dtype=torch.float64, device=CPU)
+    dictionary = TrainableAutoencoder.initial(d_model=D, n_features=F, seed=seed, dtype=torch.float64, device=CPU)
     x, residual = (torch.randn(N, D, generator=generator, dtype=torch.float64) for _ in range(2))
     firing = Firing(F, half_life_tokens=500, device=CPU)
     firing.since_F[:n_dead] = WINDOW
@@ -49,7 +49,7 @@ def aux_loss(kind: str = "aux_k", **settings: float | bool) -> AuxLoss:
 
 
 def compute(loss: AuxLoss, s: Setting) -> Tensor:
-    return loss(s.dictionary, s.x, s.pre, s.residual, firing=s.firing, moment=START, ranks=Solo())
+    return loss(s.dictionary, s.x, s.pre, s.residual, firing=s.firing, info=START, ranks=Solo())
 
 
 def by_formula(s: Setting, underuse_F: Tensor, *, slots: int, weight: float = 1 / 32) -> Tensor:
@@ -150,8 +150,8 @@ def test_features_are_ranked_anew_eight_times_a_window() -> None:
     other = setting(n_dead=0, seed=1).firing
 
     def at(tokens: int, firing: Firing, which: AuxLoss) -> Tensor:
-        moment = replace(START, tokens=tokens)
-        return which.underuse(firing, moment=moment, ranks=Solo())
+        info = replace(START, tokens=tokens)
+        return which.underuse(firing, info=info, ranks=Solo())
 
     first = at(0, s.firing, loss)
     held = at(WINDOW // 8 - 2, other, loss)
@@ -177,7 +177,7 @@ def test_shares_of_ranks_sum_to_the_loss() -> None:
             twin.pre[own],
             twin.residual[own],
             firing=twin.firing,
-            moment=START,
+            info=START,
             ranks=ranks,
         )
         return loss.detach(), gradients(loss, twin)

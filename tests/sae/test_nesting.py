@@ -11,9 +11,9 @@ from sae_train.config import MatryoshkaConfig, NestingConfig
 from sae_train.errors import ConfigError
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.code import SparseCode
-from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.losses import reconstruction_loss
 from sae_train.sae.nesting import decode_prefixes, prefix_sizes, reconstruct
+from sae_train.sae.trainable import TrainableAutoencoder
 from tools.command_line import Command, changed
 from tools.grid_of_threads import on_grid
 from tools.small_runs import run_config
@@ -21,8 +21,8 @@ from tools.small_runs import run_config
 D_MODEL, FEATURES = 5, 12
 
 
-def dictionary_of(features: tuple[int, int] | None = None) -> Dictionary:
-    return Dictionary.initial(
+def dictionary_of(features: tuple[int, int] | None = None) -> TrainableAutoencoder:
+    return TrainableAutoencoder.initial(
         d_model=D_MODEL, n_features=FEATURES, seed=1, dtype=torch.float64, device="cpu", features=features
     )
 

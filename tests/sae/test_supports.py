@@ -75,7 +75,7 @@ def test_feature_choice_fires_as_often_as_its_budgets_say(rows: Path) -> None:
     trainer, sae = trained(rows, *FEATURE_CHOICE)
     assert supports.share_within(trainer, sae) >= 0.99
     pairs = fresh_pairs(trainer, sae)
-    budget = trainer.sparsifier.shares(trainer.moment())
+    budget = trainer.sparsifier.shares(trainer.step_info())
     assert budget is not None
     predicted = supports.poisson_jaccard(budget * N, n_tokens=N)
     assert supports.jaccard(pairs) == pytest.approx(predicted, abs=0.03)

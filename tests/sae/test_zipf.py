@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.firing import Firing
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
 from sae_train.sae.zipf_budget import zipf_mass
 from sae_train.sae.zipf_fit import BODY, HEAD, MOST_RANKS, fit_zipf
 from sae_train.sparsifiers.feature_choice import FeatureChoice
@@ -122,8 +122,8 @@ def test_what_falls_faster_than_any_power_has_its_shift_at_the_end_of_the_search
     assert fit.exponent > 5
 
 
-def moment(step: int) -> Moment:
-    return Moment(
+def info(step: int) -> StepInfo:
+    return StepInfo(
         step=step, tokens=step * N, total_tokens=64 * N, batch_tokens=N, learning_rate=1e-3, seed=0
     )  # fmt: skip
 
@@ -144,8 +144,8 @@ def change(sparsifier: FeatureChoice, ranks: Ranks, *, density: Tensor = DENSITY
     firing.density_F = density[lo:hi]
     first, last = ranks.data.slice(N)
     pre = torch.randn(N, F, generator=torch.Generator().manual_seed(0))[first:last, lo:hi]
-    sparsifier.select(pre, moment=moment(32), firing=firing, ranks=ranks)
-    shares = sparsifier.shares(moment(32))
+    sparsifier.select(pre, info=info(32), firing=firing, ranks=ranks)
+    shares = sparsifier.shares(info(32))
     assert shares is not None
     return shares
 
@@ -170,7 +170,7 @@ def test_what_was_fitted_goes_through_a_checkpoint() -> None:
     (shares,) = on_grid((1, 1), lambda ranks: change(begun, ranks))
     resumed.load_state({name: value.clone() for name, value in begun.state().items()})
     assert resumed.notes() == begun.notes()
-    again = resumed.shares(moment(32))
+    again = resumed.shares(info(32))
     assert again is not None
     assert torch.equal(again, shares)
 

@@ -24,7 +24,7 @@ from sae_train.harvest.tensors import TensorStream
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.code import SparseCode
 from sae_train.sae.firing import Firing
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
 from sae_train.sparsifiers import build_sparsifier
 from sae_train.sparsifiers.base import Allocator
 from sae_train.training.plan import make_plan
@@ -232,8 +232,8 @@ def test_gradients_that_are_all_zero_are_refused(tmp_path: Path) -> None:
         stream_of(tensors_config(folder, sparsifier="gradient"))
 
 
-def moment(n_tokens: int) -> Moment:
-    return Moment(step=0, tokens=0, total_tokens=4096, batch_tokens=n_tokens, learning_rate=1e-3, seed=0)
+def info(n_tokens: int) -> StepInfo:
+    return StepInfo(step=0, tokens=0, total_tokens=4096, batch_tokens=n_tokens, learning_rate=1e-3, seed=0)
 
 
 def chosen(pre_NF: Tensor, slope_NF: Tensor | None, *, beta: float, k: float = 4.0, ranks: Ranks | None = None,
@@ -245,7 +245,7 @@ def chosen(pre_NF: Tensor, slope_NF: Tensor | None, *, beta: float, k: float = 4
     if slope_NF is not None:
         sparsifier.heed(slope_NF.clone())
     firing = Firing(pre_NF.shape[1], half_life_tokens=1000, device=CPU)
-    return sparsifier.select(pre_NF, moment=moment(n_tokens or len(pre_NF)), firing=firing, ranks=ranks or Solo())
+    return sparsifier.select(pre_NF, info=info(n_tokens or len(pre_NF)), firing=firing, ranks=ranks or Solo())
 
 
 def drawn(seed: int) -> Tensor:
@@ -276,7 +276,7 @@ def test_without_effect_it_is_topk(slopes: str) -> None:
     topk = build_sparsifier(run_config(sparsifier="topk", k=4, batch_tokens=N), n_features=F)
     assert isinstance(topk, Allocator)
     firing = Firing(F, half_life_tokens=1000, device=CPU)
-    expected = topk.select(pre_NF, moment=moment(N), firing=firing, ranks=Solo())
+    expected = topk.select(pre_NF, info=info(N), firing=firing, ranks=Solo())
     code = chosen(pre_NF, given, beta=0.0 if slopes == "beta is zero" else 1.0)
     for name in ("value", "feature", "token", "start"):
         assert torch.equal(getattr(code, name), getattr(expected, name)), name

@@ -17,7 +17,7 @@ from sae_train.ranks.interface import Solo
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.sae.calibration import calibrate
 from sae_train.sae.code import DenseCode, SparseCode
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
 from sae_train.sparsifiers import SPARSIFIERS, penalised
 from sae_train.sparsifiers.gated import Gated
 from sae_train.sparsifiers.jumprelu import JumpReLU
@@ -116,7 +116,7 @@ def test_with_its_zeros_or_without_is_one_function(
         dictionary = trainer.dictionary
         pre = dictionary.pre_activations(batch)
         code, penalty = trainer.sparsifier.encode(
-            dictionary, batch, pre, moment=trainer.moment(), firing=trainer.firing, ranks=Solo()
+            dictionary, batch, pre, info=trainer.step_info(), firing=trainer.firing, ranks=Solo()
         )
         assert type(code) is expected
         assert penalty is not None
@@ -174,8 +174,8 @@ def test_price_and_thresholds_stay_finite_where_l0_cannot_be_reached(rows: Path,
     assert bool((threshold_F.isfinite() & (threshold_F > 0)).all())
     price = Price(3e-4, settle=0.0, device=CPU)
     for number in range(3000):
-        when = Moment(step=number, tokens=number, total_tokens=3000, batch_tokens=1, learning_rate=1.0, seed=0)
-        price.look(torch.tensor(1e-9 if far < 0 else 1e9), size=torch.ones(()), k=32, moment=when)
+        when = StepInfo(step=number, tokens=number, total_tokens=3000, batch_tokens=1, learning_rate=1.0, seed=0)
+        price.look(torch.tensor(1e-9 if far < 0 else 1e9), size=torch.ones(()), k=32, info=when)
     assert 0 < float(price.now(when)) < math.inf
 
 
@@ -220,10 +220,10 @@ class Plant:
     def __init__(self, *, slope: float, right_price: float) -> None:
         self.slope, self.right, self.log_threshold = slope, math.log(right_price), 0.0
 
-    def step(self, price: Price, moment: Moment) -> Tensor:
+    def step(self, price: Price, info: StepInfo) -> Tensor:
         self.log_threshold += float(price.nudge)
         l0 = torch.tensor(200 * math.exp(-self.slope * self.log_threshold))
-        self.log_threshold += moment.learning_rate * math.tanh(math.log(float(price.now(moment))) - self.right)
+        self.log_threshold += info.learning_rate * math.tanh(math.log(float(price.now(info))) - self.right)
         return l0
 
 
@@ -234,16 +234,16 @@ def test_the_price_holds_l0_through_a_change_of_learning_rate(slope: float, righ
     found = []
     for number in range(total):
         lr = 3e-3 if number < total // 2 else 3e-4
-        moment = Moment(step=number, tokens=number, total_tokens=total, batch_tokens=1, learning_rate=lr, seed=0)
-        l0 = plant.step(price, moment)
-        price.look(l0, size=torch.ones(()), k=32, moment=moment)
+        info = StepInfo(step=number, tokens=number, total_tokens=total, batch_tokens=1, learning_rate=lr, seed=0)
+        l0 = plant.step(price, info)
+        price.look(l0, size=torch.ones(()), k=32, info=info)
         found.append(float(l0))
         if number == total // 3:  # a resumed run
             again = Price(3e-4, settle=0.1, device=CPU)
             again.load_state(price.state())
             price = again
     assert all(abs(l0 / 32 - 1) < 0.05 for l0 in found[total // 5 :])
-    assert abs(math.log(float(price.now(moment)) / right_price)) < 1
+    assert abs(math.log(float(price.now(info)) / right_price)) < 1
 
 
 @pytest.mark.parametrize("name", PENALISED)
@@ -272,7 +272,7 @@ def test_a_gated_feature_is_exported_as_the_jumprelu_feature_that_it_is(rows: Pa
     gated, dictionary, scaling = trainer.sparsifier, trainer.dictionary, trainer.stream.scaling
     x = trainer.stream.batch(30)
     pre = dictionary.pre_activations(x)
-    code, _ = gated.encode(dictionary, x, pre, moment=trainer.moment(), firing=trainer.firing, ranks=Solo())
+    code, _ = gated.encode(dictionary, x, pre, info=trainer.step_info(), firing=trainer.firing, ranks=Solo())
     trained = code.value if isinstance(code, DenseCode) else code.dense()
     W_enc, b_enc = gated.encoder(dictionary)
     magnitude = x @ W_enc.t() + b_enc
@@ -316,9 +316,9 @@ def test_p_falls_in_equal_steps_and_the_penalty_stays(rows: Path) -> None:
     value = torch.rand(50, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 0.3
     priced = []
     for number in (19, 20, 21, 40, 41):
-        when = Moment(step=number, tokens=number * 64, total_tokens=6400, batch_tokens=64, learning_rate=1e-3, seed=0)
+        when = StepInfo(step=number, tokens=number * 64, total_tokens=6400, batch_tokens=64, learning_rate=1e-3, seed=0)
         code = DenseCode(value=value.clone().requires_grad_())
-        _, one = sparsifier.values(trainer.dictionary, code, moment=when, ranks=Solo())
+        _, one = sparsifier.values(trainer.dictionary, code, info=when, ranks=Solo())
         one.backward()
         assert code.value.grad is not None
         assert bool(code.value.grad.isfinite().all())
@@ -338,7 +338,7 @@ def test_l1_weighs_values_with_their_rows_norms(rows: Path, norms: str) -> None:
     pre = DenseCode(value=dictionary.pre_activations(x))
     relu = trainer.sparsifier
     assert isinstance(relu, ReLU)
-    value, priced = relu.values(dictionary, pre, moment=trainer.moment(), ranks=Solo())
+    value, priced = relu.values(dictionary, pre, info=trainer.step_info(), ranks=Solo())
     torch.testing.assert_close(priced, (pre.value.relu() * (norm_F if norms == "free" else ones)).sum())
     sae, _ = exported(trainer)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), ones.float())
@@ -362,7 +362,7 @@ def test_one_factor_brings_l0_to_k_unless_it_would_be_another_sae(rows: Path, ti
     raw = torch.cat([batch.raw_ND for batch in trainer.stream.held_out.batches("calibration", max_tokens=10**6)])
     learned = times * scaling.scale * sparsifier.thresholds(trainer.dictionary).detach().double()
     found = calibrate(
-        sae, raw, sparsifier=sparsifier, moment=trainer.moment(), n_features=128, ranks=Solo(), learned_F=learned
+        sae, raw, sparsifier=sparsifier, info=trainer.step_info(), n_features=128, ranks=Solo(), learned_F=learned
     )
     assert found.correction is not None
     factor = found.correction.get("factor", 1.0)
@@ -401,8 +401,8 @@ def test_a_correction_meets_its_target_or_is_none(learned: list[float], k: float
     sae, rows, learned_F = small_sae(learned)
     config = compose_config(["sparsifier=jumprelu", f"k={k}", "n_features=4"])
     sparsifier = JumpReLU(config, n_features=4)
-    when = Moment(step=9, tokens=90, total_tokens=90, batch_tokens=10, learning_rate=0.0, seed=0)
-    found = calibrate(sae, rows, sparsifier=sparsifier, moment=when, n_features=4, ranks=Solo(), learned_F=learned_F)
+    when = StepInfo(step=9, tokens=90, total_tokens=90, batch_tokens=10, learning_rate=0.0, seed=0)
+    found = calibrate(sae, rows, sparsifier=sparsifier, info=when, n_features=4, ranks=Solo(), learned_F=learned_F)
     assert list(found.correction or {}) == ([said] if said else [])
     assert bool(found.threshold_F.isfinite().all())
     sae.threshold.copy_(found.threshold_F)
@@ -503,7 +503,7 @@ def test_a_fixed_price_rises_to_what_was_typed_and_nothing_is_steered(rows: Path
     )
     prices = []
     for _ in range(40):
-        prices.append(trainer.sparsifier.figures(trainer.moment())["train/coefficient"])
+        prices.append(trainer.sparsifier.figures(trainer.step_info())["train/coefficient"])
         learn(trainer, 1)
         assert isinstance(trainer.sparsifier, ReLU)
         assert float(trainer.sparsifier.price.nudge) == 0

@@ -53,7 +53,7 @@ def test_a_silent_bias_rises_by_the_rate_that_is_lost_and_nothing_else_moves(row
         bury(trainer)
         trainer.firing.since_F.fill_(LONG)
         trainer.n_done = trainer.plan.steps - 2  # deep in the decay
-        lost = trainer.plan.peak_lr - trainer.moment().learning_rate
+        lost = trainer.plan.peak_lr - trainer.step_info().learning_rate
         assert lost > 0.9 * trainer.plan.peak_lr
         learn(trainer, 1)
     silent_F = with_it.firing.since_F > LONG

@@ -15,7 +15,7 @@ from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.code import SparseCode
 from sae_train.sae.firing import Firing
 from sae_train.sae.random import keyed_uniform
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
 from sae_train.sae.zipf_budget import round_systematically, water_fill, zipf_mass
 from sae_train.sparsifiers import SPARSIFIERS, Sparsifier, build_sparsifier
 from sae_train.sparsifiers.base import Allocator
@@ -32,8 +32,8 @@ BY_TOKEN = ("topk", "gradient")
 EVERY_SPARSIFIER = pytest.mark.parametrize(("name", "budget"), EVERY)
 
 
-def moment(step: int = 0, *, batch_tokens: int = 64, steps: int = 64, seed: int = 0) -> Moment:
-    return Moment(
+def info(step: int = 0, *, batch_tokens: int = 64, steps: int = 64, seed: int = 0) -> StepInfo:
+    return StepInfo(
         step=step,
         tokens=step * batch_tokens,
         total_tokens=steps * batch_tokens,
@@ -43,10 +43,10 @@ def moment(step: int = 0, *, batch_tokens: int = 64, steps: int = 64, seed: int 
     )
 
 
-def select(sparsifier: Sparsifier, pre_NF: Tensor, when: Moment, *, ranks: Ranks | None = None) -> SparseCode:
+def select(sparsifier: Sparsifier, pre_NF: Tensor, when: StepInfo, *, ranks: Ranks | None = None) -> SparseCode:
     firing = Firing(pre_NF.shape[1], half_life_tokens=1000, device=CPU)
     assert isinstance(sparsifier, Allocator)
-    return sparsifier.select(pre_NF, moment=when, firing=firing, ranks=ranks or Solo())
+    return sparsifier.select(pre_NF, info=when, firing=firing, ranks=ranks or Solo())
 
 
 def affinities(n: int, f: int, *, seed: int = 0, shift: float = 0.0) -> Tensor:
@@ -65,7 +65,7 @@ def test_never_above_k_and_met_where_affinities_are_there(
     config = run_config(sparsifier=name, budget=budget, k=k, batch_tokens=n, tokens=64 * n)
     sparsifier = build_sparsifier(config, n_features=f)
     pre = affinities(n, f, seed=n * 100 + f, shift=shift)
-    code = select(sparsifier, pre, moment(3, batch_tokens=n))
+    code = select(sparsifier, pre, info(3, batch_tokens=n))
     assert len(code.value) == sparsifier.capacity == round(k * n)
     assert int(code.count) <= sparsifier.capacity
     dense = code.dense()
@@ -80,7 +80,7 @@ def test_never_above_k_and_met_where_affinities_are_there(
 @EVERY_SPARSIFIER
 def test_no_positive_affinity_no_match(name: str, budget: str) -> None:
     sparsifier = build_sparsifier(run_config(sparsifier=name, budget=budget), n_features=32)
-    code = select(sparsifier, -affinities(64, 32).abs(), moment())
+    code = select(sparsifier, -affinities(64, 32).abs(), info())
     assert int(code.count) == 0
     assert not code.value.any()
 
@@ -90,12 +90,12 @@ def test_same_pairs_on_two_ranks_and_no_global_randomness(name: str, budget: str
     config = run_config(sparsifier=name, budget=budget, k=5)
     pre = affinities(64, 48, seed=9).mul(3).round()  # many ties
     before = torch.get_rng_state()
-    whole = select(build_sparsifier(config, n_features=48), pre, moment(7)).dense()
+    whole = select(build_sparsifier(config, n_features=48), pre, info(7)).dense()
     assert torch.equal(torch.get_rng_state(), before)
 
     def part(ranks: Ranks) -> Tensor:
         own = pre[ranks.rank * 32 : ranks.rank * 32 + 32]
-        return select(build_sparsifier(config, n_features=48), own, moment(7), ranks=ranks).dense()
+        return select(build_sparsifier(config, n_features=48), own, info(7), ranks=ranks).dense()
 
     assert torch.equal(torch.cat(on_ranks(2, part)), whole)
 
@@ -107,7 +107,7 @@ def test_one_capacity_while_k_anneals(name: str, budget: str) -> None:
     pre = affinities(64, 40, shift=9.0)
     counts = []
     for step in (0, 16, 32, 63):
-        code = select(sparsifier, pre, moment(step))
+        code = select(sparsifier, pre, info(step))
         assert len(code.value) == sparsifier.capacity == 12 * 64
         counts.append(int(code.count) / 64)
     assert counts == [12, 8, 4, 4]
@@ -115,7 +115,7 @@ def test_one_capacity_while_k_anneals(name: str, budget: str) -> None:
 
 def test_start_below_k_rises() -> None:
     sparsifier = build_sparsifier(run_config(k=8, start_k=2, anneal=1.0), n_features=40)
-    assert [sparsifier.k_at(moment(step)) for step in (0, 32, 64)] == [2, 5, 8]
+    assert [sparsifier.k_at(info(step)) for step in (0, 32, 64)] == [2, 5, 8]
     assert sparsifier.capacity == 8 * 64
 
 
@@ -127,13 +127,13 @@ def test_every_token_keeps_the_same_number_where_k_is_fractional_on_its_way(name
     pre = affinities(64, 40, shift=9.0)
     by_k = {3.375: 3, 3.625: 4, 4.375: 4, 4.625: 5}
     for current, kept in by_k.items():
-        when = moment(int(32 * (current - start_k) / (k - start_k)))
+        when = info(int(32 * (current - start_k) / (k - start_k)))
         assert sparsifier.k_at(when) == current
         assert select(sparsifier, pre, when).start.diff().tolist() == [kept] * 64
 
 
 def test_mutual_choice_of_one_token_is_topk() -> None:
-    pre, one = affinities(1, 50), moment(batch_tokens=1)
+    pre, one = affinities(1, 50), info(batch_tokens=1)
     codes = [
         select(build_sparsifier(run_config(sparsifier=name, k=6, batch_tokens=1), n_features=50), pre, one)
         for name in ("topk", "mutual_choice", "batch_topk")
@@ -146,8 +146,8 @@ def test_uniform_feature_choice_is_topk_of_the_transpose() -> None:
     pre = affinities(64, 32, seed=4)
     columns = build_sparsifier(run_config(sparsifier="feature_choice", k=4), n_features=32)  # 8 a feature
     rows = build_sparsifier(run_config(sparsifier="topk", k=8, batch_tokens=32), n_features=64)
-    by_columns = select(columns, pre, moment())
-    by_rows = select(rows, pre.t().contiguous(), moment(batch_tokens=32))
+    by_columns = select(columns, pre, info())
+    by_rows = select(rows, pre.t().contiguous(), info(batch_tokens=32))
     assert torch.equal(by_columns.dense(), by_rows.dense().t())
 
 
@@ -156,7 +156,7 @@ def test_selection_follows_a_permutation_of_tokens() -> None:
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     for name, budget in EVERY:
         sparsifier = build_sparsifier(run_config(sparsifier=name, budget=budget), n_features=32)
-        plain, moved = select(sparsifier, pre, moment()).dense(), select(sparsifier, pre[order], moment()).dense()
+        plain, moved = select(sparsifier, pre, info()).dense(), select(sparsifier, pre[order], info()).dense()
         assert torch.equal(plain[order], moved), name
 
 
@@ -220,9 +220,9 @@ def test_rounding_is_right_on_average() -> None:
     config = run_config(sparsifier="feature_choice", budget="zipf", k=2, batch_tokens=64)
     sparsifier = build_sparsifier(config, n_features=100)
     pre = affinities(64, 100, shift=9.0)
-    shares = sparsifier.shares(moment())
+    shares = sparsifier.shares(info())
     assert shares is not None
-    counts = torch.stack([select(sparsifier, pre, moment(step)).firing_counts() for step in range(64)])
+    counts = torch.stack([select(sparsifier, pre, info(step)).firing_counts() for step in range(64)])
     assert bool((counts.sum(1) == 128).all())
     assert bool(((counts - shares * 64).abs() < 1).all())
     assert float((counts.double().mean(0) - shares * 64).abs().max()) < 0.2
@@ -232,8 +232,8 @@ def test_rounding_is_right_on_average() -> None:
 def test_columns_keep_their_largest() -> None:
     sparsifier = build_sparsifier(run_config(sparsifier="feature_choice", budget="zipf", k=3), n_features=40)
     pre = affinities(64, 40, seed=2)
-    code = select(sparsifier, pre, moment(5))
-    counts = select(sparsifier, affinities(64, 40, shift=9.0), moment(5)).firing_counts()
+    code = select(sparsifier, pre, info(5))
+    counts = select(sparsifier, affinities(64, 40, shift=9.0), info(5)).firing_counts()
     expected = kept_by_sorting(pre, group="column", budgets=counts.tolist())
     assert {(t, f) for t, f in (code.dense() > 0).nonzero().tolist()} == expected
 
@@ -242,7 +242,7 @@ def test_columns_keep_their_largest() -> None:
 def test_default_cap_and_floor(n_features: int) -> None:
     k, n = 8.0, 512
     config = run_config(sparsifier="feature_choice", budget="zipf", k=k, batch_tokens=n, shift=0.0, exponent=6.0)
-    shares = build_sparsifier(config, n_features=n_features).shares(moment(batch_tokens=n))
+    shares = build_sparsifier(config, n_features=n_features).shares(info(batch_tokens=n))
     assert shares is not None
     assert shares.dtype == torch.float64
     assert float(shares.sum()) == pytest.approx(k)
@@ -252,8 +252,8 @@ def test_default_cap_and_floor(n_features: int) -> None:
 
 def test_default_shift_is_a_share_of_the_width() -> None:
     wide = {"sparsifier": "feature_choice", "budget": "zipf", "k": 8, "batch_tokens": 4096, "tokens": 10**6}
-    default = build_sparsifier(run_config(**wide), n_features=1000).shares(moment(batch_tokens=4096))
-    given_shift = build_sparsifier(run_config(**wide, shift=4.0), n_features=1000).shares(moment(batch_tokens=4096))
+    default = build_sparsifier(run_config(**wide), n_features=1000).shares(info(batch_tokens=4096))
+    given_shift = build_sparsifier(run_config(**wide, shift=4.0), n_features=1000).shares(info(batch_tokens=4096))
     assert default is not None
     assert given_shift is not None
     assert torch.equal(default, given_shift)
@@ -268,23 +268,23 @@ def test_mutual_choice_phase_then_ranks_by_density() -> None:
     config, sparsifier = phased()
     mutual = build_sparsifier(run_config(k=4), n_features=32)
     pre = affinities(64, 32, seed=3)
-    assert sparsifier.shares(moment(31)) is None
+    assert sparsifier.shares(info(31)) is None
     assert sparsifier.state() == {}
-    assert torch.equal(select(sparsifier, pre, moment(31)).dense(), select(mutual, pre, moment(31)).dense())
+    assert torch.equal(select(sparsifier, pre, info(31)).dense(), select(mutual, pre, info(31)).dense())
     firing = Firing(32, half_life_tokens=100, device=CPU)
     firing.density_F = torch.linspace(0, 1, 32, dtype=torch.float64)
     firing.density_F[3:6] = 2.0  # a tie: the lower feature ranks first
-    sparsifier.select(pre, moment=moment(32), firing=firing, ranks=Solo())
-    shares = sparsifier.shares(moment(32))
+    sparsifier.select(pre, info=info(32), firing=firing, ranks=Solo())
+    shares = sparsifier.shares(info(32))
     by_rank = build_sparsifier(replace(config, sparsifier=replace(config.sparsifier, after=0.0)), n_features=32)
-    shares_by_rank = by_rank.shares(moment(32))
+    shares_by_rank = by_rank.shares(info(32))
     assert shares is not None
     assert shares_by_rank is not None
     order = [3, 4, 5, *range(31, 5, -1), 2, 1, 0]
     assert torch.equal(shares[order], shares_by_rank)
     firing.density_F = firing.density_F.flip(0)
-    sparsifier.select(pre, moment=moment(33), firing=firing, ranks=Solo())
-    assert torch.equal(sparsifier.shares(moment(33)), shares), "ranks stay"
+    sparsifier.select(pre, info=info(33), firing=firing, ranks=Solo())
+    assert torch.equal(sparsifier.shares(info(33)), shares), "ranks stay"
 
 
 def test_frozen_ranks_go_through_a_checkpoint() -> None:
@@ -292,10 +292,10 @@ def test_frozen_ranks_go_through_a_checkpoint() -> None:
     firing = Firing(32, half_life_tokens=100, device=CPU)
     firing.density_F = torch.rand(32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pre = affinities(64, 32, seed=3)
-    sparsifier.select(pre, moment=moment(32), firing=firing, ranks=Solo())
+    sparsifier.select(pre, info=info(32), firing=firing, ranks=Solo())
     resumed = build_sparsifier(config, n_features=32)
     resumed.load_state({name: value.clone() for name, value in sparsifier.state().items()})
-    codes = [select(each, pre, moment(40)).dense() for each in (sparsifier, resumed)]
+    codes = [select(each, pre, info(40)).dense() for each in (sparsifier, resumed)]
     assert torch.equal(*codes)
 
 
@@ -304,8 +304,8 @@ def test_before_the_change_it_is_mutual_choice() -> None:
     sparsifier, mutual = build_sparsifier(config, n_features=32), build_sparsifier(run_config(k=4), n_features=32)
     pre = affinities(64, 32, seed=3)
     for step in (0, 63):
-        assert torch.equal(select(sparsifier, pre, moment(step)).dense(), select(mutual, pre, moment(step)).dense())
-    assert sparsifier.shares(moment(63)) is None
+        assert torch.equal(select(sparsifier, pre, info(step)).dense(), select(mutual, pre, info(step)).dense())
+    assert sparsifier.shares(info(63)) is None
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_infeasible_cap_or_floor_names_what_works(settings_: dict[str, float], w
         build_sparsifier(run_config(**budget, **settings_), n_features=32)
     nearest = float(str(caught.value).split()[-1].rstrip("."))
     sparsifier = build_sparsifier(run_config(**budget, **settings_ | {wrong: nearest}), n_features=32)
-    assert sparsifier.shares(moment()) is not None
+    assert sparsifier.shares(info()) is not None
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def encoded(trainer: Trainer) -> tuple[Tensor, Code, Tensor]:
     x = trainer.stream.batch(trainer.n_done)
     pre = trainer.dictionary.pre_activations(x)
     code, penalty = trainer.sparsifier.encode(
-        trainer.dictionary, x, pre, moment=trainer.moment(), firing=trainer.firing, ranks=Solo()
+        trainer.dictionary, x, pre, info=trainer.step_info(), firing=trainer.firing, ranks=Solo()
     )
     assert penalty is not None
     return x, code, penalty
@@ -141,7 +141,7 @@ def test_nothing_is_masked_at_first_then_ever_more(rows: Path) -> None:
         learn(trainer, 1)
         assert (mask._left_F is None) == (step <= 10)
         assert bool(mask.masked_F.any()) == (step >= 10)  # of the step after it
-        assert mask.figures(trainer.moment())["train/masked_share"] == pytest.approx(float(mask.masked_F.mean()))
+        assert mask.figures(trainer.step_info())["train/masked_share"] == pytest.approx(float(mask.masked_F.mean()))
     plain, unit = trainer_of(rows, "sparsifier.warmup=0.9"), ["sparsifier=relu", "sparsifier.norms=unit"]
     relu = world.build(world.config_of(rows, unit, precision="float64", steps=60, n_features=128), Solo())
     for each in (plain, relu):
@@ -158,7 +158,7 @@ def test_masks_are_drawn_with_their_probabilities_by_seed_and_step_alone(rows: P
     total = torch.zeros(128, dtype=torch.float64)
     for step in range(400):
         trainer.n_done = step
-        left_F = mask._draw(trainer.moment(), Solo())
+        left_F = mask._draw(trainer.step_info(), Solo())
         assert left_F is not None
         drawn = torch.rand(128, generator=keyed_generator(0, "temporal_mask", step), dtype=torch.float64)
         assert torch.equal(left_F, drawn >= mask.masked_F)
@@ -178,7 +178,7 @@ def test_a_masked_feature_has_no_part_in_the_step_and_is_counted_all_the_same(
     mask, dictionary = mask_of(trainer), trainer.dictionary
     mask.masked_F = (torch.arange(128) % 2).double()  # every other one surely
     out = mask.masked_F.bool()
-    price = float(mask.price.now(trainer.moment())) / world.N
+    price = float(mask.price.now(trainer.step_info())) / world.N
     x, code, penalty = encoded(trainer)
     assert type(code) is (SparseCode if dense_from == 1 else DenseCode)
     missed, loss = trainer._reconstruct(x, code)

@@ -25,14 +25,14 @@ def compared(trainer: Trainer, sae: SparseAutoencoder, raw_ND: Tensor) -> Iterat
 
     Training sees its normalised activations and the dictionary, the exported autoencoder raw ones and itself.
     """
-    scaling, moment, n_features = trainer.stream.scaling, trainer.moment(), trainer.plan.n_features
+    scaling, info, n_features = trainer.stream.scaling, trainer.step_info(), trainer.plan.n_features
     for batch_ND in raw_ND.split(trainer.plan.batch_tokens):
         if len(batch_ND) < trainer.plan.batch_tokens:
             return
         x_ND = ((batch_ND.double() - scaling.centre_D) / scaling.scale).to(trainer.dictionary.W_dec.dtype)
         pre_NF = trainer.dictionary.pre_activations(x_ND)
         code, _ = trainer.sparsifier.encode(
-            trainer.dictionary, x_ND, pre_NF, moment=moment, firing=trainer.firing, ranks=trainer.ranks
+            trainer.dictionary, x_ND, pre_NF, info=info, firing=trainer.firing, ranks=trainer.ranks
         )
         token, feature, _ = places(code)
         training_NF = torch.zeros(len(batch_ND), n_features, dtype=torch.bool)
@@ -106,7 +106,7 @@ def share_within(trainer: Trainer, sae: SparseAutoencoder) -> float:
     of tokens on which the feature's affinity is positive.
     """
     calibration, fresh = (densities(sae, of_half(trainer, half)) for half in ("calibration", "evaluation"))
-    budget_F = trainer.sparsifier.shares(trainer.moment())
+    budget_F = trainer.sparsifier.shares(trainer.step_info())
     assert budget_F is not None
     error_F = (calibration.error.square() + fresh.error.square()).sqrt()
     missed_F = (fresh.fires - torch.minimum(budget_F, fresh.positive)).abs()

@@ -7,20 +7,22 @@ from hypothesis import strategies as st
 
 from sae_train.errors import StoppedByNumbers
 from sae_train.ranks.interface import Solo
-from sae_train.sae.dictionary import Dictionary
+from sae_train.sae.trainable import TrainableAutoencoder
 from sae_train.training.nonfinite import Halt
 from sae_train.training.optimizer import Adam
 from sae_train.training.schedule import is_due, learning_rate
 from tools.small_runs import schema_of
 
 
-def make(dtype: torch.dtype = torch.float64, clip: float = 0.0, bias_rate: float = 1.0) -> tuple[Dictionary, Adam]:
-    dictionary = Dictionary.initial(d_model=3, n_features=5, seed=0, dtype=dtype, device=torch.device("cpu"))
+def make(
+    dtype: torch.dtype = torch.float64, clip: float = 0.0, bias_rate: float = 1.0
+) -> tuple[TrainableAutoencoder, Adam]:
+    dictionary = TrainableAutoencoder.initial(d_model=3, n_features=5, seed=0, dtype=dtype, device=torch.device("cpu"))
     config = schema_of(clip=clip)
     return dictionary, Adam(dictionary, config, rates={"b_enc": bias_rate})
 
 
-def set_gradients(dictionary: Dictionary, *, seed: int, factor: float = 1.0) -> dict[str, torch.Tensor]:
+def set_gradients(dictionary: TrainableAutoencoder, *, seed: int, factor: float = 1.0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     gradients = {}
     for name, parameter in dictionary.named_parameters():

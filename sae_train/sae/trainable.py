@@ -22,7 +22,7 @@ REPLICATED = ("b_dec",)
 """Parameters that every rank holds whole."""
 
 
-class Dictionary(nn.Module):
+class TrainableAutoencoder(nn.Module):
     """Encoder and decoder over normalised activations (mean squared norm 1): all features, or one rank's share.
 
     Attributes:
@@ -61,7 +61,7 @@ class Dictionary(nn.Module):
         device: torch.device | str,
         features: tuple[int, int] | None = None,
         precision: str = "float32",
-    ) -> "Dictionary":
+    ) -> "TrainableAutoencoder":
         """Draw random unit directions, the encoder a scaled copy of the decoder; biases zero.
 
         Directions are drawn on the CPU by feature from `seed` alone, so any device and any sharding starts alike.
@@ -171,7 +171,7 @@ class Dictionary(nn.Module):
         self.W_dec.div_(torch.where(norm_F1 > 0, norm_F1, 1))
 
 
-class AlignedDictionary(Dictionary):
+class AlignedAutoencoder(TrainableAutoencoder):
     """A dictionary whose encoder and decoder row of a feature have an inner product of one at every step.
 
     Encoder row = d + (I - d d^T) v with the decoder's unit row d: v is free, 0 at the start, and what of it lies along
@@ -204,7 +204,7 @@ class AlignedDictionary(Dictionary):
         return self._made[1]
 
 
-PARAMETRISATIONS = {"free": Dictionary, "aligned": AlignedDictionary}
+PARAMETRISATIONS = {"free": TrainableAutoencoder, "aligned": AlignedAutoencoder}
 
 
 def sum_of_shares(part_ND: Tensor, ranks: Ranks) -> Tensor:
