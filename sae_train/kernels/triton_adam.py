@@ -2,9 +2,9 @@
 
 Clipping needs the norm of every gradient before the first weight may move, so there are two passes: `along_rows`
 reads gradient and weight once, `move` reads gradient, weight and moments once and writes weight and moments once.
-Twins of TrainableAutoencoder.project_gradient and .normalise, and of Adam._move, in fp32; the formula is that of torch's
-fused Adam (arXiv 1412.6980, algorithm 1; eps is added to the corrected root). Checked interpreted on a CPU
-(tests/kernels/test_triton.py); speed is unmeasured.
+Twins of the methods project_gradient and normalise of TrainableAutoencoder, and of Adam._move, in fp32. The formula is
+that of torch's fused Adam (arXiv 1412.6980, algorithm 1; eps is added to the corrected root). Checked interpreted on a
+CPU (tests/kernels/test_triton.py); speed is unmeasured.
 """
 
 from typing import Any

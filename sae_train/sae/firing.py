@@ -1,21 +1,28 @@
-"""Which features fire how often: counters over the global batch, of the features that a rank holds."""
+"""Counters of firings over the global batch, for the features that a rank holds."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code
+from sae_train.sae.state import State
 
 
 class Firing:
     """Counters of firings over all ranks' tokens; a feature fires on a token where its code is above 0.
 
     Attributes:
-        since_F: int64, tokens since the feature last fired (or since the start).
-        density_F: float64, share of tokens on which it fires, averaged with a half-life in tokens and free of the
-            pull to 0 that a moving average has at its start.
+        since_F: int64, tokens since a feature last fired, or since the start.
+        density_F: float64, moving average of the share of tokens on which a feature fires. Its bias towards 0 at the
+            start is corrected.
         interval_F: int64, firings since `reset_interval`.
         interval_tokens: tokens since `reset_interval`.
+
+    Args:
+        n_features: features of this rank.
+        half_life_tokens: half-life of the moving average.
     """
 
     def __init__(self, n_features: int, *, half_life_tokens: float, device: torch.device | str) -> None:
@@ -37,7 +44,7 @@ class Firing:
         self.interval_tokens += n_tokens
 
     def dead_F(self, window: int) -> Tensor:
-        """[F] bool: which features fired on none of the last `window` tokens."""
+        """Return a mask [F] of the features that fired on none of the last `window` tokens."""
         return self.since_F >= window
 
     def reset_interval(self) -> None:
@@ -45,18 +52,16 @@ class Firing:
         self.interval_F = torch.zeros_like(self.interval_F)
         self.interval_tokens = 0
 
-    def state(self) -> dict[str, Tensor]:
-        """Return the counters [F], for a checkpoint."""
-        return {"since": self.since_F, "density": self.density_F, "interval": self.interval_F}
+    def state(self) -> State:
+        """Return the counters [F], and the tokens of the interval and of the run [2]."""
+        counts = torch.tensor([self.interval_tokens, self._tokens])
+        own = {"since": self.since_F, "density": self.density_F, "interval": self.interval_F}
+        return State(shared={"token_counts": counts}, by_feature=own)
 
-    def token_counts(self) -> Tensor:
-        """Return the tokens of the interval and of the run [2], for a checkpoint."""
-        return torch.tensor([self.interval_tokens, self._tokens])
-
-    def load_state(self, state: dict[str, Tensor], token_counts: Tensor) -> None:
-        """Continue from `state()` and `token_counts()`."""
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from `state()`."""
         device = self.since_F.device
         self.since_F, self.density_F, self.interval_F = (
-            state[key].to(device=device, copy=True) for key in ("since", "density", "interval")
+            tensors[key].to(device=device, copy=True) for key in ("since", "density", "interval")
         )
-        self.interval_tokens, self._tokens = token_counts.tolist()
+        self.interval_tokens, self._tokens = tensors["token_counts"].tolist()

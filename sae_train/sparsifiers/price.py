@@ -56,8 +56,8 @@ class Price:
             return torch.full_like(self._log_price, self._fixed * rise)
         return (self._log_price + AT_ONCE * self._deviation).exp()
 
-    def look(self, l0: Tensor, *, size: Tensor, k: float, info: StepInfo) -> None:
-        """Take notice of a step's L0.
+    def update(self, l0: Tensor, *, size: Tensor, k: float | None, info: StepInfo) -> None:
+        """Move the price and the next nudge by a step's L0.
 
         Args:
             l0: mean over the batch of all ranks, scalar.
@@ -66,7 +66,7 @@ class Price:
             info: where in the run that step was.
         """
         self.size = torch.where(size.isfinite(), size, self.size)
-        if self._fixed is not None:
+        if k is None:  # the price is fixed
             return
         log_l0 = l0.double().clamp_min(LEAST).log()
         if info.step == 0:

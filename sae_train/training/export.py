@@ -41,31 +41,31 @@ def exported(trainer: Trainer, phases: Phases = SILENT) -> tuple[SparseAutoencod
 
 def _exported(trainer: Trainer, phases: Phases) -> tuple[SparseAutoencoder, dict[str, Any]]:
     config, stream, ranks, n_features = trainer.config, trainer.stream, trainer.ranks, trainer.plan.n_features
+    rule = trainer.sparsifier.export(trainer.dictionary, trainer.step_info())
     sae = SparseAutoencoder.fold(
         trainer.dictionary,
         centre_D=stream.scaling.centre_D,
         scale=stream.scaling.scale,
-        k=trainer.sparsifier.k_at(trainer.step_info()),
-        inference=trainer.sparsifier.inference,
-        encoder=trainer.sparsifier.encoder(trainer.dictionary),
+        k=0.0 if rule.k is None else rule.k,  # set below where there is none
+        inference=rule.inference,
+        encoder=(rule.W_enc, rule.b_enc),
     )
     max_tokens = config.held_out_tokens
     with _of_half(phases, "reading activations for thresholds", stream, "calibration", max_tokens=max_tokens):
         raw_ND = calibration_half(stream, max_tokens=max_tokens, phases=phases, ranks=ranks)
-    learned_F = trainer.sparsifier.thresholds(trainer.dictionary)
     calibration = calibrate(
         sae,
         raw_ND,
-        sparsifier=trainer.sparsifier,
-        info=trainer.step_info(),
+        k=rule.k,
+        batch_tokens=trainer.plan.batch_tokens,
         n_features=n_features,
         ranks=ranks,
-        is_steered=config.k is not None,
-        learned_F=None if learned_F is None else learned_F.detach().double() * stream.scaling.scale,
+        share_F=rule.share_F,
+        learned_F=None if rule.threshold_F is None else rule.threshold_F.double() * stream.scaling.scale,
         phases=phases,
     )
     del raw_ND
-    if config.k is None:
+    if rule.k is None:
         sae.k = calibration.target_l0
     sae.threshold.data.copy_(calibration.threshold_F)
     phases.meet()
@@ -87,7 +87,7 @@ def _exported(trainer: Trainer, phases: Phases) -> tuple[SparseAutoencoder, dict
     figures |= {"target_l0": calibration.target_l0, "used_share": calibration.used_share}
     if calibration.correction is not None:
         figures["correction"] = calibration.correction
-    return sae, figures | trainer.sparsifier.notes()
+    return sae, figures | rule.notes
 
 
 def _of_half(phases: Phases, name: str, stream: Stream, half: Half, *, max_tokens: int) -> AbstractContextManager[None]:

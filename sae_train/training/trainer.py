@@ -12,11 +12,12 @@ from sae_train.config import RunConfig
 from sae_train.errors import StoppedByNumbers
 from sae_train.harvest.build import Stream
 from sae_train.ranks.interface import Ranks
-from sae_train.sae.code import Code
+from sae_train.sae.aux_loss import build_aux_loss
 from sae_train.sae.firing import Firing
-from sae_train.sae.losses import build_aux_loss
-from sae_train.sae.nesting import prefix_sizes, reconstruct
-from sae_train.sae.step_info import StepInfo
+from sae_train.sae.losses import reconstruct
+from sae_train.sae.nesting import prefix_sizes
+from sae_train.sae.state import Stateful
+from sae_train.sae.step_info import StepInfo, StepInputs
 from sae_train.sae.trainable import PARAMETRISATIONS, REPLICATED
 from sae_train.sparsifiers import build_sparsifier
 from sae_train.training.clock import Clock
@@ -63,6 +64,8 @@ class Trainer:
         dtype = torch.float64 if precision == "float64" else torch.float32
         self.config, self.plan, self.stream, self.ranks, self.precision = config, plan, stream, ranks, precision
         self.features = ranks.features.slice(plan.n_features)
+        self.sparsifier = build_sparsifier(config.sae, plan.sae_sizes, ranks=ranks)
+        extra = self.sparsifier.extra_parameters()
         self.dictionary = PARAMETRISATIONS[config.parametrisation.name].initial(
             d_model=plan.d_model,
             n_features=plan.n_features,
@@ -71,16 +74,16 @@ class Trainer:
             device=ranks.device,
             features=self.features,
             precision=precision,
+            has_unit_norms=self.sparsifier.has_unit_norms,
+            extra=extra,
         )
-        self.sparsifier = build_sparsifier(config, n_features=plan.n_features)
-        self.sparsifier.equip(self.dictionary, dead_window=plan.dead_window)
         self.prefixes = prefix_sizes(config.nesting, n_features=plan.n_features)
-        self.aux_loss = build_aux_loss(
-            config, d_model=plan.d_model, n_features=plan.n_features, dead_window=plan.dead_window
-        )
+        self.aux_loss = build_aux_loss(config.sae, plan.sae_sizes)
         half_life = max(1, min(LONGEST_HALF_LIFE, plan.total_tokens // 8))
         self.firing = Firing(self.dictionary.n_features, half_life_tokens=half_life, device=ranks.device)
-        self.optimizer = build_optimizer(self.dictionary, config.optimizer, rates=self.sparsifier.rates())
+        self.optimizer = build_optimizer(
+            self.dictionary, config.optimizer, rates={name: each.rate for name, each in extra.items()}
+        )
         self.totals = Totals(d_model=plan.d_model, device=ranks.device, n_ranks=ranks.size)
         self.halt = Halt(ranks.device)
         self.n_done = 0
@@ -96,12 +99,14 @@ class Trainer:
 
     def step_info(self) -> StepInfo:
         """Return where in the run the next step is."""
+        rate = self._learning_rate(self.tokens)
         return StepInfo(
             step=self.n_done,
             tokens=self.tokens,
             total_tokens=self.plan.total_tokens,
             batch_tokens=self.plan.batch_tokens,
-            learning_rate=self._learning_rate(self.tokens),
+            learning_rate=rate,
+            lost_rate=self._learning_rate(self.tokens, decays=False) - rate,
             seed=self.config.seed,
         )
 
@@ -139,25 +144,29 @@ class Trainer:
         info, dictionary, ranks = self.step_info(), self.dictionary, self.ranks
         own_ND, own_gradient_ND = self._split(own_NW)
         x_ND = ranks.features.gather(own_ND).flatten(0, 1)
-        self.sparsifier.prepare(dictionary, halted=self.halt.flag)
-        pre_NF = self._pre_activations(x_ND)
-        if own_gradient_ND is not None:
-            gradient_ND = ranks.features.gather(own_gradient_ND).flatten(0, 1)
-            self.sparsifier.heed(dictionary.slopes(gradient_ND))
-        code, penalty = self.sparsifier.encode(dictionary, x_ND, pre_NF, info=info, firing=self.firing, ranks=ranks)
-        missed, loss = self._reconstruct(x_ND, code)
-        self.sparsifier.observe(dictionary, code, missed.error, info=info, ranks=ranks)
+        self.sparsifier.before_step(dictionary, halted=self.halt.flag)
+        inputs = StepInputs(
+            x_ND=x_ND,
+            pre_NF=self._pre_activations(x_ND),
+            slope_NF=None if own_gradient_ND is None else self._slopes(own_gradient_ND),
+            info=info,
+            firing=self.firing,
+            ranks=ranks,
+        )
+        code, decoded, penalty = self.sparsifier.encode(dictionary, inputs)
+        missed, loss = reconstruct(
+            dictionary, x_ND, decoded, sizes=self.prefixes, n_tokens=info.batch_tokens, ranks=ranks
+        )
         aux, total = None, loss
         if self.aux_loss is not None:
-            aux = self.aux_loss(dictionary, x_ND, pre_NF, missed.error, firing=self.firing, info=info, ranks=ranks)
+            aux = self.aux_loss(dictionary, inputs, missed.error)
         for part in (aux, penalty):
             total = total if part is None else total + part
         total.backward()
         norm_N, sum_D = kernels.norms_and_sum(own_ND)
         grad_norm = self._update(loss.detach(), norm_N)
         self.firing.update(code, n_tokens=self.plan.batch_tokens, ranks=ranks)
-        lost = self._learning_rate(self.tokens, decays=False) - info.learning_rate
-        self.sparsifier.revive(dictionary, firing=self.firing, lost_rate=lost, halted=self.halt.flag)
+        self.sparsifier.after_step(dictionary, info=info, firing=self.firing, halted=self.halt.flag)
         first = ranks.features.rank * len(own_ND)
         own = slice(first, first + len(own_ND))
         self.totals.add(
@@ -169,7 +178,7 @@ class Trainer:
             loss=loss / ranks.features.size,
             aux=None if aux is None else aux / ranks.features.size,
             grad_norm=grad_norm,
-            budget=0.0 if self.config.k is None else self.sparsifier.k_at(info) * len(own_ND),
+            budget=(self.sparsifier.k_at(info) or 0.0) * len(own_ND),
         )
         self.n_done += 1
 
@@ -187,10 +196,9 @@ class Trainer:
         own_ND, gradient_ND = own_NW.split(self.plan.d_model, dim=1)
         return own_ND.contiguous(), gradient_ND.contiguous()
 
-    def _reconstruct(self, x_ND: Tensor, code: Code) -> tuple[kernels.Missed, Tensor]:
-        """Return what the reconstruction from all features misses, and the loss."""
-        kept, n_tokens = self.sparsifier.kept(code), self.plan.batch_tokens
-        return reconstruct(self.dictionary, x_ND, kept, sizes=self.prefixes, n_tokens=n_tokens, ranks=self.ranks)
+    def _slopes(self, own_gradient_ND: Tensor) -> Tensor:
+        """Return the slopes [N, F] of the row's tokens from this rank's own gradients."""
+        return self.dictionary.slopes(self.ranks.features.gather(own_gradient_ND).flatten(0, 1))
 
     def row(self) -> dict[str, Any]:
         """Return the figures since the last row and start the next interval.
@@ -202,10 +210,11 @@ class Trainer:
         row = self.totals.row(self.ranks) | firing_row(
             self.firing, self.plan.dead_window, n_features=self.plan.n_features, ranks=self.ranks
         )
-        if row["train/l0"] == 0 and not self.sparsifier.is_settling(self.step_info()):
+        advice = self.sparsifier.collapse_advice(self.step_info())
+        if row["train/l0"] == 0 and advice is not None:
             raise StoppedByNumbers(
                 f"no feature fired in the {self.config.log_every:,} tokens before step {self.n_done}: the dictionary "
-                f"has collapsed. Lower optimizer.lr (now {self.plan.peak_lr:.1e}){self.sparsifier.cure}, and check the "
+                f"has collapsed. Lower optimizer.lr (now {self.plan.peak_lr:.1e}){advice}, and check the "
                 "activations."
             )
         if row["train/fvu"] > DIVERGED:
@@ -220,13 +229,17 @@ class Trainer:
         perf = self._clock.row(beside=self.stream.beside_seconds())
         return {"step": self.n_done, "tokens": self.tokens} | row | perf
 
+    def _stateful(self) -> dict[str, Stateful]:
+        """Return the parts that say by themselves what of them is saved, by name."""
+        aux: dict[str, Stateful] = {} if self.aux_loss is None else {"aux_loss": self.aux_loss}
+        return {"sparsifier": self.sparsifier, "firing": self.firing, **aux}
+
     def state(self) -> dict[str, Tensor]:
         """Return what is the same on every rank: what belongs to no feature and no lane. Collective."""
         parts: dict[str, dict[str, Tensor]] = {
             "dictionary": {name: getattr(self.dictionary, name) for name in REPLICATED},
             "optimizer": {name: value for name, value in self.optimizer.state().items() if not _has_features(name)},
-            "sparsifier": self.sparsifier.state(),
-            "firing": {"token_counts": self.firing.token_counts()},
+            **{name: dict(part.state().shared) for name, part in self._stateful().items()},
             "stream": self.stream.replicated_state(),
             "totals": self.totals.state(self.ranks),
             "trainer": {"n_done": torch.tensor(self.n_done)},
@@ -239,9 +252,7 @@ class Trainer:
         parts: dict[str, dict[str, Tensor]] = {
             "dictionary": {name: value.detach() for name, value in own.items() if name not in REPLICATED},
             "optimizer": {name: value for name, value in self.optimizer.state().items() if _has_features(name)},
-            "sparsifier": self.sparsifier.feature_state(),
-            "firing": self.firing.state(),
-            "aux_loss": {} if self.aux_loss is None else self.aux_loss.state(),
+            **{name: dict(part.state().by_feature) for name, part in self._stateful().items()},
         }
         return _joined(parts)
 
@@ -261,10 +272,8 @@ class Trainer:
             for name, parameter in self.dictionary.named_parameters():
                 parameter.copy_(both[f"dictionary/{name}"])
         self.optimizer.load_state(part("optimizer"))
-        self.sparsifier.load_state(part("sparsifier"))
-        self.firing.load_state(part("firing"), state["firing/token_counts"])
-        if self.aux_loss is not None:
-            self.aux_loss.load_state(part("aux_loss"))
+        for name, each in self._stateful().items():
+            each.load_state(part(name))
         self.totals.load_state(part("totals"), self.ranks)
         self.stream.restore(part("stream"), lane_state)
         self.n_done = int(state["trainer/n_done"])

@@ -18,7 +18,8 @@ from sae_train.kernels import Workspace
 from sae_train.ranks.distributed import find_ranks, leave
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.code import Code, DenseCode, SparseCode
-from sae_train.sparsifiers.base import Sparsifier
+from sae_train.sparsifiers.allocator import Allocator
+from sae_train.sparsifiers.base import Encoding, Sparsifier
 from sae_train.sparsifiers.gradient import Gradient
 from sae_train.training import checkpoint, restore
 from sae_train.training.plan import make_plan
@@ -120,10 +121,11 @@ def watch(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Tensor]]:
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     encode, ranks, scores = trainer.sparsifier.encode, trainer.ranks, note_scores(trainer.sparsifier)
 
-    def watched(*parts: Any, **rest: Any) -> tuple[Code, torch.Tensor | None]:
-        code, penalty = encode(*parts, **rest)
+    def watched(*parts: Any) -> Encoding:
+        encoding = encode(*parts)
+        code = encoding.code
         token, feature, value = places(code)
-        if trainer.sparsifier.thresholds(trainer.dictionary) is None:
+        if isinstance(trainer.sparsifier, Allocator):
             assert isinstance(code, SparseCode)
             assert len(value) == int(code.count)
         if scores:
@@ -131,7 +133,7 @@ def watch(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Tensor]]:
         token, feature = token + ranks.data.rank * code.n_tokens, feature + trainer.features[0]
         index, order = ranks.gather_rows(token * trainer.plan.n_features + feature).sort()
         seen.append((index, ranks.gather_rows(value)[order]))
-        return code, penalty
+        return encoding
 
     trainer.sparsifier.encode = watched
     return seen
