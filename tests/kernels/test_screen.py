@@ -4,6 +4,7 @@ Near ones are made by plain fp32 products over rounded factors here, so that any
 holds the product that a processor with bf16 units makes to the same.
 """
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sparsifiers import penalised
 from tools import grid_world as world
 from tools.grid_of_threads import on_grid
+from tools.sae_parts import inputs_of
 from tools.small_runs import kept_by_sorting
 
 screen = sys.modules["sae_train.kernels.screen"]
@@ -388,10 +390,8 @@ def test_a_run_is_the_same_but_for_the_order_of_sums(
         trainer = world.build(config, Solo())
         assert trainer.is_screened == is_screened
         first = trainer.stream.batch(0)
-        code, _ = trainer.sparsifier.encode(
-            trainer.dictionary, first, trainer._pre_activations(first),
-            info=trainer.step_info(), firing=trainer.firing, ranks=Solo(),
-        )  # fmt: skip
+        inputs = dataclasses.replace(inputs_of(trainer, first), pre_NF=trainer._pre_activations(first))
+        code = trainer.sparsifier.encode(trainer.dictionary, inputs).code
         for step in range(20):
             trainer.step(trainer.stream.batch(step))
         trained.append((code, {name: p.detach() for name, p in trainer.dictionary.named_parameters()}))

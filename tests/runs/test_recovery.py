@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from tools.sae_parts import sizes_of
 from tools.small_runs import CPU, run_config
 from torch import Tensor
 
 from sae_train.ranks.interface import Solo
 from sae_train.sae.trainable import TrainableAutoencoder
+from sae_train.sae.aux_loss import build_aux_loss
 from sae_train.sae.firing import Firing
-from sae_train.sae.losses import build_aux_loss, reconstruction_loss
-from sae_train.sae.step_info import StepInfo
+from sae_train.sae.losses import reconstruction_loss
+from sae_train.sae.step_info import StepInfo, StepInputs
 from sae_train.sparsifiers import build_sparsifier
 
 D, TRUE, F, K, BATCH, STEPS = 64, 128, 256, 4, 256, 600
@@ -53,9 +55,9 @@ def learning_rate(step: int) -> float:
 def train(*, seed: int = 0, **choices: object) -> TrainableAutoencoder:
     config = run_config(k=K, batch_tokens=BATCH, tokens=BATCH * STEPS, **choices)
     dictionary = TrainableAutoencoder.initial(d_model=D, n_features=F, seed=seed, dtype=torch.float32, device=CPU)
-    sparsifier = build_sparsifier(config, n_features=F)
     window = BATCH * STEPS // 8
-    aux = build_aux_loss(config, d_model=D, n_features=F, dead_window=window)
+    sizes = sizes_of(config, n_features=F, d_model=D, dead_window=window)
+    sparsifier, aux = build_sparsifier(config.sae, sizes, ranks=Solo()), build_aux_loss(config.sae, sizes)
     firing = Firing(F, half_life_tokens=window, device=CPU)
     optimizer = torch.optim.Adam(dictionary.parameters(), lr=PEAK)
     for step, x in enumerate(stream(seed=seed)):
@@ -68,11 +70,12 @@ def train(*, seed: int = 0, **choices: object) -> TrainableAutoencoder:
             seed=seed,
         )
         pre = dictionary.pre_activations(x)
-        code = dictionary.attach(x, sparsifier.select(pre, info=info, firing=firing, ranks=Solo()))
+        inputs = StepInputs(x_ND=x, pre_NF=pre, info=info, firing=firing, ranks=Solo())
+        code = sparsifier.encode(dictionary, inputs).code
         x_hat = dictionary.decode(code, ranks=Solo())
         loss = reconstruction_loss(x, x_hat, n_tokens=BATCH)
         if aux is not None:
-            loss = loss + aux(dictionary, x, pre, x - x_hat, firing=firing, info=info, ranks=Solo())
+            loss = loss + aux(dictionary, inputs, x - x_hat)
         optimizer.zero_grad()
         loss.backward()
         dictionary.project_gradient()

@@ -11,10 +11,11 @@ from sae_train.ranks.interface import Solo
 from sae_train.sae import autoencoder, calibration
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.sae.calibration import Calibration
-from sae_train.sae.firing import Firing
 from sae_train.sae.step_info import StepInfo
 from sae_train.sae.trainable import TrainableAutoencoder
-from sae_train.sparsifiers import Sparsifier, build_sparsifier
+from sae_train.sparsifiers import Sparsifier
+from sae_train.sparsifiers.feature_choice import FeatureChoice
+from tools.sae_parts import selected, sparsifier_of
 from tools.small_runs import CPU, kept_by_sorting, run_config
 
 D, F, BATCH = 16, 128, 256
@@ -47,7 +48,7 @@ def tokens(n: int, *, seed: int) -> Tensor:
 
 def setup(case: Case, *, k: float = 6.0) -> tuple[SparseAutoencoder, Sparsifier]:
     config = run_config(sparsifier=case.name, budget=case.budget, k=k, batch_tokens=BATCH, tokens=END.total_tokens)
-    sparsifier = build_sparsifier(config, n_features=F)
+    sparsifier = sparsifier_of(config, n_features=F)
     dictionary = TrainableAutoencoder.initial(d_model=D, n_features=F, seed=1, dtype=torch.float32, device=CPU)
     sample = tokens(2000, seed=5)
     centre = sample.mean(0)
@@ -55,12 +56,15 @@ def setup(case: Case, *, k: float = 6.0) -> tuple[SparseAutoencoder, Sparsifier]
     with torch.no_grad():
         dictionary.W_enc.copy_(dictionary.W_dec)  # rows as long as a trained encoder's
         dictionary.b_enc += case.bias
-    sae = SparseAutoencoder.fold(dictionary, centre_D=centre.double(), scale=scale, k=k, inference=sparsifier.inference)
+    inference = sparsifier.export(dictionary, END).inference
+    sae = SparseAutoencoder.fold(dictionary, centre_D=centre.double(), scale=scale, k=k, inference=inference)
     return sae, sparsifier
 
 
 def calibrate(sae: SparseAutoencoder, raw: Tensor, sparsifier: Sparsifier) -> Calibration:
-    return calibration.calibrate(sae, raw, sparsifier=sparsifier, info=END, n_features=F, ranks=Solo())
+    share_F = sparsifier.shares(END) if isinstance(sparsifier, FeatureChoice) else None
+    k = sparsifier.k_at(END)
+    return calibration.calibrate(sae, raw, k=k, share_F=share_F, batch_tokens=BATCH, n_features=F, ranks=Solo())
 
 
 def l0(sae: SparseAutoencoder, found: Calibration, raw: Tensor) -> Tensor:
@@ -75,8 +79,7 @@ def matches_of_training(sae: SparseAutoencoder, sparsifier: Sparsifier, raw: Ten
         for batch in raw.split(BATCH):
             info = StepInfo(step=draw, tokens=0, total_tokens=1, batch_tokens=len(batch), learning_rate=1e-3, seed=draw)
             pre = torch.cat(list(sae.pre_activations(batch))).detach()
-            code = sparsifier.select(pre, info=info, firing=Firing(F, half_life_tokens=1, device=CPU), ranks=Solo())
-            total += int(code.count)
+            total += int(selected(sparsifier, pre, info).count)
     return total / draws / len(raw)
 
 

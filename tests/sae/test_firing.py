@@ -86,8 +86,8 @@ def test_replicated_over_ranks(size: int) -> None:
     batches = steps()
     alone = counted(batches, half_life=25.0)
     for firing in on_ranks(size, lambda ranks: counted(batches, half_life=25.0, ranks=ranks)):
-        for name, value in alone.state().items():
-            assert torch.equal(firing.state()[name], value), name
+        for name, value in alone.state().by_feature.items():
+            assert torch.equal(firing.state().by_feature[name], value), name
 
 
 def test_state_goes_on_where_it_was() -> None:
@@ -95,8 +95,8 @@ def test_state_goes_on_where_it_was() -> None:
     whole = counted(batches, half_life=25.0)
     first = counted(batches[:3], half_life=25.0)
     resumed = Firing(7, half_life_tokens=25.0, device=CPU)
-    resumed.load_state({name: value.clone() for name, value in first.state().items()}, first.token_counts())
+    resumed.load_state({name: value.clone() for part in first.state() for name, value in part.items()})
     for fires in batches[3:]:
         resumed.update(code_of(fires), n_tokens=10, ranks=Solo())
-    for name, value in whole.state().items():
-        assert torch.equal(resumed.state()[name], value), name
+    for name, value in whole.state().by_feature.items():
+        assert torch.equal(resumed.state().by_feature[name], value), name

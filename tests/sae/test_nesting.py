@@ -11,8 +11,8 @@ from sae_train.config import MatryoshkaConfig, NestingConfig
 from sae_train.errors import ConfigError
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.code import SparseCode
-from sae_train.sae.losses import reconstruction_loss
-from sae_train.sae.nesting import decode_prefixes, prefix_sizes, reconstruct
+from sae_train.sae.losses import reconstruct, reconstruction_loss
+from sae_train.sae.nesting import decode_prefixes, prefix_sizes
 from sae_train.sae.trainable import TrainableAutoencoder
 from tools.command_line import Command, changed
 from tools.grid_of_threads import on_grid

@@ -75,7 +75,7 @@ def test_feature_choice_fires_as_often_as_its_budgets_say(rows: Path) -> None:
     trainer, sae = trained(rows, *FEATURE_CHOICE)
     assert supports.share_within(trainer, sae) >= 0.99
     pairs = fresh_pairs(trainer, sae)
-    budget = trainer.sparsifier.shares(trainer.step_info())
+    budget = trainer.sparsifier.export(trainer.dictionary, trainer.step_info()).share_F
     assert budget is not None
     predicted = supports.poisson_jaccard(budget * N, n_tokens=N)
     assert supports.jaccard(pairs) == pytest.approx(predicted, abs=0.03)
@@ -91,7 +91,7 @@ def test_thresholds_that_training_learned_are_kept_up_to_a_correction(rows: Path
     trainer, sae = trained(rows, f"sparsifier={name}")
     pairs = fresh_pairs(trainer, sae)
     assert supports.jaccard(pairs) > 0.85
-    learned = trainer.sparsifier.thresholds(trainer.dictionary)
+    learned = trainer.sparsifier.export(trainer.dictionary, trainer.step_info()).threshold_F
     assert learned is not None
     sae.threshold.copy_(learned.detach().double() * trainer.stream.scaling.scale)
     assert supports.jaccard(fresh_pairs(trainer, sae)) > 0.9999

@@ -9,9 +9,9 @@ from sae_train.errors import ConfigError
 from sae_train.ranks.interface import Solo
 from sae_train.sae.code import SparseCode
 from sae_train.sae.firing import Firing
-from sae_train.sae.step_info import StepInfo
+from sae_train.sae.step_info import StepInfo, StepInputs
 from sae_train.sae.trainable import TrainableAutoencoder
-from sae_train.sparsifiers import build_sparsifier
+from tools.sae_parts import sparsifier_of
 from tools.small_runs import CPU, run_config
 
 N, D, F = 24, 6, 20
@@ -30,11 +30,13 @@ def encoded(
     dictionary: TrainableAutoencoder, x_ND: Tensor, *, tokens: int = 0, **settings: object
 ) -> tuple[SparseCode, Tensor | None]:
     config = run_config(sparsifier="topk", batch_tokens=N, tokens=100 * N, **settings)
-    sparsifier = build_sparsifier(config, n_features=F)
+    sparsifier = sparsifier_of(config, n_features=F)
     info = StepInfo(step=0, tokens=tokens, total_tokens=100 * N, batch_tokens=N, learning_rate=1e-3, seed=0)
     pre_NF = dictionary.pre_activations(x_ND)
     firing = Firing(F, half_life_tokens=1000, device=CPU)
-    code, penalty = sparsifier.encode(dictionary, x_ND, pre_NF, info=info, firing=firing, ranks=Solo())
+    inputs = StepInputs(x_ND=x_ND, pre_NF=pre_NF, info=info, firing=firing, ranks=Solo())
+    code, decoded, penalty = sparsifier.encode(dictionary, inputs)
+    assert decoded is code
     assert isinstance(code, SparseCode)
     return code, penalty
 

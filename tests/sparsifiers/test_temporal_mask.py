@@ -12,12 +12,15 @@ from sae_train.cli.compose import compose_config
 from sae_train.errors import ConfigError
 from sae_train.ranks.interface import Solo
 from sae_train.sae.code import Code, DenseCode, SparseCode
+from sae_train.sae.losses import reconstruct
 from sae_train.sae.random import keyed_generator
 from sae_train.sparsifiers import penalised
+from sae_train.sparsifiers.base import Encoding
 from sae_train.sparsifiers.temporal_mask import TemporalMask
 from sae_train.training.export import exported
 from sae_train.training.trainer import Trainer
 from tools import grid_world as world
+from tools import sae_parts
 
 AT_ONCE = ["sparsifier.warmup=0", "sparsifier.ramp=0"]
 
@@ -44,15 +47,12 @@ def learn(trainer: Trainer, steps: int) -> None:
         trainer.step(trainer.stream.batch(trainer.n_done))
 
 
-def encoded(trainer: Trainer) -> tuple[Tensor, Code, Tensor]:
-    """Return the next batch, its code and the penalty, without a step."""
+def encoded(trainer: Trainer) -> tuple[Tensor, Code, Code, Tensor]:
+    """Return the next batch, its code, the decoded part and the penalty, without a step."""
     x = trainer.stream.batch(trainer.n_done)
-    pre = trainer.dictionary.pre_activations(x)
-    code, penalty = trainer.sparsifier.encode(
-        trainer.dictionary, x, pre, info=trainer.step_info(), firing=trainer.firing, ranks=Solo()
-    )
+    code, decoded, penalty = sae_parts.encoded(trainer, x)
     assert penalty is not None
-    return x, code, penalty
+    return x, code, decoded, penalty
 
 
 def dense(code: Code) -> Tensor:
@@ -62,13 +62,13 @@ def dense(code: Code) -> Tensor:
 def watch(trainer: Trainer) -> list[Tensor]:
     """Return a list to which every step adds what each feature does on its batch, before the update."""
     seen: list[Tensor] = []
-    observe = trainer.sparsifier.observe
+    encode = trainer.sparsifier.encode
 
-    def watched(*parts: Any, **rest: Any) -> None:
+    def watched(*parts: Any) -> Encoding:
         seen.append(slow_sums(trainer, trainer.stream.batch(trainer.n_done)))
-        observe(*parts, **rest)
+        return encode(*parts)
 
-    trainer.sparsifier.observe = watched
+    trainer.sparsifier.encode = watched
     return seen
 
 
@@ -151,7 +151,7 @@ def test_nothing_is_masked_at_first_then_ever_more(rows: Path) -> None:
 
 
 def test_masks_are_drawn_with_their_probabilities_by_seed_and_step_alone(rows: Path) -> None:
-    trainer = trainer_of(rows, *AT_ONCE)
+    trainer = trainer_of(rows, *AT_ONCE, steps=400)
     mask = mask_of(trainer)
     mask.masked_F = torch.linspace(0, 0.9, 128, dtype=torch.float64)
     before = torch.get_rng_state()
@@ -179,9 +179,9 @@ def test_a_masked_feature_has_no_part_in_the_step_and_is_counted_all_the_same(
     mask.masked_F = (torch.arange(128) % 2).double()  # every other one surely
     out = mask.masked_F.bool()
     price = float(mask.price.now(trainer.step_info())) / world.N
-    x, code, penalty = encoded(trainer)
+    x, code, decoded, penalty = encoded(trainer)
     assert type(code) is (SparseCode if dense_from == 1 else DenseCode)
-    missed, loss = trainer._reconstruct(x, code)
+    missed, loss = reconstruct(dictionary, x, decoded, sizes=(128,), n_tokens=world.N, ranks=Solo())
     code_NF = (x @ dictionary.W_enc.t() + dictionary.b_enc).relu().detach()
     torch.testing.assert_close(dense(code).detach(), code_NF)  # what fires, and L0, are of all features
     torch.testing.assert_close(x - missed.error, code_NF[:, ~out] @ dictionary.W_dec[~out] + dictionary.b_dec)

@@ -10,6 +10,7 @@ from sae_train.harvest.held_out import Half
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.training.trainer import Trainer
 from tools.grid_world import places
+from tools.sae_parts import encoded
 
 
 class Supports(NamedTuple):
@@ -25,16 +26,12 @@ def compared(trainer: Trainer, sae: SparseAutoencoder, raw_ND: Tensor) -> Iterat
 
     Training sees its normalised activations and the dictionary, the exported autoencoder raw ones and itself.
     """
-    scaling, info, n_features = trainer.stream.scaling, trainer.step_info(), trainer.plan.n_features
+    scaling, n_features = trainer.stream.scaling, trainer.plan.n_features
     for batch_ND in raw_ND.split(trainer.plan.batch_tokens):
         if len(batch_ND) < trainer.plan.batch_tokens:
             return
         x_ND = ((batch_ND.double() - scaling.centre_D) / scaling.scale).to(trainer.dictionary.W_dec.dtype)
-        pre_NF = trainer.dictionary.pre_activations(x_ND)
-        code, _ = trainer.sparsifier.encode(
-            trainer.dictionary, x_ND, pre_NF, info=info, firing=trainer.firing, ranks=trainer.ranks
-        )
-        token, feature, _ = places(code)
+        token, feature, _ = places(encoded(trainer, x_ND).code)
         training_NF = torch.zeros(len(batch_ND), n_features, dtype=torch.bool)
         training_NF[token, feature] = True
         yield Supports(training_NF, sae.encode(batch_ND) > 0)
@@ -106,7 +103,7 @@ def share_within(trainer: Trainer, sae: SparseAutoencoder) -> float:
     of tokens on which the feature's affinity is positive.
     """
     calibration, fresh = (densities(sae, of_half(trainer, half)) for half in ("calibration", "evaluation"))
-    budget_F = trainer.sparsifier.shares(trainer.step_info())
+    budget_F = trainer.sparsifier.export(trainer.dictionary, trainer.step_info()).share_F
     assert budget_F is not None
     error_F = (calibration.error.square() + fresh.error.square()).sqrt()
     missed_F = (fresh.fires - torch.minimum(budget_F, fresh.positive)).abs()
