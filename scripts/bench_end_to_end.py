@@ -17,22 +17,24 @@ from typing import Any
 import torch
 
 from sae_train.cli.compose import compose_config
+from sae_train.harvest.batch import Batch
 from sae_train.harvest.build import build_stream, check_stream
 from sae_train.ranks.interface import Solo
 from sae_train.training.plan import make_plan
 from sae_train.training.provenance import resolve_precision
-from sae_train.training.trainer import Trainer
+from sae_train.training.trainer import Trainer, build_trainer
 
 
 def build(said: list[str]) -> Trainer:
     """Return a trainer of these settings, its stream begun."""
     config = compose_config(["tracking=none", *said])
     ranks = Solo(torch.device("cpu"))
-    plan = make_plan(config, check_stream(config, n_ranks=1), n_ranks=1)
-    stream = build_stream(config, ranks=ranks, dtype=torch.float32)
+    facts = check_stream(config.source, n_ranks=1)
+    plan = make_plan(config, facts, n_ranks=1)
+    stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
     precision = resolve_precision(config, stored=None, device=ranks.device)
-    return Trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+    return build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
 
 
 def timed(act: Callable[[], Any]) -> float:
@@ -49,10 +51,10 @@ def main() -> None:
     parser.add_argument("said", nargs="*", help="settings of sae-train")
     args = parser.parse_args()
     trainer = build([f"tokens={10**9}", *args.said])
-    batches: list[torch.Tensor] = []
+    batches: list[Batch] = []
     n_read = 0
 
-    def read() -> torch.Tensor:
+    def read() -> Batch:
         nonlocal n_read
         n_read += 1
         return trainer.stream.batch(n_read - 1)

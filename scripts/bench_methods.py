@@ -25,7 +25,7 @@ from sae_train.ranks.interface import Solo
 from sae_train.sae.code import DenseCode
 from sae_train.training.plan import make_plan
 from sae_train.training.provenance import resolve_precision
-from sae_train.training.trainer import Trainer
+from sae_train.training.trainer import build_trainer
 
 METHODS: dict[str, tuple[list[str], float]] = {
     "topk": (["sparsifier=topk"], 1.0),
@@ -51,24 +51,25 @@ class Watched:
         said = ["harvest=tensors", f"harvest.path={folder}", "tracking=none", f"n_features={args.n_features}"]
         said += [f"k={args.k}", f"tokens={args.tokens}", f"batch_tokens={args.batch}"]
         config = compose_config([*said, *overrides])
-        plan = make_plan(config, check_stream(config, n_ranks=1), n_ranks=1)
+        facts = check_stream(config.source, n_ranks=1)
+        plan = make_plan(config, facts, n_ranks=1)
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         ranks = Solo(device)
-        stream = build_stream(config, ranks=ranks, dtype=torch.float32)
+        stream = build_stream(config.source, ranks=ranks, facts=facts)
         stream.start()
         precision = resolve_precision(config, stored=None, device=device)
-        self.trainer = Trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+        self.trainer = build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
         self.steps = plan.steps
         self.seconds: list[float] = []
         self.is_dense: list[bool] = []
-        encode = self.trainer.sparsifier.encode
+        encode = self.trainer.learners[0].sparsifier.encode
 
         def noted(*parts: object) -> object:
             found = encode(*parts)
             self.is_dense.append(isinstance(found.code, DenseCode))
             return found
 
-        self.trainer.sparsifier.encode = noted
+        self.trainer.learners[0].sparsifier.encode = noted
 
     def step(self) -> None:
         batch = self.trainer.stream.batch(self.trainer.n_done)
@@ -125,7 +126,7 @@ def main() -> None:
     print("| method | ms a step, last half | x topk | may be | seconds with zeros | without | mean L0 of the run |")
     print("|---|---|---|---|---|---|---|")
     for name, run in runs.items():
-        aim, row = METHODS[name][1], run.trainer.row()
+        aim, row = METHODS[name][1], run.trainer.rows()[0]
         cells = [name, f"{1e3 * run.last_half():.0f}", f"{run.last_half() / runs['topk'].last_half():.2f}"]
         cells += [f"{aim:g}" if aim == aim else "-", f"{run.of_phase(dense=True):.1f}"]
         print("| " + " | ".join([*cells, f"{run.of_phase(dense=False):.1f}", f"{row['train/l0']:.1f}"]) + " |")

@@ -40,7 +40,7 @@ from sae_train.ranks.interface import Solo
 from sae_train.training.clock import peak_memory_bytes
 from sae_train.training.plan import make_plan
 from sae_train.training.provenance import resolve_precision
-from sae_train.training.trainer import Trainer
+from sae_train.training.trainer import Trainer, build_trainer
 
 ADAM_BYTES, TRIAD_BYTES = 28, 12
 """Of a parameter: gradient read, weight and two moments read and written; of an element of a + b -> c, all fp32."""
@@ -87,13 +87,14 @@ def build(point: dict[str, Any], scratch: Path) -> Trainer:
         f"{name}={point[name]}" for name in ("n_features", "k", "batch_tokens", "sparsifier", "aux_loss", "precision")
     ]
     config = compose_config(said + point["override"])
-    plan = make_plan(config, check_stream(config, n_ranks=1), n_ranks=1)
+    facts = check_stream(config.source, n_ranks=1)
+    plan = make_plan(config, facts, n_ranks=1)
     ranks = Solo(torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))
-    stream = build_stream(config, ranks=ranks, dtype=torch.float32)
+    stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
     precision = resolve_precision(config, stored=None, device=ranks.device)
-    trainer = Trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
-    trainer.is_screened = trainer.is_screened and not point["unscreened"]
+    trainer = build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+    trainer.learners[0].is_screened = trainer.learners[0].is_screened and not point["unscreened"]
     return trainer
 
 
@@ -113,13 +114,13 @@ def settle() -> None:
 
 def floors(trainer: Trainer) -> tuple[list[Callable[[], Any]], Callable[[], Any]]:
     """Return every way to compute the encoder's product, and a triad of Adam's bytes."""
-    dictionary, n_tokens = trainer.dictionary, trainer.plan.batch_tokens
+    dictionary, n_tokens = trainer.learners[0].dictionary, trainer.plan.batch_tokens
     x_ND = torch.randn(n_tokens, dictionary.d_model, device=trainer.ranks.device)
     W_FD, b_F = dictionary.W_enc.detach().clone(), dictionary.b_enc.detach().clone()
     out_NF = x_ND.new_empty(n_tokens, dictionary.n_features)
-    products = [lambda: kernels.affine(x_ND, W_FD, b_F, precision=trainer.precision, out=out_NF)]
+    products = [lambda: kernels.affine(x_ND, W_FD, b_F, precision=trainer.learners[0].precision, out=out_NF)]
     products.append(lambda: torch.addmm(b_F, x_ND, W_FD.t(), out=out_NF))
-    if trainer.precision == "bf16":
+    if trainer.learners[0].precision == "bf16":
         x_bf16, W_bf16 = x_ND.bfloat16(), W_FD.bfloat16()
         out_bf16 = out_NF.bfloat16()
         products.append(lambda: torch.mm(x_bf16, W_bf16.t(), out=out_bf16))
@@ -142,32 +143,32 @@ def parts_noted(trainer: Trainer) -> Iterator[dict[str, float]]:
 
         return inner
 
-    sparsifier = trainer.sparsifier
+    sparsifier = trainer.learners[0].sparsifier
     select = "select" if hasattr(sparsifier, "select") else "encode"
     places = [(trainer, "_pre_activations", "encode"), (sparsifier, select, "select")]
     places += [(trainer, "_reconstruct", "decode"), (trainer, "_update", "update")]
     for owner, attribute, name in places:
         setattr(owner, attribute, noted(name, getattr(owner, attribute)))
-    aux = trainer.aux_loss
+    aux = trainer.learners[0].aux_loss
     if aux is not None:
-        trainer.aux_loss = noted("aux", aux)
+        trainer.learners[0].aux_loss = noted("aux", aux)
     torch.Tensor.backward = noted("backward", backward)
     try:
         yield spent
     finally:
         torch.Tensor.backward = backward
-        trainer.aux_loss = aux
+        trainer.learners[0].aux_loss = aux
         for owner, attribute, _ in places:
             delattr(owner, attribute)
 
 
 def kill_share(trainer: Trainer, share: float) -> None:
     """Make the last features dead: affinities too small for a cut, half of them positive, and counters that say so."""
-    n_dead = round(share * trainer.dictionary.n_features)
+    n_dead = round(share * trainer.learners[0].dictionary.n_features)
     if n_dead:
-        trainer.dictionary.W_enc.data[-n_dead:] = 1e-3 * trainer.dictionary.W_dec.data[-n_dead:]
-        trainer.dictionary.b_enc.data[-n_dead:] = 0
-        trainer.firing.since_F[-n_dead:] = trainer.plan.dead_window
+        trainer.learners[0].dictionary.W_enc.data[-n_dead:] = 1e-3 * trainer.learners[0].dictionary.W_dec.data[-n_dead:]
+        trainer.learners[0].dictionary.b_enc.data[-n_dead:] = 0
+        trainer.learners[0].firing.since_F[-n_dead:] = trainer.plan.dead_window
 
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +202,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
     ms["rest"] = 1e3 * whole / point["repeats"] - sum(ms.values())
     ms |= {"step": 1e3 * statistics.median(steps), "adam": 1e3 * statistics.median(adam)}
     ms["product"] = 1e3 * min(statistics.median(ways) for ways in product)
-    return {"ms": ms, "memory": before, "fvu": trainer.row()["train/fvu"]}
+    return {"ms": ms, "memory": before, "fvu": trainer.rows()[0]["train/fvu"]}
 
 
 def measured(point: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ BATCH = 2048
 def started(*, tokens: int = 100_000) -> Stream:
     """Return the stream of a run on the bundled model, ready for its first batch."""
     config = compose_config([f"tokens={tokens}", f"batch_tokens={BATCH}", "tracking=none"])
-    stream = build_stream(config, ranks=Solo(), dtype=torch.float32)
+    stream = build_stream(config.source, ranks=Solo())
     stream.start()
     return stream
 
@@ -43,7 +43,7 @@ def save(rows_ND: Tensor, folder: Path) -> None:
 def write_train(stream: Stream, folder: Path, *, tokens: int) -> None:
     """Write the first `tokens` training rows (whole batches of them)."""
     scale, centre_D = stream.scaling.scale, stream.scaling.centre_D
-    save(torch.cat([(stream.batch(step) * scale + centre_D).float() for step in range(tokens // BATCH)]), folder)
+    save(torch.cat([(stream.batch(step).x_ND * scale + centre_D).float() for step in range(tokens // BATCH)]), folder)
 
 
 def write_held_out(stream: Stream, folder: Path) -> None:

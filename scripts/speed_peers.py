@@ -71,17 +71,18 @@ def ours(args: argparse.Namespace, batches: OnDemand) -> None:
     from sae_train.ranks.interface import Solo
     from sae_train.training.plan import make_plan
     from sae_train.training.provenance import resolve_precision
-    from sae_train.training.trainer import Trainer
+    from sae_train.training.trainer import build_trainer
 
     said = ["harvest=tensors", f"harvest.path={args.train}", "tracking=none", f"sparsifier={args.method}"]
     said += [f"n_features={args.n_features}", f"k={args.k}", f"batch_tokens={args.batch}", f"tokens={args.tokens}"]
     config = compose_config([*said, "aux_loss=none", f"precision={'bf16' if args.bf16 else 'float32'}"])
     ranks = Solo(torch.device(device()))
-    plan = make_plan(config, check_stream(config, n_ranks=1), n_ranks=1)
-    stream = build_stream(config, ranks=ranks, dtype=torch.float32)
+    facts = check_stream(config.source, n_ranks=1)
+    plan = make_plan(config, facts, n_ranks=1)
+    stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
     precision = resolve_precision(config, stored=None, device=ranks.device)
-    trainer = Trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+    trainer = build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
     for _ in batches:
         trainer.step(stream.batch(trainer.n_done))
 

@@ -21,7 +21,7 @@ from sae_train.training.signals import WISHES
 from tools.tiny_runs import tiny_run
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read where Triton is imported: by tests/kernels/test_triton.py alone, and by no run
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, by tests/kernels/test_triton.py
 
 settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("tests")

@@ -32,6 +32,7 @@ from sae_train.cli.refusals import Typed
 from sae_train.cli.schemas import DIALS, holds_text, register_schemas
 from sae_train.config import RunConfig
 from sae_train.config.launcher import GROUP, SlurmLauncher
+from sae_train.config.ranges import Range, ranges
 from sae_train.errors import ConfigError, raise_all
 
 CONFIG_MODULE = "sae_train.conf"
@@ -275,7 +276,7 @@ class Library:
                 draft.refuse(entry.key, refusals.signed(entry, known=[*flat(values), *self.groups]))
             elif not (entry.is_group or override.is_hydra_override() or entry.key in bad or entry.group in bad):
                 self._apply(draft, entry, override)
-        draft.leave_out_k(is_typed=any(entry.key == "k" for entry in entries))
+        draft.leave_out_replaced(typed={entry.key for entry in entries})
         draft.take_law()
         used = [entry for entry in entries if not bad & {entry.key, entry.group}]
         known = {key: value for key, value in flat(draft.values).items() if key not in bad}
@@ -311,8 +312,11 @@ class Library:
             draft.refuse(entry.key, refusals.unknown_key(entry, known=known, choice=choice, homes=homes))
             return
         parent, _, field = entry.key.rpartition(".")
-        hint = get_type_hints(OmegaConf.get_type(draft.values, parent or None))[field]
-        expected = (float,) if entry.key == "k" else get_args(hint) or (hint,)  # a coefficient makes k null by itself
+        owner = cast(type, OmegaConf.get_type(draft.values, parent or None))
+        hint, its_range = get_type_hints(owner)[field], ranges(owner).get(field, Range())
+        expected = get_args(hint) or (hint,)
+        if its_range.null_with:  # this program makes it null, so the message does not offer null
+            expected = tuple(kind for kind in expected if kind is not type(None))
         if str in expected:
             value = _value(override)
         try:

@@ -1,6 +1,7 @@
 """One point of a sweep while it is checked: its composed values, and what is wrong with them."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sae_train.cli.zipf_from import zipf_law
 from sae_train.config import RunConfig
+from sae_train.config.ranges import ranges
 from sae_train.errors import ConfigError
 
 
@@ -26,10 +28,12 @@ class Draft:
     def reads_tensors(self) -> bool:
         return "harvest" not in self.bad and str(self.values.harvest.source) == "tensors"
 
-    def leave_out_k(self, *, is_typed: bool) -> None:
-        """Take away the default k where a coefficient is given instead."""
-        if not is_typed and flat(self.values).get("sparsifier.coefficient") is not None:
-            self.values.k = None
+    def leave_out_replaced(self, *, typed: Collection[str]) -> None:
+        """Set to null each dial that was not typed and whose replacement (`Range.null_with`) has a value."""
+        values = flat(self.values)
+        for key, its_range in ranges(RunConfig).items():
+            if its_range.null_with and key not in typed and values.get(its_range.null_with) is not None:
+                self.values[key] = None
 
     def take_law(self) -> None:
         """Set exponent and shift to what the run that budget.zipf_from names has found."""

@@ -1,4 +1,4 @@
-"""The text of `sae-train --help`: commands, groups and keys, with the lines that config/ says about each."""
+"""The text of `sae-train --help`: commands, groups and keys, with the help line and the range of each key."""
 
 import ast
 import inspect
@@ -9,6 +9,7 @@ from sae_train import config as schema
 from sae_train.cli.compose import Offer
 from sae_train.cli.refusals import NAMES_OF_CHOICES
 from sae_train.config.launcher import GROUP, PREFIX, SlurmLauncher
+from sae_train.config.ranges import ranges
 
 INTRODUCTION = """\
 sae-train: train sparse autoencoders on the activations of language models.
@@ -36,7 +37,7 @@ Flags
 
 
 def field_lines(config_class: type) -> dict[str, str]:
-    """Return the line that stands under each field of a configuration class, its bases' included."""
+    """Return the docstring under each field of a configuration class and of its bases."""
     lines: dict[str, str] = {}
     for owner in reversed(config_class.__mro__[:-1]):
         (tree,) = ast.parse(inspect.getsource(owner)).body
@@ -48,21 +49,28 @@ def field_lines(config_class: type) -> dict[str, str]:
     return lines
 
 
+def help_lines(config_class: type) -> dict[str, str]:
+    """Return the help line of each field: the lines under it as one, then its range."""
+    found, lines = ranges(config_class), field_lines(config_class)
+    ends = {name: f"{'One of' if each.choices else 'Range'}: {each.words}." for name, each in found.items()}
+    return {name: " ".join([*line.split(), ends.get(name, "")]).strip() for name, line in lines.items()}
+
+
 def usage(offer: Offer) -> str:
-    """Return the help text for what can be set."""
-    dials = field_lines(schema.RunConfig)
+    """Return the help text of the groups and keys in `offer`."""
+    dials = help_lines(schema.RunConfig)
     text = [INTRODUCTION, "Dials (key=value)"]
     text += [_entry(key, value, dials[key]) for key, value in offer.values.items() if key not in offer.classes]
     text += ["", "Groups (group=choice), each with the keys of what it is set to now"]
     for group, config_class in offer.classes.items():
-        lines = field_lines(config_class)
+        lines = help_lines(config_class)
         text += ["", f"  {group}: {', '.join(offer.choices[group])}"]
         text += [
             _entry(f"{group}.{key}", value, lines[key])
             for key, value in offer.values[group].items()
             if f"{group}.{key}" not in NAMES_OF_CHOICES
         ]
-    lines = field_lines(SlurmLauncher)
+    lines = help_lines(SlurmLauncher)
     text += ["", f"Where a sweep is made: here, or with -m {GROUP}=slurm", "", f"  {GROUP}: slurm"]
     text += [_entry(f"{PREFIX}{key}", value, lines[key]) for key, value in offer.launcher.items()]
     return "\n".join([*text, "", FLAGS])

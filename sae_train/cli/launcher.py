@@ -70,7 +70,7 @@ def read_launcher(
     if problems:
         return None, problems
     launcher = SlurmLauncher(**merged)
-    found = launcher.problems()
+    found = launcher.problems(PREFIX)
     return (None if found else launcher), found
 
 

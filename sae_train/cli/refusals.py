@@ -268,8 +268,10 @@ NAMES_OF_CHOICES = (
     "budget.name",
     "harvest.source",
     "layer.kind",
+    "nesting.name",
     "optimizer.name",
     "parallel.layout",
+    "parametrisation.name",
     "sparsifier.name",
     "tracking.name",
 )

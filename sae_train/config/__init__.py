@@ -1,11 +1,24 @@
-"""The typed configuration: what can be set, its unit, and the checks that need no model.
+"""The typed configuration: every setting, its unit, its range, and the checks that need no model.
 
-Values live in `conf/`; these classes hold types, one line of documentation a field, and cross-field checks.
-They are never changed after loading. `null` means: the rule named in the field's line decides.
+Values live in `conf/`. These classes hold types, ranges and one help line a field, and they are never changed after
+loading. A field that is `null` is set by the rule in its help line.
+
+Where settings are checked:
+
+| check | home |
+|---|---|
+| a typed word: unknown key, wrong type, a setting that nothing reads | `cli/overrides.py` |
+| the range of one field | `Range` at the field; `ranges.py` checks them |
+| a rule between fields of one group | `conflicts` of the group's class |
+| a rule between groups | `RunConfig.conflicts` |
+| a rule in the width of the activations, memory, disk | `training/plan.py` |
+| a rule in the language model or the text | `harvest/live_checks.py`, `harvest/tensors.py` |
 """
 
+from sae_train.config.auxiliary import AuxKConfig, AuxLossConfig, AuxZipfConfig, NoAuxLossConfig
 from sae_train.config.budget import BudgetConfig, PooledBudgetConfig, UniformBudgetConfig, ZipfBudgetConfig
 from sae_train.config.dictionary import MatryoshkaConfig, NestingConfig, ParametrisationConfig
+from sae_train.config.execution import CheckpointConfig, MeshConfig, ParallelConfig, TrackingConfig, WandbConfig
 from sae_train.config.harvest import (
     BlockLayerConfig,
     DataConfig,
@@ -17,6 +30,7 @@ from sae_train.config.harvest import (
     TensorsHarvestConfig,
 )
 from sae_train.config.lanes import LaneSizes
+from sae_train.config.optimizer import OptimizerConfig
 from sae_train.config.run import RunConfig, as_dict, identity, identity_digest
 from sae_train.config.sae import SaeConfig
 from sae_train.config.source import SourceConfig
@@ -33,18 +47,6 @@ from sae_train.config.sparsifiers import (
     SparsifierConfig,
     TemporalMaskConfig,
     TopKConfig,
-)
-from sae_train.config.training import (
-    AuxKConfig,
-    AuxLossConfig,
-    AuxZipfConfig,
-    CheckpointConfig,
-    MeshConfig,
-    NoAuxLossConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrackingConfig,
-    WandbConfig,
 )
 
 __all__ = [

@@ -1,27 +1,26 @@
-"""Settings of what the dictionary is: nested or not, and what is trained of its encoder."""
+"""Settings of the dictionary: nested or not, and how its encoder is parametrised."""
 
 from dataclasses import dataclass
 from itertools import pairwise
 
+from sae_train.config.ranges import Settings
+
 
 @dataclass(kw_only=True, slots=True)
-class NestingConfig:
-    """Whether prefixes of the dictionary must reconstruct by themselves; see the subclass."""
+class NestingConfig(Settings):
+    """Whether prefixes of the dictionary must reconstruct alone; see the subclass."""
 
     name: str
-
-    def problems(self) -> list[str]:
-        return []
 
 
 @dataclass(kw_only=True, slots=True)
 class MatryoshkaConfig(NestingConfig):
-    """The first features reconstruct alone, too, and with more and more of the rest (arXiv 2503.17547)."""
+    """The first features must also reconstruct alone, and with more and more of the rest (arXiv 2503.17547)."""
 
     prefixes: list[float]
-    """Shares of the features in each prefix, ascending; the last is 1."""
+    """Sizes of the prefixes, as ascending shares of the features above 0. The last is 1."""
 
-    def problems(self) -> list[str]:
+    def conflicts(self) -> list[str]:
         given = f"nesting.prefixes={[float(f'{share:g}') for share in self.prefixes]}"
         if not self.prefixes or self.prefixes[-1] != 1:
             return [f"{given}: the last prefix must be 1, the whole dictionary."]
@@ -33,7 +32,7 @@ class MatryoshkaConfig(NestingConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class ParametrisationConfig:
-    """What is trained of the encoder: `free` rows, or `aligned` ones, whose product with the decoder's row is 1."""
+class ParametrisationConfig(Settings):
+    """How the encoder is parametrised: `free` rows, or `aligned` rows, whose product with the decoder's row is 1."""
 
     name: str

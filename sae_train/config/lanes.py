@@ -1,6 +1,6 @@
-"""How many lanes read the text, how much of it passes the language model at once, and how large their pools are.
+"""The sizes of a live harvest: lanes, contexts in a forward pass, and pools.
 
-What is left open follows from `batch_tokens`, `context_length` and what is typed, never from the number of ranks.
+A size that is null follows from `batch_tokens`, `context_length` and the typed sizes, never from the number of ranks.
 """
 
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from sae_train.config.harvest import LiveHarvestConfig
 
 MOST_LANES = 64
 USUAL_CONTEXTS = 8
-"""Contexts that pass the language model together, where the usual pool holds as many twice."""
+"""Contexts in a forward pass where the pool has room for twice as many."""
 USUAL_POOL_BATCHES = 64
 FORWARDS_A_POOL = 2
-"""Forward passes that a lane's pool holds at least: it is refilled when it is half empty."""
+"""Smallest size of a lane's pool in forward passes: a pool is refilled when it is half empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneSizes:
-    """The numbers of a live harvest, all of them decided."""
+    """The sizes of a live harvest without any null. `lane_sizes` creates it; harvest, plan and checks read it."""
 
     lanes: int
     """Independent readers of the text."""
@@ -26,7 +26,7 @@ class LaneSizes:
     context_length: int
     """Tokens a context."""
     contexts_per_forward: int
-    """Contexts of one lane that pass the language model together."""
+    """Contexts of one lane in a forward pass."""
     pool_batches: int
     """Size of all pools together, in batches."""
 
@@ -42,11 +42,12 @@ class LaneSizes:
 
 
 def lane_sizes(harvest: LiveHarvestConfig, *, batch_tokens: int) -> LaneSizes:
-    """Return the sizes as typed, and by these rules where they are null.
+    """Return the typed sizes, with those that are null set by these rules.
 
-    Lanes are the largest divisor of `batch_tokens` up to 64, fewer where a typed pool would not hold two forward
-    passes. A forward pass takes at most 8 contexts, as many as fit twice into a lane's pool of 64 batches (or of the
-    typed size), and at least one. Pools hold at least 64 batches and two forward passes of each lane.
+    - Lanes: the largest divisor of `batch_tokens` up to 64, or fewer where a typed pool would not hold two forward
+      passes.
+    - Contexts in a forward pass: 1 to 8, as many as fit twice into a lane's pool of 64 batches (or of the typed size).
+    - Pools: 64 batches, or two forward passes of each lane if that is more.
     """
     contexts, pool, length = harvest.contexts_per_forward, harvest.pool_batches, harvest.context_length
     if harvest.lanes is not None:

@@ -1,7 +1,9 @@
-"""What `hydra/launcher=slurm` asks of SLURM: the settings of a sweep's jobs, and their checks."""
+"""Settings of `hydra/launcher=slurm`: the SLURM jobs of a sweep."""
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
+
+from sae_train.config.ranges import Range, Settings
 
 GROUP = "hydra/launcher"
 PREFIX = "hydra.launcher."
@@ -9,53 +11,44 @@ OURS = {
     "array": "", "error": "", "gpus-per-task": "each task would see one GPU while its local index counts on. ",
     "open-mode": "", "output": "", "requeue": "", "signal": "",
 }  # fmt: skip
-"""Options of sbatch that are not the user's, and why, where the reason is not that this program sets them."""
+"""Options of sbatch that this program sets, with the reason where there is another one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SlurmLauncher:
-    """What each job of a sweep gets, and how the sweep is submitted."""
+class SlurmLauncher(Settings):
+    """The resources of each job of a sweep, and how the sweep is submitted."""
 
     partition: str | None
-    """Partition; null is the cluster's default."""
+    """Partition. Default: the cluster's."""
     account: str | None
-    """Account that pays; null is the user's default."""
-    hours: float
-    """Time limit of a job; a run that needs longer saves, and its job goes back into the queue."""
-    nodes: int
+    """Account that pays. Default: the user's."""
+    hours: Annotated[float, Range(above=0)]
+    """Time limit of a job, in hours. A run that needs longer saves, and its job goes back into the queue."""
+    nodes: Annotated[int, Range(at_least=1)]
     """Nodes of a job."""
-    gpus: int
-    """GPUs a node, each with a task of its own; 0 is one task a node, on CPUs."""
-    cpus_per_task: int
+    gpus: Annotated[int, Range(at_least=0)]
+    """GPUs a node, each with its own task. 0 gives one task a node, on CPUs."""
+    cpus_per_task: Annotated[int, Range(at_least=1)]
     """CPU cores of each task."""
-    memory_gb: float | None
-    """Memory a node; null is the partition's default."""
-    signal_seconds: int
-    """Seconds before the time limit at which a run is told to save; enough to write a checkpoint."""
-    max_parallel: int | None
-    """Jobs of the sweep that may run at once; null is all of them."""
+    memory_gb: Annotated[float | None, Range(above=0)]
+    """Memory a node, in GB. Default: the partition's."""
+    signal_seconds: Annotated[int, Range(at_least=1)]
+    """Seconds before the time limit at which a run is told to save. Allow enough to write a checkpoint."""
+    max_parallel: Annotated[int | None, Range(at_least=1)]
+    """Jobs of the sweep that may run at once. Default: all of them."""
     extra: dict[str, Any]
     """Further options of sbatch, as in {qos: high, constraint: h100}."""
     wait: bool
-    """Whether to stay until all jobs have ended, and tell how; false submits and returns."""
+    """Stay until all jobs have ended, and report each. false submits and returns."""
     submit: bool
-    """Whether to submit; false only writes the sweep's directory, for slurm/sweep.sbatch."""
+    """Submit the jobs. false only writes the sweep's directory, for slurm/sweep.sbatch."""
 
     @property
     def tasks_per_node(self) -> int:
         return max(1, self.gpus)
 
-    def problems(self) -> list[str]:
-        """Return what is wrong with the values."""
-        found = [
-            f"{PREFIX}{key}={getattr(self, key)}: must be at least {least}."
-            for key, least in (("nodes", 1), ("cpus_per_task", 1), ("gpus", 0), ("signal_seconds", 1),
-                               ("max_parallel", 1))
-            if getattr(self, key) is not None and getattr(self, key) < least
-        ]  # fmt: skip
-        for key in ("hours", "memory_gb"):
-            if getattr(self, key) is not None and getattr(self, key) <= 0:
-                found.append(f"{PREFIX}{key}={getattr(self, key):g}: must be positive.")
+    def conflicts(self) -> list[str]:
+        found = []
         if 0 < self.hours * 3600 <= self.signal_seconds:
             found.append(
                 f"{PREFIX}signal_seconds={self.signal_seconds}: not before the end of {PREFIX}hours={self.hours:g}. "

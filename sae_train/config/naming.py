@@ -1,19 +1,22 @@
-"""Names that a run gives to directories: how long they may be, how longer ones are cut, and which typed ones work."""
+"""Names of a run's directories: their greatest length, how longer ones are cut, and which typed names are usable."""
 
 import hashlib
 import os
 import unicodedata
 
 LONGEST_NAME = 119
-"""Bytes of a directory's name at most. File systems take 255, encrypted ones 143, and a temporary name is longer."""
+"""Largest name of a directory, in bytes. File systems take 255, encrypted ones 143, and a temporary name is longer."""
 DIGITS = 8
-"""Hex digits that stand for the rest of a name that was cut."""
+"""Hex digits at the end of a name that was cut."""
 UNUSABLE = ("Cc", "Cs", "Zl", "Zp")
-"""Unicode's categories of control characters, of bytes that are no characters, and of line ends."""
+"""Unicode categories of control characters, of bytes that are no characters, and of line ends."""
 
 
 def shortened(text: str, longest: int = LONGEST_NAME) -> str:
-    """Return `text`, cut to `longest` bytes where it is longer; it then ends in digits that depend on all of it."""
+    """Return `text`, cut to `longest` bytes where it is longer.
+
+    A name that was cut ends in hex digits of a hash of the whole text.
+    """
     raw = _bytes(text)
     if len(raw) <= longest:
         return text
@@ -22,7 +25,10 @@ def shortened(text: str, longest: int = LONGEST_NAME) -> str:
 
 
 def name_problem(name: str) -> str | None:
-    """Return why no directory below `runs` can be called `name`, a name or several joined by '/'; None if one can."""
+    """Return the problem of a name for a directory below `runs`, or None where it is usable.
+
+    A name may be several names joined by '/'.
+    """
     if any(unicodedata.category(character) in UNUSABLE for character in name):
         return f"name={name!a}: holds control characters, or bytes that are not UTF-8. Choose another name."
     try:

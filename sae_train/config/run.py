@@ -1,24 +1,27 @@
-"""All settings of a run, the checks between the groups, and what of them is its identity."""
+"""All settings of a run, the checks between the groups, and the part that is the run's identity."""
 
 import dataclasses
 import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from sae_train.config.auxiliary import AuxKConfig, AuxLossConfig, AuxZipfConfig, NoAuxLossConfig
 from sae_train.config.budget import BudgetConfig, PooledBudgetConfig
 from sae_train.config.dictionary import NestingConfig, ParametrisationConfig
+from sae_train.config.execution import CheckpointConfig, ParallelConfig, TrackingConfig
 from sae_train.config.harvest import (
     DataConfig,
     HarvestConfig,
     LayerConfig,
     LiveHarvestConfig,
     ModelConfig,
-    TensorsHarvestConfig,
 )
 from sae_train.config.lanes import LaneSizes, lane_problems
 from sae_train.config.naming import name_problem
+from sae_train.config.optimizer import OptimizerConfig
+from sae_train.config.ranges import COUNT, Range, Settings
 from sae_train.config.sae import SaeConfig
 from sae_train.config.source import SourceConfig
 from sae_train.config.sparsifiers import (
@@ -32,54 +35,41 @@ from sae_train.config.sparsifiers import (
     TemporalMaskConfig,
     TopKConfig,
 )
-from sae_train.config.training import (
-    AuxKConfig,
-    AuxLossConfig,
-    AuxZipfConfig,
-    CheckpointConfig,
-    NoAuxLossConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrackingConfig,
-)
 from sae_train.errors import raise_all
 
 PRECISIONS = ("auto", "bf16", "float32", "float64")
 
 
-LARGEST_NUMBER = 10**15
-"""Of tokens and the like: far above any run, far below what 64 bits hold."""
-
-
 @dataclass(kw_only=True, slots=True)
-class RunConfig:
-    """Everything a run is told; the dials first."""
+class RunConfig(Settings):
+    """All settings of a run, the dials first. The command line composes it; `training/run.py` splits it up."""
 
-    k: float | None
-    """Mean number of active features a token, for every sparsifier; null where sparsifier.coefficient is given."""
-    expansion: int
-    """n_features over d_model; read when n_features is null."""
-    n_features: int | None
-    """Width of the dictionary; null is expansion times d_model."""
-    tokens: int
+    k: Annotated[float | None, Range(above=0, null_with="sparsifier.coefficient")]
+    """Mean number of active features a token, for every sparsifier. null where sparsifier.coefficient is given."""
+    expansion: Annotated[int, Range(at_least=1)]
+    """n_features as a multiple of d_model, where n_features is null."""
+    n_features: Annotated[int | None, COUNT]
+    """Width of the dictionary, in features. Default: expansion x d_model."""
+    tokens: Annotated[int, COUNT]
     """Tokens to train on."""
-    batch_tokens: int
+    batch_tokens: Annotated[int, COUNT]
     """Tokens a step, over all ranks."""
-    seed: int
-    """Draws what belongs to the SAE; data.seed draws the stream."""
-    dead_window: int | None
-    """Tokens without firing after which a feature is dead; null is 10M, or a 25th of a shorter run."""
-    precision: str
-    """Of matrix products, sparse ones too: auto, bf16, float32; float64 computes everything in float64."""
-    evaluation_tokens: int | None
-    """Held-out tokens behind every exported figure; as many again set the thresholds. null is a 16th of `tokens`, at
+    seed: Annotated[int, Range(at_least=0)]
+    """Seed of the SAE's own random numbers. `data.seed` is the stream's."""
+    dead_window: Annotated[int | None, COUNT]
+    """Tokens without firing after which a feature is dead. Default: 10M, or a 25th of a shorter run."""
+    precision: Annotated[str, Range(choices=PRECISIONS, noun="precision")]
+    """Number format of matrix products. float64 computes everything in float64. auto takes bf16 where the hardware
+    is fast at it, else float32."""
+    evaluation_tokens: Annotated[int | None, COUNT]
+    """Held-out tokens behind every exported figure; as many again set the thresholds. Default: a 16th of `tokens`, at
     most 50,000 and at least two contexts (harvest=tensors: two blocks of 256 rows)."""
-    evaluate_every: int
-    """Tokens between held-out evaluations; 0 evaluates at the end only."""
-    log_every: int
+    evaluate_every: Annotated[int, Range(at_least=0)]
+    """Tokens between held-out evaluations. 0 evaluates at the end only."""
+    log_every: Annotated[int, Range(at_least=1)]
     """Tokens between rows of metrics.jsonl."""
     name: str | None
-    """Name of the run's directory; null builds one from the configuration."""
+    """Name of the run's directory. Default: made from the configuration."""
     runs: str
     """Directory that holds the runs."""
     dry_run: bool
@@ -99,29 +89,61 @@ class RunConfig:
     tracking: TrackingConfig
 
     def __post_init__(self) -> None:
-        parts = (self.model, self.data, self.harvest, self.layer, self.sparsifier, self.budget, self.nesting,
-                 self.aux_loss, self.optimizer, self.checkpoint)  # fmt: skip
-        raise_all(self.problems() + [problem for part in parts for problem in part.problems()])
+        groups = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        found = self.problems()
+        for name, group in groups.items():
+            found += group.problems(f"{name}.") if isinstance(group, Settings) else []
+        raise_all(found)
 
-    def problems(self) -> list[str]:
-        """Return what is wrong with the dials, and between the groups, as far as no model is needed."""
-        found = []
+    def conflicts(self) -> list[str]:
+        """Return a problem for each contradiction between dials and groups that needs no model to be seen."""
+        found = self._sparsity_conflicts() + self._loss_conflicts()
+        if 0 < self.tokens < self.batch_tokens:
+            found.append(f"tokens={self.tokens}: fewer than one batch of batch_tokens={self.batch_tokens}.")
+        if self.n_features is not None:
+            found += self.width_problems(self.n_features)
+        if self.name and (problem := name_problem(self.name)):
+            found.append(problem)
+        if isinstance(self.harvest, LiveHarvestConfig) and not self.harvest.problems() and self.batch_tokens > 0:
+            found += lane_problems(self.harvest, batch_tokens=self.batch_tokens)
+        return found + self._budget_conflicts() + self._fractional_problems()
+
+    def width_problems(self, n_features: int) -> list[str]:
+        """Return a problem for each k above the width of the dictionary.
+
+        Args:
+            n_features: the width, which the plan computes where only `expansion` is given.
+        """
+        given = "n_features" if self.n_features else f"expansion={self.expansion} times d_model"
+        return [
+            f"{key}={k:g}: larger than {given}={n_features}. Lower {key} or raise {given.split('=')[0]}."
+            for key, k in (("k", self.k), ("budget.start_k", self.budget.start_k))
+            if k is not None and k > n_features
+        ]
+
+    def _sparsity_conflicts(self) -> list[str]:
+        """Return the problems of a run with both k and a coefficient, or with none of them."""
         coefficient = self.sparsifier.coefficient if isinstance(self.sparsifier, PenalisedConfig) else None
-        if self.k is None and coefficient is None:
-            found.append(f"k=null: sparsifier={self.sparsifier.name} needs a k. Give a number.")
-        elif self.k is not None and coefficient is not None:
+        if coefficient is None:
+            missing = f"k=null: sparsifier={self.sparsifier.name} needs a k. Give a number."
+            return [missing] if self.k is None else []
+        found = []
+        if self.k is not None:
             found.append(
                 f"k={self.k:g} and sparsifier.coefficient={coefficient:g}: the one follows from the other. Keep one."
             )
-        elif self.k is not None and self.k <= 0:
-            found.append(f"k={self.k:g}: must be positive.")
-        if coefficient is not None and self.budget.start_k is not None:
+        if self.budget.start_k is not None:
             found.append(f"budget.start_k={self.budget.start_k:g}: sparsifier.coefficient leads to no k. Remove one.")
-        if coefficient is not None and isinstance(self.aux_loss, AuxZipfConfig):
+        if isinstance(self.aux_loss, AuxZipfConfig):
             found.append(
                 "aux_loss=aux_zipf: its law is of densities that sum to k, and sparsifier.coefficient leads to no k. "
                 "Choose another, or give k."
             )
+        return found
+
+    def _loss_conflicts(self) -> list[str]:
+        """Return the problems of an auxiliary loss or a parametrisation that does not work with the sparsifier."""
+        found = []
         if isinstance(self.sparsifier, TemporalMaskConfig) and not isinstance(self.aux_loss, NoAuxLossConfig):
             found.append(
                 f"aux_loss={self.aux_loss.name}: would teach features of sparsifier=temporal_mask in the very steps "
@@ -140,31 +162,7 @@ class RunConfig:
                 "parametrisation=aligned: is made of decoder rows of unit norm, and sparsifier.norms=free leaves them. "
                 "Add sparsifier.norms=unit, or choose parametrisation=free."
             )
-        for key in ("tokens", "batch_tokens", "expansion", "n_features", "evaluation_tokens", "log_every",
-                    "dead_window"):  # fmt: skip
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                found.append(f"{key}={value}: must be at least 1.")
-        for key in ("tokens", "batch_tokens", "n_features", "dead_window", "evaluation_tokens"):
-            value = getattr(self, key)
-            if value is not None and value > LARGEST_NUMBER:
-                found.append(f"{key}={value}: larger than {LARGEST_NUMBER:.0e}. Lower it.")
-        for key in ("evaluate_every", "seed"):
-            if getattr(self, key) < 0:
-                found.append(f"{key}={getattr(self, key)}: must not be negative.")
-        if self.data.seed < 0:
-            found.append(f"data.seed={self.data.seed}: must not be negative.")
-        if 0 < self.tokens < self.batch_tokens:
-            found.append(f"tokens={self.tokens}: fewer than one batch of batch_tokens={self.batch_tokens}.")
-        if self.precision not in PRECISIONS:
-            found.append(f"precision={self.precision}: no such precision. Choose {', '.join(PRECISIONS)}.")
-        if self.n_features is not None and self.k is not None and self.k > self.n_features:
-            found.append(f"k={self.k:g}: larger than n_features={self.n_features}. Lower k or raise n_features.")
-        if self.name and (problem := name_problem(self.name)):
-            found.append(problem)
-        if isinstance(self.harvest, LiveHarvestConfig) and not self.harvest.problems() and self.batch_tokens > 0:
-            found += lane_problems(self.harvest, batch_tokens=self.batch_tokens)
-        return found + self._budget_problems() + self._fractional_problems()
+        return found
 
     @property
     def source(self) -> SourceConfig:
@@ -188,12 +186,12 @@ class RunConfig:
 
     @property
     def lane_sizes(self) -> LaneSizes:
-        """The numbers of a live harvest, with those that are null decided."""
+        """The sizes of a live harvest, without any null."""
         return self.source.lane_sizes
 
     @property
     def reads_gradients(self) -> bool:
-        """Whether the gradient of the language model's loss comes with every activation."""
+        """Whether each activation comes with its gradient of the language model's loss."""
         return isinstance(self.sparsifier, GradientConfig) and self.sparsifier.beta > 0
 
     @property
@@ -202,7 +200,7 @@ class RunConfig:
         return self.sae.sparsity
 
     def _fractional_problems(self) -> list[str]:
-        """Return the problem of a k that is not whole where every token keeps the same number of features."""
+        """Return the problem of a k that is no whole number, where every token keeps k features."""
         if not isinstance(self.sparsifier, TopKConfig):
             return []
         given = {"k": self.k, "budget.start_k": self.budget.start_k}
@@ -213,7 +211,8 @@ class RunConfig:
             if value is not None and math.isfinite(value) and value > 0 and value != round(value)
         ]
 
-    def _budget_problems(self) -> list[str]:
+    def _budget_conflicts(self) -> list[str]:
+        """Return the problem of a budget that the sparsifier does not split, or must split."""
         split = not isinstance(self.budget, PooledBudgetConfig)
         if isinstance(self.sparsifier, FeatureChoiceConfig) and not split:
             return ["budget=pooled: feature_choice splits its budget over features. Choose budget=uniform or zipf."]
@@ -229,20 +228,20 @@ class RunConfig:
 
 
 def _values(config: RunConfig, part: type) -> dict[str, Any]:
-    """Return those fields of a run's configuration that `part` has too."""
+    """Return the fields of a run's configuration that the class `part` has, too."""
     names = {field.name for field in dataclasses.fields(part)} & {field.name for field in dataclasses.fields(config)}
     return {name: getattr(config, name) for name in names}
 
 
 def _nearest_whole(value: float) -> list[int]:
-    """Return the positive whole number next to `value`, or the two where both are as near."""
+    """Return the nearest positive whole number, or the two nearest where `value` lies half-way."""
     below = math.floor(value)
     both = [below, below + 1] if value - below == 0.5 else [round(value)]
     return [number for number in both if number >= 1] or [1]
 
 
 FREE_KEYS = ("name", "runs", "dry_run", "log_every", "evaluate_every", "checkpoint", "parallel", "tracking")
-"""Top-level keys that cannot change the exported SAE: they are not part of a run's identity."""
+"""Top-level keys that cannot change the exported SAE. They are not part of a run's identity."""
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:
@@ -253,15 +252,15 @@ def as_dict(config: RunConfig) -> dict[str, Any]:
 def identity(config: RunConfig) -> dict[str, Any]:
     """Return the part of the configuration that can change the exported SAE, before any 'auto' is resolved.
 
-    A model, corpus and layer that a run on ready-made tensors never reads are left out, and so are how far ahead it
-    harvests and the run that budgets were taken from: where it lies changes nothing.
+    A run on ready-made tensors never reads a model, text or layer, so these are left out. The prefetch and the path of
+    the run that budgets were taken from are left out, too.
     """
     values = {key: value for key, value in as_dict(config).items() if key not in FREE_KEYS}
-    if isinstance(config.harvest, TensorsHarvestConfig):
+    if not config.harvest.runs_model:
         values = {key: value for key, value in values.items() if key not in ("model", "layer")}
         values["data"] = {"seed": config.data.seed}
     values["harvest"].pop("prefetch")  # when a batch is harvested changes nothing in it
-    values["budget"].pop("zipf_from", None)  # what it gave is there
+    values["budget"].pop("zipf_from", None)  # the exponent and shift that it gave are there
     return values
 
 

@@ -1,15 +1,16 @@
-"""What belongs to one SAE of a run: its size, its sparsifier, its losses and its optimizer."""
+"""The settings of one SAE of a run: its size, its sparsifier, its losses and its optimizer."""
 
 from dataclasses import dataclass
 
+from sae_train.config.auxiliary import AuxLossConfig
 from sae_train.config.budget import BudgetConfig
 from sae_train.config.dictionary import NestingConfig, ParametrisationConfig
 from sae_train.config.harvest import LayerConfig
+from sae_train.config.optimizer import OptimizerConfig
 from sae_train.config.sparsifiers import PenalisedConfig, SparsifierConfig
-from sae_train.config.training import AuxLossConfig, OptimizerConfig
 
 USUAL_K = 32.0
-"""The k that rules in k assume where `sparsifier.coefficient` takes its place."""
+"""The k that rules assume where `sparsifier.coefficient` takes the place of k."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""Where a run's activations come from: all settings that decide the stream, for every SAE that learns from it."""
+"""The settings that decide a run's stream of activations, shared by every SAE that learns from it."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,7 @@ from sae_train.config.lanes import LaneSizes, lane_sizes
 
 MOST_HELD_OUT_TOKENS = 50_000
 TOKENS_PER_HELD_OUT = 16
-"""Tokens of training for each held-out token of a half, where `evaluation_tokens` is null."""
-HELD_OUT_BLOCK = 256
-"""Rows of files that are held out together."""
+"""Tokens of training for each held-out token of a half. It holds where `evaluation_tokens` is null."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,20 +28,19 @@ class SourceConfig:
     evaluate_every: int
     log_every: int
     reads_gradients: bool
-    """Whether the gradient of the language model's loss comes with every activation."""
+    """Whether each activation comes with its gradient of the language model's loss."""
 
     @property
     def held_out_tokens(self) -> int:
         """`evaluation_tokens`, or the number that the rule gives where it is null."""
         if self.evaluation_tokens is not None:
             return self.evaluation_tokens
-        unit = self.harvest.context_length if isinstance(self.harvest, LiveHarvestConfig) else HELD_OUT_BLOCK
-        return max(2 * unit, min(MOST_HELD_OUT_TOKENS, self.tokens // TOKENS_PER_HELD_OUT))
+        return max(2 * self.harvest.held_out_unit, min(MOST_HELD_OUT_TOKENS, self.tokens // TOKENS_PER_HELD_OUT))
 
     @property
     def lane_sizes(self) -> LaneSizes:
-        """The numbers of a live harvest, with those that are null decided."""
-        assert isinstance(self.harvest, LiveHarvestConfig)
+        """The sizes of a live harvest, without any null."""
+        assert isinstance(self.harvest, LiveHarvestConfig), "only a live harvest has lanes"
         return lane_sizes(self.harvest, batch_tokens=self.batch_tokens)
 
     @property

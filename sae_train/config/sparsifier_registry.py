@@ -29,7 +29,6 @@ SPARSIFIERS: dict[str, Entry] = {
     "topk": Entry(TopKConfig, "sae_train.sparsifiers.topk:TopK"),
     "gradient": Entry(GradientConfig, "sae_train.sparsifiers.gradient:Gradient"),
     "mutual_choice": Entry(MutualChoiceConfig, "sae_train.sparsifiers.mutual_choice:MutualChoice"),
-    "batch_topk": Entry(MutualChoiceConfig, "sae_train.sparsifiers.mutual_choice:MutualChoice"),
     "feature_choice": Entry(FeatureChoiceConfig, "sae_train.sparsifiers.feature_choice:FeatureChoice"),
     "jumprelu": Entry(JumpReLUConfig, "sae_train.sparsifiers.jumprelu:JumpReLU"),
     "gated": Entry(GatedConfig, "sae_train.sparsifiers.gated:Gated"),

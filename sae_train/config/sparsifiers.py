@@ -2,73 +2,45 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
-LARGEST_THRESHOLD = 10.0
-"""Of sparsifier=jumprelu at the start."""
-
-
-LARGEST_BETA = 1e6
-"""Of sparsifier=gradient; there the gradient's term alone decides."""
-
-
-PENALTIES = ("l0", "tanh")
-"""Of sparsifier=jumprelu."""
+from sae_train.config.ranges import SHARE, Range, Settings
 
 LONGEST_HALF_LIFE = 10**15
-"""In tokens: of more, a batch would be lost to rounding."""
+"""Tokens; with a longer half-life the importance of a batch would be lost to rounding."""
 MASKED_FROM = 0.5
-"""Probability above which a feature counts as masked where nothing is drawn: sparsifier=temporal_mask's export_mask."""
+"""Probability of being left out above which sparsifier=temporal_mask's export_mask removes a feature for good."""
 
 
 @dataclass(kw_only=True, slots=True)
-class SparsifierConfig:
+class SparsifierConfig(Settings):
     """How pre-activations become a code; see the subclasses."""
 
     name: str
-
-    def problems(self) -> list[str]:
-        return []
 
 
 @dataclass(kw_only=True, slots=True)
 class AllocatorConfig(SparsifierConfig):
     """Chooses the matches of a batch, so that there are k a token."""
 
-    revival: float
-    """How fast biases of silent features rise while the learning rate decays, in what it has lost by then; 0: not."""
-
-    def problems(self) -> list[str]:
-        return [] if self.revival >= 0 else [f"sparsifier.revival={self.revival:g}: must not be negative. 0 is off."]
+    revival: Annotated[float, Range(at_least=0, advice="0 is off.")]
+    """Bias increase per step of a silent feature, as a multiple of (peak lr - current lr). 0 turns it off."""
 
 
 @dataclass(kw_only=True, slots=True)
 class TopKConfig(AllocatorConfig):
     """Each token keeps its k largest affinities (Gao et al. 2024, arXiv 2406.04093)."""
 
-    multi_weight: float
-    """Weight of the loss of a reconstruction from 4 k matches a token (Multi-TopK: 0.125); 0 leaves it out."""
-
-    def problems(self) -> list[str]:
-        found = AllocatorConfig.problems(self)
-        if self.multi_weight < 0:
-            found.append(
-                f"sparsifier.multi_weight={self.multi_weight:g}: must not be negative. Multi-TopK's is 0.125, 0 is off."
-            )
-        return found
+    multi_weight: Annotated[float, Range(at_least=0, advice="Multi-TopK's is 0.125, 0 is off.")]
+    """Weight of a second loss, of a reconstruction from 4 k matches a token (Multi-TopK: 0.125). 0 turns it off."""
 
 
 @dataclass(kw_only=True, slots=True)
 class GradientConfig(TopKConfig):
-    """As topk, but affinities that the language model's loss heeds count for more in the choice (arXiv 2411.10397)."""
+    """As topk; affinities with more effect on the language model's loss rank higher (arXiv 2411.10397)."""
 
-    beta: float
-    """Weight of a feature's effect on the loss, its mean over the batch being 1; 0 is topk, without gradients."""
-
-    def problems(self) -> list[str]:
-        found = TopKConfig.problems(self)
-        if not 0 <= self.beta <= LARGEST_BETA:
-            found.append(f"sparsifier.beta={self.beta:g}: must be 0 to {LARGEST_BETA:g}. 1 is the default, 0 is topk.")
-        return found
+    beta: Annotated[float, Range(at_least=0, at_most=1e6, advice="1 is the default, 0 is topk.")]
+    """Weight of a feature's effect on the loss, relative to the batch's mean effect. 0 is topk, without gradients."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,68 +52,42 @@ class MutualChoiceConfig(AllocatorConfig):
 class FeatureChoiceConfig(AllocatorConfig):
     """Each feature keeps its m_j largest affinities of the batch (arXiv 2411.02124)."""
 
-    after: float
-    """Share of the tokens, from 0 to below 1, that is trained as Mutual Choice first."""
-
-    def problems(self) -> list[str]:
-        found = AllocatorConfig.problems(self)
-        if not 0 <= self.after <= 1:
-            found.append(f"sparsifier.after={self.after}: a share of the tokens, from 0 to below 1.")
-        return found
+    after: Annotated[float, SHARE]
+    """Share of the tokens that is first trained as Mutual Choice, below 1."""
 
 
 @dataclass(kw_only=True, slots=True)
 class PenalisedConfig(SparsifierConfig):
-    """Sparsity has a price, which is steered so that L0 comes to k."""
+    """A penalty on activity makes codes sparse; its coefficient is steered so that L0 meets k."""
 
-    coefficient: float | None
-    """The price; null steers it so that L0 comes to k. Where it is given there is no k."""
-    settle: float
-    """Share of the tokens, 0 to 1, over which L0 is led from where it begins to k (the price from 0 to coefficient)."""
-
-    def problems(self) -> list[str]:
-        found = []
-        if not 0 <= self.settle <= 1:
-            found.append(f"sparsifier.settle={self.settle}: a share of the tokens, 0 to 1.")
-        if self.coefficient is not None and self.coefficient <= 0:
-            found.append(f"sparsifier.coefficient={self.coefficient:g}: must be positive.")
-        return found
+    coefficient: Annotated[float | None, Range(above=0)]
+    """Factor of the penalty; k then has no value. Default: steered so that L0 meets k."""
+    settle: Annotated[float, SHARE]
+    """Share of the tokens over which L0 moves from its first value to k (or the factor from 0 to coefficient)."""
 
 
 @dataclass(kw_only=True, slots=True)
 class JumpReLUConfig(PenalisedConfig):
-    """A feature fires above a threshold that it learns (arXiv 2407.14435)."""
+    """A feature fires above a threshold that is learned (arXiv 2407.14435)."""
 
-    penalty: str
-    """What the price is of: l0, the number of matches; tanh, a smooth stand-in."""
-    steepness: float | None
-    """c in tanh(c value); null is 4 sqrt(d_model). Read by penalty=tanh alone."""
-    threshold: float
+    penalty: Annotated[str, Range(choices=("l0", "tanh"), noun="penalty")]
+    """What the penalty is on: l0, the number of matches; or tanh, a smooth approximation of it."""
+    steepness: Annotated[float | None, Range(above=0)]
+    """c in tanh(c value), for penalty=tanh alone. Default: 4 sqrt(d_model)."""
+    threshold: Annotated[float, Range(above=0, at_most=10)]
     """Every threshold at the start, as a share of the activations' root mean square norm."""
-    threshold_rate: float
-    """Of the logarithms of the thresholds, as a share of the learning rate."""
-    bandwidth: float
-    """Width about its threshold in which a feature's threshold learns, in the same unit."""
+    threshold_rate: Annotated[float, Range(above=0)]
+    """Learning rate of the logarithms of the thresholds, as a share of the learning rate."""
+    bandwidth: Annotated[float, Range(above=0)]
+    """Width of the straight-through estimator around a threshold, in the unit of threshold."""
 
-    def problems(self) -> list[str]:
-        found = PenalisedConfig.problems(self)
-        if self.penalty not in PENALTIES:
-            found.append(f"sparsifier.penalty={self.penalty}: no such penalty. Choose {' or '.join(PENALTIES)}.")
-        elif self.penalty != "tanh" and self.steepness is not None:
-            found.append(
+    def conflicts(self) -> list[str]:
+        if self.penalty == "l0" and self.steepness is not None:
+            return [
                 f"sparsifier.steepness={self.steepness:g}: sparsifier.penalty={self.penalty} never reads it. Remove "
                 "it, or choose sparsifier.penalty=tanh."
-            )
-        for key in ("steepness", "threshold", "threshold_rate", "bandwidth"):
-            value = getattr(self, key)
-            if value is not None and value <= 0:
-                found.append(f"sparsifier.{key}={value:g}: must be positive.")
-        if self.threshold > LARGEST_THRESHOLD:
-            found.append(
-                f"sparsifier.threshold={self.threshold:g}: no pre-activation is that large, their unit is the "
-                f"activations' root mean square norm. Give at most {LARGEST_THRESHOLD:g}."
-            )
-        return found
+            ]
+        return []
 
 
 @dataclass(kw_only=True, slots=True)
@@ -151,85 +97,56 @@ class GatedConfig(PenalisedConfig):
 
 @dataclass(kw_only=True, slots=True)
 class ReLUConfig(PenalisedConfig):
-    """A feature fires where its pre-activation is positive; values have a price (L1)."""
+    """A feature fires where its pre-activation is positive; the penalty is on values (L1)."""
 
-    norms: str
-    """Of decoder rows: free, and values weigh in with them; or unit."""
-
-    def problems(self) -> list[str]:
-        found = PenalisedConfig.problems(self)
-        if self.norms not in ("free", "unit"):
-            found.append(f"sparsifier.norms={self.norms}: no such norms. Choose free or unit.")
-        return found
+    norms: Annotated[str, Range(choices=("free", "unit"), noun="norms")]
+    """Norms of decoder rows: free, with values weighted by them in the penalty; or unit."""
 
 
 @dataclass(kw_only=True, slots=True)
 class PAnnealConfig(PenalisedConfig):
-    """As relu with unit norms; the price is of values to the power p, which falls from 1 (arXiv 2408.00113)."""
+    """As relu with unit norms; the penalty is on values to the power p, which falls from 1 (arXiv 2408.00113)."""
 
-    start: float
-    """Share of the tokens, 0 to 1, after which p falls."""
-    end: float
-    """p at the end, above 0 and at most 1."""
-    changes: int
-    """In how many equal steps it falls."""
-
-    def problems(self) -> list[str]:
-        found = PenalisedConfig.problems(self)
-        if not 0 <= self.start <= 1:
-            found.append(f"sparsifier.start={self.start}: a share of the tokens, 0 to 1.")
-        if not 0 < self.end <= 1:
-            found.append(f"sparsifier.end={self.end}: must be above 0 and at most 1.")
-        if self.changes < 1:
-            found.append(f"sparsifier.changes={self.changes}: must be at least 1.")
-        return found
+    start: Annotated[float, SHARE]
+    """Share of the tokens after which p falls."""
+    end: Annotated[float, Range(above=0, at_most=1)]
+    """p at the end."""
+    changes: Annotated[int, Range(at_least=1)]
+    """Number of equal steps in which p falls."""
 
 
 @dataclass(kw_only=True, slots=True)
 class TemporalMaskConfig(PenalisedConfig):
-    """As relu with unit norms; features of little importance so far are left out at random (ATM, arXiv 2510.08855)."""
+    """As relu with unit norms; unimportant features are left out of steps at random (ATM, arXiv 2510.08855)."""
 
-    deviations: float
-    """c: standard deviations, over features, that the threshold of importance lies above the mean importance."""
-    strength: float
-    """r: a feature of no importance is left out of a step with probability 1 - exp(-r), at most 0.9."""
-    half_life: int | None
-    """Tokens after which what a feature did counts half in its importance; null is 140k, at most an 8th of the run."""
-    warmup: float
-    """Share of the tokens, 0 to 1, before any feature is left out."""
-    ramp: float
-    """Share of the tokens after that, over which r rises from 0."""
+    deviations: Annotated[float, Range(at_least=0)]
+    """c: the threshold of importance lies c standard deviations over features above the mean importance."""
+    strength: Annotated[float, Range(above=0)]
+    """r: a feature without importance is left out of a step with probability 1 - exp(-r), at most 0.9."""
+    half_life: Annotated[int | None, Range(at_least=1, at_most=LONGEST_HALF_LIFE)]
+    """Tokens after which a feature's effect counts half in its importance. Default: 140k, at most an 8th of the run."""
+    warmup: Annotated[float, SHARE]
+    """Share of the tokens before any feature is left out."""
+    ramp: Annotated[float, SHARE]
+    """Share of the tokens after warmup, over which r rises from 0."""
     export_mask: bool
-    """Whether the exported SAE leaves out for good what would be left out of more than half of the steps."""
+    """Remove from the exported SAE the features that would be left out of more than half of the steps."""
 
-    def problems(self) -> list[str]:
-        found = PenalisedConfig.problems(self)
-        found += [
-            f"sparsifier.{key}={getattr(self, key)}: a share of the tokens, 0 to 1."
-            for key in ("warmup", "ramp")
-            if not 0 <= getattr(self, key) <= 1
-        ]
-        if not found and self.warmup + self.ramp > 1:
-            found.append(
-                f"sparsifier.warmup={self.warmup:g} and sparsifier.ramp={self.ramp:g}: together longer than the run. "
-                "Lower one."
-            )
-        elif self.warmup == 1:
+    def conflicts(self) -> list[str]:
+        found = []
+        if self.warmup == 1:
             found.append(
                 "sparsifier.warmup=1: no feature would ever be left out. Lower it, or choose sparsifier=relu "
                 "sparsifier.norms=unit."
             )
-        if self.deviations < 0:
-            found.append(f"sparsifier.deviations={self.deviations:g}: must not be negative.")
-        if self.strength <= 0:
-            found.append(f"sparsifier.strength={self.strength:g}: must be positive.")
-        elif self.export_mask and 1 - math.exp(-self.strength) <= MASKED_FROM:
+        elif max(self.warmup, self.ramp) <= 1 < self.warmup + self.ramp:
+            found.append(
+                f"sparsifier.warmup={self.warmup:g} and sparsifier.ramp={self.ramp:g}: together longer than the run. "
+                "Lower one."
+            )
+        if self.export_mask and self.strength > 0 and 1 - math.exp(-self.strength) <= MASKED_FROM:
             found.append(
                 f"sparsifier.export_mask=true: with sparsifier.strength={self.strength:g} no feature is ever left out "
                 f"of more than half of the steps. Give a strength above {math.log(2):.3g}, or remove it."
             )
-        if self.half_life is not None and self.half_life < 1:
-            found.append(f"sparsifier.half_life={self.half_life}: must be at least 1.")
-        elif self.half_life is not None and self.half_life > LONGEST_HALF_LIFE:
-            found.append(f"sparsifier.half_life={self.half_life}: larger than {LONGEST_HALF_LIFE:.0e}. Lower it.")
         return found

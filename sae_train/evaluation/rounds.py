@@ -1,4 +1,4 @@
-"""Held-out batches in rounds: in each, every rank brings its next batch, or none."""
+"""Held-out batches in rounds: in each round every rank brings its next batch, or none."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,10 +9,10 @@ from sae_train.ranks.interface import Ranks
 
 
 class Round(NamedTuple):
-    """One turn of all ranks."""
+    """One batch of every rank. `rounds` creates it; evaluation and calibration read it."""
 
     batch: HeldOutBatch | None
-    """This rank's, None where it has no more."""
+    """This rank's batch; None where it has no more."""
     n_tokens: int
     """Kept tokens of all ranks' batches."""
 

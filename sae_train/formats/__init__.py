@@ -1,1 +1,1 @@
-"""File formats of an exported SAE: ours (native.py); foreign ones get a file each."""
+"""File formats of an exported SAE: a typed manifest, our own files (native.py), and a file for each foreign format."""

@@ -1,4 +1,4 @@
-"""Writing files so that a kill, a full disk or a power cut leaves the old file or the new one, never a half."""
+"""Durable writes: a kill, a full disk or a power cut leaves the old file or the new one, never a part of it."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from sae_train.errors import CheckpointError
 
 @contextmanager
 def explained(path: Path, *, what: str = "written") -> Iterator[None]:
-    """Turn the file system's refusals under `path` into a message for the user: it cannot be `what`."""
+    """Turn errors of the file system under `path` into a message for the user: it cannot be `what`."""
     try:
         yield
     except OSError as error:
@@ -21,7 +21,10 @@ def explained(path: Path, *, what: str = "written") -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text`, durably and in one move. Bytes of an argument that are not UTF-8 stay as they were."""
+    """Replace the file `path` by one that holds `text`, durably, by a rename.
+
+    Bytes of a command line argument that are not UTF-8 are written as they were.
+    """
     partial = path.with_name(f".{path.name}.partial")
     with explained(path.parent):
         try:
@@ -45,5 +48,5 @@ def sync_file(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Return once the directory's names are on the disk."""
+    """Return once the names in the directory are on the disk."""
     sync_file(path)

@@ -1,8 +1,8 @@
 """Our own format: `sae.safetensors` and `sae.json`, as a run leaves them in `saes/NAME/`.
 
 Tensors, all fp32 and in raw activation units: `W_enc` [d_model, n_features], `b_enc` [n_features],
-`W_dec` [n_features, d_model] with unit rows, `b_dec` [d_model], `threshold` [n_features]. They are written as they come
-from the ranks, so that no rank ever holds more than its own features and a piece of another's.
+`W_dec` [n_features, d_model] with unit rows, `b_dec` [d_model], `threshold` [n_features]. The ranks send them in
+pieces, so that no rank ever holds more than its own features and a piece of another rank's.
 """
 
 import json
@@ -10,6 +10,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,55 +21,48 @@ from torch import Tensor
 
 from sae_train.errors import CheckpointError
 from sae_train.formats.durable import explained, sync_directory, write_text
+from sae_train.formats.manifest import SaeManifest
 from sae_train.phases import SILENT, Phases
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.autoencoder import SparseAutoencoder
 
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-FORMAT_VERSION = 1
 PIECE_BYTES = 16 * 2**20
-"""About as many bytes of a file are held at a time, beside the shard."""
+"""Bytes of a file that are held at a time besides the shard, about."""
 
 
 def save(
     sae: SparseAutoencoder,
     directory: Path,
     *,
-    facts: dict[str, Any],
-    n_features: int,
+    manifest: SaeManifest,
     ranks: Ranks,
     phases: Phases = SILENT,
 ) -> None:
-    """Write an autoencoder whose features the ranks of a row share, and what is known of it. Collective.
+    """Write an SAE whose features the ranks of a row share, and its manifest. Collective.
 
-    The first rank writes; the JSON file comes last, so a directory with it is whole.
+    The first rank writes. The JSON file comes last, so a directory that holds it is complete.
 
     Args:
         sae: this rank's features, and the whole `b_dec`.
-        facts: JSON values for sae.json beside the rule (site, model, tokens, dataset, figures ...).
-        n_features: of the whole dictionary.
+        manifest: the content of sae.json; its `n_features` is the width of the whole dictionary.
         ranks: the grid.
-        phases: told of each piece that is written.
+        phases: receives the progress, in bytes.
 
     Raises:
         CheckpointError: the directory cannot be written; on every rank.
     """
-    pieces = _reported(_pieces(sae, n_features=n_features, ranks=ranks), phases)
+    stated = (manifest.inference, manifest.k, manifest.d_model)
+    assert stated == (sae.inference, sae.k, sae.d_model), "the manifest of another SAE"
+    pieces = _reported(_pieces(sae, n_features=manifest.n_features, ranks=ranks), phases)
     problem: CheckpointError | None = None
     if ranks.is_first:
-        rule = {
-            "format_version": FORMAT_VERSION,
-            "inference": sae.inference,
-            "k": sae.k,
-            "d_model": sae.d_model,
-            "n_features": n_features,
-        }
         try:
-            _write(directory, _header(sae.d_model, n_features), pieces)
-            write_text(directory / "sae.json", json.dumps(rule | facts, indent=2) + "\n")
+            _write(directory, _header(manifest.d_model, manifest.n_features), pieces)
+            write_text(directory / "sae.json", json.dumps(manifest.as_json(), indent=2) + "\n")
         except CheckpointError as error:
             problem = error
-    deque(pieces, maxlen=0)  # what nobody writes still has to be handed round
+    deque(pieces, maxlen=0)  # after an error the rest is not written, and the other ranks still send it
     ranks.raise_together(problem)
 
 
@@ -95,7 +89,7 @@ def _shapes(d_model: int, n_features: int) -> dict[str, tuple[int, ...]]:
 
 
 def _header(d_model: int, n_features: int) -> bytes:
-    """Return what a safetensors file begins with: the length of a JSON text, and the text, padded to 8 bytes."""
+    """Return the header of a safetensors file: the length of a JSON text, and the text, padded to 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "sae-train"}}
     offset = 0
     for name, shape in _shapes(d_model, n_features).items():
@@ -108,7 +102,7 @@ def _header(d_model: int, n_features: int) -> bytes:
 
 
 def _write(directory: Path, header: bytes, pieces: Iterator[Tensor]) -> None:
-    """Put `sae.safetensors` into a directory durably and in one move."""
+    """Write `sae.safetensors` durably under a temporary name, then rename it."""
     with explained(directory):
         directory.mkdir(parents=True, exist_ok=True)
         partial = directory / ".sae.safetensors.partial"
@@ -139,7 +133,7 @@ def _pieces(sae: SparseAutoencoder, *, n_features: int, ranks: Ranks) -> Iterato
 
 
 def _shards(own: Tensor, n_features: int, row: Ranks) -> Iterator[Tensor]:
-    """Yield the rows of a tensor that is spread over ranks by its first dimension."""
+    """Yield the rows of a tensor that is sharded over ranks by its first dimension. Collective."""
     own = own.detach().float()
     step = max(1, PIECE_BYTES // (4 * math.prod(own.shape[1:])))
     for column, (low, high) in enumerate(row.slices(n_features)):
@@ -154,31 +148,49 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> SparseAutoe
 
     Args:
         path: a run's directory (`runs/NAME`), or a directory with `sae.safetensors` and `sae.json`.
-        device: where its tensors go.
+        device: the device of its tensors.
 
     Returns:
-        The SAE in eval mode, fp32, on raw activations. Its `config` holds sae.json.
+        The SAE in eval mode, fp32, on raw activations. Its `config` is the content of sae.json.
 
     Raises:
-        CheckpointError: nothing whole is there, or a run holds several SAEs.
+        CheckpointError: the directory holds no complete export, or a run's directory holds several.
     """
     directory = find(Path(path))
-    file, notes = directory / "sae.safetensors", directory / "sae.json"
+    config, manifest = _read(directory)
+    with _explained(directory):
+        tensors = load_file(str(directory / "sae.safetensors"), device=str(device))
+    _check(directory, manifest, tensors)
+    sae = SparseAutoencoder(
+        **{name: tensors[name] for name in TENSORS}, k=manifest.k, inference=manifest.inference, config=config
+    )
+    return sae.eval()
+
+
+def read_manifest(path: str | Path) -> SaeManifest:
+    """Return the manifest of an exported SAE; `path` and errors are those of `load`."""
+    return _read(find(Path(path)))[1]
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], SaeManifest]:
+    """Return the content of sae.json as it stands there, and as a manifest."""
+    with _explained(directory):
+        config: dict[str, Any] = json.loads((directory / "sae.json").read_text(encoding="utf-8"))
     try:
-        config = json.loads(notes.read_text(encoding="utf-8"))
-        tensors = load_file(str(file), device=str(device))
+        return config, SaeManifest.from_json(config)
+    except ValueError as error:
+        raise CheckpointError(f"{directory}: {error}.") from error
+
+
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    """Turn errors of reading a file into a message for the user."""
+    try:
+        yield
     except (OSError, ValueError, SafetensorError) as error:  # ValueError: not JSON, not UTF-8
         raise CheckpointError(
             f"{directory}: not a readable SAE: {error}. Export it again, or give another path."
         ) from error
-    _check(directory, config, tensors)
-    sae = SparseAutoencoder(
-        **{name: tensors[name] for name in TENSORS},
-        k=float(config["k"]),
-        inference=str(config["inference"]),
-        config=config,
-    )
-    return sae.eval()
 
 
 def find(path: Path) -> Path:
@@ -196,19 +208,15 @@ def find(path: Path) -> Path:
     raise CheckpointError(f"{path}: holds no exported SAE (saes/NAME/sae.json). A run writes it when it finishes.")
 
 
-def _check(directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Refuse files whose tensors are missing, misshapen, or contradict their notes."""
-    missing = [name for name in TENSORS if name not in tensors] + [
-        key for key in ("k", "inference") if key not in config
-    ]
+def _check(directory: Path, manifest: SaeManifest, tensors: dict[str, Tensor]) -> None:
+    """Refuse files whose tensors are missing, or do not have the shapes of the manifest."""
+    missing = [name for name in TENSORS if name not in tensors]
     if missing:
         raise CheckpointError(f"{directory}: lacks {', '.join(missing)}; this is not a sae-train export.")
-    d_model, n_features = tensors["W_enc"].shape if tensors["W_enc"].dim() == 2 else (-1, -1)
-    shapes = _shapes(d_model, n_features)
+    shapes = _shapes(manifest.d_model, manifest.n_features)
     wrong = [f"{name} {list(tensors[name].shape)}" for name in TENSORS if tuple(tensors[name].shape) != shapes[name]]
     if wrong:
-        raise CheckpointError(f"{directory}: shapes do not fit together: {', '.join(wrong)}.")
-    if config["inference"] not in ("threshold", "topk"):
-        raise CheckpointError(f"{directory}: inference={config['inference']!r}: not a rule this version knows.")
-    if not isinstance(config["k"], int | float) or not math.isfinite(config["k"]):
-        raise CheckpointError(f"{directory}: k={config['k']!r}: must be a finite number.")
+        raise CheckpointError(
+            f"{directory}: shapes do not fit d_model={manifest.d_model} and n_features={manifest.n_features} of "
+            f"sae.json: {', '.join(wrong)}. Export it again, or give another path."
+        )

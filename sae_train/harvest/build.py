@@ -1,73 +1,75 @@
-"""The way in: what a stream will be (`check_stream`, before weights) and the stream itself (`build_stream`).
+"""The way in: the facts of a stream before weights are loaded (`check_stream`), and the stream (`build_stream`).
 
-What needs transformers is imported where activations come from a language model: it takes longer than a short run.
+Modules that need transformers are imported only where activations come from a language model. Their import takes longer
+than a short run.
 """
 
-from typing import TYPE_CHECKING
-
-import torch
-
-from sae_train.config import LiveHarvestConfig, RunConfig, TensorsHarvestConfig
-from sae_train.harvest.findings import Findings
-from sae_train.harvest.shares import check_batch
-from sae_train.harvest.stream import Stream, StreamFacts, prefetch_of, row_width, run_dtype, whole_batches
-from sae_train.harvest.tensors import TensorStream, plan_rows
+from sae_train.config import TensorsHarvestConfig
+from sae_train.config.source import SourceConfig
+from sae_train.harvest.checks import Findings, check_batch
+from sae_train.harvest.row_plan import RowPlan, plan_rows
+from sae_train.harvest.stream import Stream, StreamFacts, prefetch_of, row_bytes, whole_batches
+from sae_train.harvest.tensors import TensorStream
 from sae_train.phases import SILENT, Phases
 from sae_train.ranks.interface import Ranks
-
-if TYPE_CHECKING:
-    from sae_train.harvest.corpus import Corpus
 
 __all__ = ["Stream", "StreamFacts", "build_stream", "check_stream"]
 
 
-def build_stream(
-    config: RunConfig, *, ranks: Ranks, dtype: torch.dtype, phases: Phases = SILENT, corpus: "Corpus | None" = None
-) -> Stream:
-    """Open data and language model; nothing is harvested before `start` or `restore`.
-
-    Args:
-        config: the run.
-        ranks: who reads which lanes.
-        dtype: of pools and batches: float64 under precision=float64, else fp32.
-        phases: told of what takes long.
-        corpus: local text that `check_stream` has opened; None: open it here.
-
-    Raises:
-        ConfigError, DataError: see `check_stream`.
-    """
-    assert dtype == run_dtype(config.precision)
-    if isinstance(config.harvest, TensorsHarvestConfig):
-        return TensorStream(config, ranks=ranks)
-    from sae_train.harvest.live import LiveStream
-
-    return LiveStream(config, ranks=ranks, phases=phases, corpus=corpus)
-
-
-def check_stream(config: RunConfig, *, n_ranks: int, phases: Phases = SILENT) -> StreamFacts:
-    """Check all that can be checked without weights and before heavy work, and return what is then known.
+def check_stream(source: SourceConfig, *, n_ranks: int, phases: Phases = SILENT) -> StreamFacts:
+    """Return the facts of a stream, after every check that needs neither weights nor heavy work.
 
     Raises:
         ConfigError, DataError: with every independent finding, one a line.
     """
-    if isinstance(config.harvest, TensorsHarvestConfig):
-        return _check_tensors(config, n_ranks=n_ranks)
-    assert isinstance(config.harvest, LiveHarvestConfig)
-    from sae_train.harvest.live_checks import check_live
+    if source.harvest.runs_model:
+        from sae_train.harvest.live_checks import check_live
 
-    return check_live(config, config.harvest, n_ranks=n_ranks, phases=phases)
+        return check_live(source, n_ranks=n_ranks, phases=phases)
+    return _check_tensors(source, n_ranks=n_ranks)
 
 
-def _check_tensors(config: RunConfig, *, n_ranks: int) -> StreamFacts:
-    assert isinstance(config.harvest, TensorsHarvestConfig)
+def build_stream(
+    source: SourceConfig, *, ranks: Ranks, phases: Phases = SILENT, facts: StreamFacts | None = None
+) -> Stream:
+    """Return a stream whose data and language model are open. It harvests nothing before `start` or `restore`.
+
+    Args:
+        source: the settings of the stream.
+        ranks: the ranks that share the lanes.
+        phases: shows the progress.
+        facts: from `check_stream` of the same settings; the stream continues with what was opened there. None: check
+            now.
+
+    Raises:
+        ConfigError, DataError: see `check_stream`.
+    """
+    facts = facts or check_stream(source, n_ranks=ranks.size, phases=phases)
+    if isinstance(facts.opened, RowPlan):
+        return TensorStream(source, facts.opened, ranks=ranks)
+    from sae_train.harvest.live import LiveStream
+
+    assert facts.opened is not None
+    return LiveStream(source, facts.opened, ranks=ranks, phases=phases)
+
+
+def _check_tensors(source: SourceConfig, *, n_ranks: int) -> StreamFacts:
+    assert isinstance(source.harvest, TensorsHarvestConfig)
     findings = Findings()
-    findings.collect(lambda: check_batch(config.batch_tokens, n_ranks))
-    plan = findings.collect(lambda: plan_rows(config))
+    findings.collect(lambda: check_batch(source.batch_tokens, n_ranks))
+    plan = findings.collect(lambda: plan_rows(source))
     findings.raise_any()
     assert plan is not None
-    prefetch = prefetch_of(config)
-    steps = whole_batches(config) // config.batch_tokens
-    batch = config.batch_tokens * row_width(config, plan.d_model) * run_dtype(config.precision).itemsize
-    record: dict[str, str | int | None] = {"data": config.harvest.path, "rows": plan.n_training}
-    return StreamFacts(d_model=plan.d_model, label="tensors", n_blocks=None, pool_bytes=0, flops_per_token=0,
-                       record=record, prefetch=prefetch, ahead_bytes=min(prefetch, steps) * batch)  # fmt: skip
+    prefetch = prefetch_of(source)
+    steps = whole_batches(source) // source.batch_tokens
+    return StreamFacts(
+        d_model=plan.d_model,
+        label="tensors",
+        n_blocks=None,
+        pool_bytes=0,
+        flops_per_token=0,
+        record={"data": source.harvest.path, "rows": plan.n_training},
+        prefetch=prefetch,
+        ahead_bytes=min(prefetch, steps) * source.batch_tokens * row_bytes(source, plan.d_model),
+        opened=plan,
+    )

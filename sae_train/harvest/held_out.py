@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from sae_train.config.harvest import HELD_OUT_BLOCK
 from sae_train.errors import DataError
 from sae_train.harvest.corpus import Part
+from sae_train.harvest.filter import check_finite, trainable, within
 from sae_train.harvest.lanes import Packer
-from sae_train.harvest.scaling import row_norms
 from sae_train.ranks.interface import Ranks
 
 if TYPE_CHECKING:
     from sae_train.harvest.language_model import LanguageModel, Tokenizer
+    from sae_train.harvest.tensor_files import TensorTable
 
 Half = Literal["calibration", "evaluation"]
 HALVES: tuple[Half, Half] = ("calibration", "evaluation")
+_BLOCKS_A_BATCH = 16
+"""Blocks of rows of files that are read together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +93,7 @@ class TextHeldOut(HeldOut):
             raw_BTD = self._language_model.activations(ids_BT)
         kept_BT = trainable(ids_BT, self._tokenizer)
         check_finite(raw_BTD[kept_BT], site=self._site, language_model=self._language_model)
-        kept_BT &= row_norms(raw_BTD) <= self.limit
+        kept_BT &= within(raw_BTD, limit=self.limit)
         context_B = torch.tensor(chosen, device=device)
         return HeldOutBatch(
             raw_ND=raw_BTD[kept_BT].float(),
@@ -147,15 +151,33 @@ class HeldOutContexts:
         return True
 
 
-def trainable(ids_BT: Tensor, tokenizer: "Tokenizer") -> Tensor:
-    """Return [B, T] bool: neither special tokens nor the first position, where models park attention."""
-    special = torch.tensor(tokenizer.special_ids, dtype=ids_BT.dtype, device=ids_BT.device)
-    kept_BT = ~torch.isin(ids_BT, special)
-    kept_BT[:, 0] = False
-    return kept_BT
+class TensorHeldOut(HeldOut):
+    """Rows `first` and on of a table of files, in blocks of 256 that count as contexts."""
 
+    def __init__(self, table: "TensorTable", *, first: int, ranks: Ranks) -> None:
+        self.table, self.first = table, first
+        self._ranks = ranks
 
-def check_finite(raw_NW: Tensor, *, site: str, language_model: "LanguageModel") -> None:
-    """Refuse activations, and gradients where the rows hold them, that are not finite."""
-    if not torch.isfinite(raw_NW).all():
-        raise DataError(f"{site}: {language_model.why_not_finite()}")
+    def batches(self, half: Half, *, max_tokens: int, with_logits: bool = False) -> Iterator[HeldOutBatch]:
+        blocks = self._blocks(half, max_tokens)
+        for number, start in enumerate(range(0, len(blocks), _BLOCKS_A_BATCH)):
+            if number % self._ranks.size == self._ranks.rank:
+                yield self._read(blocks[start : start + _BLOCKS_A_BATCH])
+
+    def n_tokens(self, half: Half, *, max_tokens: int) -> int:
+        return len(self._rows_of(self._blocks(half, max_tokens)))
+
+    def _blocks(self, half: Half, max_tokens: int) -> range:
+        n_blocks = -(-(self.table.n_rows - self.first) // HELD_OUT_BLOCK)
+        return range(HALVES.index(half), n_blocks, 2)[: -(-max_tokens // HELD_OUT_BLOCK)]
+
+    def _rows_of(self, blocks: range) -> Tensor:
+        index_N = (torch.tensor(blocks)[:, None] * HELD_OUT_BLOCK + torch.arange(HELD_OUT_BLOCK)).flatten()
+        return index_N[index_N < self.table.n_rows - self.first]
+
+    def _read(self, blocks: range) -> HeldOutBatch:
+        index_N = self._rows_of(blocks)
+        raw_ND = self.table.rows(index_N + self.first).to(self._ranks.device)
+        kept_N = within(raw_ND, limit=self.limit)
+        context_N = (index_N // HELD_OUT_BLOCK).to(raw_ND.device)[kept_N]
+        return HeldOutBatch(raw_ND=raw_ND[kept_N].float(), context_N=context_N, ids_BT=None, kept_BT=None)

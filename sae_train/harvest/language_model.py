@@ -13,9 +13,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar, set_tqdm_hook
 
-from sae_train.config import ModelConfig, RunConfig
+from sae_train.config import ModelConfig
+from sae_train.config.source import SourceConfig
 from sae_train.errors import ConfigError, DataError
-from sae_train.harvest.checkpoints import check_quantised, load_error, loader_of, read_model_config, source_of
+from sae_train.harvest.checkpoints import load_error, loader_of, source_of
 from sae_train.harvest.families import text_part
 from sae_train.harvest.hooks import hooked, run_until
 from sae_train.harvest.hub import hub_error, missing_library
@@ -73,14 +74,19 @@ class LanguageModel:
         model: the Hugging Face module, in eval mode, without gradients.
     """
 
-    def __init__(self, config: RunConfig, *, device: torch.device, facts: SiteFacts | None = None,
+    def __init__(self, source: SourceConfig, *, device: torch.device, facts: SiteFacts | None = None,
                  phases: Phases = SILENT) -> None:  # fmt: skip
-        self.facts = facts or site_facts(config)
-        settings = read_model_config(config.model)
+        """Args:
+        source: names the model and the site.
+        device: where the model runs.
+        facts: from `site_facts(source)`; None: find them here.
+        phases: shows the progress.
+        """
+        self.facts = facts or site_facts(source)
         self.has_loss = self.facts.has_loss
         self.device = device
         with _reported(phases):
-            self.model = _load(config.model, settings, device)
+            self.model = _load(source.model, self.facts, device)
         self.model = self.model.eval().requires_grad_(False)
         for part in (self.model.config, text_part(self.model.config)):
             part.use_cache = False
@@ -91,7 +97,7 @@ class LanguageModel:
         """Return the site's activations [B, T, D] in the model's dtype; nothing after the site is computed."""
         site = run_until(self.model, self.facts.module, self.facts.side, ids_BT.to(self.device))
         assert site is not None, "the probe without weights reached this site"
-        return site.unflatten(0, ids_BT.shape) if site.ndim == 2 else site
+        return self._by_position(site, ids_BT)
 
     @torch.no_grad()
     def activations_and_logits(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,16 +106,16 @@ class LanguageModel:
         with hooked(self.model, self.facts.module, self.facts.side, lambda site: sites.append(site.clone())):
             logits = self.logits(ids_BT)
         (site,) = sites
-        return site.unflatten(0, ids_BT.shape) if site.ndim == 2 else site, logits
+        return self._by_position(site, ids_BT), logits
 
-    def activations_and_gradients(self, ids_BT: Tensor) -> Tensor:
-        """Return [B, T, 2 D] in the model's dtype: the site's activations and, behind each, the loss's gradient there.
+    def activations_and_gradients(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the site's activations [B, T, D] and the loss's gradient at each, both in the model's dtype.
 
-        The loss is the sum, not the mean, of the cross-entropy (nats) of every next token of the contexts, so that a
-        gradient does not depend on how many go together. It sums what the activation does to the prediction of the
-        next token and, through attention, of all later ones of its context: in packed contexts those of the documents
-        behind its own, too, and those of special tokens. The last position of a context predicts nothing, so its
-        gradient is zero. Only what comes after the site is kept for the backward pass, and no weight gets a gradient.
+        The loss is the sum, not the mean, of the cross-entropy (nats) of every next token of the contexts. So a
+        gradient does not depend on the number of contexts that go together. It covers the prediction of the next token
+        and, through attention, of all later tokens of its context. In packed contexts these include special tokens and
+        the documents that follow. The last position of a context predicts nothing, so its gradient is zero. The
+        backward pass stores only tensors after the site, and no weight gets a gradient.
 
         Raises:
             ConfigError: the loss does not depend on the site.
@@ -130,8 +136,12 @@ class LanguageModel:
             raise ConfigError(f"layer.path={self.facts.module}: the language model's loss does not depend on it, so "
                               "there is no gradient. Choose another module, or another sparsifier.")  # fmt: skip
         (gradient,) = torch.autograd.grad(loss, sites)
-        both = torch.cat([sites[0].detach(), gradient], dim=-1)
-        return both.unflatten(0, ids_BT.shape) if both.ndim == 2 else both
+        return self._by_position(sites[0].detach(), ids_BT), self._by_position(gradient, ids_BT)
+
+    @staticmethod
+    def _by_position(site: Tensor, ids_BT: Tensor) -> Tensor:
+        """Return a site's tensor as [B, T, D]. Some modules compute [B * T, D]."""
+        return site.unflatten(0, ids_BT.shape) if site.ndim == 2 else site
 
     def why_not_finite(self) -> str:
         """Return the message for activations or gradients that are not finite."""
@@ -164,8 +174,7 @@ class LanguageModel:
             return logits
 
         def splice(site: Tensor) -> Tensor:
-            site_BTD = site.unflatten(0, ids_BT.shape) if site.ndim == 2 else site
-            return replace(site_BTD).to(site.dtype).view_as(site)
+            return replace(self._by_position(site, ids_BT)).to(site.dtype).view_as(site)
 
         with hooked(self.model, self.facts.module, self.facts.side, splice):
             spliced: Tensor = self.model(ids_BT).logits
@@ -195,15 +204,14 @@ def _reported(phases: Phases) -> Iterator[None]:
         set_tqdm_hook(before)
 
 
-def _load(model: ModelConfig, settings: Any, device: torch.device) -> Any:
+def _load(model: ModelConfig, facts: SiteFacts, device: torch.device) -> Any:
     name, options = source_of(model)
     if "local_files_only" in options:
         disable_progress_bar()  # a bar is for downloads
-    is_quantised = check_quantised(model, settings)
-    if is_quantised:
+    if facts.is_quantised:
         options["device_map"] = {"": device}  # such weights cannot be moved afterwards
     try:
-        loaded, report = loader_of(settings).from_pretrained(
+        loaded, report = loader_of(facts.settings).from_pretrained(
             name, dtype=DTYPES[model.dtype], attn_implementation=model.attention, output_loading_info=True, **options
         )
     except torch.OutOfMemoryError:
@@ -218,7 +226,7 @@ def _load(model: ModelConfig, settings: Any, device: torch.device) -> Any:
     if missing:
         raise DataError(f"model.id={model.id}: its files lack {len(missing)} of its weights, {missing[0]} among them, "
                         "which would be random numbers. Fetch or save it again.")  # fmt: skip
-    if not is_quantised:
+    if not facts.is_quantised:
         return loaded.to(device)
     if getattr(loaded.config, "quantization_config", None) is None:  # expanded on loading: no GPU here takes FP8
         for weight in loaded.parameters():  # no buffers: rotary frequencies stay fp32

@@ -1,7 +1,6 @@
 """Activations harvested while training: lanes of text through the language model into pools.
 
-Letters: B contexts, T positions, N tokens, D d_model, W width of a row (D; 2 D with gradients), L lanes of this rank,
-C capacity of a lane's pool.
+Letters: D d_model.
 """
 
 from collections.abc import Callable
@@ -12,17 +11,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sae_train.config import LiveHarvestConfig, RunConfig
+from sae_train.config import LiveHarvestConfig
+from sae_train.config.source import SourceConfig
 from sae_train.errors import DataError
+from sae_train.harvest.batch import Batch
 from sae_train.harvest.corpus import Corpus
 from sae_train.harvest.held_out import TextHeldOut
 from sae_train.harvest.lanes import Lane, check_lanes
 from sae_train.harvest.language_model import LanguageModel, Tokenizer
-from sae_train.harvest.live_lane import Block, LiveLane
+from sae_train.harvest.live_checks import LiveParts
+from sae_train.harvest.live_lane import LiveLane
 from sae_train.harvest.pool import LanePool
 from sae_train.harvest.prefetch import Ahead
+from sae_train.harvest.raw_rows import Block, RawRows
 from sae_train.harvest.scaling import Scaling, fit_scaling
-from sae_train.harvest.stream import Stream, prefetch_of, row_width, run_dtype, whole_batches
+from sae_train.harvest.stream import Stream, prefetch_of, run_dtype, whole_batches
 from sae_train.phases import SILENT, Phases
 from sae_train.ranks.interface import Ranks
 
@@ -32,68 +35,72 @@ class LiveStream(Stream):
 
     language_model: LanguageModel
 
-    def __init__(
-        self, config: RunConfig, *, ranks: Ranks, phases: Phases = SILENT, corpus: Corpus | None = None
-    ) -> None:
-        assert isinstance(config.harvest, LiveHarvestConfig)
-        self._config, self._ranks, self._harvest, self._sizes = config, ranks, config.harvest, config.lane_sizes
-        self._dtype = run_dtype(config.precision)
-        self._corpus = corpus or Corpus(config.data, phases)
-        tokenizer = Tokenizer(config.model)
-        check_lanes(self._corpus, tokenizer, lanes=self._sizes.lanes, batch_tokens=config.batch_tokens,
-                    context_length=self._harvest.context_length, n_ranks=ranks.size)  # fmt: skip
+    def __init__(self, source: SourceConfig, parts: LiveParts, *, ranks: Ranks, phases: Phases = SILENT) -> None:
+        assert isinstance(source.harvest, LiveHarvestConfig)
+        self._source, self._ranks, self._harvest, self._sizes = source, ranks, source.harvest, source.lane_sizes
+        self._dtype, tokenizer = run_dtype(source.precision), parts.tokenizer
+        self._corpus = parts.corpus or self._fetch(tokenizer, phases)
         phases.meet()
-        self.language_model = LanguageModel(config, device=ranks.device, phases=phases)
+        self.language_model = LanguageModel(source, device=ranks.device, facts=parts.site, phases=phases)
         phases.meet()
         self.d_model = self.language_model.facts.d_model
-        self._width = row_width(config, self.d_model)
-        self._site = f"{config.model.id}, {self.language_model.facts.label}"
+        self._site = f"{source.model.id}, {self.language_model.facts.label}"
         self.held_out = TextHeldOut(
             self._corpus.held_out_parts(), language_model=self.language_model, tokenizer=tokenizer, ranks=ranks,
             context_length=self._harvest.context_length, contexts_per_batch=self._sizes.contexts_per_forward,
             site=self._site,
         )  # fmt: skip
-        self._share = self._sizes.share
         self._lanes = self._build_lanes(tokenizer)
-        self._prefetch = prefetch_of(config)
+        self._prefetch = prefetch_of(source)
         self._ahead = Ahead(self._find_work, is_on=self._prefetch > 0, device=ranks.device)
+
+    def _fetch(self, tokenizer: Tokenizer, phases: Phases) -> Corpus:
+        """Return a corpus of text on the hub, of which every lane has at least one context."""
+        corpus = Corpus(self._source.data, phases)
+        check_lanes(corpus, tokenizer, lanes=self._sizes.lanes, context_length=self._sizes.context_length,
+                    batch_tokens=self._source.batch_tokens, n_ranks=self._ranks.size)  # fmt: skip
+        return corpus
 
     def _build_lanes(self, tokenizer: Tokenizer) -> list[LiveLane]:
         """Return this rank's lanes: lanes / ranks consecutive ones."""
-        sizes, seed = self._sizes, self._config.data.seed
+        source, sizes = self._source, self._sizes
         stretches = self._corpus.stretches(sizes.lanes, context_length=sizes.context_length, tokenizer=tokenizer)
         n_owned = sizes.lanes // self._ranks.size
-        rows_LCW = torch.empty(n_owned, sizes.capacity, self._width, dtype=self._dtype, device=self._ranks.device)
+        storage = self._empty(n_owned, sizes.capacity)
         lanes = []
-        for number, rows_CW in enumerate(rows_LCW, start=self._ranks.rank * n_owned):
-            text = Lane(number, stretches=stretches, corpus=self._corpus, tokenizer=tokenizer, seed=seed,
-                        context_length=sizes.context_length, repeat=self._config.data.repeat)  # fmt: skip
-            pool = LanePool(rows_CW, lane=number, share=self._share, seed=seed, forward_rows=sizes.forward_tokens)
-            lanes.append(LiveLane(text, pool, language_model=self.language_model, tokenizer=tokenizer,
-                                  contexts_per_forward=sizes.contexts_per_forward, site=self._site,
-                                  reads_gradients=self._config.reads_gradients))  # fmt: skip
+        for place in range(n_owned):
+            number = self._ranks.rank * n_owned + place
+            text = Lane(number, stretches=stretches, corpus=self._corpus, tokenizer=tokenizer, seed=source.data.seed,
+                        context_length=sizes.context_length, repeat=source.data.repeat)  # fmt: skip
+            raw = RawRows(text, language_model=self.language_model, tokenizer=tokenizer, site=self._site,
+                          contexts_per_forward=sizes.contexts_per_forward,
+                          reads_gradients=source.reads_gradients)  # fmt: skip
+            pool = LanePool(storage[place], lane=number, share=sizes.share, seed=source.data.seed,
+                            forward_rows=sizes.forward_tokens)  # fmt: skip
+            lanes.append(LiveLane(raw, pool))
         return lanes
 
+    def _empty(self, *shape: int) -> Batch:
+        """Return uninitialised rows of batches of this stream, [*shape, D]."""
+        return Batch.empty(*shape, self.d_model, gradients=self._source.reads_gradients, dtype=self._dtype,
+                           device=self._ranks.device)  # fmt: skip
+
     def start(self, phases: Phases = SILENT) -> None:
-        """Fix the scaling from each lane's first tokens, then let those tokens be the first that fill its pool."""
+        """Fix the scaling from each lane's first tokens, which are also the first tokens of its pool."""
         quota = -(-self._harvest.calibration_tokens // self._sizes.lanes)
-        cursors = [lane.text.state() for lane in self._lanes]
+        cursors = [lane.raw.cursor() for lane in self._lanes]
         blocks = []
         with phases.of("calibrating scale and centre", total=quota * len(self._lanes)):
             for lane in self._lanes:
                 blocks.append(self._calibration_blocks(lane, quota, phases))
                 phases.meet()
-        parts = [torch.cat([block.raw_NW for block in own])[:quota] for own in blocks]
-        rows, gradients = [part[:, : self.d_model] for part in parts], [part[:, self.d_model :] for part in parts]
-        self._set_scaling(fit_scaling(rows, ranks=self._ranks, site=self._site,
-                                      gradients=gradients if self._config.reads_gradients else None))  # fmt: skip
-        del parts, rows, gradients
+        self._calibrate(blocks, quota)
         with phases.of("filling pools", total=sum(lane.pool.room for lane in self._lanes)):
             for lane, own, cursor in zip(self._lanes, blocks, cursors, strict=True):
                 for block in own:
                     if not lane.pool.has_room:
                         break
-                    lane.absorb(lane.filtered(block, self.scaling, self._dtype))
+                    lane.absorb(lane.keep(block, self.scaling, self._dtype))
                     cursor = block.cursor
                 lane.go_to(cursor)
                 own.clear()
@@ -102,15 +109,24 @@ class LiveStream(Stream):
                 phases.meet()
         self._check_supply()
 
-    def batch(self, step: int) -> Tensor:
-        assert all(lane.pool.taken == step * self._share for lane in self._lanes), "steps are asked for in order"
-        batch_NW = torch.empty(len(self._lanes) * self._share, self._width, dtype=self._dtype,
-                               device=self._ranks.device)  # fmt: skip
+    def _calibrate(self, blocks: list[list[Block]], quota: int) -> None:
+        """Fix the scaling from the first `quota` rows of each lane."""
+        rows = [torch.cat([block.raw_ND for block in own])[:quota] for own in blocks]
+        gradients = None
+        if self._source.reads_gradients:
+            gradients = [torch.cat([block.gradient_ND for block in own if block.gradient_ND is not None])[:quota]
+                         for own in blocks]  # fmt: skip
+        self._set_scaling(fit_scaling(rows, ranks=self._ranks, site=self._site, gradients=gradients))
+
+    def batch(self, step: int) -> Batch:
+        share = self._sizes.share
+        assert all(lane.pool.taken == step * share for lane in self._lanes), "steps are read in order"
+        batch = self._empty(len(self._lanes) * share)
         self.fill()
         with self._ahead.changing():
-            for lane, rows_NW in zip(self._lanes, torch.split(batch_NW, self._share), strict=True):
-                lane.pool.take(rows_NW)
-        return batch_NW
+            for place, lane in enumerate(self._lanes):
+                lane.pool.take(batch[place * share : (place + 1) * share])
+        return batch
 
     def fill(self, phases: Phases = SILENT) -> None:
         due = [lane for lane in self._lanes if lane.pool.is_due]
@@ -136,16 +152,16 @@ class LiveStream(Stream):
         return {**self.scaling.state(), "corpus": torch.tensor(self.fingerprint())}
 
     def lane_states(self) -> dict[int, dict[str, Tensor]]:
-        return {lane.text.index: lane.state() for lane in self._lanes}
+        return {lane.raw.lane: lane.state() for lane in self._lanes}
 
     def restore(self, replicated: dict[str, Tensor], lane_state: Callable[[int], dict[str, Tensor]]) -> None:
         if replicated["corpus"].tolist() != self.fingerprint():
-            raise DataError(f"data.id={self._config.data.id}: not the text that the checkpoint was made from. "
+            raise DataError(f"data.id={self._source.data.id}: not the text that the checkpoint was made from. "
                             "Put the old text back, or start a new run with another name.")  # fmt: skip
         with self._ahead.paused():
             self._set_scaling(Scaling.from_state(replicated, device=self._ranks.device))
             for lane in self._lanes:
-                lane.load_state(lane_state(lane.text.index))
+                lane.load_state(lane_state(lane.raw.lane))
 
     def dropped_share(self) -> float:
         counts = torch.tensor([[lane.seen, lane.dropped] for lane in self._lanes], device=self._ranks.device)
@@ -175,8 +191,8 @@ class LiveStream(Stream):
     def _find_work(self) -> Callable[[], None] | None:
         """Return the forward pass of the lane that needs one first, if a refill to come has use for any."""
         limits = {
-            "most_rows": self._prefetch * self._share,
-            "last_row": whole_batches(self._config) // self._sizes.lanes,
+            "most_rows": self._prefetch * self._sizes.share,
+            "last_row": whole_batches(self._source) // self._sizes.lanes,
         }
         wanting = [lane for lane in self._lanes if lane.wants_more(**limits)]
         if not wanting:
@@ -191,23 +207,23 @@ class LiveStream(Stream):
         blocks: list[Block] = []
         there = 0
         while there < quota:
-            block = lane.forward()
+            block = lane.raw.next()
             if block is None:
-                raise DataError(f"data.repeat=false: lane {lane.text.index} ends before its {quota} calibration "
+                raise DataError(f"data.repeat=false: lane {lane.raw.lane} ends before its {quota} calibration "
                                 "tokens. Lower harvest.calibration_tokens or harvest.lanes.")  # fmt: skip
             blocks.append(block)
-            before, there = there, there + len(block.raw_NW)
+            before, there = there, there + len(block)
             phases.advance(min(there, quota) - before)
         return blocks
 
     def _check_supply(self) -> None:
         """With `data.repeat` off, stop as soon as a lane is known to end before the run does."""
-        if self._config.data.repeat:
+        if self._source.data.repeat:
             return
-        needed = whole_batches(self._config) // self._sizes.lanes
+        needed = whole_batches(self._source) // self._sizes.lanes
         if all(lane.pool.taken + lane.pool.unread >= needed or not lane.has_ended for lane in self._lanes):
             return
-        supply = min(lane.pool.taken + lane.pool.unread + lane.remaining_tokens() for lane in self._lanes)
-        there = supply // self._share * self._config.batch_tokens
+        supply = min(lane.pool.taken + lane.pool.unread + lane.count_rest() for lane in self._lanes)
+        there = supply // self._sizes.share * self._source.batch_tokens
         raise DataError(f"data.repeat=false: the corpus gives {there} tokens with harvest.lanes={self._sizes.lanes}, "
-                        f"and tokens={self._config.tokens}. Lower tokens, or set data.repeat=true.")  # fmt: skip
+                        f"and tokens={self._source.tokens}. Lower tokens, or set data.repeat=true.")  # fmt: skip

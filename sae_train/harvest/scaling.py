@@ -1,13 +1,11 @@
 """Centre, scale and outlier limit of raw activations, fixed once from the stream's first tokens.
 
-Normalised activations have a mean squared norm of 1; the scaling is linear, so the export
-folds it into the weights. A few tokens carry norms 10 to 1000 times the rest (attention sinks); one of them
-would absorb a batch's budget, so rows above ten times the median norm are left out, here and in training.
+Normalised activations have a mean squared norm of 1. The scaling is linear, so the export folds it into the weights.
+The outlier limit is ten times the median norm of the calibration tokens; `filter.py` says why there is one.
 
-Where gradients are harvested a row is twice as wide: the activation, then the gradient of the language model's loss
-there. The activation alone decides what is left out. The gradient is divided by its own root mean square norm, one
-constant of the whole run: with respect to the normalised activation it would be another multiple of the same.
-Letters: N tokens, D d_model, W width of a row: D or 2 D.
+Where gradients of the language model's loss are harvested, they are divided by their own root mean square norm, one
+constant of the whole run. A gradient at the normalised activation would be another multiple of the same vector.
+Letters: N tokens, D d_model.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,19 +14,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sae_train import kernels
 from sae_train.errors import DataError
+from sae_train.harvest.batch import Batch
 from sae_train.ranks.interface import Ranks
 
 OUTLIER_FACTOR = 10.0
 _LEAST_RELATIVE_SPREAD = 1e-7
-"""Below this share of the mean's norm, a spread is rounding of fp32 numbers that are all the same."""
+"""Smallest spread over the mean's norm. A smaller one is rounding of equal fp32 numbers."""
 _ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scaling:
-    """What turns raw activations into normalised ones."""
+    """The map from raw to normalised activations. A stream fits it once; batches and the export use it."""
 
     centre_D: Tensor
     """[D] float64 mean of the calibration tokens, on the device of the activations."""
@@ -37,69 +35,48 @@ class Scaling:
     limit: float
     """Largest raw norm that is trained on."""
     gamma: float
-    """Norm of the mean over `scale`: how far off the origin the activations sit."""
+    """Norm of the mean over `scale`: the distance of the activations from the origin."""
     gradient_scale: float | None = None
-    """Root mean squared norm of the calibration tokens' gradients; None where rows hold none."""
+    """Root mean squared norm of the calibration tokens' gradients. None where none are harvested."""
 
-    def normalise(self, raw_NW: Tensor) -> Tensor:
-        """Return (raw - centre) / scale, float64 for float64 activations and fp32 for all others.
+    def normalise(self, raw_ND: Tensor, gradient_ND: Tensor | None = None) -> Batch:
+        """Return (raw - centre) / scale and gradient / gradient_scale.
 
-        The gradients of rows that hold them are divided by `gradient_scale`.
+        Results are float64 for float64 tensors and float32 for all others.
         """
-        dtype = torch.float64 if raw_NW.dtype == torch.float64 else torch.float32
-        centre_D = self.centre_D.to(raw_NW.device, dtype)
-        if self.gradient_scale is None:
-            return (raw_NW.to(dtype) - centre_D).div_(self.scale)
-        raw_ND, gradient_ND = raw_NW.to(dtype).split(len(centre_D), dim=-1)
-        return torch.cat([(raw_ND - centre_D) / self.scale, gradient_ND / self.gradient_scale], dim=-1)
-
-    def normalise_rows(self, halves: Sequence[kernels.Table], index_N: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """Return what `normalise` does, on a CPU, of rows [N, W] that are read in fp32 or float64.
-
-        Args:
-            halves: activations, and gradients where rows hold them.
-        """
-        centre_D = self.centre_D.to(dtype)
-        found = [halves[0].normalised(index_N, centre_D, self.scale)]
-        if self.gradient_scale is not None:
-            found.append(halves[1].normalised(index_N, torch.zeros_like(centre_D), self.gradient_scale))
-        return torch.cat(found, dim=1) if len(found) > 1 else found[0]
-
-    def keeps(self, raw_NW: Tensor) -> Tensor:
-        """Return [...] bool: which rows' activations are of a norm within the limit."""
-        return row_norms(raw_NW[..., : len(self.centre_D)]) <= self.limit
+        dtype = torch.float64 if raw_ND.dtype == torch.float64 else torch.float32
+        x_ND = (raw_ND.to(dtype) - self.centre_D.to(raw_ND.device, dtype)).div_(self.scale)
+        if gradient_ND is None:
+            return Batch(x_ND)
+        assert self.gradient_scale is not None
+        return Batch(x_ND, gradient_ND.to(dtype) / self.gradient_scale)
 
     def state(self) -> dict[str, Tensor]:
         """Return the scaling as CPU tensors."""
-        known = [self.scale, self.limit, self.gamma, *([] if self.gradient_scale is None else [self.gradient_scale])]
-        return {"scaling_centre": self.centre_D.cpu(), "scaling_numbers": torch.tensor(known, dtype=torch.float64)}
+        numbers = [self.scale, self.limit, self.gamma]
+        numbers += [] if self.gradient_scale is None else [self.gradient_scale]
+        return {"scaling_centre": self.centre_D.cpu(), "scaling_numbers": torch.tensor(numbers, dtype=torch.float64)}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], *, device: torch.device) -> "Scaling":
-        """Rebuild what `state` returned."""
+        """Return the scaling whose `state` is given."""
         scale, limit, gamma, *rest = state["scaling_numbers"].tolist()
         centre_D = state["scaling_centre"].to(device)
         return cls(centre_D=centre_D, scale=scale, limit=limit, gamma=gamma, gradient_scale=rest[0] if rest else None)
 
 
-def row_norms(raw_ND: Tensor) -> Tensor:
-    """Return [...] norms, float64 for float64 activations and fp32 for all others."""
-    dtype = torch.float64 if raw_ND.dtype == torch.float64 else torch.float32
-    norms: Tensor = torch.linalg.vector_norm(raw_ND, dim=-1, dtype=dtype)
-    return norms
-
-
 def fit_scaling(
     parts: Sequence[Tensor], *, ranks: Ranks, site: str, gradients: Sequence[Tensor] | None = None
 ) -> Scaling:
-    """Fix the scaling from calibration tokens.
+    """Return the scaling of calibration tokens. Collective.
+
+    Sums are taken over each part, then over all parts in order, so the result does not depend on the rank count.
 
     Args:
-        parts: this rank's parts (one a lane), each [n, D] raw and finite; n is the same for all parts and ranks.
-            Sums are taken a part, then over all parts in order, so the result does not depend on the rank count.
-        ranks: with parts in rank order.
-        site: what the activations are, for messages.
-        gradients: of the same tokens, likewise; None where none are harvested.
+        parts: this rank's parts (one a lane), each [n, D] raw and finite. All parts of all ranks have the same n.
+        ranks: the ranks, with parts in rank order.
+        site: name of the activations' source, for messages.
+        gradients: the gradients of the same tokens in the same parts. None where none are harvested.
 
     Raises:
         DataError: the activations are constant, or more than half of them are zero, or all gradients are.

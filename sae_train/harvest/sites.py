@@ -4,13 +4,14 @@
 of any module. Facts come from running the architecture on tensors without storage, so no weight is ever read.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from transformers import AutoModel
 
-from sae_train.config import BlockLayerConfig, ModuleLayerConfig, RunConfig
+from sae_train.config import BlockLayerConfig, ModuleLayerConfig
+from sae_train.config.source import SourceConfig
 from sae_train.errors import ConfigError, suggest
 from sae_train.harvest.checkpoints import check_quantised, loader_of, read_model_config
 from sae_train.harvest.families import FAMILIES, blocks_name, text_part
@@ -47,27 +48,31 @@ class SiteFacts:
     whole_flops_per_token: int
     """Operations of the weight products of a whole forward pass, for one token; all experts count."""
     note: str | None
-    """What the plan says beside these facts: that the architecture could not be run without storage, say."""
+    """A line of the plan about the model, for example that the architecture could not be run without storage."""
+    settings: Any = field(repr=False, compare=False)
+    """The model's Hugging Face configuration."""
+    is_quantised: bool
+    """Whether the checkpoint's weights are quantised."""
 
 
-def site_facts(config: RunConfig) -> SiteFacts:
+def site_facts(source: SourceConfig) -> SiteFacts:
     """Return what is known of the config's site without weights.
 
     Raises:
         ConfigError: the model has no such site, or no such attention kernel.
         DataError: the model cannot be found, built or run, or needs a library that is not installed.
     """
-    settings = read_model_config(config.model)
-    check_quantised(config.model, settings)
-    model = without_weights(config.model, settings)
+    settings = read_model_config(source.model)
+    is_quantised = check_quantised(source.model, settings)
+    model = without_weights(source.model, settings)
     blocks = blocks_name(model, settings)
-    module, side, index, label = _find(config, model, settings, blocks=blocks)
-    _refuse_decoder(config, model, settings, module)
-    _refuse_inside_experts(config, model, module)
+    module, side, index, label = _find(source, model, settings, blocks=blocks)
+    _refuse_decoder(source, model, settings, module)
+    _refuse_inside_experts(source, model, module)
     has_loss = loader_of(settings) is not AutoModel
-    found = probe(model, module, side, settings=settings, model=config.model, given=_given(config),
-                  context_length=getattr(config.harvest, "context_length", 1),
-                  reads_gradients=config.reads_gradients and has_loss)  # fmt: skip
+    found = probe(model, module, side, settings=settings, model=source.model, given=_given(source),
+                  context_length=getattr(source.harvest, "context_length", 1),
+                  reads_gradients=source.reads_gradients and has_loss)  # fmt: skip
     return SiteFacts(
         d_model=found.width,
         n_blocks=len(_list_of(model, blocks)) if blocks else None,
@@ -82,24 +87,26 @@ def site_facts(config: RunConfig) -> SiteFacts:
         revision=getattr(settings, "_commit_hash", None),
         whole_flops_per_token=2 * sum(map(_product_weights, model.modules())),
         note=found.note,
+        settings=settings,
+        is_quantised=is_quantised,
     )
 
 
-def _given(config: RunConfig) -> str:
+def _given(source: SourceConfig) -> str:
     """Return the setting that a message about the site begins with."""
-    layer = config.layer
+    layer = source.layer
     return f"layer.path={layer.path}" if isinstance(layer, ModuleLayerConfig) else f"layer={layer.kind}"
 
 
-def _find(config: RunConfig, model: nn.Module, settings: Any, *,
+def _find(source: SourceConfig, model: nn.Module, settings: Any, *,
           blocks: str | None) -> tuple[str, str, int | None, str]:  # fmt: skip
     """Return module, side, block and label of the config's site."""
-    layer = config.layer
+    layer = source.layer
     if isinstance(layer, ModuleLayerConfig):
         names = [name for name, _ in model.named_modules() if name]
         if layer.path not in names:
             hint = suggest(layer.path, names) or f" One is named {names[len(names) // 2]!r}."
-            raise ConfigError(f"layer.path={layer.path}: no such module in {config.model.id}.{hint}")
+            raise ConfigError(f"layer.path={layer.path}: no such module in {source.model.id}.{hint}")
         label = f"module.{layer.path}" + (".input" if layer.side == "input" else "")
         return layer.path, layer.side, None, label
     if not isinstance(layer, BlockLayerConfig):
@@ -111,7 +118,7 @@ def _find(config: RunConfig, model: nn.Module, settings: Any, *,
     n_blocks = len(_list_of(model, blocks))
     index = n_blocks // 2 if layer.index == "middle" else int(layer.index)
     if not -n_blocks <= index < n_blocks:
-        raise ConfigError(f"layer.index={layer.index}: {config.model.id} has {n_blocks} blocks. "
+        raise ConfigError(f"layer.index={layer.index}: {source.model.id} has {n_blocks} blocks. "
                           f"Choose {-n_blocks} to {n_blocks - 1}, or 'middle'.")  # fmt: skip
     index %= n_blocks
     block, label = f"{blocks}.{index}", f"{layer.kind}{index}"
@@ -131,13 +138,13 @@ def _list_of(model: nn.Module, blocks: str) -> nn.ModuleList:
     return found
 
 
-def _refuse_decoder(config: RunConfig, model: nn.Module, settings: Any, module: str) -> None:
+def _refuse_decoder(source: SourceConfig, model: nn.Module, settings: Any, module: str) -> None:
     """Refuse sites of a decoder that reads an encoder's output: text alone gives it no input of its own."""
     if not getattr(settings, "is_encoder_decoder", False):
         return
     decoders = {name for name, part in model.named_modules() if name.rpartition(".")[2] == "decoder"}
     if any(f"{module}.".startswith(f"{name}.") for name in decoders):
-        raise ConfigError(f"{_given(config)}: {module} belongs to the decoder of an encoder-decoder "
+        raise ConfigError(f"{_given(source)}: {module} belongs to the decoder of an encoder-decoder "
                           f"({settings.model_type}), which needs a second text. Choose a site of its encoder, or a "
                           "causal language model.")  # fmt: skip
 
@@ -153,9 +160,9 @@ def _product_weights(part: nn.Module) -> int:
     return sum(weight.numel() for weight in part.parameters(recurse=False) if weight.ndim == 2)
 
 
-def _refuse_inside_experts(config: RunConfig, model: nn.Module, module: str) -> None:
+def _refuse_inside_experts(source: SourceConfig, model: nn.Module, module: str) -> None:
     """Refuse modules that see tokens in the order of the experts they were sent to."""
     for name, part in model.named_modules():
         if module.startswith(f"{name}.") and _holds_experts(part):
-            raise ConfigError(f"{_given(config)}: {module} lies inside {name}, which sorts tokens by expert. "
+            raise ConfigError(f"{_given(source)}: {module} lies inside {name}, which sorts tokens by expert. "
                               f"Choose {name} or a module around it.")  # fmt: skip

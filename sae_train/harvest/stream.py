@@ -1,7 +1,4 @@
-"""What every source of activations offers to training.
-
-Letters: N tokens in a batch, D d_model.
-"""
+"""The interface between a source of activations and training. Letters: N tokens in a batch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -12,54 +9,64 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sae_train.config import LaneSizes, LiveHarvestConfig, RunConfig
+from sae_train.config import LaneSizes
+from sae_train.config.source import SourceConfig
+from sae_train.harvest.batch import Batch
 from sae_train.harvest.held_out import HeldOut
 from sae_train.harvest.scaling import Scaling
 from sae_train.phases import SILENT, Phases
 
 if TYPE_CHECKING:
-    from sae_train.harvest.corpus import Corpus
     from sae_train.harvest.language_model import LanguageModel
+    from sae_train.harvest.live_checks import LiveParts
+    from sae_train.harvest.row_plan import RowPlan
 
 FILES_PREFETCH = 2
-"""Batches that are read ahead from files with a GPU, where nothing else is said."""
+"""Batches that are read ahead from files on a GPU, where harvest.prefetch is null."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamFacts:
-    """What is known of a stream before weights are loaded or activations read."""
+    """The facts of a stream before weights are loaded or activations read.
+
+    `check_stream` makes it. The plan reads it, and `build_stream` continues with its `opened`.
+    """
 
     d_model: int
     label: str
-    """Where activations come from, for the run's name: 'bundled.residual2', or 'tensors'."""
+    """Source of the activations, for the run's name: 'bundled.residual2', or 'tensors'."""
     n_blocks: int | None
-    """Blocks of the language model; None without one."""
+    """Blocks of the language model. None without one."""
     pool_bytes: int
     """Memory of all lanes' pools and calibration tokens, over all ranks."""
     flops_per_token: int
-    """Floating-point operations of the language model's weight products, see `SiteFacts`; 0 without one."""
+    """Floating-point operations of the language model's weight products, see `SiteFacts`. 0 without one."""
+    pool_batch_bytes: int = 0
+    """Memory of one batch in the pools, over all ranks. 0 without pools."""
     prefetch: int = 0
     """Batches that may be harvested ahead of the step."""
     ahead_bytes: int = 0
-    """Memory of what may be harvested ahead, over all ranks."""
+    """Memory of the rows that may be harvested ahead, over all ranks."""
     logit_bytes: int = 0
-    """Memory that the loss and the way back through the logits take of one rank at most; 0 where nothing needs them."""
+    """Peak memory of one rank for the loss and its backward pass through the logits. 0 without gradients."""
     whole_flops_per_token: int = 0
-    """Operations of the language model's whole forward pass for one token; 0 without one, or without a loss."""
+    """Operations of the language model's whole forward pass for one token. 0 without one, or without a loss."""
     notices: tuple[str, ...] = ()
-    """What the user should be told of the data, a line each; the stream says it again once it has begun."""
+    """Lines for the user about the data. The stream repeats them once it has begun."""
     note: str = ""
-    """What the user should be told of the language model."""
-    corpus: "Corpus | None" = None
-    """Local text, which was opened to check it; the run reads on from it."""
+    """A line for the user about the language model."""
     sizes: LaneSizes | None = None
     """Lanes, contexts a forward pass and pools of a live harvest."""
     record: dict[str, str | int | None] = field(default_factory=dict)
-    """What sae.json should say of the source: model id, revision, site, data."""
+    """The source's entries in sae.json: model id, revision, site, data."""
+    opened: "LiveParts | RowPlan | None" = field(default=None, repr=False)
+    """Text, tokenizer and site, or headers of files, which were opened for the checks."""
 
 
 class Stream(ABC):
-    """Batches of normalised activations, a function of the config alone, whatever the ranks.
+    """Batches of normalised activations. They depend on the settings alone, not on the number of ranks.
+
+    `build_stream` creates one, and the trainer reads it.
 
     Attributes:
         d_model: width of the activations.
@@ -78,44 +85,46 @@ class Stream(ABC):
         """Begin a fresh run: fix the scaling and fill the pools. Collective."""
 
     @abstractmethod
-    def batch(self, step: int) -> Tensor:
-        """Return [N / ranks, W]: this rank's rows of `step`'s batch, normalised. Steps are asked for in order.
-
-        A row is an activation, W = D; where the run reads gradients its gradient stands behind it, W = 2 D.
-        """
+    def batch(self, step: int) -> Batch:
+        """Return this rank's N / ranks rows of `step`'s batch. The caller reads steps in order."""
 
     def fill(self, phases: Phases = SILENT) -> None:  # noqa: B027 (most have nothing to fill)
-        """Harvest what the next batch needs; `batch` does what was not done.
+        """Harvest the rows that the next batch needs. `batch` harvests those that are still missing.
 
-        `phases` may end this in the middle. The stream's state then leads to the same batches.
+        `phases` may end this at any point. The stream's state then leads to the same batches.
         """
 
     def fills_soon(self) -> bool:
-        """Return whether one of the next two batches may have to be harvested by this rank first."""
+        """Return whether this rank may have to harvest before one of the next two batches."""
         return False
 
     @abstractmethod
     def fingerprint(self) -> list[int]:
-        """Return numbers that tell what this process reads from anything else; before `start`, too."""
+        """Return numbers that identify the data that this process reads. Also works before `start`."""
 
     @abstractmethod
     def replicated_state(self) -> dict[str, Tensor]:
-        """Return what all ranks share, as CPU tensors."""
+        """Return the state that all ranks share, as CPU tensors."""
 
     @abstractmethod
     def lane_states(self) -> dict[int, dict[str, Tensor]]:
-        """Return the state of each lane that this rank owns, as CPU tensors; empty where there are no lanes."""
+        """Return the state of each lane that this rank owns, as CPU tensors. Empty where there are no lanes."""
 
     @abstractmethod
     def restore(self, replicated: dict[str, Tensor], lane_state: Callable[[int], dict[str, Tensor]]) -> None:
-        """Go on from saved state, on any number of ranks; `lane_state` reads one lane's."""
+        """Continue from saved state, on any number of ranks.
+
+        Args:
+            replicated: a result of `replicated_state`.
+            lane_state: reads the state of one lane.
+        """
 
     def notices(self) -> list[str]:
-        """Return a line for each thing that is wrong with the data. Collective; call it once the stream has begun."""
+        """Return a line for each kind of flaw in the data. Collective; call it once the stream has begun."""
         return []
 
     def data_figures(self) -> dict[str, int]:
-        """Return counts of what was wrong with the data, over all ranks; for the summary. Collective."""
+        """Return counts of flaws in the data over all ranks, for the summary. Collective."""
         return {}
 
     def figures(self) -> dict[str, float]:
@@ -124,45 +133,43 @@ class Stream(ABC):
 
     @abstractmethod
     def dropped_share(self) -> float:
-        """Return the share of tokens that the outlier limit left out so far, over all ranks. Collective."""
+        """Return the share of tokens over the outlier limit so far, over all ranks. Collective."""
 
     def quiet(self) -> AbstractContextManager[None]:
-        """Return a context in which nothing harvests ahead, for what else uses language model or tokenizer."""
+        """Return a context in which nothing is harvested ahead. Other users of the language model enter it."""
         return nullcontext()
 
     def beside_seconds(self) -> float:
-        """Return how long activations were harvested so far while no caller of `batch` waited for them."""
+        """Return the seconds of harvesting so far during which no caller of `batch` waited."""
         return 0.0
 
     def close(self) -> None:  # noqa: B027 (most hold nothing open)
-        """Let go of files and memory."""
+        """Release files and memory."""
 
 
 def run_dtype(precision: str) -> torch.dtype:
-    """Return the number format of pools and batches: float64 when everything is, else fp32."""
+    """Return the number format of pools and batches: float64 under precision=float64, else float32."""
     return torch.float64 if precision == "float64" else torch.float32
 
 
-def row_width(config: RunConfig, d_model: int) -> int:
-    """Return how many numbers go through the stream for a token."""
-    return 2 * d_model if config.reads_gradients else d_model
+def row_bytes(source: SourceConfig, d_model: int) -> int:
+    """Return the bytes of one token in pools and batches, its gradient included."""
+    return d_model * source.element_size * (2 if source.reads_gradients else 1)
 
 
-def prefetch_of(config: RunConfig) -> int:
-    """Return how many batches may be harvested ahead; where the configuration leaves it open by rule.
+def prefetch_of(source: SourceConfig) -> int:
+    """Return the number of batches that may be harvested ahead, by this rule where the configuration gives none.
 
-    With a GPU files are read a few batches ahead, and a language model is half a pool ahead, which is what a refill
-    takes: text and launches hide behind the device. Without one all that would only take the step's cores
-    (docs/metrics.md).
+    On a GPU files are read a few batches ahead, and a language model runs half a pool ahead, the size of a refill. Text
+    and launches then hide behind the device. Without a GPU, prefetching would only take cores from the step.
     """
-    given = config.harvest.prefetch
-    if given is not None:
-        return given
+    if source.harvest.prefetch is not None:
+        return source.harvest.prefetch
     if not torch.cuda.is_available():
         return 0
-    return config.lane_sizes.pool_batches // 2 if isinstance(config.harvest, LiveHarvestConfig) else FILES_PREFETCH
+    return source.lane_sizes.pool_batches // 2 if source.harvest.runs_model else FILES_PREFETCH
 
 
-def whole_batches(config: RunConfig) -> int:
-    """Return how many tokens a run reads: `tokens`, rounded up to whole batches."""
-    return -(-config.tokens // config.batch_tokens) * config.batch_tokens
+def whole_batches(source: SourceConfig) -> int:
+    """Return the number of tokens that a run reads: `tokens`, rounded up to whole batches."""
+    return -(-source.tokens // source.batch_tokens) * source.batch_tokens

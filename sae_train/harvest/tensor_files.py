@@ -1,12 +1,11 @@
 """Activations in `*.safetensors` files, as one table of rows in sorted file order, mapped into memory.
 
-The files come from anywhere, so everything about them is checked. Where gradients are read, too, each file holds them
-beside the activations, and a row is both, one behind the other. Letters: N rows asked for, D d_model, W width of a row:
-D or 2 D.
+The files come from anywhere, so everything about them is checked. Where gradients are read, each file holds a tensor of
+gradients in addition to its activations. Letters: N rows, D d_model.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sae_train import kernels
 from sae_train.errors import DataError, suggest
+from sae_train.harvest.row_table import RowTable
 
 TENSOR, GRADIENTS = "activations", "gradients"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -23,6 +22,8 @@ _SPAN_ELEMENTS = 8 * 1024 * 1024
 
 
 class FileFacts(NamedTuple):
+    """The header of one file."""
+
     path: Path
     n_rows: int
     d_model: int
@@ -30,16 +31,16 @@ class FileFacts(NamedTuple):
 
 
 def read_headers(directory: str, *, key: str, gradients: bool = False) -> list[FileFacts]:
-    """Return what the headers of a directory's files say, in sorted order.
+    """Return the headers of a directory's files, in sorted order.
 
     Args:
-        directory: of the files.
+        directory: directory of the files.
         key: the setting that named it, for messages.
-        gradients: whether each file must hold `gradients` beside its activations.
+        gradients: whether each file must hold `gradients` of the shape of its `activations`.
 
     Raises:
-        DataError: no such directory, no files, or one that does not hold `activations` [n, d_model] in floats, or
-            `gradients` of the same shape where they are asked for.
+        DataError: no such directory, no files, or a file without `activations` [n, d_model] in floats, or without the
+            gradients.
     """
     path = Path(directory).expanduser()
     if not path.is_dir():
@@ -62,58 +63,63 @@ def read_headers(directory: str, *, key: str, gradients: bool = False) -> list[F
 
 
 class TensorTable:
-    """All rows of a directory's files, by index.
+    """All rows of a directory's files, by index. `TensorStream` opens one of what `read_headers` found.
 
     Attributes:
-        halves: activations, and gradients where rows hold them.
+        dtype: number format in which rows are returned.
+        n_rows: rows of all files.
     """
 
-    def __init__(self, directory: str, *, key: str, dtype: torch.dtype, gradients: bool = False) -> None:
+    def __init__(self, files: Sequence[FileFacts], *, dtype: torch.dtype, gradients: bool = False) -> None:
         """Args:
-        directory: of the files.
-        key: the setting that named it, for messages.
-        dtype: rows are returned in.
-        gradients: whether rows hold the gradients, too.
+        files: headers of the files.
+        dtype: number format in which rows are returned.
+        gradients: whether gradients are read.
         """
-        self.files = read_headers(directory, key=key, gradients=gradients)
-        self.d_model = self.files[0].d_model
-        self.dtype = dtype
-        names = (TENSOR, GRADIENTS) if gradients else (TENSOR,)
-        self._tensors = [tuple(_map(fact.path, name) for name in names) for fact in self.files]
-        self.halves = [kernels.Table(tensors) for tensors in zip(*self._tensors, strict=True)]
-        self._starts = self.halves[0].starts
+        self._files, self.dtype = files, dtype
+        self._activations = [_map(file.path, TENSOR) for file in files]
+        self._gradients = [_map(file.path, GRADIENTS) for file in files] if gradients else None
+        self._activation_rows = RowTable(self._activations)
+        self._gradient_rows = None if self._gradients is None else RowTable(self._gradients)
+        self._starts = self._activation_rows.starts
         self.n_rows = int(self._starts[-1])
 
     def rows(self, index_N: Tensor) -> Tensor:
-        """Return the rows [N, W] at int64 indices, in their order, on the CPU."""
-        found = [half.rows(index_N, dtype=self.dtype) for half in self.halves]
-        return torch.cat(found, dim=1) if len(found) > 1 else found[0]
+        """Return the activations [N, D] at int64 indices, in their order, on the CPU."""
+        return self._activation_rows.rows(index_N, dtype=self.dtype)
 
-    def spans(self, start: int, stop: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-        """Yield (first row, activations [N, D] and, where they are read, gradients) over start..stop in order.
+    def gradient_rows(self, index_N: Tensor) -> Tensor | None:
+        """Return the gradients [N, D] at int64 indices, in their order, on the CPU. None where none are read."""
+        return None if self._gradient_rows is None else self._gradient_rows.rows(index_N, dtype=self.dtype)
 
-        They are in the files' own number format.
+    def spans(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Yield (first row, activations [n, D], gradients [n, D] or None) over rows start..stop, in order.
+
+        The tensors have the number format of their file.
         """
-        for file, fact in enumerate(self.files):
-            offset = int(self._starts[file])
-            low, high = max(start - offset, 0), min(stop - offset, fact.n_rows)
-            size = max(1, _SPAN_ELEMENTS // self.d_model)
+        for number, file in enumerate(self._files):
+            offset = int(self._starts[number])
+            low, high = max(start - offset, 0), min(stop - offset, file.n_rows)
+            size = max(1, _SPAN_ELEMENTS // file.d_model)
             for at in range(low, high, size):
-                yield offset + at, tuple(tensor[at : min(at + size, high)] for tensor in self._tensors[file])
+                part = slice(at, min(at + size, high))
+                gradient_ND = None if self._gradients is None else self._gradients[number][part]
+                yield offset + at, self._activations[number][part], gradient_ND
 
     def place(self, row: int) -> str:
         """Return 'file, row n' for a row of the table, for messages."""
-        file = int(torch.searchsorted(self._starts, row, right=True)) - 1
-        return f"{self.files[file].path}, row {row - int(self._starts[file])}"
+        number = int(torch.searchsorted(self._starts, row, right=True)) - 1
+        return f"{self._files[number].path}, row {row - int(self._starts[number])}"
 
     def fingerprint(self) -> list[int]:
-        """Return numbers that change when files come, go or change size, or one of a few of their rows does."""
-        numbers = [self.n_rows, self.d_model]
-        for fact, tensors in zip(self.files, self._tensors, strict=True):
-            for tensor in tensors:
-                few = tensor[[0, fact.n_rows // 3, fact.n_rows // 2, -1]] if fact.n_rows else tensor
-                digest = hashlib.sha256(few.contiguous().view(torch.uint8).numpy().tobytes()).digest()
-                numbers += [fact.n_rows, int.from_bytes(digest[:8], "big") >> 1]
+        """Return numbers that change when files come, go or change size, or when one of a few of their rows changes."""
+        numbers = [self.n_rows, self._files[0].d_model]
+        for number, file in enumerate(self._files):
+            for tensors in (self._activations, self._gradients or ()):
+                for tensor in tensors[number : number + 1]:
+                    few = tensor[[0, file.n_rows // 3, file.n_rows // 2, -1]] if file.n_rows else tensor
+                    digest = hashlib.sha256(few.contiguous().view(torch.uint8).numpy().tobytes()).digest()
+                    numbers += [file.n_rows, int.from_bytes(digest[:8], "big") >> 1]
         return numbers
 
 

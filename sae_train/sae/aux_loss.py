@@ -4,7 +4,6 @@ A loss is a sum over the tokens of this rank. Summed over the ranks that hold ot
 of the batch.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -79,10 +78,10 @@ class AuxLoss:
 
     def state(self) -> State:
         """Return the tensors to save."""
-        return State()
+        return State({}, {})
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from `state()`."""
+    def load_state(self, state: State) -> None:
+        """Continue from a `state()` of these features."""
 
 
 class AuxZipfLoss(AuxLoss):
@@ -130,11 +129,11 @@ class AuxZipfLoss(AuxLoss):
         return self._expected_F
 
     def state(self) -> State:
-        return State(by_feature={} if self._expected_F is None else {"expected": self._expected_F})
+        return State({}, {} if self._expected_F is None else {"expected": self._expected_F})
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        if "expected" in tensors:
-            self._expected_F = tensors["expected"].to(self._law_F.dtype)
+    def load_state(self, state: State) -> None:
+        if "expected" in state.features:
+            self._expected_F = state.features["expected"].to(self._law_F.dtype)
 
 
 def build_aux_loss(config: SaeConfig, sizes: SaeSizes) -> AuxLoss | None:

@@ -1,7 +1,5 @@
 """Counters of firings over the global batch, for the features that a rank holds."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -53,15 +51,14 @@ class Firing:
         self.interval_tokens = 0
 
     def state(self) -> State:
-        """Return the counters [F], and the tokens of the interval and of the run [2]."""
-        counts = torch.tensor([self.interval_tokens, self._tokens])
-        own = {"since": self.since_F, "density": self.density_F, "interval": self.interval_F}
-        return State(shared={"token_counts": counts}, by_feature=own)
+        """Return the counters [F], and the tokens of the interval and of the run."""
+        counts = {"interval_tokens": torch.tensor(self.interval_tokens), "tokens": torch.tensor(self._tokens)}
+        return State(counts, {"since": self.since_F, "density": self.density_F, "interval": self.interval_F})
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from `state()`."""
-        device = self.since_F.device
+    def load_state(self, state: State) -> None:
+        """Continue from a `state()` of these features."""
+        device, of_features = self.since_F.device, state.features
         self.since_F, self.density_F, self.interval_F = (
-            tensors[key].to(device=device, copy=True) for key in ("since", "density", "interval")
+            of_features[key].to(device=device, copy=True) for key in ("since", "density", "interval")
         )
-        self.interval_tokens, self._tokens = tensors["token_counts"].tolist()
+        self.interval_tokens, self._tokens = int(state.shared["interval_tokens"]), int(state.shared["tokens"])

@@ -1,27 +1,49 @@
-"""The tensors that a part of a learner saves in a checkpoint."""
+"""What a checkpoint keeps of a part of one SAE."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 
 class State(NamedTuple):
-    """The saved tensors of one part, by name. `Stateful.load_state` takes both mappings merged, so names are unique."""
+    """Tensors by name that a part of an SAE needs to continue a run.
 
-    shared: Mapping[str, Tensor] = {}
-    """Tensors that are equal on every rank."""
-    by_feature: Mapping[str, Tensor] = {}
-    """Tensors [F, ...] of this rank's features. A resumed run may spread features over other ranks."""
+    A part returns one from `state()` and takes it in `load_state()`. Checkpoints store it; see training/checkpoint.py.
+    """
+
+    shared: dict[str, Tensor]
+    """Equal on every rank."""
+    features: dict[str, Tensor]
+    """One row a feature, of the features that this rank holds: [hi - lo, ...]."""
+
+    def part(self, name: str) -> "State":
+        """Return the tensors of one part of a `joined` state, without the part's name."""
+        return State(_below(name, self.shared), _below(name, self.features))
 
 
 class Stateful(Protocol):
-    """A part of a learner that a resumed run must restore: sparsifier, auxiliary loss or firing counters."""
+    """A part of an SAE whose state goes into checkpoints."""
 
     def state(self) -> State:
-        """Return the tensors to save."""
-        ...
+        """Return the state; tensors may be the live ones. Collective."""
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from the tensors of `state()`, both mappings merged, on any device."""
-        ...
+    def load_state(self, state: State) -> None:
+        """Continue from a state of these features, from any number of ranks."""
+
+
+def joined(parts: dict[str, State]) -> State:
+    """Return the states of several parts as one, with names such as 'optimizer/W_enc.exp_avg'."""
+    return State(
+        _named((name, state.shared) for name, state in parts.items()),
+        _named((name, state.features) for name, state in parts.items()),
+    )
+
+
+def _named(parts: Iterable[tuple[str, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    return {f"{part}/{name}": value for part, values in parts for name, value in values.items()}
+
+
+def _below(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = f"{part}/"
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -20,7 +20,6 @@ The learner creates one sparsifier an SAE and calls its members in this order:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -161,8 +160,8 @@ class Sparsifier(ABC):
 
     def state(self) -> State:
         """Return the tensors that a resumed run must restore."""
-        return State()
+        return State({}, {})
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from the tensors of `state()`, both mappings merged."""
-        assert not tensors, "a sparsifier with a state of its own loads it"
+    def load_state(self, state: State) -> None:
+        """Continue from a `state()` of these features."""
+        assert state == State({}, {}), "a sparsifier with a state of its own loads it"

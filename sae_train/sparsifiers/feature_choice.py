@@ -6,7 +6,6 @@ are our reconstruction (with no such phase, feature j has rank j, and the law is
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -101,13 +100,13 @@ class FeatureChoice(MutualChoice):
     def state(self) -> State:
         ranked = {} if self._rank_F is None else {"rank": self._rank_F}
         fitted = {} if self._fit is None else {"fit": torch.tensor(self._fit, dtype=torch.float64)}
-        return State(shared=ranked | fitted)
+        return State(ranked | fitted, {})
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        if "rank" in tensors:
-            self._rank_F = tensors["rank"].cpu()
-        if "fit" in tensors:
-            self._fit = ZipfFit(*tensors["fit"].tolist())
+    def load_state(self, state: State) -> None:
+        if "rank" in state.shared:
+            self._rank_F = state.shared["rank"].cpu()
+        if "fit" in state.shared:
+            self._fit = ZipfFit(*state.shared["fit"].tolist())
 
     def _matches(self, budget: int, n_tokens: int) -> Tensor:
         """Return each feature's real-valued budget [F]; they sum to `budget`."""

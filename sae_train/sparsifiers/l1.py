@@ -8,7 +8,6 @@ with a common shift of the biases where others have thresholds.
 """
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -86,11 +85,11 @@ class PAnneal(ReLU):
         return Valued(value, self._factor.to(value.dtype) * _power(value, p))
 
     def state(self) -> State:
-        return State(shared={**super().state().shared, "factor": self._factor})
+        return State(super().state().shared | {"factor": self._factor}, {})
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        self._factor = tensors["factor"].to(self._factor.device)
-        super().load_state(tensors)
+    def load_state(self, state: State) -> None:
+        self._factor = state.shared["factor"].to(self._factor.device)
+        super().load_state(state)
 
 
 def _power(value: Tensor, p: float) -> Tensor:

@@ -1,7 +1,6 @@
 """Penalised sparsifiers: nothing is selected. Sparsity has a price, which is steered so that L0 comes to k."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -149,7 +148,7 @@ class Penalised(Sparsifier):
         return {"train/coefficient": float(self.price.now(info))}
 
     def state(self) -> State:
-        return State(shared=self.price.state())
+        return State(self.price.state(), {})
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        self.price.load_state(tensors)
+    def load_state(self, state: State) -> None:
+        self.price.load_state(state.shared)

@@ -6,7 +6,6 @@ afterwards by the learning rate a step or, in short runs, a little more; and the
 """
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -96,7 +95,7 @@ class Price:
             "size": self.size,
         }
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from `state()`."""
         device = self.nudge.device
         self._log_price, self._deviation, self._log_first, self.nudge, self.size = (

@@ -20,7 +20,6 @@ penalty. There is no public code. Inferred, by us:
   end get a threshold of +inf.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -136,13 +135,12 @@ class TemporalMask(ReLU):
         return super().figures(info) | {"train/masked_share": float(self._masked_share)}
 
     def state(self) -> State:
-        own = {"averages": self.averages_F3, "masked": self.masked_F}
-        return super().state()._replace(by_feature=own)
+        return State(super().state().shared, {"averages": self.averages_F3, "masked": self.masked_F})
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_state(self, state: State) -> None:
         device = self.masked_F.device
-        self.averages_F3, self.masked_F = (tensors[name].to(device) for name in ("averages", "masked"))
-        super().load_state(tensors)
+        self.averages_F3, self.masked_F = (state.features[name].to(device) for name in ("averages", "masked"))
+        super().load_state(state)
 
 
 def _of(code: Code, allowed_F: Tensor) -> Code:

@@ -1,16 +1,14 @@
-"""Writing checkpoints: whole or not there.
+"""Writing checkpoints so that each is whole or not there; checkpoint_files.py lists their files.
 
-`checkpoints/step_00001000/` holds `replicated.safetensors` (what all ranks share), and from every rank one
-`features_LO_HI.safetensors` (rows of weights, moments and counters of features LO to HI-1) and one
-`lanes_*.safetensors` (the lanes that it owns, whole), so that another number of ranks, in another layout, may each read
-what it needs; `checkpoint.json` says step, counts, and the size and SHA-256 of every file. All ranks write at once,
-under a temporary name; it is fsynced, and renamed. Files may be written beside the training step, by a thread of each
-rank that speaks to no other, from copies that were taken at once; the name is given where the ranks meet again.
+All ranks write their files at once, below a temporary name. The files are fsynced, and then the first rank renames the
+directory. A background thread of each rank may write the files, from copies that are made first. The thread speaks to
+no other rank; the checkpoint is published the next time that the ranks meet.
 """
 
 import json
 import shutil
 import threading
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,116 +17,176 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_train.errors import CheckpointError
+from sae_train.config import CheckpointConfig
+from sae_train.errors import CheckpointError, UserError
 from sae_train.formats.durable import explained, sync_directory, sync_file, write_text
-from sae_train.harvest.prefetch import Outcome
 from sae_train.phases import SILENT, Phases
 from sae_train.ranks.interface import Ranks
-from sae_train.training.restore import NOTES, REPLICATED, digest_of, fingerprint, finished, place
+from sae_train.training import checkpoint_files as files
+from sae_train.training.checkpoint_files import Contents, SaeContents
+from sae_train.training.console import warn
+
+Shares = dict[str, dict[str, Tensor]]
+"""Tensors by name, by the path of their file below the checkpoint."""
+
+
+class Saver:
+    """Begins and publishes a run's checkpoints. The session makes one; all ranks call it at the same places.
+
+    Attributes:
+        saved_at: step of the newest published checkpoint, -1 before there is one.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig, *, ranks: Ranks, phases: Phases = SILENT) -> None:
+        self.saved_at = -1
+        self._directory, self._config, self._ranks, self._phases = directory, config, ranks, phases
+        self._saving: Saving | None = None
+
+    def save(self, contents: Contents, notes: dict[str, Any], *, may_go_on: bool) -> None:
+        """Write a checkpoint, or begin to write one in the background.
+
+        Args:
+            contents: of this rank, saved as they are now.
+            notes: see `begin`.
+            may_go_on: whether training goes on meanwhile; else the checkpoint is published when this returns.
+        """
+        self.publish()
+        beside = self._config.beside
+        beside = self._ranks.device.type == "cuda" if beside is None else beside
+        self._saving = begin(
+            self._directory,
+            contents,
+            notes=notes,
+            ranks=self._ranks,
+            keep=self._config.keep,
+            in_background=beside and may_go_on,
+            phases=self._phases,
+        )
+        if not (beside and may_go_on):
+            self.publish()
+
+    def publish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and publish it."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        try:
+            saving.publish()
+        except KeyboardInterrupt:
+            self._saving = saving  # `publish_at_last` waits for it once more
+            raise
+        self.saved_at = saving.step
+
+    def publish_if_written(self) -> None:
+        """Publish the checkpoint that is being written if no rank has to wait for its files."""
+        if self._saving is not None and self._saving.is_written():
+            self.publish()
+
+    def publish_at_last(self) -> None:
+        """Publish while another exception is raised: where the disk or memory prevents it, only warn of that."""
+        try:
+            self.publish()
+        except (UserError, MemoryError) as error:
+            warn(f"the checkpoint that was being written is lost: {error}")
 
 
 def begin(
     directory: Path,
+    contents: Contents,
     *,
     notes: dict[str, Any],
-    replicated: dict[str, Tensor],
-    features: tuple[int, int],
-    feature_state: dict[str, Tensor],
-    lane_states: dict[int, dict[str, Tensor]],
     ranks: Ranks,
     keep: int,
-    beside: bool = False,
+    in_background: bool = False,
     phases: Phases = SILENT,
 ) -> "Saving":
-    """Begin to write a checkpoint, from all ranks at once; it is there once `publish` has been called.
+    """Begin to write a checkpoint, from all ranks at once; `Saving.publish` ends it. Collective.
 
     Args:
+        directory: holds the run's checkpoints.
+        contents: of this rank. The first rank writes what all share, and ranks that hold the same features split them.
         notes: JSON values; `step` names the checkpoint.
-        replicated: what is the same on every rank; the first writes it.
-        features: lo, hi of the features that this rank holds.
-        feature_state: tensors [hi - lo, ...]; the ranks that hold the same features write a share each.
-        lane_states: of this rank's lanes; CPU tensors that nothing changes any more.
-        keep: how many of the newest to leave when it is published; 0 keeps all.
-        beside: write in a thread, the other tensors as they are now, from copies; else write before this returns.
+        keep: how many of the newest checkpoints to leave when it is published; 0 keeps all.
+        in_background: copy the tensors and write the copies in a thread; else write before this returns.
+        phases: shows the progress, unless a thread writes.
 
     Raises:
         CheckpointError: on every rank, if the first cannot make the directory; earlier checkpoints stay as they were.
     """
-    partial = directory / f"tmp-step_{notes['step']:08d}"
+    partial = files.partial_path_of(directory, notes["step"])
     problem: CheckpointError | None = None
     try:
         if ranks.is_first:
             with explained(directory):
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+                for name in contents.saes:
+                    (partial / files.sae_file(name, "")).mkdir(parents=True)
     except CheckpointError as error:
         problem = error
     ranks.raise_together(problem)
-    own, replicated = _own_share(features, feature_state, ranks), replicated if ranks.is_first else {}
-    if beside:
-        own, replicated = (*own[:2], _copied(own[2])), _copied(replicated)
-    shares = _shares(replicated, own, lane_states)
-    if beside:
-        phases = SILENT  # a thread writes, and the step has the bar
-    final = place(directory, notes["step"])
-    return Saving(partial, final, shares, notes=notes, ranks=ranks, keep=keep, beside=beside, phases=phases)
+    shares = _shares(contents, ranks, copied=in_background)
+    notes = {"format": files.FORMAT} | notes
+    return Saving(partial, shares, notes=notes, ranks=ranks, keep=keep, in_background=in_background, phases=phases)
 
 
 class Saving:
-    """A checkpoint whose files are written, or being written. Ends with `publish`; else it was never there.
+    """A checkpoint whose files are written, or being written. Without a call of `publish` it was never there.
 
     Attributes:
-        step: that it is of.
+        step: step of the checkpoint.
     """
 
     def __init__(
         self,
         partial: Path,
-        final: Path,
-        shares: dict[str, dict[str, Tensor]],
+        shares: Shares,
         *,
         notes: dict[str, Any],
         ranks: Ranks,
         keep: int,
-        beside: bool,
-        phases: Phases = SILENT,
+        in_background: bool,
+        phases: Phases,
     ) -> None:
         self.step: int = notes["step"]
-        self._partial, self._final, self._notes, self._ranks, self._keep = partial, final, notes, ranks, keep
-        self._phases = phases
-        self._has_ended = threading.Event()  # of an interrupted Thread.join nothing is certain
-        if beside:
-            threading.Thread(target=self._write, args=(shares,), name="checkpoint", daemon=True).start()
+        self._partial, self._final = partial, files.path_of(partial.parent, self.step)
+        self._notes, self._ranks, self._keep = notes, ranks, keep
+        self._written: Future[dict[str, Any]] = Future()  # also waits where Thread.join was interrupted once
+        if in_background:
+            work = threading.Thread(target=self._write, args=(shares, SILENT), name="checkpoint", daemon=True)
+            work.start()
         else:
-            self._write(shares)
+            self._write(shares, phases)
 
-    def _write(self, shares: dict[str, dict[str, Tensor]]) -> None:
-        self._written = Outcome(lambda: _write(self._partial, shares, self._phases))
-        self._has_ended.set()
+    def _write(self, shares: Shares, phases: Phases) -> None:
+        try:
+            written = _write(self._partial, shares, phases)
+        except BaseException as error:
+            self._written.set_exception(error)
+        else:
+            self._written.set_result(written)
 
     def is_written(self) -> bool:
-        """Return whether no rank's files are waited for any more. Collective."""
-        return all(self._ranks.gather_objects(self._has_ended.is_set()))
+        """Return whether the files of all ranks are written, or cannot be. Collective."""
+        return all(self._ranks.gather_objects(self._written.done()))
 
     def publish(self) -> Path:
-        """Wait for this rank's files, give the checkpoint its name once all are there, and drop older ones. Collective.
+        """Wait for the files of all ranks, rename the checkpoint, and remove older ones. Collective.
 
         Raises:
             CheckpointError: on every rank, if any rank could not write; earlier checkpoints stay as they were.
         """
-        self._has_ended.wait()
-        files: dict[str, Any] = {}
+        written: dict[str, Any] = {}
         problem: CheckpointError | None = None
         try:
-            files = self._written.get()
+            written = self._written.result()
         except CheckpointError as error:
             problem = error
-        shares = self._ranks.gather_objects((files, problem))
-        problem = next((found for _, found in shares if found is not None), None)
+        of_ranks = self._ranks.gather_objects((written, problem))
+        problem = next((found for _, found in of_ranks if found is not None), None)
         if problem is None and self._ranks.is_first:
-            written = {name: facts for share, _ in shares for name, facts in share.items()}
+            of_all = {name: facts for of_rank, _ in of_ranks for name, facts in of_rank.items()}
             try:
-                _publish(self._partial, self._final, self._notes | {"files": written})
+                _publish(self._partial, self._final, self._notes | {"files": of_all})
                 _prune(self._final.parent, keep=self._keep, newest=self._final)
             except CheckpointError as error:
                 problem = error
@@ -138,35 +196,37 @@ class Saving:
         return self._final
 
 
-def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
-
-
-def _own_share(features: tuple[int, int], state: dict[str, Tensor], ranks: Ranks) -> tuple[int, int, dict[str, Tensor]]:
-    """Return the features lo, hi that this rank writes, of those that it holds with others, and their state."""
-    lo, hi = features
-    first, last = ranks.data.slice(hi - lo)
-    return lo + first, lo + last, {name: value[first:last] for name, value in state.items()}
-
-
-def _shares(
-    replicated: dict[str, Tensor],
-    features: tuple[int, int, dict[str, Tensor]],
-    lanes: dict[int, dict[str, Tensor]],
-) -> dict[str, dict[str, Tensor]]:
-    """Return what each of this rank's files holds, by their names."""
-    shares = {REPLICATED: replicated} if replicated else {}
-    lo, hi, state = features
-    if hi > lo:
-        shares[f"features_{lo:08d}_{hi:08d}.safetensors"] = state
+def _shares(contents: Contents, ranks: Ranks, *, copied: bool) -> Shares:
+    """Return the tensors of each file that this rank writes; `copied` to the host where later steps change them."""
+    lanes = contents.lanes
+    changing: Shares = {files.STREAM: contents.stream} if ranks.is_first else {}
+    for name, sae in contents.saes.items():
+        if ranks.is_first:
+            changing[files.sae_file(name, files.SHARED)] = sae.state.shared
+        lo, hi, rows = _own_rows(sae, ranks)
+        if hi > lo:
+            changing[files.sae_file(name, files.features_file(lo, hi))] = rows
+    if copied:
+        changing = {file: _copied(tensors) for file, tensors in changing.items()}
     if lanes:
-        name = f"lanes_{min(lanes):04d}_{max(lanes):04d}.safetensors"
-        shares[name] = {f"{lane}/{key}": value for lane, state in lanes.items() for key, value in state.items()}
-    return shares
+        of_lanes = {f"{lane}/{key}": value for lane, state in lanes.items() for key, value in state.items()}
+        changing[files.lanes_file(min(lanes), max(lanes))] = of_lanes
+    return changing
 
 
-def _write(partial: Path, shares: dict[str, dict[str, Tensor]], phases: Phases) -> dict[str, Any]:
-    """Write this rank's files; return their fingerprints by name."""
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+
+
+def _own_rows(sae: SaeContents, ranks: Ranks) -> tuple[int, int, dict[str, Tensor]]:
+    """Return the features lo, hi that this rank writes, of those that it holds with others, and their rows."""
+    lo, hi = sae.features
+    first, last = ranks.data.slice(hi - lo)
+    return lo + first, lo + last, {key: value[first:last] for key, value in sae.state.features.items()}
+
+
+def _write(partial: Path, shares: Shares, phases: Phases) -> dict[str, Any]:
+    """Write this rank's files; return their sizes and digests by name."""
     written = {}
     sizes = {name: sum(value.nbytes for value in tensors.values()) for name, tensors in shares.items()}
     with phases.of("writing a checkpoint", total=sum(sizes.values()), unit="B"):
@@ -178,14 +238,18 @@ def _write(partial: Path, shares: dict[str, dict[str, Tensor]], phases: Phases) 
                 except SafetensorError as error:
                     raise CheckpointError(f"{path}: cannot be written: {error}. Free space there.") from error
                 sync_file(path)
-                written[name] = fingerprint(path)
+                written[name] = files.digest_of_file(path)
             phases.count(sizes[name])
     return written
 
 
 def _publish(partial: Path, final: Path, notes: dict[str, Any]) -> None:
-    """Give a whole checkpoint its name."""
-    write_text(partial / NOTES, json.dumps(notes | {"sha256": digest_of(notes)}, indent=2) + "\n")
+    """Rename a checkpoint whose files are all written."""
+    with explained(partial):
+        for folder in (*partial.glob("saes/*"), partial / "saes"):
+            sync_directory(folder)
+    digest = {"sha256": files.digest_of_notes(notes)}
+    write_text(partial / files.NOTES, json.dumps(notes | digest, indent=2) + "\n")
     with explained(final):
         if final.exists():
             _remove(final)
@@ -194,13 +258,13 @@ def _publish(partial: Path, final: Path, notes: dict[str, Any]) -> None:
 
 
 def _prune(directory: Path, *, keep: int, newest: Path) -> None:
-    """Remove what killed writers left, what is later than the newest, and all but `keep` of the rest (0 keeps all).
+    """Remove partial files of killed writers, all checkpoints after `newest`, and all but `keep` (0 keeps all).
 
-    A later one is damaged, or this run would have gone on from it; counted as good it would crowd out good ones.
+    A later checkpoint is damaged, or this run would have gone on from it. Counted as good it would displace good ones.
     """
     try:
-        found = finished(directory)
-    except CheckpointError:  # what is too much goes the next time
+        found = files.published(directory)
+    except CheckpointError:  # the next checkpoint removes them
         return
     place = found.index(newest) + 1
     old = found[: max(place - keep, 0)] if keep else []
@@ -212,7 +276,7 @@ def _prune(directory: Path, *, keep: int, newest: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Take a checkpoint's name away, then its files: who is killed between them leaves nothing that looks whole."""
+    """Rename a checkpoint, then remove its files, so that a kill in between leaves nothing that looks whole."""
     unnamed = path.with_name(f"tmp-{path.name}-old")
     shutil.rmtree(unnamed, ignore_errors=True)
     path.rename(unnamed)

@@ -1,63 +1,63 @@
 """From trained weights to an exported SAE that keeps its promise: fold, calibrate, evaluate, write."""
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 import sae_train
-from sae_train.config import RunConfig
+from sae_train.config import LiveHarvestConfig, SourceConfig
 from sae_train.errors import DataError
 from sae_train.evaluation.evaluate import evaluate
+from sae_train.evaluation.registry import figures_in_rows
 from sae_train.evaluation.rounds import rounds
 from sae_train.formats import native
+from sae_train.formats.manifest import ActivationSource, Normalisation, SaeManifest
 from sae_train.harvest.build import Stream, StreamFacts
 from sae_train.harvest.held_out import HALVES, Half
 from sae_train.phases import SILENT, Phases
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.sae.calibration import calibrate
-from sae_train.sae.nesting import prefix_sizes
+from sae_train.training.learner import Learner
 from sae_train.training.trainer import Trainer
 
 ENOUGH_TOKENS = 10_000
 """Held-out tokens that are looked at before training."""
-SUMMARY_ONLY = ("l0_p5", "l0_p50", "l0_p95", "l0_standard_error", "evaluation_tokens", "density", "target_l0",
-                "used_share", "ce", "correction", "budget_law")  # fmt: skip
-"""Figures of summary.json that are not among the `eval/` names."""
 
 
-def exported(trainer: Trainer, phases: Phases = SILENT) -> tuple[SparseAutoencoder, dict[str, Any]]:
-    """Return the SAE as it would be exported now, and its figures on held-out data; changes nothing. Collective.
+def exported(trainer: Trainer, learner: Learner, phases: Phases = SILENT) -> tuple[SparseAutoencoder, dict[str, Any]]:
+    """Return an SAE as it would be exported now, and its figures on held-out data; change nothing. Collective.
 
     The SAE holds this rank's features, the figures are of all. Thresholds are set on the calibration half, every figure
     comes from the other.
     """
     with trainer.stream.quiet():
-        return _exported(trainer, phases)
+        return _exported(trainer, learner, phases)
 
 
-def _exported(trainer: Trainer, phases: Phases) -> tuple[SparseAutoencoder, dict[str, Any]]:
-    config, stream, ranks, n_features = trainer.config, trainer.stream, trainer.ranks, trainer.plan.n_features
-    rule = trainer.sparsifier.export(trainer.dictionary, trainer.step_info())
+def _exported(trainer: Trainer, learner: Learner, phases: Phases) -> tuple[SparseAutoencoder, dict[str, Any]]:
+    stream, ranks, n_features = trainer.stream, trainer.ranks, learner.plan.n_features
+    rule = learner.sparsifier.export(learner.dictionary, learner.step_info(trainer.n_done))
     sae = SparseAutoencoder.fold(
-        trainer.dictionary,
+        learner.dictionary,
         centre_D=stream.scaling.centre_D,
         scale=stream.scaling.scale,
         k=0.0 if rule.k is None else rule.k,  # set below where there is none
         inference=rule.inference,
         encoder=(rule.W_enc, rule.b_enc),
     )
-    max_tokens = config.held_out_tokens
+    max_tokens = trainer.source.held_out_tokens
     with _of_half(phases, "reading activations for thresholds", stream, "calibration", max_tokens=max_tokens):
         raw_ND = calibration_half(stream, max_tokens=max_tokens, phases=phases, ranks=ranks)
     calibration = calibrate(
         sae,
         raw_ND,
         k=rule.k,
-        batch_tokens=trainer.plan.batch_tokens,
+        batch_tokens=learner.plan.batch_tokens,
         n_features=n_features,
         ranks=ranks,
         share_F=rule.share_F,
@@ -95,46 +95,61 @@ def _of_half(phases: Phases, name: str, stream: Stream, half: Half, *, max_token
     return phases.of(name, total=stream.held_out.n_tokens(half, max_tokens=max_tokens))
 
 
-def evaluation_row(figures: dict[str, Any], *, step: int, tokens: int) -> dict[str, Any]:
-    """Return the row of metrics.jsonl for an evaluation."""
-    kept = {f"eval/{key}": value for key, value in figures.items() if key not in SUMMARY_ONLY}
-    return {"step": step, "tokens": tokens} | kept
+def evaluation_figures(figures: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of an evaluation that a row of metrics.jsonl holds, by their `eval/` names."""
+    return {f"eval/{key}": value for key, value in figures.items() if key in figures_in_rows()}
 
 
 def write_export(
     sae: SparseAutoencoder,
     directory: Path,
     *,
-    config: RunConfig,
-    stream: Stream,
+    trainer: Trainer,
+    learner: Learner,
     facts: StreamFacts,
     figures: dict[str, Any],
-    tokens: int,
-    n_features: int,
-    ranks: Ranks,
     phases: Phases = SILENT,
 ) -> None:
     """Write `saes/NAME/`. Collective: every rank brings its features, and learns whether it was written."""
-    scaling = stream.scaling
-    notes = {
-        "site": facts.label,
-        "source": facts.record,
-        "tokens": tokens,
-        "sparsifier": config.sparsifier.name,
-        "prefixes": prefix_sizes(config.nesting, n_features=n_features),
-        "seed": config.seed,
-        "normalisation": {
-            "scale": scaling.scale,
-            "centre_norm": float(scaling.centre_D.norm()),
-            "gamma": scaling.gamma,
-            "outlier_limit": scaling.limit,
-            "folded": True,
-        },
-        "figures": figures,
-        "sae_train_version": sae_train.__version__,
-    }
+    config, stream, n_features = learner.config, trainer.stream, learner.plan.n_features
+    manifest = SaeManifest(
+        inference=sae.inference,
+        k=sae.k,
+        d_model=sae.d_model,
+        n_features=n_features,
+        site=facts.label,
+        source=_activation_source(trainer.source, facts),
+        tokens=trainer.tokens,
+        sparsifier=config.sparsifier.name,
+        prefixes=list(learner.prefixes),
+        seed=config.seed,
+        normalisation=Normalisation(
+            scale=stream.scaling.scale,
+            centre_norm=float(stream.scaling.centre_D.norm()),
+            gamma=stream.scaling.gamma,
+            outlier_limit=stream.scaling.limit,
+            folded=True,
+        ),
+        figures=figures,
+        sae_train_version=sae_train.__version__,
+    )
     with phases.of("exporting", total=native.size_of(sae.d_model, n_features), unit="B"):
-        native.save(sae, directory, facts=notes, n_features=n_features, ranks=ranks, phases=phases)
+        native.save(sae, directory, manifest=manifest, ranks=trainer.ranks, phases=phases)
+
+
+def _activation_source(config: SourceConfig, facts: StreamFacts) -> ActivationSource:
+    """Return the origin of a run's activations: the stream's record, and the settings of a language model and text."""
+    source = ActivationSource(**cast(dict[str, Any], facts.record))
+    if not isinstance(config.harvest, LiveHarvestConfig):
+        return source
+    return replace(
+        source,
+        dtype=config.model.dtype,
+        context_length=config.harvest.context_length,
+        subset=config.data.subset,
+        split=config.data.split,
+        text_column=config.data.text_column,
+    )
 
 
 def check_held_out(stream: Stream, *, ranks: Ranks) -> None:

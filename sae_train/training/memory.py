@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import torch
 
+from sae_train.config.lanes import FORWARDS_A_POOL, LaneSizes
 from sae_train.errors import UserError
 from sae_train.ranks.launcher_env import find_place
 
@@ -72,6 +73,19 @@ def largest(holdings: tuple[Holding, ...]) -> str:
     knobs = dict.fromkeys(knob for each in found for knob in each.knobs)
     sizes = "; ".join(f"{each.what} {gigabytes(each.n_bytes)}" for each in found)
     return f"Largest, estimated: {sizes}. What shrinks them: {', '.join(knobs)}."
+
+
+def largest_pool(sizes: LaneSizes, *, batch_bytes: int, too_much: int) -> int | None:
+    """Return the largest `harvest.pool_batches` that saves `too_much` bytes a rank, or None where no pool does.
+
+    Args:
+        sizes: the sizes of the harvest as they are.
+        batch_bytes: memory of one batch in this rank's pools.
+        too_much: bytes to save.
+    """
+    fits = sizes.pool_batches - -(-too_much // batch_bytes)
+    least = max(2, -(-FORWARDS_A_POOL * sizes.forward_tokens // sizes.share))
+    return fits if fits >= least else None
 
 
 def gigabytes(n_bytes: float) -> str:

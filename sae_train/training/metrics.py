@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from sae_train.evaluation.density import density_figures, density_histogram
-from sae_train.evaluation.reconstruction import L0_BINS, histogram_percentiles
+from sae_train.evaluation.l0 import L0_BINS, histogram_percentiles
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code
 from sae_train.sae.firing import Firing
+from sae_train.sae.state import State
 
 LARGEST_SPREAD = 1.0
 """Epochs that the fastest lane may be ahead of the slowest before the user is told."""
@@ -23,8 +24,10 @@ class Totals:
 
     NAMES = ("tokens", "error", "square", "loss", "aux", "matches", "budget", "steps", "grad_norm")
 
-    def __init__(self, *, d_model: int, device: torch.device, n_ranks: int) -> None:
-        self._share = 1 / n_ranks  # of a step: what was added up on another number of ranks stays right
+    def __init__(self, *, d_model: int, ranks: Ranks) -> None:
+        device = ranks.device
+        self._ranks = ranks
+        self._share = 1 / ranks.size  # of a step, so that sums of another number of ranks stay right
         self.scalars = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
         self.sum_D = torch.zeros(d_model, dtype=torch.float64, device=device)
         self.l0_histogram = torch.zeros(L0_BINS + 1, dtype=torch.int64, device=device)
@@ -74,8 +77,9 @@ class Totals:
             smallest = torch.where(value > 0, value, torch.inf).min().double()
             self.least_kept = torch.minimum(self.least_kept, smallest)
 
-    def row(self, ranks: Ranks) -> dict[str, Any]:
-        """Return the interval's `train/` and `tokens_l0/` figures over all ranks."""
+    def row(self) -> dict[str, Any]:
+        """Return the interval's `train/` and `tokens_l0/` figures over all ranks. Collective."""
+        ranks = self._ranks
         sums = dict(zip(self.NAMES, ranks.sum(self.scalars).tolist(), strict=True))
         n, steps = sums["tokens"], sums["steps"]
         mean_D = ranks.sum(self.sum_D) / n
@@ -102,17 +106,18 @@ class Totals:
             tensor.zero_()
         self.least_kept.fill_(torch.inf)
 
-    def state(self, ranks: Ranks) -> dict[str, Tensor]:
-        """Return every rank's sums, stacked in rank order: they are replicated state in a checkpoint."""
-        return {name: ranks.gather(getattr(self, name)) for name in ("scalars", "sum_D", "l0_histogram", "least_kept")}
+    def state(self) -> State:
+        """Return the sums of every rank, stacked in rank order. Collective."""
+        names = ("scalars", "sum_D", "l0_histogram", "least_kept")
+        return State({name: self._ranks.gather(getattr(self, name)) for name in names}, {})
 
-    def load_state(self, state: dict[str, Tensor], ranks: Ranks) -> None:
-        """Take this rank's sums; on another number of ranks the first takes them all."""
-        for name, stacked in state.items():
+    def load_state(self, state: State) -> None:
+        """Take this rank's sums; on another number of ranks the first rank takes all of them."""
+        for name, stacked in state.shared.items():
             own = getattr(self, name)
-            if len(stacked) == ranks.size:
-                own.copy_(stacked[ranks.rank])
-            elif ranks.is_first:
+            if len(stacked) == self._ranks.size:
+                own.copy_(stacked[self._ranks.rank])
+            elif self._ranks.is_first:
                 own.copy_(stacked.min(0).values if name == "least_kept" else stacked.sum(0))
 
 

@@ -8,14 +8,13 @@ import torch
 
 from sae_train.config import (
     LaneSizes,
-    LiveHarvestConfig,
     NoAuxLossConfig,
     RunConfig,
     TopKConfig,
     ZipfBudgetConfig,
 )
 from sae_train.errors import ConfigError, raise_all
-from sae_train.evaluation.language_model_loss import PASSES_OF_A_BATCH
+from sae_train.evaluation.language_model import PASSES_OF_A_BATCH
 from sae_train.harvest.build import StreamFacts
 from sae_train.kernels import backend
 from sae_train.ranks.layout import feature_columns
@@ -23,7 +22,7 @@ from sae_train.sae.sizes import SaeSizes
 from sae_train.sae.zipf_budget import law_of
 from sae_train.sparsifiers import sparsifier_class
 from sae_train.sparsifiers.topk import MULTIPLE
-from sae_train.training.memory import Holding, available_bytes, gigabytes, largest
+from sae_train.training.memory import Holding, available_bytes, gigabytes, largest, largest_pool
 from sae_train.training.schedule import DECAY_SHARE, WARMUP_SHARE, peak_learning_rate
 
 LARGEST_DEAD_WINDOW = 10_000_000
@@ -133,7 +132,7 @@ def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
         ConfigError: settings that contradict each other once the width of the activations is known.
     """
     n_features = config.n_features or config.expansion * facts.d_model
-    raise_all(_problems(config, n_features=n_features))
+    raise_all(config.width_problems(n_features))
     steps = -(-config.tokens // config.batch_tokens)
     total = steps * config.batch_tokens
     element = 8 if config.precision == "float64" else 4
@@ -162,7 +161,7 @@ def make_plan(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
         flops=total * (facts.flops_per_token + _sae_flops(config, facts.d_model, n_features)),
         held_out=_held_out_cost(config, facts, n_features=n_features, total=total),
     )
-    _check_memory(plan)
+    _check_memory(plan, config, facts)
     return plan
 
 
@@ -239,17 +238,6 @@ def _ranks_text(plan: Plan, config: RunConfig) -> str:
     return text
 
 
-def _problems(config: RunConfig, *, n_features: int) -> list[str]:
-    found = []
-    if config.k is not None and config.k > n_features:
-        given = "n_features" if config.n_features else f"expansion={config.expansion} times d_model"
-        found.append(f"k={config.k:g}: larger than {given}={n_features}. Lower k or raise {given.split('=')[0]}.")
-    start_k = config.budget.start_k
-    if start_k is not None and start_k > n_features:
-        found.append(f"budget.start_k={start_k:g}: larger than n_features={n_features}. Lower it.")
-    return found
-
-
 def _schedule_notes(config: RunConfig) -> list[str]:
     """Return a line for a warm-up or decay that is longer than the run."""
     lengths = {"warmup_tokens": config.optimizer.warmup_tokens, "decay_tokens": config.optimizer.decay_tokens}
@@ -281,8 +269,7 @@ def _sae_flops(config: RunConfig, d_model: int, n_features: int) -> float:
 def _held_out_cost(config: RunConfig, facts: StreamFacts, *, n_features: int, total: int) -> HeldOutCost:
     """Return the estimated cost of thresholds and evaluations."""
     tokens, encodes = config.held_out_tokens, 2 * facts.d_model * n_features
-    has_model = isinstance(config.harvest, LiveHarvestConfig)
-    passes = (PASSES_OF_A_BATCH if facts.whole_flops_per_token else 1) if has_model else 0
+    passes = (PASSES_OF_A_BATCH if facts.whole_flops_per_token else 1) if config.harvest.runs_model else 0
     whole = facts.whole_flops_per_token
     before_site = min(facts.flops_per_token, whole or facts.flops_per_token)  # with gradients the first has more in it
     evaluation = passes * whole or before_site
@@ -305,7 +292,7 @@ def _holdings(
         step, logits = (step, 0) if step >= logits else (0, logits)
     name = f"[{n_features}, {facts.d_model}]"
     copied = (3 * element * parameters + facts.pool_bytes) // n_ranks
-    copied = copied if config.checkpoint.beside and not torch.cuda.is_available() else 0  # a GPU's are the host's
+    copied = copied if _copies_in_host_memory(config) else 0
     rounds = config.precision == "bf16" or (config.precision == "auto" and _has_bf16())
     return (
         Holding(f"weights, gradients and two moments, 8 of {name}", 4 * element * parameters // columns,
@@ -324,16 +311,29 @@ def _holdings(
     )  # fmt: skip
 
 
+def _copies_in_host_memory(config: RunConfig) -> bool:
+    """Return whether a checkpoint's copy takes this rank's memory. A GPU's state is copied to the host's memory."""
+    return bool(config.checkpoint.beside) and not torch.cuda.is_available()
+
+
 def _has_bf16() -> bool:
     return torch.cuda.is_available() and backend.has_bf16(torch.device("cuda"))
 
 
-def _check_memory(plan: Plan) -> None:
-    """Refuse what cannot fit in this rank's memory."""
-    available = available_bytes()
-    if plan.memory_bytes > available:
-        raise ConfigError(
-            f"n_features={plan.n_features}, batch_tokens={plan.batch_tokens}: needs about "
-            f"{gigabytes(plan.memory_bytes)} a rank, and there are {gigabytes(available)} for each. "
-            f"{largest(plan.holdings)}"
-        )
+def _check_memory(plan: Plan, config: RunConfig, facts: StreamFacts) -> None:
+    """Refuse a plan that cannot fit in this rank's memory, and name the largest pools that would fit."""
+    available, sizes = available_bytes(), facts.sizes
+    if plan.memory_bytes <= available:
+        return
+    given, way_out = f"n_features={plan.n_features}, batch_tokens={plan.batch_tokens}:", ""
+    copies = 2 if _copies_in_host_memory(config) else 1
+    batch_bytes = copies * facts.pool_batch_bytes // plan.n_ranks
+    fits = sizes and largest_pool(sizes, batch_bytes=batch_bytes, too_much=plan.memory_bytes - available)
+    if sizes and fits:
+        pools = gigabytes(facts.pool_bytes // plan.n_ranks)
+        given = f"harvest.pool_batches={sizes.pool_batches}: with pools of {pools} this"
+        way_out = f"Largest that fits: {fits}. "
+    raise ConfigError(
+        f"{given} needs about {gigabytes(plan.memory_bytes)} a rank, and there are {gigabytes(available)} for each. "
+        f"{way_out}{largest(plan.holdings)}"
+    )

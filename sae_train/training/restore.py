@@ -1,73 +1,114 @@
 """Reading checkpoints: the newest whole one, and from it what a rank needs, whatever ranks wrote it."""
 
-import errno
-import hashlib
 import json
-import os
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_train.errors import CheckpointError
 from sae_train.phases import SILENT, Phases
 from sae_train.ranks.interface import Ranks
+from sae_train.sae.state import State
+from sae_train.training import checkpoint_files as files
 
-NOTES = "checkpoint.json"
-NOTED = ("step", "tokens", "files")
-REPLICATED = "replicated.safetensors"
-
-
-class _Unreadable(CheckpointError):
-    """The file system would not give a file: that says nothing about the file."""
+NEEDED = ("step", "tokens", "files")
+"""What every checkpoint.json holds, at least."""
 
 
-class Checkpoint(NamedTuple):
-    """A checkpoint that was read and found whole."""
-
-    notes: dict[str, Any]
-    """step, tokens, identity, metrics_rows, seconds ... as given to `begin`."""
-    replicated: dict[str, Tensor]
-    features: Callable[[int, int], dict[str, Tensor]]
-    """Returns the state [hi - lo, ...] of features lo to hi - 1."""
-    lane_state: Callable[[int], dict[str, Tensor]]
-    """Returns the state of one lane."""
+class OldLayout(CheckpointError):
+    """A checkpoint of an older version of this program, which this version does not read."""
 
 
-def newest_step(directory: Path) -> int | None:
-    """Return the step of the newest checkpoint, whole or not; None where none is there or can be seen."""
-    try:
-        found = finished(directory)
-    except CheckpointError:
-        return None
-    return step_of(found[-1]) if found else None
+class Checkpoint:
+    """A checkpoint that was read and found whole; `newest` and `load` make it, `Trainer.load_state` reads from it.
+
+    Attributes:
+        notes: step, tokens, identity, metrics_rows, seconds ... as given to `checkpoint.begin`.
+        stream: state of the loop and the stream that all ranks share.
+    """
+
+    def __init__(self, path: Path, notes: dict[str, Any]) -> None:
+        """Read the shared state; lanes and features are read when they are asked for.
+
+        Raises:
+            CheckpointError: a file is missing or cannot be read.
+        """
+        self.path, self.notes = path, notes
+        with files.reading(path):
+            self.stream = load_file(str(path / files.STREAM))
+
+    def sae_names(self) -> list[str]:
+        """Return the names of the SAEs in the checkpoint."""
+        end = f"/{files.SHARED}"
+        return [file.removeprefix("saes/").removesuffix(end) for file in self.notes["files"] if file.endswith(end)]
+
+    def sae_state(self, name: str, lo: int, hi: int) -> State:
+        """Return the state of one SAE: the shared part, and rows [hi - lo, ...] of features lo to hi - 1.
+
+        Only these rows are read.
+
+        Raises:
+            CheckpointError: the checkpoint has no such SAE, or not these features.
+        """
+        if name not in self.sae_names():
+            raise CheckpointError(f"{self.path}: holds no SAE {name}; it has {', '.join(self.sae_names())}.")
+        folder = files.sae_file(name, "")
+        with files.reading(self.path):
+            shared = load_file(str(self.path / folder / files.SHARED))
+        parts: dict[str, list[Tensor]] = {}
+        for file in sorted(self.notes["files"]):
+            held = files.features_in(file.removeprefix(folder)) if file.startswith(folder) else None
+            if held is None or held[0] >= hi or held[1] <= lo:
+                continue
+            first, last = max(lo - held[0], 0), min(hi, held[1]) - held[0]
+            with files.reading(self.path), safe_open(str(self.path / file), framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 (not a dict)
+                    parts.setdefault(key, []).append(opened.get_slice(key)[first:last])
+        rows = {key: torch.cat(blocks) for key, blocks in parts.items()}
+        if not rows or any(len(row) != hi - lo for row in rows.values()):
+            raise CheckpointError(f"{self.path}: does not hold features {lo} to {hi - 1} of {name}.")
+        return State(shared, rows)
+
+    def lane_state(self, lane: int) -> dict[str, Tensor]:
+        """Return the state of one lane of the stream; only its tensors are read.
+
+        Raises:
+            CheckpointError: the checkpoint has no such lane.
+        """
+        prefix = f"{lane}/"
+        for file in self.notes["files"]:
+            if files.has_lane(file, lane):
+                with files.reading(self.path), safe_open(str(self.path / file), framework="pt") as opened:
+                    names = [key for key in opened.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a dict)
+                    return {key.removeprefix(prefix): opened.get_tensor(key) for key in names}
+        raise CheckpointError(f"{self.path}: holds no lane {lane}; it was written with another harvest.lanes.")
 
 
 def newest(directory: Path, *, ranks: Ranks, warn: Callable[[str], None], phases: Phases = SILENT) -> Checkpoint | None:
-    """Return the newest whole checkpoint, or None where there is none; collective.
+    """Return the newest whole checkpoint, or None where there is none. Collective.
 
-    The ranks share out the reading of the files; the first says which checkpoints are passed over and why.
+    Each rank checks a part of the files. The first rank warns of checkpoints that are passed over, with the reason.
 
     Raises:
-        CheckpointError: on every rank, if a rank does not see the files that the first one sees, or cannot read one for
-            a reason that is not in the file: to pass over it then would be to lose what comes after the one before it.
+        CheckpointError: on every rank, if a rank does not see the files that the first one sees, or if a file cannot be
+            read for a reason that is not in the file. To pass over that checkpoint would lose the training since the
+            one before it. Also where the newest checkpoint has the layout of an older version.
     """
     steps, problem = [], None
     if ranks.is_first:
         try:
-            steps = [step_of(path) for path in finished(directory)]
+            steps = [files.step_of(path) for path in files.published(directory)]
         except CheckpointError as error:
             problem = error
     ranks.raise_together(problem)
     steps = ranks.gather_objects(steps)[0]
     while steps:
-        path = place(directory, steps.pop())
+        path = files.path_of(directory, steps.pop())
         faults = ranks.gather_objects(_fault(path, ranks, phases))
         phases.meet()
         unseen = [rank for rank, fault in enumerate(faults) if isinstance(fault, FileNotFoundError)]
@@ -76,7 +117,8 @@ def newest(directory: Path, *, ranks: Ranks, warn: Callable[[str], None], phases
                 f"{path}: rank {unseen[0]} does not see it and others do. Put runs=DIR on a file system that all "
                 "nodes share."
             )
-        ranks.raise_together(next((found for found in faults if isinstance(found, _Unreadable)), None))
+        stops = (found for found in faults if isinstance(found, files.Unreadable | OldLayout))
+        ranks.raise_together(next(stops, None))
         fault = next((found for found in faults if found is not None), None)
         if fault is None:
             return load(path)
@@ -85,135 +127,51 @@ def newest(directory: Path, *, ranks: Ranks, warn: Callable[[str], None], phases
     return None
 
 
+def load(path: Path) -> Checkpoint:
+    """Return the checkpoint in a directory, of which only checkpoint.json is checked.
+
+    Raises:
+        CheckpointError: a file is missing or cannot be read.
+    """
+    return Checkpoint(path, _notes(path))
+
+
 def _fault(path: Path, ranks: Ranks, phases: Phases) -> Exception | None:
-    """Return what is wrong with this rank's share of a checkpoint's files."""
+    """Return the first fault in this rank's part of a checkpoint's files, or None."""
     try:
-        with _whole(path):
-            if path.name not in _names(path.parent):
+        with files.reading(path):
+            if path.name not in files.names_in(path.parent):
                 return FileNotFoundError(f"{path}: gone.")
-        files = sorted(_notes(path)["files"].items())
-        _check(path, dict(files[ranks.rank :: ranks.size]), phases)
+        listed = sorted(_notes(path)["files"].items())
+        _check(path, dict(listed[ranks.rank :: ranks.size]), phases)
     except CheckpointError as error:
         return error
     return None
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint's notes and replicated state; the rest is read when asked for.
-
-    Raises:
-        CheckpointError: a file is missing or cannot be read.
-    """
-    notes = _notes(path)
-    with _whole(path):
-        replicated = load_file(str(path / REPLICATED))
-    return Checkpoint(notes, replicated, _feature_reader(path, notes), _lane_reader(path, notes))
-
-
-def _check(path: Path, files: dict[str, Any], phases: Phases) -> None:
-    with _whole(path), phases.of("checking the checkpoint", total=sum(f["bytes"] for f in files.values()), unit="B"):
-        for name, expected in files.items():
-            if fingerprint(path / name) != expected:
+def _check(path: Path, listed: dict[str, Any], phases: Phases) -> None:
+    total = sum(facts["bytes"] for facts in listed.values())
+    with files.reading(path), phases.of("checking the checkpoint", total=total, unit="B"):
+        for name, expected in listed.items():
+            if files.digest_of_file(path / name) != expected:
                 raise CheckpointError(f"{path / name}: damaged: its size or SHA-256 is not what was written.")
             phases.advance(expected["bytes"])
 
 
 def _notes(path: Path) -> dict[str, Any]:
-    with _whole(path):
-        notes: dict[str, Any] = json.loads((path / NOTES).read_text(encoding="utf-8"))
-        missing = [name for name in NOTED if name not in notes]
+    """Return what checkpoint.json holds, checked against its own SHA-256."""
+    place = path / files.NOTES
+    with files.reading(path):
+        notes: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        missing = [name for name in NEEDED if name not in notes]
         if missing:
-            raise CheckpointError(f"{path / NOTES}: damaged: lacks {', '.join(missing)}.")
-        if notes.pop("sha256", None) != digest_of(notes) or notes["step"] != step_of(path):
-            raise CheckpointError(f"{path / NOTES}: damaged: not what was written.")
+            raise CheckpointError(f"{place}: damaged: lacks {', '.join(missing)}.")
+        if notes.pop("sha256", None) != files.digest_of_notes(notes) or notes["step"] != files.step_of(path):
+            raise CheckpointError(f"{place}: damaged: not what was written.")
+    if notes.get("format") != files.FORMAT:
+        raise OldLayout(
+            f"{path}: written by another version of sae-train ({notes.get('sae_train_version', 'unknown')}), in a "
+            f"layout that this one does not read. Finish the run with that version, remove {path.parent} to start it "
+            "over, or choose another name=."
+        )
     return notes
-
-
-def digest_of(notes: dict[str, Any]) -> str:
-    """Return the SHA-256 of a checkpoint's notes, which they carry themselves."""
-    return hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    """Turn what reading a broken file raises into a CheckpointError."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, FileNotFoundError | IsADirectoryError):
-            raise CheckpointError(f"{path}: not a whole checkpoint: {error}.") from error
-        raise _Unreadable(f"{path}: cannot be read: {error}. Nothing was changed; see to it and try again.") from error
-    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:  # ValueError: not JSON
-        raise CheckpointError(f"{path}: not a whole checkpoint: {error}.") from error
-
-
-def place(directory: Path, step: int) -> Path:
-    return directory / f"step_{step:08d}"
-
-
-def finished(directory: Path) -> list[Path]:
-    """Return the published checkpoints, oldest first.
-
-    Raises:
-        CheckpointError: the directory is there and cannot be read: none seen is not none there.
-    """
-    with _whole(directory):
-        found = [directory / name for name in _names(directory) if re.fullmatch(r"step_\d{8,}", name)]
-    return sorted(found, key=step_of)
-
-
-def _names(directory: Path) -> list[str]:
-    """Return what lies in a directory, nothing where there is none; a link to nowhere is not none."""
-    try:
-        return os.listdir(directory)
-    except FileNotFoundError:
-        if directory.is_symlink():
-            raise OSError(errno.ENXIO, "a link to what is not there") from None
-        return []
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _feature_reader(path: Path, notes: dict[str, Any]) -> Callable[[int, int], dict[str, Tensor]]:
-    """Return a reader of some features' state; only the asked-for rows are read."""
-
-    def read(lo: int, hi: int) -> dict[str, Tensor]:
-        parts: dict[str, list[Tensor]] = {}
-        for name in sorted(notes["files"]):
-            matched = re.fullmatch(r"features_(\d+)_(\d+)\.safetensors", name)
-            if matched is None or int(matched[1]) >= hi or int(matched[2]) <= lo:
-                continue
-            first, last = max(lo - int(matched[1]), 0), min(hi, int(matched[2])) - int(matched[1])
-            with _whole(path), safe_open(str(path / name), framework="pt") as file:
-                keys = file.keys()
-                for key in keys:
-                    parts.setdefault(key, []).append(file.get_slice(key)[first:last])
-        state = {key: torch.cat(rows) for key, rows in parts.items()}
-        if not state or any(len(rows) != hi - lo for rows in state.values()):
-            raise CheckpointError(f"{path}: does not hold features {lo} to {hi - 1}.")
-        return state
-
-    return read
-
-
-def _lane_reader(path: Path, notes: dict[str, Any]) -> Callable[[int], dict[str, Tensor]]:
-    """Return a reader of one lane's state; only the asked-for tensors are read."""
-
-    def read(lane: int) -> dict[str, Tensor]:
-        for name in notes["files"]:
-            matched = re.fullmatch(r"lanes_(\d+)_(\d+)\.safetensors", name)
-            if matched and int(matched[1]) <= lane <= int(matched[2]):
-                with _whole(path), safe_open(str(path / name), framework="pt") as file:
-                    prefix, keys = f"{lane}/", file.keys()
-                    names = [key for key in keys if key.startswith(prefix)]
-                    return {key.removeprefix(prefix): file.get_tensor(key) for key in names}
-        raise CheckpointError(f"{path}: holds no lane {lane}; it was written with another harvest.lanes.")
-
-    return read

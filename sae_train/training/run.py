@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sae_train.config import RunConfig
+from sae_train.config import RunConfig, identity, identity_digest
 from sae_train.errors import Preempted, raise_all
 from sae_train.harvest.build import StreamFacts, check_stream
 from sae_train.phases import Phases
@@ -18,8 +18,9 @@ from sae_train.sparsifiers import sparsifier_class
 from sae_train.training import signals
 from sae_train.training.console import ProgressBar, say, verdict_of, warn
 from sae_train.training.memory import named_when_it_runs_out
+from sae_train.training.names import run_name
 from sae_train.training.plan import Plan, describe, make_plan
-from sae_train.training.run_directory import RunDirectory, run_name
+from sae_train.training.run_directory import RunDirectory
 from sae_train.training.same_on_ranks import check_alike
 from sae_train.training.session import Session
 
@@ -43,13 +44,12 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
     show = partial(ProgressBar, is_first=find_place().rank == 0)
     phases = Phases(show=show, alone=signals.leave_early) if n_ranks == 1 else Phases(show=show)
     phases.advance()
-    facts = check_stream(config, n_ranks=n_ranks, phases=phases)
+    facts = check_stream(config.source, n_ranks=n_ranks, phases=phases)
     plan = make_plan(config, facts, n_ranks=n_ranks)
     raise_all(sparsifier_class(config.sparsifier.name).problems(config.sae, plan.sae_sizes))
     prefix_sizes(config.nesting, n_features=plan.n_features)  # and prefixes that are not whole
-    directory = RunDirectory(
-        Path(config.runs).expanduser() / run_name(config, label=plan.label, n_features=plan.n_features)
-    )
+    name = name_of(config, site=plan.label, n_features=plan.n_features)
+    directory = RunDirectory(Path(config.runs).expanduser() / name)
     directory.check_length()
     directory.check_identity(config)
     phases.advance()
@@ -71,6 +71,14 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
         entered(directory.path)
         say(f"already finished: {verdict_of(result, path=directory.path, sparsity=config.sparsity)}")
     return 0
+
+
+def name_of(config: RunConfig, *, site: str, n_features: int) -> str:
+    """Return the name of a run's directory below `runs`: as typed, else as it follows from the settings."""
+    if config.name is not None:
+        return config.name
+    digest = identity_digest(identity(config))
+    return run_name(config.sae, site=site, n_features=n_features, digest=digest)
 
 
 def _train(config: RunConfig, plan: Plan, facts: StreamFacts, *, ranks: Ranks, **parts: Any) -> None:

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import socket
 import time
 from contextlib import suppress
@@ -17,39 +16,14 @@ from typing import IO, Any
 
 import yaml
 
-from sae_train.config import RunConfig, as_dict, identity, identity_digest
-from sae_train.config.naming import LONGEST_NAME, shortened
+from sae_train.config import RunConfig, as_dict, identity
+from sae_train.config.naming import LONGEST_NAME
 from sae_train.errors import CheckpointError, ConfigError, DirectoryInUse
 from sae_train.formats.durable import explained, write_text
 
-
-def run_name(config: RunConfig, *, label: str, n_features: int) -> str:
-    """Return `name` as typed, or what tells runs apart and six hex digits of the identity.
-
-    `<site>.<sparsifier>[.<nesting>][.<parametrisation>].k<k>.f<n_features>.s<seed>-<digits>`, less what is usual. The
-    site is cut where this would be longer than LONGEST_NAME.
-    """
-    if config.name is not None:
-        return config.name
-    usual = ("none", "free")
-    words = [config.sparsifier.name, config.nesting.name, config.parametrisation.name]
-    method = ".".join(word for word in words if word not in usual)
-    sparsity = config.sparsity.replace("coefficient ", "c").replace("k ", "k")
-    site, rest = _plain_name(label), _plain_name(f".{method}.{sparsity}.f{n_features}.s{config.seed}")
-    digits = f"-{identity_digest(identity(config))}"
-    site = shortened(site, max(LONGEST_NAME - len(rest) - len(digits), LEAST_OF_SITE))
-    return shortened(site + rest, LONGEST_NAME - len(digits)) + digits
-
-
-def _plain_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", text)
-
-
-LEAST_OF_SITE = 24
-"""Bytes of a run's name that its site takes at least; only a seed of many digits leaves it fewer."""
 LONGEST_BELOW = {
     "an exported SAE": len("saes/") + LONGEST_NAME + len("/.sae.safetensors.partial"),
-    "a checkpoint": len("checkpoints/tmp-step_/features__.safetensors") + 3 * 15,
+    "a checkpoint": len("checkpoints/tmp-step_/saes//features__.safetensors") + LONGEST_NAME + 3 * 15,
     "wandb's files": 200,
 }
 """Bytes of the longest path that a run writes below its directory, with room."""

@@ -20,17 +20,19 @@ from sae_train.harvest.build import Stream, StreamFacts, build_stream
 from sae_train.kernels import backend
 from sae_train.phases import Phases
 from sae_train.ranks.interface import Ranks
-from sae_train.training import restore, resume_notices, signals
+from sae_train.sae.autoencoder import SparseAutoencoder
+from sae_train.training import checkpoint_files, restore, resume_notices, signals
+from sae_train.training.checkpoint import Saver
 from sae_train.training.console import TRAINING, ProgressBar, figures_text, say, verdict_of, warn
-from sae_train.training.export import check_held_out, evaluation_row, exported, write_export
+from sae_train.training.export import check_held_out, evaluation_figures, exported, write_export
+from sae_train.training.learner import Learner
 from sae_train.training.metrics import spread_notice
 from sae_train.training.plan import Plan
 from sae_train.training.provenance import check_source, provenance, resolve_precision
-from sae_train.training.run_directory import RunDirectory, run_name
+from sae_train.training.run_directory import RunDirectory
 from sae_train.training.same_on_ranks import check_same_source
-from sae_train.training.saver import Saver
 from sae_train.training.tracking import Dashboard, MetricsFile, build_dashboard
-from sae_train.training.trainer import Events, Trainer
+from sae_train.training.trainer import Events, build_trainer
 
 
 class Session:
@@ -56,7 +58,7 @@ class Session:
         )
         self._may_leave_alone = ranks.size == 1
         self._saver = Saver(directory.checkpoints, config.checkpoint, ranks=ranks, phases=self._phases)
-        self._on_disk = restore.newest_step(directory.checkpoints) if ranks.is_first else None
+        self._on_disk = checkpoint_files.newest_step(directory.checkpoints) if ranks.is_first else None
         self.config, self.directory, self.ranks, self._stack, self.facts = config, directory, ranks, stack, facts
         precision = resolve_precision(config, stored=stored, device=ranks.device)
         self.plan = plan = plan.as_begun(stored["plan"]) if stored else plan
@@ -73,12 +75,9 @@ class Session:
             )
         if ranks.is_first:
             entered(directory.path)
-        dtype = torch.float64 if precision == "float64" else torch.float32
         try:
             self._phases.meet()
-            self.stream: Stream = build_stream(
-                config, ranks=ranks, dtype=dtype, phases=self._phases, corpus=facts.corpus
-            )
+            self.stream: Stream = build_stream(config.source, ranks=ranks, phases=self._phases, facts=facts)
         except UserError:
             self._abandon()
             raise
@@ -89,14 +88,12 @@ class Session:
         except UserError:
             self._abandon()
             raise
-        self.trainer = Trainer(config, plan, stream=self.stream, precision=precision, ranks=ranks)
+        self.trainer = build_trainer(config, plan, stream=self.stream, precision=precision, ranks=ranks)
+        self._precision = precision
         self.metrics = MetricsFile(directory.metrics)
         self.dashboard = Dashboard()
         self.seconds_before = 0.0
         self._is_spread_said = False
-        self.sae_name = run_name(
-            dataclasses.replace(config, name=None), label=plan.label, n_features=plan.n_features
-        ).rsplit("-", 1)[0]
 
     def go(self) -> None:
         """Begin or resume, train, finish."""
@@ -109,7 +106,7 @@ class Session:
             self._warn(line)
         self._on_first(self._open_dashboard)
         if self.ranks.is_first:
-            asked, precision = self.config.precision, self.trainer.precision
+            asked, precision = self.config.precision, self._precision
             for line in backend.notices(self.ranks.device, precision=precision, asked=asked):
                 warn(line)
         self._began = time.perf_counter()
@@ -192,7 +189,7 @@ class Session:
             check_held_out(self.stream, ranks=self.ranks)
         else:
             self._check_own(found.notes)
-            self._together(lambda: self._load(found))
+            self._together(lambda: self.trainer.restore(found))
             self._evaluation_due = found.notes.get("evaluation_due", False)
             self.seconds_before, n_rows = found.notes.get("seconds", 0.0), found.notes.get("metrics_rows", 0)
             self._saver.saved_at = self.trainer.n_done
@@ -211,21 +208,20 @@ class Session:
         made_by = notes.get("identity"), notes.get("n_features")
         if made_by != (own, self.plan.n_features):
             raise CheckpointError(
-                f"{restore.place(self.directory.checkpoints, notes['step'])}: made by another run (identity "
+                f"{checkpoint_files.path_of(self.directory.checkpoints, notes['step'])}: made by another run (identity "
                 f"{made_by[0]}, {made_by[1]} features; this one is {own}, {self.plan.n_features}). "
                 "Take it away, or choose another name=."
             )
-
-    def _load(self, found: restore.Checkpoint) -> None:
-        features = found.features(*self.trainer.features)
-        self.trainer.load_state(found.replicated, features, found.lane_state)
 
     def _abandon(self) -> None:
         if self.ranks.is_first:
             self.directory.abandon()
 
-    def _log(self, row: dict[str, Any]) -> None:
-        row = {"sae": self.sae_name} | row
+    def _log(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            self._log_one(row)
+
+    def _log_one(self, row: dict[str, Any]) -> None:
         if "SLURM_RESTART_COUNT" in os.environ:
             row["perf/slurm_restarts"] = int(os.environ["SLURM_RESTART_COUNT"])
         if "train/fvu" in row:
@@ -240,7 +236,7 @@ class Session:
     def _evaluate(self) -> None:
         """Evaluate between two steps; a signal ends it, and the run goes on with it where it is resumed."""
         try:
-            _, figures = exported(self.trainer, self._phases)
+            rows = [self._exported(learner)[2] for learner in self.trainer.learners]
         except Preempted:
             self._saver.publish()
             if self._saver.saved_at != self.trainer.n_done:  # else it says so already
@@ -248,14 +244,20 @@ class Session:
                 self._save_this_step()
             raise self._preempted() from None
         self._evaluation_due = False
-        self._log(evaluation_row(figures, step=self.trainer.n_done, tokens=self.trainer.tokens))
+        self._log(rows)
+
+    def _exported(self, learner: Learner) -> tuple[SparseAutoencoder, dict[str, Any], dict[str, Any]]:
+        """Return an SAE as it would be exported now, its figures, and their row of metrics. Collective."""
+        sae, figures = exported(self.trainer, learner, self._phases)
+        place = {"sae": learner.name, "step": self.trainer.n_done, "tokens": self.trainer.tokens}
+        return sae, figures, place | evaluation_figures(figures)
 
     def _how_it_computes(self) -> dict[str, Any]:
         """Return the facts of this machine on which the bits of a result depend."""
-        is_compiled = self.trainer.precision != "float64" and backend.has_numba(self.ranks.device)
+        is_compiled = self._precision != "float64" and backend.has_numba(self.ranks.device)
         return {
             "threads": torch.get_num_threads(),
-            "is_screened": self.trainer.is_screened,
+            "is_screened": any(learner.is_screened for learner in self.trainer.learners),
             "is_compiled": is_compiled,
         }
 
@@ -263,7 +265,7 @@ class Session:
         """Leave with a checkpoint of this very step, written and published."""
         self._saver.publish()
         if self._saver.saved_at != self.trainer.n_done:
-            self.trainer.halt.check(self.ranks, site=self.plan.label)
+            self.trainer.check_finite()
             self._checkpoint(is_waited_for=True)
 
     def _checkpoint(self, *, is_waited_for: bool = False) -> None:
@@ -278,47 +280,38 @@ class Session:
             "evaluation_due": self._evaluation_due,
             "sae_train_version": sae_train.__version__,
         } | self._how_it_computes()
-        self._saver.save(self.trainer, notes, is_waited_for=is_waited_for)
+        may_go_on = not is_waited_for and self.trainer.n_done < self.plan.steps
+        self._saver.save(self.trainer.contents(), notes, may_go_on=may_go_on)
 
     def _finish(self) -> None:
         """Export, and write the summary last: its presence means finished."""
         seconds = self._seconds()
-        sae, figures = exported(self.trainer, self._phases)
+        saes: dict[str, dict[str, Any]] = {}
+        for learner in self.trainer.learners:
+            sae, figures, row = self._exported(learner)
+            self._log([row])
+            figures |= {
+                "filtered_share": self.stream.dropped_share(),
+                "dead_fraction_training": learner.dead_fraction(),
+            }
+            saes[learner.name] = figures
+            path = self.directory.path / "saes" / learner.name
+            write_export(sae, path, trainer=self.trainer, learner=learner, facts=self.facts, figures=figures,
+                         phases=self._phases)  # fmt: skip
         tokens = self.trainer.tokens
-        self._log(evaluation_row(figures, step=self.trainer.n_done, tokens=tokens))
-        figures |= {
-            "filtered_share": self.stream.dropped_share(),
-            "dead_fraction_training": self._dead_fraction(),
-        }
         summary = {
             "run": self.directory.path.name,
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / max(seconds, 1e-9),
             "data": self.stream.data_figures(),
-            "saes": {self.sae_name: figures},
+            "saes": saes,
         }
-
-        write_export(
-            sae,
-            self.directory.path / "saes" / self.sae_name,
-            config=self.config,
-            stream=self.stream,
-            facts=self.facts,
-            figures=figures,
-            tokens=tokens,
-            n_features=self.plan.n_features,
-            ranks=self.ranks,
-            phases=self._phases,
-        )
         self._phases.meet()
         self._on_first(lambda: write_text(self.directory.summary, json.dumps(summary, indent=2) + "\n"))
-        self.dashboard.summarise(figures)
+        for figures in saes.values():
+            self.dashboard.summarise(figures)
         self._say(verdict_of(summary, path=self.directory.path, sparsity=self.config.sparsity))
-
-    def _dead_fraction(self) -> float:
-        dead = self.trainer.firing.dead_F(self.plan.dead_window).sum()
-        return int(self.ranks.features.sum(dead)) / self.plan.n_features
 
     def _seconds(self) -> float:
         """Return the seconds of training so far, those before a resume included."""

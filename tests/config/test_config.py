@@ -12,7 +12,7 @@ import sae_train.conf
 from sae_train import config as schema
 from sae_train.cli.compose import Library, build, compose_request, offer, opened
 from sae_train.cli.help import field_lines, usage
-from sae_train.cli.refusals import REQUIRED
+from sae_train.cli.refusals import NAMES_OF_CHOICES, REQUIRED
 from sae_train.cli.schemas import SCHEMAS
 from sae_train.config import RunConfig, as_dict, identity, identity_digest
 
@@ -165,11 +165,13 @@ def test_a_run_on_tensors_is_not_another_one_because_of_a_model_it_never_reads(c
     assert identity(config) != identity(compose("harvest=tensors", "harvest.path=there", "data.seed=1"))
 
 
-def test_help_says_a_line_about_every_dial_and_shows_every_choice() -> None:
-    lines = field_lines(RunConfig)
+def test_every_setting_has_a_help_line_and_help_shows_every_choice() -> None:
+    for path, settings in SCHEMAS.items():
+        lines = field_lines(settings)
+        for field in dataclasses.fields(settings):
+            names_a_choice = f"{path.partition('/')[0]}.{field.name}" in NAMES_OF_CHOICES
+            assert lines[field.name] or names_a_choice or dataclasses.is_dataclass(field.type), (path, field.name)
     text = usage(offer(["sparsifier=feature_choice"]))
-    for field in dataclasses.fields(RunConfig):
-        assert lines[field.name] or dataclasses.is_dataclass(field.type), field.name
     assert "sparsifier.after=0.0" in text
     for choice in CHOICES:
         group, _, name = choice.partition("=")

@@ -85,13 +85,13 @@ def test_there_is_a_plan_when_one_is_turned(context: int, tmp_path: Path) -> Non
         settings = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 8192}
         (model / "config.json").write_text(json.dumps(settings))
         typed = ["model=huggingface", f"model.id={model}", "harvest.context_length=1024"]
-    usual = check_stream(compose_config(typed), n_ranks=1)
+    usual = check_stream(compose_config(typed).source, n_ranks=1)
     for key, value in dials(*typed).items():
         for factor in FACTORS:
             if key not in RANGES:
                 own = [text for text in typed if not text.startswith(f"{key}=")]
                 config = compose_config([*own, turned(key, value, factor)])
-                facts = check_stream(config, n_ranks=1) if _changes_the_stream(key) else usual
+                facts = check_stream(config.source, n_ranks=1) if _changes_the_stream(key) else usual
                 assert make_plan(config, facts, n_ranks=1).steps > 0
 
 
@@ -142,18 +142,18 @@ def test_the_sizes_of_a_default_run() -> None:
 
 def test_the_plan_names_both_ways_out_of_ranks_that_do_not_divide_the_lanes() -> None:
     with pytest.raises(ConfigError) as caught:
-        check_stream(compose_config([]), n_ranks=3)
+        check_stream(compose_config([]).source, n_ranks=3)
     said = str(caught.value)
     assert "harvest.lanes=64 over 3 ranks: not divisible" in said
     assert "Set harvest.lanes=63 and batch_tokens=2016 or 2079" in said
     assert "go on with 2 or 4 ranks" in said
     config = compose_config(["harvest.lanes=63", "batch_tokens=2016"])
-    facts: StreamFacts = check_stream(config, n_ranks=3)
+    facts: StreamFacts = check_stream(config.source, n_ranks=3)
     assert facts.sizes == config.lane_sizes
 
 
 def test_a_schedule_that_is_longer_than_the_run_is_said_in_the_plan() -> None:
     config = planned_config("bundled", tokens=640)
     config = replace(config, optimizer=replace(config.optimizer, decay_tokens=1280, warmup_tokens=640))
-    (note,) = make_plan(config, check_stream(config, n_ranks=1), n_ranks=1).notes
+    (note,) = make_plan(config, check_stream(config.source, n_ranks=1), n_ranks=1).notes
     assert note.startswith("optimizer.decay_tokens=1280: longer than the run of tokens=640")

@@ -1,18 +1,33 @@
 """Figures against their definitions, written out slowly."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from sae_train.evaluation.decoder_cosine import decoder_cosine_max
 from sae_train.evaluation.density import density_figures, density_histogram
-from sae_train.evaluation.evaluate import decoder_cosine_max
-from sae_train.evaluation.reconstruction import ReconstructionTotals, histogram_percentiles
-from sae_train.evaluation.spread import reconstruct
+from sae_train.evaluation.l0 import histogram_percentiles
+from sae_train.evaluation.metric import EvaluationBatch, Subject, Sums
+from sae_train.evaluation.registry import METRICS, figures_in_rows
+from sae_train.evaluation.sharded_forward import reconstruct
 from sae_train.ranks.interface import Solo
+from sae_train.sae.autoencoder import SparseAutoencoder
 from tools.random_sae import random_sae
+
+
+def measured(sae: SparseAutoencoder, x: Tensor, context: Tensor, *, batch: int) -> dict[str, Any]:
+    """Return the figures of every metric, from batches of so many tokens and without a language model."""
+    metrics = [metric(Subject(sae=sae, n_features=sae.n_features, ranks=Solo())) for metric in METRICS]
+    for raw, where in zip(x.split(batch), context.split(batch), strict=True):
+        made = reconstruct(sae, raw, n_features=sae.n_features, ranks=Solo())
+        for metric in metrics:
+            metric.update(EvaluationBatch(raw_ND=raw, context_N=where, baseline=None), made)
+    return {name: value for metric in metrics for name, value in metric.figures(Solo()).items()}
 
 
 @settings(deadline=None, max_examples=20)
@@ -22,10 +37,7 @@ def test_figures_are_their_definitions(seed: int, offset: float, batches: int) -
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(12 * batches, 6, generator=generator) + offset
     context = torch.arange(12 * batches) // 4
-    totals = ReconstructionTotals(shift_D=sae.b_dec, n_features=10, ranks=Solo())
-    for part, where in zip(x.split(12), context.split(12), strict=True):
-        totals.add(part, where, reconstruct(sae, part, n_features=10, ranks=Solo()))
-    got = totals.figures()
+    got = measured(sae, x, context, batch=12)
     with torch.no_grad():
         codes = sae.encode(x)
         error = (x - sae.decode(codes)).double()
@@ -34,6 +46,7 @@ def test_figures_are_their_definitions(seed: int, offset: float, batches: int) -
     expected = {
         "fvu": float(error.square().sum() / (wide - wide.mean(0)).square().sum()),
         "nmse": float((error.square().sum(1) / wide.square().sum(1)).mean()),
+        "cosine": float(torch.nn.functional.cosine_similarity(wide, wide - error, dim=1).mean()),
         "l0": float(fires.sum(1).double().mean()),
         "dead_fraction": float((fires.sum(0) == 0).double().mean()),
         "evaluation_tokens": len(x),
@@ -45,21 +58,43 @@ def test_figures_are_their_definitions(seed: int, offset: float, batches: int) -
         assert got["l0_standard_error"] == pytest.approx(
             float(per_context.std() / math.sqrt(len(per_context))), abs=1e-9
         )
-    torch.testing.assert_close(totals.density(), fires.double().mean(0))
+    assert got["density"] == pytest.approx(density_figures(fires.double().mean(0)), rel=1e-9)
 
 
 def test_rows_of_zeros_count_for_everything_but_ratios() -> None:
     sae = random_sae()
     x = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
     x[::4] = 0
-    totals = ReconstructionTotals(shift_D=sae.b_dec, n_features=10, ranks=Solo())
-    totals.add(x, torch.arange(20) // 4, reconstruct(sae, x, n_features=10, ranks=Solo()))
-    got = totals.figures()
+    got = measured(sae, x, torch.arange(20) // 4, batch=20)
     some = x.norm(dim=1) > 0
     with torch.no_grad():
         error = (x - sae(x)).double().square().sum(1)
     assert got["nmse"] == pytest.approx(float((error[some] / x[some].double().square().sum(1)).mean()), rel=1e-4)
     assert got["evaluation_tokens"] == 20
+
+
+def test_without_tokens_only_what_needs_none_is_there() -> None:
+    assert measured(random_sae(), torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64), batch=1).keys() == {
+        "density", "decoder_cosine_max",
+    }  # fmt: skip
+
+
+def test_figures_in_rows_are_figures() -> None:
+    sae = random_sae()
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    there = measured(sae, x, torch.arange(20) // 4, batch=8)
+    of_a_language_model = {"delta_ce", "kl", "ce_recovered"}
+    assert figures_in_rows() - of_a_language_model <= there.keys()
+    assert {"fvu", "nmse", "cosine", "l0", "dead_fraction", "decoder_cosine_max"} <= figures_in_rows()
+
+
+def test_sums_add_up_by_name() -> None:
+    sums = Sums("tokens", "error", device=torch.device("cpu"))
+    sums.add(tokens=3, error=torch.tensor(0.5))
+    sums.add(error=torch.tensor(0.25), tokens=torch.tensor(4))
+    assert sums.over(Solo()) == {"tokens": 7.0, "error": 0.75}
+    with pytest.raises(AssertionError, match="error"):
+        sums.add(tokens=1)
 
 
 def test_percentiles_are_order_statistics() -> None:

@@ -16,6 +16,7 @@ from sae_train.harvest.language_model import LanguageModel
 from sae_train.ranks.interface import Ranks, Solo
 from tools.grid_world import end, free_port, join
 from tools.held_out_rows import CASES, Case, F, Rows, calibrated, held_out_text
+from tools.random_sae import manifest_of
 from tools.small_runs import CPU
 from tools.tiny_models import live_config, save_model
 
@@ -27,14 +28,14 @@ def export(case: Case, directory: Path, ranks: Ranks) -> dict[str, Any]:
     sae, found = calibrated(case, ranks)
     figures = evaluate(sae, Rows(ranks), max_tokens=1, language_model=None, n_features=F, ranks=ranks)
     figures |= {"target_l0": found.target_l0, "used_share": found.used_share} | figures.pop("density")
-    native.save(sae, directory, facts={"site": "here"}, n_features=F, ranks=ranks)
+    native.save(sae, directory, manifest=manifest_of(sae, n_features=F, site="here"), ranks=ranks)
     return figures
 
 
 def read_text(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Return the figures on text, with the losses of a small language model."""
     config = live_config(folder)
-    model = LanguageModel(config, device=CPU)
+    model = LanguageModel(config.source, device=CPU)
     held_out = held_out_text(config, model, ranks)
     sae, _ = calibrated(CASES["one threshold"], ranks)
     figures = evaluate(sae, held_out, max_tokens=150, language_model=model, n_features=F, ranks=ranks)
@@ -47,7 +48,7 @@ def refusals(folder: Path, ranks: Ranks) -> list[list[str | None]]:
 
     def told(directory: Path) -> str | None:
         try:
-            native.save(sae, directory, facts={}, n_features=F, ranks=ranks)
+            native.save(sae, directory, manifest=manifest_of(sae, n_features=F), ranks=ranks)
         except CheckpointError as error:
             return str(error)
         return None
@@ -124,7 +125,7 @@ def test_figures_of_the_cases_differ_and_are_not_trivial(tmp_path: Path) -> None
 def test_the_language_model_sees_what_the_autoencoder_makes(tmp_path: Path) -> None:
     """The spliced loss is that of a forward pass through language model and autoencoder, without special cases."""
     config = live_config(save_model(tmp_path))
-    model = LanguageModel(config, device=CPU)
+    model = LanguageModel(config.source, device=CPU)
     sae, _ = calibrated(CASES["one threshold"], Solo())
     figures = evaluate(sae, held_out_text(config, model, Solo()), max_tokens=150, language_model=model,
                        n_features=F, ranks=Solo())  # fmt: skip

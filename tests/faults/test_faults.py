@@ -68,7 +68,8 @@ def everything(directory: Path, name: str, *, warn: Callable[[str], None]) -> tu
     if found is None:
         return None
     lanes = [found.lane_state(lane) for lane in range(8)]
-    return found.notes, found.replicated, found.features(0, FEATURES), lanes
+    (name,) = found.sae_names()
+    return found.notes, found.stream, found.sae_state(name, 0, FEATURES), lanes
 
 
 def same(one: Any, other: Any) -> bool:
@@ -148,7 +149,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 @pytest.mark.slow
 def test_a_full_disk_and_a_read_only_one(small_disk: Callable[[str], Path], whole: Whole) -> None:
-    checkpoint_bytes = sum(path.stat().st_size for path in next(whole().glob("runs/*/checkpoints/step_*")).iterdir())
+    checkpoint_bytes = sum(path.stat().st_size for path in next(whole().glob("runs/*/checkpoints/step_*")).rglob("*"))
     folder = small_disk(f"size={int(3.5 * checkpoint_bytes)}")
     full = finish(launch(folder, 1, KEEP))
     assert full.status == 2, full.stdout

@@ -1,7 +1,9 @@
 """Our own files: what is written is what is loaded, and what is not whole is refused with a reason."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +11,17 @@ from safetensors.torch import load_file, save_file
 
 from sae_train.errors import CheckpointError
 from sae_train.formats import native
+from sae_train.formats.manifest import ActivationSource, Normalisation, SaeManifest
 from sae_train.ranks.interface import Solo
 from sae_train.sae.autoencoder import SparseAutoencoder
-from tools.random_sae import random_sae
+from tools.random_sae import manifest_of, random_sae
 
 
-def save(sae: SparseAutoencoder, directory: Path, **facts: str) -> None:
-    native.save(sae, directory, facts=facts, n_features=sae.n_features, ranks=Solo())
+def save(sae: SparseAutoencoder, directory: Path, **facts: Any) -> SaeManifest:
+    """Write an SAE; return its manifest."""
+    manifest = manifest_of(sae, **facts)
+    native.save(sae, directory, manifest=manifest, ranks=Solo())
+    return manifest
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
@@ -43,6 +49,72 @@ def test_several_saes_ask_for_one(tmp_path: Path) -> None:
     for name in ("a", "b"):
         save(random_sae(), tmp_path / "saes" / name)
     with pytest.raises(CheckpointError, match="holds 2 SAEs"):
+        native.load(tmp_path)
+
+
+FULL = {
+    "site": "bundled.residual2",
+    "source": ActivationSource(
+        model="org/model", revision="abc", site="residual2", module="model.layers.2", side="output", dtype="bfloat16",
+        context_length=128, prepends_bos=True, data="org/text", split="train", text_column="text",
+    ),
+    "tokens": 800_000,
+    "sparsifier": "mutual_choice",
+    "prefixes": [2, 10],
+    "seed": 3,
+    "normalisation": Normalisation(scale=2.5, centre_norm=1.0, gamma=1.0, outlier_limit=30.0, folded=True),
+    "figures": {"l0": 31.9, "density": {"gini": 0.4}},
+    "sae_train_version": "1",
+}  # fmt: skip
+
+
+def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
+    written = save(random_sae(), tmp_path, **FULL)
+    assert native.read_manifest(tmp_path) == written
+    assert all(getattr(written, field.name) is not None for field in dataclasses.fields(written))
+    config = native.load(tmp_path).config
+    assert config["source"]["context_length"] == 128
+    assert config["figures"]["density"] == {"gini": 0.4}
+    assert {"format_version", "inference", "k", "d_model", "n_features", *FULL} == config.keys()
+
+
+def test_an_older_manifest_has_fewer_keys_and_a_newer_one_has_more(tmp_path: Path) -> None:
+    save(random_sae(), tmp_path)
+    notes = tmp_path / "sae.json"
+    older = {"inference": "threshold", "k": 3, "d_model": 6, "n_features": 10, "source": {"data": "x"}}
+    notes.write_text(json.dumps(older | {"added_later": [1], "source": {"data": "x", "added_later": 1}}))
+    manifest = native.read_manifest(tmp_path)
+    assert (manifest.k, manifest.source.data, manifest.normalisation) == (3.0, "x", None)
+    assert native.load(tmp_path).config["added_later"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"k": None}, "k=None: not float"),
+        ({"k": float("nan")}, "k=nan: must be a finite number"),
+        ({"k": True}, "k=True: not float"),
+        ({"tokens": "many"}, "tokens='many': not int or NoneType"),
+        ({"source": {"context_length": 1.5}}, "source.context_length=1.5: not int or NoneType"),
+        ({"normalisation": {"scale": 1.0}}, "normalisation: .*missing"),
+        ({"format_version": 2}, "format_version=2: a newer sae-train wrote it"),
+        ({"n_features": 11}, "shapes do not fit d_model=6 and n_features=11 of sae.json: W_enc"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    save(random_sae(), tmp_path)
+    notes = tmp_path / "sae.json"
+    notes.write_text(json.dumps(json.loads(notes.read_text()) | change))
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}: {said}"):
+        native.load(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["inference", "k", "d_model", "n_features"])
+def test_a_manifest_without_a_required_key_is_refused(tmp_path: Path, key: str) -> None:
+    save(random_sae(), tmp_path)
+    notes = tmp_path / "sae.json"
+    notes.write_text(json.dumps({name: v for name, v in json.loads(notes.read_text()).items() if name != key}))
+    with pytest.raises(CheckpointError, match=f"lacks {key}; this is not a sae-train export"):
         native.load(tmp_path)
 
 

@@ -52,7 +52,7 @@ def test_plan_and_activations(tmp_path: Path, name: str) -> None:
     own = expected.block if expected.block in dict(by_hand.named_modules()) else prefix + expected.block
     right = output_of(by_hand, own)
     config = block_config(tmp_path) if expected.has_family else module_config(tmp_path, expected.block)
-    language_model = LanguageModel(config, device=CPU)
+    language_model = LanguageModel(config.source, device=CPU)
     facts = language_model.facts
     assert (facts.module, facts.d_model, facts.has_loss) == (expected.block, right.shape[-1], expected.has_loss)
     assert (facts.n_blocks, facts.index) == ((3, 1) if expected.has_family else (None, None))
@@ -66,7 +66,7 @@ def test_plan_and_activations(tmp_path: Path, name: str) -> None:
         assert torch.equal(language_model.logits(IDS_BT, replace=lambda site: site.clone()), plain)
         assert not torch.allclose(language_model.logits(IDS_BT, replace=torch.zeros_like), plain, atol=1e-4)
     if expected.has_family:
-        assert site_facts(module_config(tmp_path, facts.module)).module == facts.module
+        assert site_facts(module_config(tmp_path, facts.module).source).module == facts.module
         check_parts_of_a_block(language_model, tmp_path)
 
 
@@ -75,7 +75,7 @@ def check_parts_of_a_block(language_model: LanguageModel, folder: Path) -> None:
     block, kind = language_model.facts.module, language_model.model.config.get_text_config().model_type
     before_norm = FAMILIES[kind].blocks in ("encoder.layer", "layer")
     if FAMILIES[kind].mlp is not None and not before_norm:
-        language_model.facts = site_facts(block_config(folder, "mlp"))
+        language_model.facts = site_facts(block_config(folder, "mlp").source)
         added, full = language_model.activations(IDS_BT), output_of(language_model.model, block)
         part = language_model.model.get_submodule(language_model.facts.module)
         handle = part.register_forward_hook(
@@ -86,7 +86,7 @@ def check_parts_of_a_block(language_model: LanguageModel, folder: Path) -> None:
         assert without.any(), "the stream itself is not added by the part"
         assert torch.allclose(full, without + added, atol=1e-4)
         assert not torch.allclose(full, without, atol=1e-4)
-    language_model.facts = site_facts(block_config(folder, "attention"))
+    language_model.facts = site_facts(block_config(folder, "attention").source)
     projection = language_model.model.get_submodule(language_model.facts.module)
     heads = language_model.activations(IDS_BT)
     assert torch.allclose(projection(heads), output_of(language_model.model, language_model.facts.module), atol=1e-6)

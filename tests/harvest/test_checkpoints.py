@@ -41,7 +41,7 @@ def copy(llama: Path, tmp_path: Path) -> Path:
 def planned(config: RunConfig) -> str:
     """Return the message with which the plan refuses."""
     with pytest.raises(UserError) as caught:
-        check_stream(config, n_ranks=1)
+        check_stream(config.source, n_ranks=1)
     assert caught.value.status == 2
     message = str(caught.value)
     assert message.startswith(f"model.id={config.model.id}: ")
@@ -86,9 +86,9 @@ def test_a_quantised_checkpoint_that_runs_here_is_not_refused(copy, llama, dtype
     save_file(weights | halved, plain / "model.safetensors", metadata={"format": "pt"})
     edit(copy / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
     config = planned_config(copy, dtype=dtype)
-    check_stream(config, n_ranks=1)
-    found = LanguageModel(config, device=CPU).activations(IDS_BT)
-    right = LanguageModel(planned_config(plain, dtype=dtype), device=CPU).activations(IDS_BT)
+    check_stream(config.source, n_ranks=1)
+    found = LanguageModel(config.source, device=CPU).activations(IDS_BT)
+    right = LanguageModel(planned_config(plain, dtype=dtype).source, device=CPU).activations(IDS_BT)
     torch.testing.assert_close(found, right)
 
 
@@ -130,7 +130,7 @@ def test_a_broken_configuration_is_refused(copy, values, said):
 def test_weights_of_other_shapes_are_refused(copy):
     edit(copy / "config.json", hidden_size=48)
     with pytest.raises(UserError, match="weights have other shapes than its config"):
-        LanguageModel(planned_config(copy), device=CPU)
+        LanguageModel(planned_config(copy).source, device=CPU)
 
 
 @pytest.mark.parametrize(
@@ -251,9 +251,9 @@ def test_nothing_asks_on_the_terminal(own):
 @pytest.mark.usefixtures("own_cache")
 def test_foreign_code_runs_where_it_may(own):
     config = own_config(own, remote_code=True)
-    facts = check_stream(config, n_ranks=1)
+    facts = check_stream(config.source, n_ranks=1)
     assert (facts.d_model, facts.note) == (32, "")
-    language_model = LanguageModel(config, device=CPU)
+    language_model = LanguageModel(config.source, device=CPU)
     weights, x = load_file(own / "model.safetensors"), None
     x = weights["embed.weight"][IDS_BT]
     for block in range(2):
@@ -283,7 +283,7 @@ def test_code_that_looks_at_values_is_asked_with_weights_if_it_is_small(own, mon
     looks = "x = self.embed(input_ids)\n        x = x * 2 if float(x.abs().sum()) > 1e9 else x"
     (own / "own.py").write_text(OWN_CODE.replace("x = self.embed(input_ids)", looks))
     config = own_config(own, remote_code=True)
-    facts = check_stream(config, n_ranks=1)
+    facts = check_stream(config.source, n_ranks=1)
     assert facts.d_model == 32
     assert "own_kind was run with arbitrary weights" in facts.note
     monkeypatch.setattr("sae_train.harvest.probe._LARGEST_REAL", 1000)
@@ -294,8 +294,8 @@ def test_code_that_looks_at_values_is_asked_with_weights_if_it_is_small(own, mon
 
 def test_a_native_class_needs_no_foreign_code(copy):
     edit(copy / "config.json", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"})
-    check_stream(planned_config(copy), n_ranks=1)
-    LanguageModel(planned_config(copy), device=CPU)
+    check_stream(planned_config(copy).source, n_ranks=1)
+    LanguageModel(planned_config(copy).source, device=CPU)
 
 
 def test_all_special_tokens_are_left_out(copy):
@@ -329,7 +329,7 @@ def test_a_message_about_numbers_names_what_is_to_blame(copy, tmp_path, dtype, v
     weights = load_file(copy / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"].fill_(value)
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    stream = build_stream(planned_config(copy, dtype=dtype), ranks=Solo(CPU), dtype=torch.float32)
+    stream = build_stream(planned_config(copy, dtype=dtype).source, ranks=Solo(CPU))
     with pytest.raises(UserError) as caught:
         stream.start()
     assert said in str(caught.value)

@@ -54,10 +54,10 @@ def loss_of(language_model: LanguageModel, site_BTD: Tensor) -> Tensor:
 def test_it_is_the_gradient_of_the_summed_loss_at_the_site(models: dict[str, Path], layer: schema.LayerConfig) -> None:
     """Beside autograd through a splice."""
     config = live_config(models["llama"], layer=layer, attention="eager")
-    language_model = LanguageModel(config, device=CPU)
+    language_model = LanguageModel(config.source, device=CPU)
     language_model.model.double()
     plain = language_model.activations(IDS_BT)
-    site_BTD, gradient_BTD = language_model.activations_and_gradients(IDS_BT).chunk(2, dim=-1)
+    site_BTD, gradient_BTD = language_model.activations_and_gradients(IDS_BT)
     assert torch.equal(site_BTD, plain)
     leaf = plain.clone().requires_grad_()
     (expected,) = torch.autograd.grad(loss_of(language_model, leaf * 1), leaf)
@@ -67,9 +67,9 @@ def test_it_is_the_gradient_of_the_summed_loss_at_the_site(models: dict[str, Pat
 
 def test_it_is_what_finite_differences_say(models: dict[str, Path]) -> None:
     """One entry, in float64, of a model whose norms do not round to fp32 on the way."""
-    language_model = LanguageModel(live_config(models["gpt2"], attention="eager"), device=CPU)
+    language_model = LanguageModel(live_config(models["gpt2"], attention="eager").source, device=CPU)
     language_model.model.double()
-    site_BTD, gradient_BTD = language_model.activations_and_gradients(IDS_BT).chunk(2, dim=-1)
+    site_BTD, gradient_BTD = language_model.activations_and_gradients(IDS_BT)
     step = torch.zeros_like(site_BTD)
     step[1, 3, 5] = 1e-5
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_it_is_what_finite_differences_say(models: dict[str, Path]) -> None:
 
 def test_only_what_follows_the_site_is_kept_and_weights_get_nothing(models: dict[str, Path]) -> None:
     """Before the site nothing asks for a gradient; after it everything does; no weight ever has one."""
-    language_model = LanguageModel(live_config(models["llama"]), device=CPU)
+    language_model = LanguageModel(live_config(models["llama"]).source, device=CPU)
     seen: dict[int, bool] = {}
 
     def note(index: int) -> torch.utils.hooks.RemovableHandle:
@@ -87,11 +87,11 @@ def test_only_what_follows_the_site_is_kept_and_weights_get_nothing(models: dict
         return block.input_layernorm.register_forward_hook(lambda _m, _a, out: seen.update({index: out.requires_grad}))
 
     handles = [note(index) for index in range(3)]
-    rows = language_model.activations_and_gradients(IDS_BT)
+    _, gradient_BTD = language_model.activations_and_gradients(IDS_BT)
     for handle in handles:
         handle.remove()
     assert seen == {0: False, 1: False, 2: True}
-    assert not rows.requires_grad
+    assert not gradient_BTD.requires_grad
     assert all(
         parameter.grad is None and not parameter.requires_grad for parameter in language_model.model.parameters()
     )
@@ -99,17 +99,18 @@ def test_only_what_follows_the_site_is_kept_and_weights_get_nothing(models: dict
 
 def test_a_gradient_belongs_to_the_later_tokens_of_its_context(models: dict[str, Path]) -> None:
     """No context hears of another, however many go together; the last position predicts nothing."""
-    language_model = LanguageModel(live_config(models["gpt2"]), device=CPU)
+    language_model = LanguageModel(live_config(models["gpt2"]).source, device=CPU)
     both = language_model.activations_and_gradients(IDS_BT)
-    alone = torch.cat([language_model.activations_and_gradients(ids) for ids in IDS_BT.split(1)])
-    assert torch.allclose(both, alone, rtol=1e-4, atol=1e-5)
-    gradient_BTD = both[..., language_model.facts.d_model :]
+    alone = [language_model.activations_and_gradients(ids) for ids in IDS_BT.split(1)]
+    for here, parts in zip(both, zip(*alone, strict=True), strict=True):
+        assert torch.allclose(here, torch.cat(parts), rtol=1e-4, atol=1e-5)
+    gradient_BTD = both[1]
     assert not gradient_BTD[:, -1].any()
     assert gradient_BTD[:, :-1].any(dim=-1).all()
 
 
 def test_a_site_that_the_loss_does_not_depend_on_is_refused(models: dict[str, Path]) -> None:
-    language_model = LanguageModel(live_config(models["llama"]), device=CPU)
+    language_model = LanguageModel(live_config(models["llama"]).source, device=CPU)
     language_model.model.model.norm.register_forward_hook(lambda _m, _a, out: out.detach())
     with pytest.raises(ConfigError, match=r"layer.path=model.layers.1: .*does not depend on it"):
         language_model.activations_and_gradients(IDS_BT)
@@ -117,19 +118,19 @@ def test_a_site_that_the_loss_does_not_depend_on_is_refused(models: dict[str, Pa
 
 def test_where_a_module_sees_all_tokens_in_one_row(models: dict[str, Path]) -> None:
     layer = schema.ModuleLayerConfig(kind="module", path="model.decoder.layers.1.fc1", side="output")
-    language_model = LanguageModel(live_config(models["opt"], layer=layer), device=CPU)
-    rows = language_model.activations_and_gradients(IDS_BT)
-    assert rows.shape == (2, 9, 96)
-    assert torch.equal(rows[..., :48], language_model.activations(IDS_BT))
+    language_model = LanguageModel(live_config(models["opt"], layer=layer).source, device=CPU)
+    site_BTD, gradient_BTD = language_model.activations_and_gradients(IDS_BT)
+    assert site_BTD.shape == gradient_BTD.shape == (2, 9, 48)
+    assert torch.equal(site_BTD, language_model.activations(IDS_BT))
 
 
 def test_the_way_to_the_loss_and_back_is_counted(models: dict[str, Path]) -> None:
     config = live_config(models["llama"])
-    block, vocab = 4 * 32 * 32 + 3 * 32 * 48, LanguageModel(config, device=CPU).vocab
-    assert site_facts(config).flops_per_token == 2 * 2 * block
+    block, vocab = 4 * 32 * 32 + 3 * 32 * 48, LanguageModel(config.source, device=CPU).vocab
+    assert site_facts(config.source).flops_per_token == 2 * 2 * block
     back = block + 32 * vocab
     assert (
-        site_facts(live_config(models["llama"], sparsifier="gradient")).flops_per_token
+        site_facts(live_config(models["llama"], sparsifier="gradient").source).flops_per_token
         == 2 * (3 * block + 32 * vocab) + 2 * back
     )
 
@@ -137,5 +138,5 @@ def test_the_way_to_the_loss_and_back_is_counted(models: dict[str, Path]) -> Non
 def test_a_model_without_a_loss_is_refused_before_its_weights_are_read(models: dict[str, Path]) -> None:
     config = live_config(models["bert"], sparsifier="gradient")
     with pytest.raises(ConfigError, match=r"sparsifier=gradient: .*does not predict the next token. Choose") as caught:
-        check_stream(config, n_ranks=1)
+        check_stream(config.source, n_ranks=1)
     assert "sparsifier=topk" in str(caught.value)

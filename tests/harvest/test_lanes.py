@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from sae_train.config import ModelConfig
 from sae_train.errors import UserError
 from sae_train.harvest.corpus import Corpus, Part
-from sae_train.harvest.held_out import HALVES, HeldOutContexts, trainable
+from sae_train.harvest.filter import trainable
+from sae_train.harvest.held_out import HALVES, HeldOutContexts
 from sae_train.harvest.lanes import Lane, Packer, check_lanes
 from sae_train.harvest.language_model import Tokenizer
 from tools.tiny_models import live_config, save_tokenizer, sentences

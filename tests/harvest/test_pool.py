@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sae_train.harvest.batch import Batch
 from sae_train.harvest.pool import LanePool
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 12), st.integers(0, 20)).map(
@@ -17,20 +18,21 @@ SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 12), st.integers(0, 20)).ma
 class Source:
     """Numbered rows in blocks of varying size: what a lane's forward passes give."""
 
-    def __init__(self, most: int, seed: int) -> None:
-        self.most, self.count = most, 0
+    def __init__(self, most: int, seed: int, *, gradients: bool = False) -> None:
+        self.most, self.count, self.gradients = most, 0, gradients
         self._generator = torch.Generator().manual_seed(seed)
 
-    def block(self) -> torch.Tensor:
+    def block(self) -> Batch:
         n = int(torch.randint(0, self.most + 1, (1,), generator=self._generator))
         rows = torch.arange(self.count, self.count + n, dtype=torch.float32)[:, None].repeat(1, 2)
         self.count += n
-        return rows
+        return Batch(rows, -rows) if self.gradients else Batch(rows)
 
 
-def pool_of(shape: dict[str, int], *, lane: int = 3, seed: int = 0) -> LanePool:
+def pool_of(shape: dict[str, int], *, lane: int = 3, seed: int = 0, gradients: bool = False) -> LanePool:
     rows = torch.full((shape["capacity"], 2), float("nan"))
-    return LanePool(rows, lane=lane, share=shape["share"], forward_rows=shape["forward"], seed=seed)
+    storage = Batch(rows, rows.clone()) if gradients else Batch(rows)
+    return LanePool(storage, lane=lane, share=shape["share"], forward_rows=shape["forward"], seed=seed)
 
 
 def refill(pool: LanePool, source: Source) -> None:
@@ -42,14 +44,16 @@ def refill(pool: LanePool, source: Source) -> None:
 def next_share(pool: LanePool, source: Source, share: int) -> list[float]:
     if pool.is_due:
         refill(pool, source)
-    out = torch.empty(share, 2)
+    out = Batch(torch.empty(share, 2), torch.empty(share, 2) if source.gradients else None)
     pool.take(out)
-    return out[:, 0].tolist()
+    if out.gradient_ND is not None:
+        assert torch.equal(out.gradient_ND, -out.x_ND)
+    return out.x_ND[:, 0].tolist()
 
 
-@given(shape=SHAPES, steps=st.integers(1, 30), seed=st.integers(0, 99))
-def test_every_row_comes_out_once(shape, steps, seed):
-    pool, source = pool_of(shape), Source(shape["forward"], seed)
+@given(shape=SHAPES, steps=st.integers(1, 30), seed=st.integers(0, 99), gradients=st.booleans())
+def test_every_row_comes_out_once(shape, steps, seed, gradients):
+    pool, source = pool_of(shape, gradients=gradients), Source(shape["forward"], seed, gradients=gradients)
     taken = [row for _ in range(steps) for row in next_share(pool, source, shape["share"])]
     left = pool.state()["rows"][:, 0].tolist()
     assert Counter(taken + left) == Counter(float(row) for row in range(source.count))
@@ -57,13 +61,18 @@ def test_every_row_comes_out_once(shape, steps, seed):
     assert len(left) == pool.unread <= shape["capacity"]
 
 
-@given(shape=SHAPES, before=st.integers(0, 12), after=st.integers(1, 12), seed=st.integers(0, 99))
-def test_its_unread_rows_are_its_checkpoint(shape, before, after, seed):
-    pool, source = pool_of(shape), Source(shape["forward"], seed)
+@given(
+    shape=SHAPES, before=st.integers(0, 12), after=st.integers(1, 12), seed=st.integers(0, 99), gradients=st.booleans()
+)
+def test_its_unread_rows_are_its_checkpoint(shape, before, after, seed, gradients):
+    def begun() -> tuple[LanePool, Source]:
+        return pool_of(shape, gradients=gradients), Source(shape["forward"], seed, gradients=gradients)
+
+    pool, source = begun()
     for _ in range(before):
         next_share(pool, source, shape["share"])
     state = pool.state()
-    resumed, resumed_source = pool_of(shape), Source(shape["forward"], seed)
+    resumed, resumed_source = begun()
     while resumed_source.count < source.count:
         resumed_source.block()
     resumed_source._generator.set_state(source._generator.get_state())
@@ -79,7 +88,7 @@ def test_refilled_when_less_than_half_is_unread_until_a_forward_pass_might_not_f
     assert 25 <= pool.unread <= 32
     while not pool.is_due:
         assert pool.unread >= 16
-        pool.take(torch.empty(4, 2))
+        pool.take(Batch(torch.empty(4, 2)))
     assert 12 <= pool.unread < 16
 
 
@@ -88,7 +97,7 @@ def test_the_shuffle_is_keyed_by_seed_lane_and_refill():
 
     def first(lane: int, seed: int, refills: int = 1) -> list[float]:
         pool = pool_of(shape, lane=lane, seed=seed)
-        pool.add(torch.arange(32.0)[:, None].repeat(1, 2))
+        pool.add(Batch(torch.arange(32.0)[:, None].repeat(1, 2)))
         for _ in range(refills):
             pool.shuffle()
         return pool.state()["rows"][:, 0].tolist()
@@ -107,8 +116,8 @@ def test_a_pool_that_could_starve_is_our_fault_not_silent():
 def test_what_is_taken_does_not_alias_the_pool():
     pool, source = pool_of({"share": 4, "forward": 8, "capacity": 32}), Source(8, 0)
     refill(pool, source)
-    out = torch.empty(4, 2)
+    out = Batch(torch.empty(4, 2))
     pool.take(out)
-    kept = out.clone()
+    kept = out.map(torch.clone)
     refill(pool, source)
-    assert torch.equal(out, kept)
+    assert torch.equal(out.x_ND, kept.x_ND)

@@ -21,6 +21,7 @@ from sae_train import config as schema
 from sae_train.cli.main import run_command
 from sae_train.config import RunConfig, identity
 from sae_train.errors import DataError, UserError
+from sae_train.harvest.batch import Batch
 from sae_train.harvest.build import Stream, build_stream
 from sae_train.harvest.live import LiveStream
 from sae_train.harvest.pool import LanePool
@@ -72,7 +73,7 @@ def config_of(source: Path, kind: str, prefetch: int, **values: Any) -> RunConfi
 
 def opened(config: RunConfig, ranks: Ranks | None = None) -> Any:
     with LOADING:
-        return build_stream(config, ranks=ranks or Solo(), dtype=torch.float32)
+        return build_stream(config.source, ranks=ranks or Solo())
 
 
 def until_idle(stream: Stream) -> None:
@@ -94,7 +95,7 @@ def batches_of(config: RunConfig, ranks: Ranks | None = None, *, patient: bool =
         stream.start()
         batches = []
         for step in range(STEPS):
-            batches.append(stream.batch(step))
+            batches.append(stream.batch(step).x_ND)
             if patient:
                 until_idle(stream)
         return batches
@@ -130,7 +131,7 @@ def test_a_checkpoint_is_of_its_step_and_not_of_what_is_harvested_ahead(source: 
         plain.start()
         early.start()
         for step in range(STEPS):
-            assert torch.equal(plain.batch(step), early.batch(step))
+            assert torch.equal(plain.batch(step).x_ND, early.batch(step).x_ND)
             if step % 5 == 2:
                 until_idle(early)
             expected, found = states(plain), states(early)
@@ -167,7 +168,7 @@ def test_what_the_thread_does_is_what_would_be_done_anyway(
         for step in range(STEPS):
             stream.batch(step)
             until_idle(stream)
-            ahead = [sum(len(outcome.get().kept_NW) for outcome in lane._early) for lane in stream._lanes]
+            ahead = [sum(len(outcome.get().rows) for outcome in lane._early) for lane in stream._lanes]
             assert max(ahead) < prefetch * 16 + 2 * 15 or not prefetch
         stream.close()
         return count
@@ -202,7 +203,8 @@ def failing(what: Exception, *, after: int) -> Any:
 
     def spoil(stream: LiveStream) -> None:
         for lane in stream._lanes:
-            lane.text.contexts = partial(torn, lane.text.contexts, lane.text.index, iter(range(after)))
+            text = lane.raw._text
+            text.contexts = partial(torn, text.contexts, text.index, iter(range(after)))
 
     return spoil
 
@@ -274,13 +276,13 @@ def test_a_pool_knows_its_next_refill() -> None:
     """Against a pool that is taken from until it is due."""
     for filled in range(32, 97):
         for last_row in (0, 40, 64, 1000):
-            pool = LanePool(torch.zeros(96, 1), lane=0, share=8, forward_rows=20, seed=0)
-            pool.add(torch.zeros(filled, 1))
+            pool = LanePool(Batch(torch.zeros(96, 1)), lane=0, share=8, forward_rows=20, seed=0)
+            pool.add(Batch(torch.zeros(filled, 1)))
             pool.shuffle()
-            pool.take(torch.empty(8, 1))
+            pool.take(Batch(torch.empty(8, 1)))
             told = [pool.will_have_room(n, last_row=last_row) for n in range(96)]
             while not pool.is_due:
-                pool.take(torch.empty(8, 1))
+                pool.take(Batch(torch.empty(8, 1)))
             made = pool.taken < last_row
             assert told == [made and pool.unread + n + 20 <= 96 for n in range(96)]
 

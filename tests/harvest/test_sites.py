@@ -46,7 +46,7 @@ def loaded(config: RunConfig) -> LanguageModel:
     """Return the language model of a config; tests leave it as it was."""
     key = f"{config.model} {config.layer}"
     if key not in _LOADED:
-        _LOADED[key] = LanguageModel(config, device=CPU)
+        _LOADED[key] = LanguageModel(config.source, device=CPU)
     return _LOADED[key]
 
 
@@ -215,7 +215,7 @@ def test_the_input_of_a_module_also_when_it_goes_by_name(models, path):
 
 def test_facts_come_without_weights(models, tmp_path):
     (tmp_path / "config.json").write_text((models["llama"] / "config.json").read_text())
-    facts = site_facts(replace_model(config_for(models, "llama"), str(tmp_path)))
+    facts = site_facts(replace_model(config_for(models, "llama"), str(tmp_path)).source)
     assert (facts.d_model, facts.n_blocks, facts.index, facts.max_positions) == (32, 3, 1, None)
     two_blocks = 2 * (4 * 32 * 32 + 3 * 32 * 48)
     assert facts.flops_per_token == 2 * two_blocks
@@ -225,21 +225,21 @@ def test_facts_come_without_weights(models, tmp_path):
 def test_block_indices(models, index):
     config = config_for(models, "gpt2", index=index)
     if -3 <= index < 3:
-        assert site_facts(config).index == index % 3
+        assert site_facts(config.source).index == index % 3
     else:
         with pytest.raises(ConfigError, match=r"3 blocks. Choose -3 to 2"):
-            site_facts(config)
+            site_facts(config.source)
 
 
 def test_middle_is_half_of_the_blocks(models):
-    assert site_facts(config_for(models, "gpt2", index="middle")).index == 1
+    assert site_facts(config_for(models, "gpt2", index="middle").source).index == 1
 
 
 def test_dtype_is_the_configs_not_the_checkpoints(models):
     config = config_for(models, "llama")
     half = replace(config, model=replace(config.model, dtype="bfloat16"))
-    assert LanguageModel(half, device=CPU).activations(IDS_BT).dtype == torch.bfloat16
-    assert LanguageModel(config, device=CPU).activations(IDS_BT).dtype == torch.float32
+    assert LanguageModel(half.source, device=CPU).activations(IDS_BT).dtype == torch.bfloat16
+    assert LanguageModel(config.source, device=CPU).activations(IDS_BT).dtype == torch.float32
 
 
 def test_a_local_model_never_touches_the_network(models, monkeypatch):
@@ -249,7 +249,7 @@ def test_a_local_model_never_touches_the_network(models, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    LanguageModel(config_for(models, "llama"), device=CPU)
+    LanguageModel(config_for(models, "llama").source, device=CPU)
 
 
 def replace_model(config: RunConfig, name: str) -> RunConfig:
@@ -258,7 +258,7 @@ def replace_model(config: RunConfig, name: str) -> RunConfig:
 
 def refusal(config: RunConfig) -> str:
     with pytest.raises(UserError) as caught:
-        LanguageModel(config, device=CPU)
+        LanguageModel(config.source, device=CPU)
     assert caught.value.status == 2
     return str(caught.value)
 

@@ -1,7 +1,6 @@
 """`harvest=tensors`: any float files, every kept row once an epoch, outliers left out, bad files refused."""
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_train import kernels
-from sae_train.config import GradientConfig, RunConfig
+from sae_train.config import RunConfig
 from sae_train.errors import UserError
 from sae_train.harvest.build import build_stream, check_stream
 from sae_train.harvest.scaling import fit_scaling
-from sae_train.harvest.tensor_files import TensorTable
+from sae_train.harvest.tensor_files import TensorTable, read_headers
 from sae_train.harvest.tensors import TensorStream
-from sae_train.kernels import backend
 from sae_train.ranks.interface import Ranks, Solo
 from tools.grid_of_threads import on_ranks
 from tools.tiny_models import tensors_config
@@ -41,8 +38,7 @@ def write(folder: Path, *parts: Tensor, name: str = "activations") -> Path:
 
 
 def stream_of(config: RunConfig, *, ranks: Ranks | None = None) -> TensorStream:
-    dtype = torch.float64 if config.precision == "float64" else torch.float32
-    stream = build_stream(config, ranks=ranks or Solo(), dtype=dtype)
+    stream = build_stream(config.source, ranks=ranks or Solo())
     assert isinstance(stream, TensorStream)
     return stream
 
@@ -63,10 +59,10 @@ def numbers(stream: TensorStream, batch: Tensor, n: int) -> list[int]:
 def test_rows_by_index_over_files_of_any_float_type(tmp_path, dtype):
     whole = rows_of(100).to(dtype)
     write(tmp_path / "t", whole[:30], whole[30:31], whole[31:31], whole[31:])
-    table = TensorTable(str(tmp_path / "t"), key="harvest.path", dtype=torch.float32)
+    table = TensorTable(read_headers(str(tmp_path / "t"), key="harvest.path"), dtype=torch.float32)
     index = torch.randint(0, 100, (64,))
     assert torch.equal(table.rows(index), whole[index].float())
-    assert torch.equal(torch.cat([rows for _, (rows,) in table.spans(13, 77)]), whole[13:77])
+    assert torch.equal(torch.cat([rows for _, rows, _ in table.spans(13, 77)]), whole[13:77])
 
 
 def test_files_are_mapped_not_read(tmp_path):
@@ -76,7 +72,7 @@ def test_files_are_mapped_not_read(tmp_path):
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
     before = resident()
-    table = TensorTable(str(folder), key="harvest.path", dtype=torch.float32)
+    table = TensorTable(read_headers(str(folder), key="harvest.path"), dtype=torch.float32)
     table.rows(torch.arange(0, 500))
     assert resident() - before < 25e6
 
@@ -90,7 +86,7 @@ def test_every_row_once_an_epoch_over_epoch_boundaries(tmp_path_factory, n, batc
     stream = started(tensors_config(folder, data_seed=seed, batch_tokens=batch, tokens=batch * steps))
     n_training = n - min(int(0.05 * n), 100_000)
     per_epoch = -(-n_training // batch)
-    read = [row for step in range(2 * per_epoch) for row in numbers(stream, stream.batch(step), n)]
+    read = [row for step in range(2 * per_epoch) for row in numbers(stream, stream.batch(step).x_ND.x_ND, n)]
     first, second = read[:n_training], read[n_training : 2 * n_training]
     assert sorted(first) == list(range(n_training))
     assert first != sorted(first)
@@ -101,12 +97,12 @@ def test_every_row_once_an_epoch_over_epoch_boundaries(tmp_path_factory, n, batc
 def test_any_step_can_be_asked_for_and_ranks_share_it(tmp_path):
     config = tensors_config(write(tmp_path / "t", rows_of(3000), rows_of(3000, seed=1)))
     alone = started(config)
-    batches = [alone.batch(step) for step in range(100)]
-    assert torch.equal(alone.batch(7), batches[7])
+    batches = [alone.batch(step).x_ND.x_ND for step in range(100)]
+    assert torch.equal(alone.batch(7).x_ND.x_ND, batches[7])
 
     def on_rank(ranks: Ranks) -> list[Tensor]:
         stream = started(config, ranks=ranks)
-        return [stream.batch(step) for step in range(100)]
+        return [stream.batch(step).x_ND.x_ND for step in range(100)]
 
     for parts in zip(batches, *on_ranks(2, on_rank), strict=True):
         assert torch.equal(parts[0], torch.cat(parts[1:]))
@@ -115,7 +111,7 @@ def test_any_step_can_be_asked_for_and_ranks_share_it(tmp_path):
 def test_normalised_rows_have_unit_mean_square_and_no_mean(tmp_path):
     folder = write(tmp_path / "t", rows_of(8000))
     stream = started(tensors_config(folder, batch_tokens=6400, tokens=6400, calibration_tokens=7600))
-    batch = stream.batch(0)
+    batch = stream.batch(0).x_ND.x_ND
     assert batch.dtype == torch.float32
     assert float(batch.square().sum(1).mean()) == pytest.approx(1, abs=0.02)
     assert float(batch.mean(0).norm()) < 0.02
@@ -130,32 +126,9 @@ def test_batches_are_the_same_to_the_bit_from_one_file_or_three(tmp_path, dtype,
     given = {"precision": precision, "batch_tokens": 64}
     streams = [started(tensors_config(folder, **given)) for folder in (one, three)]
     for step in range(3):
-        batches = [stream.batch(step) for stream in streams]
+        batches = [stream.batch(step).x_ND.x_ND for stream in streams]
         assert torch.equal(*batches)
-        assert torch.equal(batches[0], streams[0].scaling.normalise(raw_of(streams[0], step)))
-
-
-@pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_batches_of_many_files_are_read_in_one_pass(tmp_path, dtype, gradients, monkeypatch):
-    """Not file by file, which takes most of a step's time where there are a thousand."""
-    rows = rows_of(6000, width=37).to(dtype)
-    tensors = {"activations": rows} | ({"gradients": 3 * rows} if gradients else {})
-    for number, first in enumerate(range(0, 6000, 500)):
-        part = {name: tensor[first : first + 500].contiguous() for name, tensor in tensors.items()}
-        save_file(part, tmp_path / f"{number:02d}.safetensors")
-    config = tensors_config(tmp_path, batch_tokens=64)
-    chosen = GradientConfig(name="gradient", beta=1.0, multi_weight=0.0, revival=1.0)
-    stream = started(replace(config, sparsifier=chosen) if gradients else config)
-    expected = stream.scaling.normalise(raw_of(stream, 1))
-
-    def by_file(*_, **__):
-        raise AssertionError("read file by file")
-
-    monkeypatch.setattr(kernels.Table, "rows", by_file)
-    if backend.why_not_numba() is None:
-        assert torch.equal(stream.batch(1), expected)
-    assert expected.shape == (64, 74 if gradients else 37)
+        assert torch.equal(batches[0], streams[0].scaling.normalise(raw_of(streams[0], step)).x_ND.x_ND)
 
 
 def raw_of(stream: TensorStream, step: int) -> Tensor:
@@ -166,7 +139,7 @@ def raw_of(stream: TensorStream, step: int) -> Tensor:
 def test_float64_stays_float64(tmp_path):
     whole = rows_of(6000).double() + 1e-12
     stream = started(tensors_config(write(tmp_path / "t", whole), precision="float64", batch_tokens=32))
-    batch = stream.batch(0)
+    batch = stream.batch(0).x_ND.x_ND
     assert batch.dtype == torch.float64
     raw = batch * stream.scaling.scale + stream.scaling.centre_D
     assert (raw[:, None] - whole[None]).abs().sum(-1).amin(1).max() < 1e-13
@@ -182,7 +155,7 @@ def test_rows_of_outlying_norm_are_left_out(tmp_path, size):
 
     def on_rank(ranks: Ranks) -> tuple[TensorStream, list[Tensor]]:
         stream = started(config, ranks=ranks)
-        return stream, [stream.batch(step) for step in range(100)]
+        return stream, [stream.batch(step).x_ND.x_ND for step in range(100)]
 
     results = on_ranks(size, on_rank)
     stream = results[0][0]
@@ -219,7 +192,7 @@ def test_held_out_rows_are_the_last_ones_in_blocks_that_take_turns(tmp_path):
 def test_a_held_out_directory_leaves_all_rows_to_train_on(tmp_path):
     config = tensors_config(write(tmp_path / "t", rows_of(500)), held_out=write(tmp_path / "h", rows_of(600, seed=1)))
     stream = started(config)
-    read = [row for step in range(8) for row in numbers(stream, stream.batch(step), 500)]
+    read = [row for step in range(8) for row in numbers(stream, stream.batch(step).x_ND.x_ND, 500)]
     assert set(read) == set(range(500))
     assert sum(len(b.raw_ND) for b in stream.held_out.batches("evaluation", max_tokens=10**6)) == 256
 
@@ -229,12 +202,12 @@ def test_state_restores_without_a_scan(tmp_path, monkeypatch):
     whole[3] *= 1000
     config = tensors_config(write(tmp_path / "t", whole))
     stream = started(config)
-    expected = [stream.batch(step) for step in range(50, 200)]
+    expected = [stream.batch(step).x_ND.x_ND for step in range(50, 200)]
     state = {key: value.clone() for key, value in stream.replicated_state().items()}
     resumed = stream_of(config)
-    monkeypatch.setattr("sae_train.harvest.tensors._scan_rows", lambda *_a, **_k: pytest.fail("scanned again"))
+    monkeypatch.setattr("sae_train.harvest.tensors.scan_rows", lambda *_a, **_k: pytest.fail("scanned again"))
     resumed.restore(state, lambda lane: pytest.fail("tensors have no lanes"))
-    assert all(torch.equal(resumed.batch(step + 50), batch) for step, batch in enumerate(expected))
+    assert all(torch.equal(resumed.batch(step + 50).x_ND.x_ND, batch) for step, batch in enumerate(expected))
     assert stream.lane_states() == {}
     write(tmp_path / "t", rows_of(6001))
     with pytest.raises(UserError, match="not the files that the checkpoint was made from"):
@@ -243,13 +216,13 @@ def test_state_restores_without_a_scan(tmp_path, monkeypatch):
 
 def refusal(config: RunConfig, *, n_ranks: int = 1) -> str:
     with pytest.raises(UserError) as caught:
-        check_stream(config, n_ranks=n_ranks)
+        check_stream(config.source, n_ranks=n_ranks)
     assert caught.value.status == 2
     return str(caught.value)
 
 
 def test_facts_come_from_headers(tmp_path):
-    facts = check_stream(tensors_config(write(tmp_path / "t", rows_of(6000))), n_ranks=2)
+    facts = check_stream(tensors_config(write(tmp_path / "t", rows_of(6000))).source, n_ranks=2)
     assert (facts.d_model, facts.label, facts.pool_bytes, facts.flops_per_token) == (D, "tensors", 0, 0)
 
 
@@ -315,7 +288,7 @@ def test_without_repeat_outliers_count(tmp_path):
     whole = rows_of(6000)
     whole[:70] *= 1000
     config = tensors_config(write(tmp_path / "t", whole), repeat=False, tokens=5632 + 64)
-    check_stream(config, n_ranks=1)
+    check_stream(config.source, n_ranks=1)
     with pytest.raises(UserError, match=r"5630 rows are left to train on without the 70 of outlying norm"):
         started(config)
 
@@ -336,14 +309,14 @@ def test_rows_that_are_all_zero_are_counted_and_said(tmp_path):
     rows = torch.randn(8000, 8, generator=torch.Generator().manual_seed(0))
     rows[::3] = 0
     save_file({"activations": rows}, tmp_path / "a.safetensors")
-    stream = build_stream(tensors_config(tmp_path), ranks=Solo(), dtype=torch.float32)
+    stream = build_stream(tensors_config(tmp_path).source, ranks=Solo())
     stream.start()
     n_training = 8000 - 400
     n_zero = int((rows[:n_training] == 0).all(dim=1).sum())
     assert stream.data_figures() == {"rows": n_training, "zero_rows": n_zero, "outliers": 0}
     (line,) = stream.notices()
     assert f"{n_zero:,} of {n_training:,} rows to train on (33.3%) are all zero" in line
-    resumed = build_stream(tensors_config(tmp_path), ranks=Solo(), dtype=torch.float32)
+    resumed = build_stream(tensors_config(tmp_path).source, ranks=Solo())
     resumed.restore(stream.replicated_state(), lambda lane: {})
     assert resumed.data_figures() == stream.data_figures()
     together = on_ranks(2, lambda ranks: figures_of(tensors_config(tmp_path), ranks))
@@ -354,13 +327,13 @@ def test_a_few_rows_of_zeros_are_counted_and_not_said(tmp_path):
     rows = torch.randn(8000, 8, generator=torch.Generator().manual_seed(0))
     rows[::500] = 0
     save_file({"activations": rows}, tmp_path / "a.safetensors")
-    stream = build_stream(tensors_config(tmp_path), ranks=Solo(), dtype=torch.float32)
+    stream = build_stream(tensors_config(tmp_path).source, ranks=Solo())
     stream.start()
     assert stream.data_figures()["zero_rows"] == 16
     assert stream.notices() == []
 
 
 def figures_of(config, ranks):
-    stream = build_stream(config, ranks=ranks, dtype=torch.float32)
+    stream = build_stream(config.source, ranks=ranks)
     stream.start()
     return stream.data_figures()

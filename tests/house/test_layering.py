@@ -38,6 +38,7 @@ OUTSIDE = {
     "tqdm": {"training/console.py"},
     "safetensors": {
         "training/checkpoint.py",
+        "training/checkpoint_files.py",
         "training/restore.py",
         "formats/*",
         "harvest/tensors.py",

@@ -302,10 +302,10 @@ def test_a_run_is_that_of_plain_torch(tmp_path: Path, sparsifier: str) -> None:
     case = [f"sparsifier={sparsifier}", f"aux_loss={aux}"]
     config = world.config_of(tmp_path, case, precision="float32", steps=3, n_features=64, dead_window=16)
     compiled = world.build(config, Solo())
-    assert type(compiled.optimizer) is SphereAdam
+    assert type(compiled.learners[0].optimizer) is SphereAdam
     with plain():
         simple = world.build(config, Solo())
-    assert type(simple.optimizer) is Adam
+    assert type(simple.learners[0].optimizer) is Adam
     for step in range(3):
         compiled.step(compiled.stream.batch(step))
         with plain():

@@ -388,13 +388,14 @@ def test_a_run_is_the_same_but_for_the_order_of_sums(
         monkeypatch.setattr(penalised, "DENSE_FROM", 1)  # without their zeros from the start
         config = world.config_of(rows, said, precision=precision, steps=40, n_features=1536)
         trainer = world.build(config, Solo())
-        assert trainer.is_screened == is_screened
+        assert trainer.learners[0].is_screened == is_screened
         first = trainer.stream.batch(0)
-        inputs = dataclasses.replace(inputs_of(trainer, first), pre_NF=trainer._pre_activations(first))
-        code = trainer.sparsifier.encode(trainer.dictionary, inputs).code
+        learner = trainer.learners[0]
+        inputs = dataclasses.replace(inputs_of(trainer, first.x_ND), pre_NF=learner._pre_activations(first.x_ND))
+        code = learner.sparsifier.encode(learner.dictionary, inputs).code
         for step in range(20):
             trainer.step(trainer.stream.batch(step))
-        trained.append((code, {name: p.detach() for name, p in trainer.dictionary.named_parameters()}))
+        trained.append((code, {name: p.detach() for name, p in trainer.learners[0].dictionary.named_parameters()}))
     (whole_code, expected), (code, found) = trained
     assert torch.equal(code.start, whole_code.start)
     assert torch.equal(code.feature, whole_code.feature)
@@ -448,11 +449,11 @@ def test_a_run_that_forgets_its_hints_goes_on_to_the_bit(
     ends = []
     for forgotten in ((), (1, 2, 5), (3, 4, 11)):
         trainer = world.build(config, Solo())
-        assert trainer.is_screened
+        assert trainer.learners[0].is_screened
         for step in range(16):
             if step in forgotten:
-                trainer.sparsifier._hint = kernels.Hint()
+                trainer.learners[0].sparsifier._hint = kernels.Hint()
             trainer.step(trainer.stream.batch(step))
-        ends.append([parameter.detach().clone() for parameter in trainer.dictionary.parameters()])
+        ends.append([parameter.detach().clone() for parameter in trainer.learners[0].dictionary.parameters()])
     for end in ends[1:]:
         assert all(torch.equal(a, b) for a, b in zip(end, ends[0], strict=True))

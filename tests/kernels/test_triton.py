@@ -302,8 +302,8 @@ def test_whole_steps_are_those_of_plain_torch(case: list[str], tmp_path: Path, m
         trainer = build(config, Solo(DEVICE))
         for step in range(2):
             trainer.step(trainer.stream.batch(step))
-        learned.append(weights(trainer) | trainer.optimizer.state())
-        kinds.append(type(trainer.optimizer))
+        learned.append(weights(trainer) | trainer.learners[0].optimizer.state())
+        kinds.append(type(trainer.learners[0].optimizer))
     assert kinds == [Adam, SphereAdam]
     for name, plain in learned[0].items():
         close(learned[1][name], plain, tolerance=2e-5)
@@ -337,7 +337,7 @@ def test_a_gpu_without_bf16_says_so_in_one_line(
     """One that emulates bf16, as torch does before Ampere, has none; Triton is not for it, either."""
     write_activations(tmp_path)
     device, config = torch.device("cuda", 1), config_of(tmp_path, [], precision="auto")
-    facts = check_stream(config, n_ranks=1)
+    facts = check_stream(config.source, n_ranks=1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda which: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(backend, "_what_a_kernel_runs_into", lambda device: None)
@@ -429,7 +429,7 @@ def test_a_step_never_waits_for_the_gpu(sparsifier: str, tmp_path: Path) -> None
     write_activations(tmp_path)
     config = config_of(tmp_path, [f"sparsifier={sparsifier}", "aux_loss=aux_k"], precision="float32", steps=6)
     trainer = build(config, Solo(DEVICE))
-    assert isinstance(trainer.optimizer, SphereAdam)
+    assert isinstance(trainer.learners[0].optimizer, SphereAdam)
     trainer.step(trainer.stream.batch(0))  # compiles
     for step in range(1, 6):
         rows = trainer.stream.batch(step)

@@ -50,14 +50,14 @@ def test_what_a_run_knows_is_what_it_would_find(
     world.write_activations(tmp_path)
     config = world.config_of(tmp_path, case, precision=precision, steps=12, n_features=1536, dead_window=16)
     trainer = world.build(config, Solo())
-    trainer.is_screened = is_screened and trainer.is_screened
+    trainer.learners[0].is_screened = is_screened and trainer.learners[0].is_screened
     asked, noted = set(), Workspace.noted
 
     def checked(self: Workspace, of: Tensor, name: str) -> Any:
         known = noted(self, of, name)
         if known is not None:
             asked.add(name)
-            for one, other in again(name, of, known, trainer.dictionary.W_dec.detach()):
+            for one, other in again(name, of, known, trainer.learners[0].dictionary.W_dec.detach()):
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, equal_nan=True)
         return known
 
@@ -65,17 +65,23 @@ def test_what_a_run_knows_is_what_it_would_find(
     for step in range(12):
         if step == 4:
             with torch.no_grad():
-                for parameter in trainer.dictionary.parameters():
+                for parameter in trainer.learners[0].dictionary.parameters():
                     parameter.mul_(1.01)
         if step == 8:
-            trainer.halt.flag = torch.ones((), dtype=torch.bool)
+            trainer.learners[0].halt.flag = torch.ones((), dtype=torch.bool)
         trainer.step(trainer.stream.batch(step))
-        trainer.halt.flag = torch.zeros((), dtype=torch.bool)
+        trainer.learners[0].halt.flag = torch.zeros((), dtype=torch.bool)
         if "bf16" in asked:
-            assert noted(trainer.dictionary.workspace, trainer.dictionary.W_dec, "bf16") is not None
+            assert (
+                noted(trainer.learners[0].dictionary.workspace, trainer.learners[0].dictionary.W_dec, "bf16")
+                is not None
+            )
         if "rounded" in asked:
-            assert noted(trainer.dictionary.workspace, trainer.dictionary.W_enc, "rounded") is not None
-    if trainer.is_screened and "parametrisation=aligned" not in case:
+            assert (
+                noted(trainer.learners[0].dictionary.workspace, trainer.learners[0].dictionary.W_enc, "rounded")
+                is not None
+            )
+    if trainer.learners[0].is_screened and "parametrisation=aligned" not in case:
         assert "rounded" in asked
     if precision == "bf16" and "sparsifier=gated" not in case:
         assert "bf16" in asked

@@ -58,7 +58,7 @@ def told_after(n: int) -> Phases:
 
 
 def opened(config: RunConfig) -> LiveStream:
-    stream = build_stream(config, ranks=Solo(), dtype=torch.float32)
+    stream = build_stream(config.source, ranks=Solo())
     assert isinstance(stream, LiveStream)
     return stream
 
@@ -109,7 +109,7 @@ def test_calibration_ends_at_the_forward_pass_that_is_told(model: Path, text: Pa
 
 def test_all_saes_share_the_clean_and_the_ablated_pass(model: Path) -> None:
     config = live_config(model)
-    lm = LanguageModel(config, device=CPU)
+    lm = LanguageModel(config.source, device=CPU)
     saes = [calibrated(CASES[name], Solo())[0] for name in ("one threshold", "topk")]
     n_batches = len(list(held_out_text(config, lm, Solo()).batches("evaluation", max_tokens=150)))
     passes = 0
@@ -135,7 +135,7 @@ def test_all_saes_share_the_clean_and_the_ablated_pass(model: Path) -> None:
 
 
 def test_the_whole_pass_gives_the_bits_of_the_pass_up_to_the_site(model: Path) -> None:
-    lm = LanguageModel(live_config(model), device=CPU)
+    lm = LanguageModel(live_config(model).source, device=CPU)
     ids_BT = torch.randint(0, 200, (3, 16), generator=torch.Generator().manual_seed(0))
     acts_BTD, logits_BTV = lm.activations_and_logits(ids_BT)
     assert torch.equal(acts_BTD, lm.activations(ids_BT))
@@ -164,7 +164,7 @@ def test_bars_end_where_their_phase_ends(model: Path, text: Path) -> None:
         return bars[-1]
 
     phases = Phases(show=show)
-    stream = build_stream(live_config(model, text), ranks=Solo(), dtype=torch.float32, phases=phases)
+    stream = build_stream(live_config(model, text).source, ranks=Solo(), phases=phases)
     stream.start(phases)
     lm = stream.language_model
     sae, _ = calibrated(CASES["one threshold"], Solo())
@@ -200,7 +200,7 @@ def test_held_out_tokens_fill_two_contexts_or_blocks(tmp_path: Path) -> None:
 def test_the_plan_says_what_held_out_data_costs(model: Path, text: Path) -> None:
     def planned(**dials: object) -> str:
         config = live_config(model, text, **{"evaluation_tokens": None, "tokens": 6400, **dials})
-        plan = make_plan(config, check_stream(config, n_ranks=1), n_ranks=1)
+        plan = make_plan(config, check_stream(config.source, n_ranks=1), n_ranks=1)
         return describe(plan, config, path="here")
 
     once = planned()
@@ -218,6 +218,6 @@ def test_the_plan_says_what_held_out_data_costs(model: Path, text: Path) -> None
 
 def test_the_plan_of_files_names_no_language_model(tmp_path: Path, compose: Callable[..., RunConfig]) -> None:
     config = compose(*rows_run(tmp_path))
-    text = describe(make_plan(config, check_stream(config, n_ranks=1), n_ranks=1), config, path="here")
+    text = describe(make_plan(config, check_stream(config.source, n_ranks=1), n_ranks=1), config, path="here")
     (line,) = [line for line in text.splitlines() if line.startswith("thresholds")]
     assert line.split(maxsplit=1)[1] == "256 held-out tokens"

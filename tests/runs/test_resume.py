@@ -22,24 +22,6 @@ def slow(value: str) -> Any:
     return pytest.param(value, marks=pytest.mark.slow)
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 @pytest.mark.parametrize("n_ranks", [1, pytest.param(2, marks=[pytest.mark.multirank, pytest.mark.slow])])
 @pytest.mark.parametrize(
     "arguments",

@@ -123,7 +123,9 @@ def test_a_loss_that_is_not_finite_stops_with_3(tmp_path: Path, command: Command
     assert not (tmp_path / "runs" / "x" / "summary.json").exists()
     for path in (tmp_path / "runs" / "x" / "checkpoints").iterdir():
         found = load(path)
-        state = found.replicated | found.features(0, 128)
+        (sae,) = found.sae_names()
+        shared, features = found.sae_state(sae, 0, 128)
+        state = shared | features
         names = [name for name in state if name.startswith("dictionary/")]
         assert {"dictionary/W_enc", "dictionary/b_dec"} <= set(names)
         assert all(bool(state[name].isfinite().all()) for name in names)

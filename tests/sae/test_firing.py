@@ -8,6 +8,7 @@ from sae_train import kernels
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.code import SparseCode
 from sae_train.sae.firing import Firing
+from sae_train.sae.state import State
 from tools.grid_of_threads import on_ranks
 from tools.small_runs import CPU
 
@@ -86,8 +87,8 @@ def test_replicated_over_ranks(size: int) -> None:
     batches = steps()
     alone = counted(batches, half_life=25.0)
     for firing in on_ranks(size, lambda ranks: counted(batches, half_life=25.0, ranks=ranks)):
-        for name, value in alone.state().by_feature.items():
-            assert torch.equal(firing.state().by_feature[name], value), name
+        for name, value in alone.state().features.items():
+            assert torch.equal(firing.state().features[name], value), name
 
 
 def test_state_goes_on_where_it_was() -> None:
@@ -95,8 +96,9 @@ def test_state_goes_on_where_it_was() -> None:
     whole = counted(batches, half_life=25.0)
     first = counted(batches[:3], half_life=25.0)
     resumed = Firing(7, half_life_tokens=25.0, device=CPU)
-    resumed.load_state({name: value.clone() for part in first.state() for name, value in part.items()})
+    resumed.load_state(State(*({name: value.clone() for name, value in part.items()} for part in first.state())))
     for fires in batches[3:]:
         resumed.update(code_of(fires), n_tokens=10, ranks=Solo())
-    for name, value in whole.state().by_feature.items():
-        assert torch.equal(resumed.state().by_feature[name], value), name
+    for kind in ("shared", "features"):
+        for name, value in getattr(whole.state(), kind).items():
+            assert torch.equal(getattr(resumed.state(), kind)[name], value), name

@@ -162,7 +162,7 @@ def test_features_are_ranked_anew_eight_times_a_window() -> None:
     first = at(0, s.firing, loss)
     held = at(WINDOW // 8 - 2, other, loss)
     resumed = aux_loss("aux_zipf", tau=0.9)
-    resumed.load_state(loss.state().by_feature)
+    resumed.load_state(loss.state())
     assert torch.equal(at(WINDOW // 8 - 2, other, resumed), held)
     renewed = at(WINDOW // 8, other, loss)
     assert not torch.equal(held, renewed)

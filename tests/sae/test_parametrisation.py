@@ -59,16 +59,16 @@ def test_rows_stay_aligned_through_training(tmp_path: Path, sparsifier: str, pre
     world.write_activations(tmp_path)
     case = [f"sparsifier={sparsifier}", "parametrisation=aligned", "optimizer.lr=1e-2"]
     trainer = world.build(world.config_of(tmp_path, case, precision=precision), Solo())
-    before = trainer.dictionary.W_enc.detach().clone()
+    before = trainer.learners[0].dictionary.W_enc.detach().clone()
     for number in range(world.STEPS):
         trainer.step(trainer.stream.batch(number))
         bound = 1e-12 if precision == "float64" else 1e-5
-        assert float((products(trainer.dictionary) - 1).abs().max()) < bound
-    after = trainer.dictionary.W_enc.detach()
+        assert float((products(trainer.learners[0].dictionary) - 1).abs().max()) < bound
+    after = trainer.learners[0].dictionary.W_enc.detach()
     assert float((after - before).abs().max()) > 0.01
-    assert float((after - trainer.dictionary.W_dec.detach()).abs().max()) > 0.01
+    assert float((after - trainer.learners[0].dictionary.W_dec.detach()).abs().max()) > 0.01
     sae = SparseAutoencoder.fold(
-        trainer.dictionary, centre_D=torch.zeros(world.D), scale=1.0, k=5.0, inference="threshold"
+        trainer.learners[0].dictionary, centre_D=torch.zeros(world.D), scale=1.0, k=5.0, inference="threshold"
     )
     torch.testing.assert_close(sae.W_enc, after.t().float(), rtol=1e-6, atol=1e-6)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from sae_train.config import RunConfig
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.firing import Firing
+from sae_train.sae.state import State
 from sae_train.sae.step_info import StepInfo
 from sae_train.sae.zipf_budget import zipf_mass
 from sae_train.sae.zipf_fit import BODY, HEAD, MOST_RANKS, fit_zipf
@@ -176,7 +177,7 @@ def test_what_was_fitted_goes_through_a_checkpoint() -> None:
     begun, resumed = phased(), phased()
     assert begun._notes() == begun.state().shared == {}
     (shares,) = on_grid((1, 1), lambda ranks: change(begun, ranks))
-    resumed.load_state({name: value.clone() for name, value in begun.state().shared.items()})
+    resumed.load_state(State({name: value.clone() for name, value in begun.state().shared.items()}, {}))
     assert resumed._notes() == begun._notes()
     again = resumed.shares(info(32))
     assert again is not None
@@ -205,8 +206,9 @@ def test_a_run_goes_on_bit_for_bit_from_before_at_and_after_the_change(tmp_path:
     uninterrupted = world.learn(config, Solo())
     for steps in (24, 25, 26):  # the change is at the 26th
         world.save(config, Solo(), tmp_path / f"saved{steps}", steps=steps)
-        state = restore.load(tmp_path / f"saved{steps}" / f"step_{steps:08d}").replicated
-        assert ("sparsifier/fit" in state) == (steps == 26)
+        saved = restore.load(tmp_path / f"saved{steps}" / f"step_{steps:08d}")
+        (name,) = saved.sae_names()
+        assert ("sparsifier/fit" in saved.sae_state(name, 0, F).shared) == (steps == 26)
         resumed = world.resume(config, Solo(), tmp_path / f"saved{steps}")
         for name, value in uninterrupted["weights"].items():
             assert torch.equal(value, resumed[name]), (steps, name)

@@ -154,9 +154,9 @@ def test_the_bundled_models_activations_as_files(scripts: ModuleType, tmp_path: 
     bundled.write_train(stream, tmp_path / "train", tokens=2 * bundled.BATCH + 5)
     bundled.write_held_out(stream, tmp_path / "held_out")
     again = bundled.started(tokens=3 * bundled.BATCH)
-    expected = torch.cat([again.batch(0), again.batch(1)])
+    expected = torch.cat([again.batch(0).x_ND, again.batch(1).x_ND])
     raw = load_file(tmp_path / "train" / "rows.safetensors")["activations"]
-    torch.testing.assert_close(again.scaling.normalise(raw), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again.scaling.normalise(raw).x_ND, expected, rtol=1e-4, atol=1e-5)
     held = load_file(tmp_path / "held_out" / "rows.safetensors")["activations"]
     for half, part in zip(
         ("calibration", "evaluation"), scripts.import_module("quality_score").halves(tmp_path / "held_out"), strict=True

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sae_train.config import RunConfig
 from sae_train.errors import UserError
+from sae_train.harvest.batch import Batch
 from sae_train.harvest.build import Stream, build_stream, check_stream
-from sae_train.harvest.held_out import trainable
+from sae_train.harvest.filter import trainable, within
 from sae_train.harvest.lanes import Lane
 from sae_train.harvest.language_model import Tokenizer
 from sae_train.harvest.live import LiveStream
@@ -46,17 +47,34 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
 
 
 def stream_of(config: RunConfig, ranks: Ranks | None = None, *, start: bool = True) -> Stream:
-    dtype = torch.float64 if config.precision == "float64" else torch.float32
     with LOADING:
-        stream = build_stream(config, ranks=ranks or Solo(), dtype=dtype)
+        stream = build_stream(config.source, ranks=ranks or Solo())
     if start:
         stream.start()
     return stream
 
 
-def batches_of(config: RunConfig, ranks: Ranks | None = None) -> list[Tensor]:
+def batches_of(config: RunConfig, ranks: Ranks | None = None) -> list[Batch]:
     stream = stream_of(config, ranks)
     return [stream.batch(step) for step in range(STEPS)]
+
+
+def together(batches: Iterable[Batch]) -> Batch:
+    """Return the rows of several batches as one."""
+    parts = list(batches)
+    gradients = [batch.gradient_ND for batch in parts if batch.gradient_ND is not None]
+    return Batch(torch.cat([batch.x_ND for batch in parts]), torch.cat(gradients))
+
+
+def same(here: Batch, there: Batch) -> bool:
+    assert here.gradient_ND is not None
+    assert there.gradient_ND is not None
+    return torch.equal(here.x_ND, there.x_ND) and torch.equal(here.gradient_ND, there.gradient_ND)
+
+
+def side_by_side(batch: Batch) -> Tensor:
+    assert batch.gradient_ND is not None
+    return torch.cat([batch.x_ND, batch.gradient_ND], dim=1)
 
 
 def as_counts(rows: Tensor) -> Counter[bytes]:
@@ -66,8 +84,10 @@ def as_counts(rows: Tensor) -> Counter[bytes]:
 def test_activations_are_those_of_a_run_without_gradients(live: Callable[..., RunConfig]) -> None:
     plain, doubled = batches_of(live(sparsifier="topk")), batches_of(live())
     for here, there in zip(plain, doubled, strict=True):
-        assert there.shape == (here.shape[0], 2 * here.shape[1])
-        assert torch.equal(here, there[:, : here.shape[1]])
+        assert here.gradient_ND is None
+        assert there.gradient_ND is not None
+        assert there.gradient_ND.shape == there.x_ND.shape
+        assert torch.equal(here.x_ND, there.x_ND)
 
 
 def test_every_gradient_stays_with_its_activation(live: Callable[..., RunConfig]) -> None:
@@ -77,38 +97,43 @@ def test_every_gradient_stays_with_its_activation(live: Callable[..., RunConfig]
     assert isinstance(stream, LiveStream)
     assert stream.scaling.gradient_scale is not None
     taken = [stream.batch(step) for step in range(STEPS)]
-    tokenizer, width, squares = Tokenizer(config.model), stream.d_model, list[float]()
+    tokenizer, squares = Tokenizer(config.model), list[float]()
     for number, state in stream.lane_states().items():
         lane = Lane(number, stretches=stream._corpus.stretches(4, context_length=16, tokenizer=tokenizer),
                     corpus=stream._corpus, tokenizer=tokenizer, seed=0, repeat=True, context_length=16)  # fmt: skip
-        rows = torch.cat([batch[16 * number : 16 * (number + 1)] for batch in taken] + [state["rows"]])
-        expected: list[Tensor] = []
+        left = Batch(state["rows"], state["gradients"])
+        rows = together([batch[16 * number : 16 * (number + 1)] for batch in taken] + [left])
+        expected: list[Batch] = []
         while sum(map(len, expected)) < len(rows):
             ids_BT = lane.contexts(2)
-            raw_NW = stream.language_model.activations_and_gradients(ids_BT)[trainable(ids_BT, tokenizer)]
-            raw_ND, gradient_ND = raw_NW.split(width, dim=1)
+            kept_BT = trainable(ids_BT, tokenizer)
+            raw_ND, gradient_ND = (each[kept_BT] for each in stream.language_model.activations_and_gradients(ids_BT))
             x_ND = (raw_ND - stream.scaling.centre_D.float()) / stream.scaling.scale
-            expected.append(torch.cat([x_ND, gradient_ND / stream.scaling.gradient_scale], dim=1))
-        read = torch.cat(expected)
-        assert as_counts(rows) == as_counts(read)
-        squares += (read[:64, width:] * stream.scaling.gradient_scale).double().square().sum(1).tolist()
+            expected.append(Batch(x_ND, gradient_ND / stream.scaling.gradient_scale))
+        read = together(expected)
+        assert as_counts(side_by_side(rows)) == as_counts(side_by_side(read))
+        assert read.gradient_ND is not None
+        squares += (read.gradient_ND[:64] * stream.scaling.gradient_scale).double().square().sum(1).tolist()
     assert stream.scaling.gradient_scale**2 == pytest.approx(sum(squares) / len(squares), rel=1e-6)
 
 
 def test_the_activation_alone_decides_what_is_left_out_and_goes_through_a_checkpoint() -> None:
     scaling = Scaling(centre_D=torch.ones(2, dtype=torch.float64), scale=2.0, limit=3.0, gamma=0.7, gradient_scale=10.0)
-    rows = torch.tensor([[1.0, 2.0, 500.0, 0.0], [3.0, 2.0, 0.0, 0.1]])
-    assert scaling.keeps(rows).tolist() == [True, False]
-    assert scaling.normalise(rows).tolist() == [[0.0, 0.5, 50.0, 0.0], [1.0, 0.5, 0.0, pytest.approx(0.01)]]
+    rows, gradients = torch.tensor([[1.0, 2.0], [3.0, 2.0]]), torch.tensor([[500.0, 0.0], [0.0, 0.1]])
+    assert within(rows, limit=scaling.limit).tolist() == [True, False]
+    batch = scaling.normalise(rows, gradients)
+    assert batch.gradient_ND is not None
+    assert batch.x_ND.tolist() == [[0.0, 0.5], [1.0, 0.5]]
+    assert batch.gradient_ND.tolist() == [[50.0, 0.0], [0.0, pytest.approx(0.01)]]
     assert Scaling.from_state(scaling.state(), device=CPU).state().keys() == scaling.state().keys()
     assert Scaling.from_state(scaling.state(), device=CPU).gradient_scale == 10.0
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_any_number_of_ranks_sees_the_same_gradients(live: Callable[..., RunConfig], size: int) -> None:
-    together = on_ranks(size, lambda ranks: batches_of(live(), ranks))
-    for batch, parts in zip(batches_of(live()), zip(*together, strict=True), strict=True):
-        assert torch.equal(batch, torch.cat(parts))
+    by_rank = on_ranks(size, lambda ranks: batches_of(live(), ranks))
+    for batch, parts in zip(batches_of(live()), zip(*by_rank, strict=True), strict=True):
+        assert same(batch, together(parts))
 
 
 def test_pools_with_gradients_are_restored_bit_for_bit(live: Callable[..., RunConfig]) -> None:
@@ -120,20 +145,21 @@ def test_pools_with_gradients_are_restored_bit_for_bit(live: Callable[..., RunCo
     second.restore(replicated, lanes.__getitem__)
     assert second.scaling.gradient_scale == first.scaling.gradient_scale
     for step in range(5, STEPS):
-        assert torch.equal(second.batch(step), expected[step])
+        assert same(second.batch(step), expected[step])
 
 
 def test_pools_take_twice_the_room(live: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, doubled = (check_stream(live(sparsifier=name), n_ranks=1) for name in ("topk", "gradient"))
+    plain, doubled = (check_stream(live(sparsifier=name).source, n_ranks=1) for name in ("topk", "gradient"))
     assert (doubled.d_model, doubled.pool_bytes) == (plain.d_model, 2 * plain.pool_bytes)
     plans = [make_plan(live(sparsifier=name), facts, n_ranks=1)
              for name, facts in (("topk", plain), ("gradient", doubled))]  # fmt: skip
     assert plans[1].checkpoint_bytes - plans[0].checkpoint_bytes == plain.pool_bytes
     assert plans[1].flops > 2 * plans[0].flops
-    monkeypatch.setattr("sae_train.harvest.live_checks._host_memory", lambda: int(plain.pool_bytes * 1.5 / 0.8))
-    check_stream(live(sparsifier="topk"), n_ranks=1)
-    with pytest.raises(UserError, match=r"harvest.pool_batches=8: pools of .* Largest that fits: 5"):
-        check_stream(live(), n_ranks=1)
+    enough = plans[1].memory_bytes - 3 * doubled.pool_batch_bytes
+    monkeypatch.setattr("sae_train.training.plan.available_bytes", lambda: enough)
+    make_plan(live(sparsifier="topk"), plain, n_ranks=1)
+    with pytest.raises(UserError, match=r"harvest.pool_batches=8: with pools of .* Largest that fits: 5\. "):
+        make_plan(live(), doubled, n_ranks=1)
 
 
 def test_memory_has_room_for_slopes_or_logits(live: Callable[..., RunConfig]) -> None:
@@ -142,7 +168,7 @@ def test_memory_has_room_for_slopes_or_logits(live: Callable[..., RunConfig]) ->
     def memory(sparsifier: str, n_features: int, contexts: int = 2) -> int:
         harvest = {"contexts_per_forward": contexts}
         config = live(sparsifier=sparsifier, n_features=n_features, harvest=harvest)
-        facts = check_stream(config, n_ranks=1)
+        facts = check_stream(config.source, n_ranks=1)
         plan = make_plan(config, facts, n_ranks=1)
         return plan.memory_bytes - 4 * 4 * plan.parameters - facts.pool_bytes
 
@@ -176,8 +202,9 @@ def test_gradients_of_files(tmp_path: Path) -> None:
     assert stream.scaling.gradient_scale is not None
     plain = batches_of(tensors_config(folder, held_out=rows_only, sparsifier="topk"))
     for step in range(STEPS):
-        x_ND, gradient_ND = stream.batch(step).split(D, dim=1)
-        assert torch.equal(x_ND, plain[step])
+        x_ND, gradient_ND = stream.batch(step).x_ND, stream.batch(step).gradient_ND
+        assert gradient_ND is not None
+        assert torch.equal(x_ND, plain[step].x_ND)
         raw_ND = x_ND * stream.scaling.scale + stream.scaling.centre_D.float()
         assert torch.allclose(gradient_ND * stream.scaling.gradient_scale, 3 * raw_ND, rtol=1e-2, atol=1e-2)
     assert next(iter(stream.held_out.batches("evaluation", max_tokens=1))).raw_ND.shape[1] == D
@@ -193,7 +220,7 @@ def at(n: int, row: int, value: float) -> Tensor:
 
 
 def begun(config: RunConfig) -> Stream:
-    check_stream(config, n_ranks=1)
+    check_stream(config.source, n_ranks=1)
     return stream_of(config)
 
 
@@ -322,7 +349,9 @@ def test_a_run_with_beta_zero_is_a_run_of_topk(tmp_path: Path) -> None:
 def test_with_beta_zero_pre_activations_are_screened_as_for_topk(tmp_path: Path) -> None:
     world.write_activations(tmp_path)
     kept = [
-        world.build(world.config_of(tmp_path, case, precision="float32"), Solo(), start=False).sparsifier.kept_a_token
+        world.build(world.config_of(tmp_path, case, precision="float32"), Solo(), start=False)
+        .learners[0]
+        .sparsifier.kept_a_token
         for case in (["sparsifier=topk"], ["sparsifier=gradient", "sparsifier.beta=0"], ["sparsifier=gradient"])
     ]
     assert kept == [5, 5, float("inf")]

@@ -18,7 +18,6 @@ from sae_train.ranks.interface import Solo
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.sae.calibration import calibrate
 from sae_train.sae.code import DenseCode, SparseCode
-from sae_train.sae.losses import reconstruct
 from sae_train.sae.step_info import StepInfo
 from sae_train.sparsifiers import SPARSIFIERS, penalised, sparsifier_class
 from sae_train.sparsifiers.gated import Gated
@@ -65,7 +64,7 @@ def shake(trainer: Trainer) -> None:
     """Move what begins at zero, so that its gradient is not hidden."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for name, parameter in trainer.dictionary.named_parameters():
+        for name, parameter in trainer.learners[0].dictionary.named_parameters():
             if name in ("b_enc", "b_dec", "log_magnitude", "b_magnitude", "W_free"):
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
 
@@ -115,13 +114,13 @@ def test_with_its_zeros_or_without_is_one_function(
         monkeypatch.setattr(penalised, "DENSE_FROM", dense_from)
         trainer = trainer_of(rows, *KINDS[kind])
         shake(trainer)
-        batch = trainer.stream.batch(0)
-        dictionary = trainer.dictionary
+        batch = trainer.stream.batch(0).x_ND
+        dictionary = trainer.learners[0].dictionary
         code, decoded, penalty = encoded(trainer, batch)
         assert decoded is code
         assert type(code) is expected
         assert penalty is not None
-        _, loss = reconstruct(dictionary, batch, code, sizes=trainer.prefixes, n_tokens=len(batch), ranks=Solo())
+        _, loss = trainer.learners[0].reconstruct(batch, code)
         (penalty if penalty_alone else loss + penalty).backward()
         grads = {n: p.grad for n, p in dictionary.named_parameters() if p.grad is not None}
         dense = code.value.detach() if isinstance(code, DenseCode) else code.dense().detach()
@@ -156,22 +155,22 @@ def world_close(a: Tensor, b: Tensor) -> bool:
 def test_nothing_moves_after_a_halt(rows: Path) -> None:
     trainer = trainer_of(rows, "sparsifier=jumprelu", "sparsifier.threshold=5")
     learn(trainer, 2)
-    assert float(trainer.sparsifier.state().shared["nudge"]) != 0
-    before = {name: p.detach().clone() for name, p in trainer.dictionary.named_parameters()}
+    assert float(trainer.learners[0].sparsifier.state().shared["nudge"]) != 0
+    before = {name: p.detach().clone() for name, p in trainer.learners[0].dictionary.named_parameters()}
     for halted in (True, False):
-        trainer.sparsifier.before_step(trainer.dictionary, halted=torch.tensor(halted))
-        same = [torch.equal(p, before[name]) for name, p in trainer.dictionary.named_parameters()]
+        trainer.learners[0].sparsifier.before_step(trainer.learners[0].dictionary, halted=torch.tensor(halted))
+        same = [torch.equal(p, before[name]) for name, p in trainer.learners[0].dictionary.named_parameters()]
         assert all(same) == halted
 
 
 @pytest.mark.parametrize("far", [-300.0, 300.0])
 def test_price_and_thresholds_stay_finite_where_l0_cannot_be_reached(rows: Path, far: float) -> None:
     trainer = trainer_of(rows, "sparsifier=jumprelu", precision="float32")
-    jump = trainer.sparsifier
+    jump = trainer.learners[0].sparsifier
     assert isinstance(jump, JumpReLU)
     with torch.no_grad():
-        jump.nudge(trainer.dictionary, torch.tensor(far))
-    threshold_F = jump.thresholds(trainer.dictionary)
+        jump.nudge(trainer.learners[0].dictionary, torch.tensor(far))
+    threshold_F = jump.thresholds(trainer.learners[0].dictionary)
     assert bool((threshold_F.isfinite() & (threshold_F > 0)).all())
     price = Price(3e-4, settle=0.0, device=CPU)
     for number in range(3000):
@@ -183,9 +182,11 @@ def test_price_and_thresholds_stay_finite_where_l0_cannot_be_reached(rows: Path,
 def test_no_feature_above_its_threshold_is_a_step_like_any_other(rows: Path) -> None:
     trainer = trainer_of(rows, "sparsifier=jumprelu", "sparsifier.threshold=9")
     learn(trainer, 3)
-    assert trainer.row()["train/l0"] == 0
-    assert all(bool(p.isfinite().all()) for p in trainer.dictionary.parameters())
-    assert bool((trainer.dictionary.get_parameter("log_threshold") < math.log(9) - 0.5).all())  # they come down
+    assert trainer.rows()[0]["train/l0"] == 0
+    assert all(bool(p.isfinite().all()) for p in trainer.learners[0].dictionary.parameters())
+    assert bool(
+        (trainer.learners[0].dictionary.get_parameter("log_threshold") < math.log(9) - 0.5).all()
+    )  # they come down
 
 
 @pytest.mark.parametrize(
@@ -208,9 +209,9 @@ def test_l0_comes_to_k_from_above_and_below_and_stays(rows: Path, typed: list[st
     for _ in range(trainer.plan.steps):
         learn(trainer, 1)
         if trainer.n_done % 50 == 0:
-            l0.append(trainer.row()["train/l0"])
+            l0.append(trainer.rows()[0]["train/l0"])
     assert all(abs(value / 5 - 1) < 0.1 for value in l0[3:]), l0
-    _, figures = exported(trainer)
+    _, figures = exported(trainer, trainer.learners[0])
     assert figures["correction"] != {}
     assert abs(figures["l0"] / 5 - 1) < 0.05  # of some 3000 rows, calibrated on as many others
 
@@ -248,34 +249,28 @@ def test_the_price_holds_l0_through_a_change_of_learning_rate(slope: float, righ
 
 
 @pytest.mark.parametrize("name", PENALISED)
-def test_a_resumed_run_is_bitwise_the_same(rows: Path, name: str) -> None:
+def test_a_resumed_run_is_bitwise_the_same(rows: Path, tmp_path: Path, name: str) -> None:
     first = trainer_of(rows, f"sparsifier={name}", precision="float32")
     learn(first, 25)
-    state, own = first.state(), first.feature_state()
-    lanes = first.stream.lane_states()
-    state, own = ({k: v.clone() for k, v in part.items()} for part in (state, own))
     second = trainer_of(rows, f"sparsifier={name}", precision="float32")
-    second.load_state(state, own, lambda lane: lanes[lane])
+    world.hand_over(first, second, tmp_path)
     for trainer in (first, second):
         learn(trainer, 20)
-    for (name, one), (_, other) in zip(
-        first.dictionary.named_parameters(), second.dictionary.named_parameters(), strict=True
-    ):
-        assert torch.equal(one, other), name
-    for one, other in zip(first.sparsifier.state(), second.sparsifier.state(), strict=True):
-        for key, value in one.items():
-            assert torch.equal(value, other[key]), key
+    for kind in ("shared", "features"):
+        own, same = (getattr(each.learners[0].state(), kind) for each in (first, second))
+        for key, value in own.items():
+            assert torch.equal(value, same[key]), key
 
 
 def test_a_gated_feature_is_exported_as_the_jumprelu_feature_that_it_is(rows: Path) -> None:
     trainer = trainer_of(rows, "sparsifier=gated")
     shake(trainer)
     learn(trainer, 30)
-    gated, dictionary, scaling = trainer.sparsifier, trainer.dictionary, trainer.stream.scaling
-    x = trainer.stream.batch(30)
+    gated, dictionary, scaling = trainer.learners[0].sparsifier, trainer.learners[0].dictionary, trainer.stream.scaling
+    x = trainer.stream.batch(30).x_ND
     code = encoded(trainer, x).code
     trained = code.value if isinstance(code, DenseCode) else code.dense()
-    rule = gated.export(dictionary, trainer.step_info())
+    rule = gated.export(dictionary, trainer.learners[0].step_info(trainer.n_done))
     W_enc, b_enc, learned = rule.W_enc, rule.b_enc, rule.threshold_F
     magnitude = x @ W_enc.t() + b_enc
     assert learned is not None
@@ -294,8 +289,8 @@ def test_a_gated_feature_is_exported_as_the_jumprelu_feature_that_it_is(rows: Pa
 
 def test_a_gates_own_reconstruction_trains_no_decoder(rows: Path) -> None:
     trainer = trainer_of(rows, "sparsifier=gated")
-    dictionary, x = trainer.dictionary, trainer.stream.batch(0)
-    gated = trainer.sparsifier
+    dictionary, x = trainer.learners[0].dictionary, trainer.stream.batch(0).x_ND
+    gated = trainer.learners[0].sparsifier
     assert isinstance(gated, Gated)
     pre = DenseCode(value=dictionary.attach_dense(x, dictionary.pre_activations(x)))
     loss = gated.values(dictionary, pre, inputs_of(trainer, x)).extra_loss
@@ -310,7 +305,7 @@ def test_a_gates_own_reconstruction_trains_no_decoder(rows: Path) -> None:
 
 def test_p_falls_in_equal_steps_and_the_penalty_stays(rows: Path) -> None:
     trainer = trainer_of(rows, "sparsifier=p_anneal", "sparsifier.start=0.2", "sparsifier.changes=4", steps=100)
-    sparsifier = trainer.sparsifier
+    sparsifier = trainer.learners[0].sparsifier
     assert isinstance(sparsifier, PAnneal)
     p = [sparsifier.p_at(tokens, 100) for tokens in range(100)]
     assert p[:20] == [1.0] * 20
@@ -320,8 +315,8 @@ def test_p_falls_in_equal_steps_and_the_penalty_stays(rows: Path) -> None:
     for number in (19, 20, 21, 40, 41):
         when = StepInfo(step=number, tokens=number * 64, total_tokens=6400, batch_tokens=64, learning_rate=1e-3, seed=0)
         code = DenseCode(value=value.clone().requires_grad_())
-        inputs = dataclasses.replace(inputs_of(trainer, trainer.stream.batch(0)), info=when)
-        one = sparsifier.values(trainer.dictionary, code, inputs).priced
+        inputs = dataclasses.replace(inputs_of(trainer, trainer.stream.batch(0).x_ND), info=when)
+        one = sparsifier.values(trainer.learners[0].dictionary, code, inputs).priced
         one.backward()
         assert code.value.grad is not None
         assert bool(code.value.grad.isfinite().all())
@@ -334,16 +329,16 @@ def test_p_falls_in_equal_steps_and_the_penalty_stays(rows: Path) -> None:
 def test_l1_weighs_values_with_their_rows_norms(rows: Path, norms: str) -> None:
     trainer = trainer_of(rows, "sparsifier=relu", f"sparsifier.norms={norms}", steps=80)
     learn(trainer, 60)
-    dictionary, x = trainer.dictionary, trainer.stream.batch(60)
+    dictionary, x = trainer.learners[0].dictionary, trainer.stream.batch(60).x_ND
     norm_F = dictionary.W_dec.norm(dim=1)
     ones = torch.ones_like(norm_F)
     assert bool((norm_F - 1).abs().max() > 0.01) == (norms == "free")
     pre = DenseCode(value=dictionary.pre_activations(x))
-    relu = trainer.sparsifier
+    relu = trainer.learners[0].sparsifier
     assert isinstance(relu, ReLU)
     value, priced, *_ = relu.values(dictionary, pre, inputs_of(trainer, x))
     torch.testing.assert_close(priced, (pre.value.relu() * (norm_F if norms == "free" else ones)).sum())
-    sae, _ = exported(trainer)
+    sae, _ = exported(trainer, trainer.learners[0])
     torch.testing.assert_close(sae.W_dec.norm(dim=1), ones.float())
     scaling = trainer.stream.scaling
     sae.threshold.zero_()
@@ -356,14 +351,14 @@ def test_l1_weighs_values_with_their_rows_norms(rows: Path, norms: str) -> None:
 def test_one_factor_brings_l0_to_k_unless_it_would_be_another_sae(rows: Path, times: float, is_close: bool) -> None:
     trainer = trainer_of(rows, "sparsifier=jumprelu", steps=300, precision="float32")
     learn(trainer, 300)
-    sparsifier = trainer.sparsifier
+    sparsifier = trainer.learners[0].sparsifier
     assert isinstance(sparsifier, JumpReLU)
     scaling = trainer.stream.scaling
     sae = SparseAutoencoder.fold(
-        trainer.dictionary, centre_D=scaling.centre_D, scale=scaling.scale, k=5, inference="threshold"
+        trainer.learners[0].dictionary, centre_D=scaling.centre_D, scale=scaling.scale, k=5, inference="threshold"
     )
     raw = torch.cat([batch.raw_ND for batch in trainer.stream.held_out.batches("calibration", max_tokens=10**6)])
-    learned = times * scaling.scale * sparsifier.thresholds(trainer.dictionary).detach().double()
+    learned = times * scaling.scale * sparsifier.thresholds(trainer.learners[0].dictionary).detach().double()
     found = calibrate(sae, raw, k=5, batch_tokens=world.N, n_features=128, ranks=Solo(), learned_F=learned)
     assert found.correction is not None
     factor = found.correction.get("factor", 1.0)
@@ -418,18 +413,22 @@ def test_a_correction_meets_its_target_or_is_none(learned: list[float], k: float
 def test_l0_comes_to_k_in_few_steps_and_at_a_small_rate(rows: Path, name: str, steps: int) -> None:
     trainer = trainer_of(rows, f"sparsifier={name}", "optimizer.lr=0.0013", steps=steps, precision="float32")
     learn(trainer, steps - steps // 10)
-    trainer.row()
+    trainer.rows()[0]
     learn(trainer, steps // 10)
-    assert abs(trainer.row()["train/l0"] / 5 - 1) < 0.1
+    assert abs(trainer.rows()[0]["train/l0"] / 5 - 1) < 0.1
 
 
 @pytest.mark.parametrize("kind", ["jumprelu", "gated", "relu"])
 def test_what_dead_features_lack_to_fire_is_learned(rows: Path, kind: str) -> None:
     trainer = trainer_of(rows, *KINDS[kind])
     shake(trainer)
-    dictionary, x, sparsifier = trainer.dictionary, trainer.stream.batch(0), trainer.sparsifier
+    dictionary, x, sparsifier = (
+        trainer.learners[0].dictionary,
+        trainer.stream.batch(0).x_ND,
+        trainer.learners[0].sparsifier,
+    )
     assert isinstance(sparsifier, penalised.Penalised)
-    trainer.firing.since_F[:40] = trainer.plan.dead_window
+    trainer.learners[0].firing.since_F[:40] = trainer.plan.dead_window
     inputs = inputs_of(trainer, x)
     inputs = dataclasses.replace(inputs, info=dataclasses.replace(inputs.info, batch_tokens=2 * len(x)))
     pre, loss = inputs.pre_NF, sparsifier._revival(dictionary, inputs)
@@ -504,13 +503,15 @@ def test_a_fixed_price_rises_to_what_was_typed_and_nothing_is_steered(rows: Path
     )
     prices = []
     for _ in range(40):
-        prices.append(trainer.sparsifier.figures(trainer.step_info())["train/coefficient"])
+        prices.append(
+            trainer.learners[0].sparsifier.figures(trainer.learners[0].step_info(trainer.n_done))["train/coefficient"]
+        )
         learn(trainer, 1)
-        assert isinstance(trainer.sparsifier, ReLU)
-        assert float(trainer.sparsifier.price.nudge) == 0
+        assert isinstance(trainer.learners[0].sparsifier, ReLU)
+        assert float(trainer.learners[0].sparsifier.price.nudge) == 0
     assert prices == pytest.approx([0.01 * min(1, step / 20) for step in range(40)])
-    assert "train/budget_used" not in trainer.row()
-    sae, figures = exported(trainer)
+    assert "train/budget_used" not in trainer.rows()[0]
+    sae, figures = exported(trainer, trainer.learners[0])
     assert "correction" not in figures
     assert not bool(sae.threshold.any())
     assert sae.k == figures["target_l0"] > 0
@@ -535,7 +536,7 @@ def test_the_verdict_names_the_coefficient(rows: Path, tmp_path: Path, command: 
         ("jumprelu", "sparsifier.penalty=l1", "Choose l0 or tanh"),
         ("jumprelu", "sparsifier.steepness=3", "never reads it"),
         ("jumprelu", "sparsifier.bandwidth=0", "must be positive"),
-        ("jumprelu", "sparsifier.threshold=-1", "must be positive"),
+        ("jumprelu", "sparsifier.threshold=-1", "must be above 0 and at most 10"),
         ("jumprelu", "sparsifier.settle=2", "a share of the tokens"),
         ("jumprelu", "budget=zipf", "only feature_choice"),
         ("relu", "sparsifier.norms=none", "Choose free or unit"),
@@ -546,7 +547,7 @@ def test_the_verdict_names_the_coefficient(rows: Path, tmp_path: Path, command: 
         ("gated", "budget=uniform", "only feature_choice"),
         ("gated", "aux_loss=aux_k", "Choose aux_loss=none or aux_zipf"),
         ("relu", "parametrisation=aligned", "Add sparsifier.norms=unit"),
-        ("jumprelu", "sparsifier.threshold=1e30", "Give at most 10"),
+        ("jumprelu", "sparsifier.threshold=1e30", "must be above 0 and at most 10"),
     ],
 )
 def test_what_means_nothing_is_refused(name: str, typed: str, said: str) -> None:

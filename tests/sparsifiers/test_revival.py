@@ -36,12 +36,12 @@ def learn(trainer: Trainer, steps: int) -> None:
 
 
 def parameters(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.dictionary.named_parameters()}
+    return {name: p.detach().clone() for name, p in trainer.learners[0].dictionary.named_parameters()}
 
 
 def bury(trainer: Trainer) -> None:
     with torch.no_grad():
-        trainer.dictionary.b_enc[BURIED] = -3.0
+        trainer.learners[0].dictionary.b_enc[BURIED] = -3.0
 
 
 @pytest.mark.parametrize("kind", ["mutual_choice", "topk"])
@@ -51,12 +51,12 @@ def test_a_silent_bias_rises_by_the_rate_that_is_lost_and_nothing_else_moves(row
     )
     for trainer in (with_it, without):
         bury(trainer)
-        trainer.firing.since_F.fill_(LONG)
+        trainer.learners[0].firing.since_F.fill_(LONG)
         trainer.n_done = trainer.plan.steps - 2  # deep in the decay
-        lost = trainer.plan.peak_lr - trainer.step_info().learning_rate
+        lost = trainer.plan.peak_lr - trainer.learners[0].step_info(trainer.n_done).learning_rate
         assert lost > 0.9 * trainer.plan.peak_lr
         learn(trainer, 1)
-    silent_F = with_it.firing.since_F > LONG
+    silent_F = with_it.learners[0].firing.since_F > LONG
     assert silent_F[BURIED].all()
     assert not silent_F.all()
     after, plain = parameters(with_it), parameters(without)
@@ -71,11 +71,11 @@ def test_buried_features_come_back_as_the_rate_decays(rows: Path, kind: str) -> 
     learn(trainer, 20)
     bury(trainer)
     learn(trainer, 5)
-    assert (trainer.firing.since_F[BURIED] > 0).all(), "they were not buried"
+    assert (trainer.learners[0].firing.since_F[BURIED] > 0).all(), "they were not buried"
     fired_F = torch.zeros(128, dtype=torch.bool)
     while trainer.n_done < trainer.plan.steps:
         learn(trainer, 1)
-        fired_F |= trainer.firing.since_F == 0
+        fired_F |= trainer.learners[0].firing.since_F == 0
     assert fired_F[BURIED].all()
 
 
@@ -84,7 +84,7 @@ def test_before_decay_nothing_is_done(rows: Path) -> None:
     for trainer in trainers:
         learn(trainer, 2)
         bury(trainer)
-        trainer.firing.since_F.fill_(LONG)
+        trainer.learners[0].firing.since_F.fill_(LONG)
         learn(trainer, 2)
     one, other = (parameters(trainer) for trainer in trainers)
     assert all(torch.equal(value, other[name]) for name, value in one.items())
@@ -93,9 +93,9 @@ def test_before_decay_nothing_is_done(rows: Path) -> None:
 def test_no_bias_rises_after_a_halt(rows: Path) -> None:
     trainer = trainer_of(rows)
     learn(trainer, 2)
-    trainer.firing.since_F.fill_(LONG)
-    trainer.halt.flag.fill_(True)
+    trainer.learners[0].firing.since_F.fill_(LONG)
+    trainer.learners[0].halt.flag.fill_(True)
     trainer.n_done = trainer.plan.steps - 4
-    before = trainer.dictionary.b_enc.detach().clone()
+    before = trainer.learners[0].dictionary.b_enc.detach().clone()
     learn(trainer, 3)
-    assert torch.equal(trainer.dictionary.b_enc, before)
+    assert torch.equal(trainer.learners[0].dictionary.b_enc, before)

@@ -23,7 +23,7 @@ from sae_train.sparsifiers.base import Encoding, Sparsifier
 from sae_train.sparsifiers.gradient import Gradient
 from sae_train.training import checkpoint, restore
 from sae_train.training.plan import make_plan
-from sae_train.training.trainer import Trainer
+from sae_train.training.trainer import Trainer, build_trainer
 
 D, F, N = 16, 97, 64
 STEPS, QUICK_STEPS = 50, 12
@@ -97,13 +97,12 @@ def config_of(
 
 def build(config: RunConfig, ranks: Ranks, *, start: bool = True) -> Trainer:
     """Return the trainer that a run on these ranks would have."""
-    facts = check_stream(config, n_ranks=ranks.size)
+    facts = check_stream(config.source, n_ranks=ranks.size)
     plan = make_plan(config, facts, n_ranks=ranks.size)
-    dtype = torch.float64 if config.precision == "float64" else torch.float32
-    stream = build_stream(config, ranks=ranks, dtype=dtype)
+    stream = build_stream(config.source, ranks=ranks, facts=facts)
     if start:
         stream.start()
-    return Trainer(config, plan, stream=stream, precision=config.precision, ranks=ranks)
+    return build_trainer(config, plan, stream=stream, precision=config.precision, ranks=ranks)
 
 
 def places(code: Code) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -119,23 +118,24 @@ def watch(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return a list to which every step adds its matches: flat indices over all ranks, ascending, and what each was
     chosen by, its affinity or its score."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    encode, ranks, scores = trainer.sparsifier.encode, trainer.ranks, note_scores(trainer.sparsifier)
+    learner, ranks = trainer.learners[0], trainer.ranks
+    encode, scores = learner.sparsifier.encode, note_scores(learner.sparsifier)
 
     def watched(*parts: Any) -> Encoding:
         encoding = encode(*parts)
         code = encoding.code
         token, feature, value = places(code)
-        if isinstance(trainer.sparsifier, Allocator):
+        if isinstance(learner.sparsifier, Allocator):
             assert isinstance(code, SparseCode)
             assert len(value) == int(code.count)
         if scores:
             value = scores.pop()[token, feature]
-        token, feature = token + ranks.data.rank * code.n_tokens, feature + trainer.features[0]
+        token, feature = token + ranks.data.rank * code.n_tokens, feature + learner.features[0]
         index, order = ranks.gather_rows(token * trainer.plan.n_features + feature).sort()
         seen.append((index, ranks.gather_rows(value)[order]))
         return encoding
 
-    trainer.sparsifier.encode = watched
+    learner.sparsifier.encode = watched
     return seen
 
 
@@ -155,13 +155,13 @@ def note_scores(sparsifier: Sparsifier) -> list[torch.Tensor]:
 
 def whole(trainer: Trainer, name: str) -> torch.Tensor:
     """Return a parameter of all features."""
-    own = getattr(trainer.dictionary, name).detach()
+    own = getattr(trainer.learners[0].dictionary, name).detach()
     return own if name == "b_dec" else trainer.ranks.features.gather_slices(own, trainer.plan.n_features)
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Return all that is learned of all features, and the encoder's rows."""
-    return {name: whole(trainer, name) for name in ("W_enc", *dict(trainer.dictionary.named_parameters()))}
+    return {name: whole(trainer, name) for name in ("W_enc", *dict(trainer.learners[0].dictionary.named_parameters()))}
 
 
 def learn(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
@@ -170,8 +170,8 @@ def learn(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     seen = watch(trainer)
     for step in range(trainer.plan.steps):
         trainer.step(trainer.stream.batch(step))
-    row = trainer.row()
-    since = ranks.features.gather_slices(trainer.firing.since_F, trainer.plan.n_features)
+    (row,) = trainer.rows()
+    since = ranks.features.gather_slices(trainer.learners[0].firing.since_F, trainer.plan.n_features)
     figures = {key: value for key, value in row.items() if not key.startswith("perf/")}
     return {"matches": [index for index, _ in seen], "weights": weights(trainer), "since": since, "row": figures}
 
@@ -181,17 +181,17 @@ def one_step(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     trainer = build(config, ranks)
     seen = watch(trainer)
     found: dict[str, torch.Tensor] = {}
-    update = trainer.optimizer.step
+    update = trainer.learners[0].optimizer.step
 
     def noted(**parts: Any) -> None:
-        for name, parameter in trainer.dictionary.named_parameters():
+        for name, parameter in trainer.learners[0].dictionary.named_parameters():
             gradient = parameter.grad
             assert gradient is not None
             slices = ranks.features.gather_slices
             found[name] = gradient.clone() if name == "b_dec" else slices(gradient.clone(), trainer.plan.n_features)
         update(**parts)
 
-    trainer.optimizer.step = noted
+    trainer.learners[0].optimizer.step = noted
     trainer.step(trainer.stream.batch(0))
     return {"matches": dict(zip(*(part.tolist() for part in seen[0]), strict=True)), "gradients": found}
 
@@ -201,11 +201,8 @@ def save(config: RunConfig, ranks: Ranks, folder: Path, *, steps: int) -> None:
     trainer = build(config, ranks)
     for step in range(steps):
         trainer.step(trainer.stream.batch(step))
-    saving = checkpoint.begin(
-        folder, notes={"step": steps, "tokens": trainer.tokens}, replicated=trainer.state(), features=trainer.features,
-        feature_state=trainer.feature_state(), lane_states=trainer.stream.lane_states(), ranks=ranks, keep=0,
-    )  # fmt: skip
-    saving.publish()
+    notes = {"step": steps, "tokens": trainer.tokens}
+    checkpoint.begin(folder, trainer.contents(), notes=notes, ranks=ranks, keep=0).publish()
 
 
 def resume(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, torch.Tensor]:
@@ -213,10 +210,17 @@ def resume(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, torch.Ten
     trainer = build(config, ranks, start=False)
     found = restore.newest(folder, ranks=ranks, warn=sys.stdout.write)
     assert found is not None
-    trainer.load_state(found.replicated, found.features(*trainer.features), found.lane_state)
+    trainer.restore(found)
     while trainer.n_done < trainer.plan.steps:
         trainer.step(trainer.stream.batch(trainer.n_done))
     return weights(trainer)
+
+
+def hand_over(first: Trainer, second: Trainer, folder: Path) -> None:
+    """Let `second` continue where `first` is, by way of a checkpoint in `folder`."""
+    notes = {"step": first.n_done, "tokens": first.tokens}
+    path = checkpoint.begin(folder, first.contents(), notes=notes, ranks=first.ranks, keep=1).publish()
+    second.restore(restore.load(path))
 
 
 def counted(folder: Path, kind: str, aux: str, *, n_features: int, dead_window: int) -> RunConfig:
@@ -236,9 +240,9 @@ def traffic(config: RunConfig, ranks: Ranks) -> dict[str, int]:
     before = 1 if config.aux_loss.name == "none" else trainer.plan.dead_window // N + 2
     for step in range(before):
         trainer.step(trainer.stream.batch(step))
-    x_ND = trainer.stream.batch(before)
+    batch = trainer.stream.batch(before)
     ranks.traffic.clear()
-    trainer.step(x_ND)
+    trainer.step(batch)
     return {verb: count for verb, count in ranks.traffic.items() if count}
 
 

@@ -1,7 +1,10 @@
-"""An exported autoencoder of random weights."""
+"""An exported autoencoder of random weights, and the manifest of an autoencoder."""
+
+from typing import Any
 
 import torch
 
+from sae_train.formats.manifest import SaeManifest
 from sae_train.sae.autoencoder import SparseAutoencoder
 
 
@@ -17,4 +20,11 @@ def random_sae(d_model: int = 6, n_features: int = 10, seed: int = 0) -> SparseA
         k=3.0,
         inference="threshold",
         config={},
+    )
+
+
+def manifest_of(sae: SparseAutoencoder, *, n_features: int | None = None, **facts: Any) -> SaeManifest:
+    """Return the manifest of an SAE, whose features may be a part of `n_features`."""
+    return SaeManifest(
+        inference=sae.inference, k=sae.k, d_model=sae.d_model, n_features=n_features or sae.n_features, **facts
     )

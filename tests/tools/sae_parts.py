@@ -10,7 +10,7 @@ from sae_train.sae.sizes import SaeSizes
 from sae_train.sae.step_info import StepInfo, StepInputs
 from sae_train.sparsifiers import Sparsifier, build_sparsifier
 from sae_train.sparsifiers.allocator import Allocator
-from sae_train.sparsifiers.base import Encoding
+from sae_train.sparsifiers.base import Encoding, Export
 from sae_train.training.trainer import Trainer
 
 
@@ -47,12 +47,23 @@ def selected(
 
 def inputs_of(trainer: Trainer, x_ND: Tensor) -> StepInputs:
     """Return the inputs of a trainer's next step for normalised activations."""
-    pre_NF = trainer.dictionary.pre_activations(x_ND)
+    learner = trainer.learners[0]
     return StepInputs(
-        x_ND=x_ND, pre_NF=pre_NF, info=trainer.step_info(), firing=trainer.firing, ranks=trainer.ranks
-    )  # fmt: skip
+        x_ND=x_ND,
+        pre_NF=learner.dictionary.pre_activations(x_ND),
+        info=learner.step_info(trainer.n_done),
+        firing=learner.firing,
+        ranks=trainer.ranks,
+    )
 
 
 def encoded(trainer: Trainer, x_ND: Tensor) -> Encoding:
     """Return the encoding of normalised activations by a trainer's sparsifier, without a step."""
-    return trainer.sparsifier.encode(trainer.dictionary, inputs_of(trainer, x_ND))
+    learner = trainer.learners[0]
+    return learner.sparsifier.encode(learner.dictionary, inputs_of(trainer, x_ND))
+
+
+def export_of(trainer: Trainer) -> Export:
+    """Return the rule that a trainer's SAE would be exported by now."""
+    learner = trainer.learners[0]
+    return learner.sparsifier.export(learner.dictionary, learner.step_info(trainer.n_done))

@@ -30,7 +30,7 @@ def compared(trainer: Trainer, sae: SparseAutoencoder, raw_ND: Tensor) -> Iterat
     for batch_ND in raw_ND.split(trainer.plan.batch_tokens):
         if len(batch_ND) < trainer.plan.batch_tokens:
             return
-        x_ND = ((batch_ND.double() - scaling.centre_D) / scaling.scale).to(trainer.dictionary.W_dec.dtype)
+        x_ND = ((batch_ND.double() - scaling.centre_D) / scaling.scale).to(trainer.learners[0].dictionary.W_dec.dtype)
         token, feature, _ = places(encoded(trainer, x_ND).code)
         training_NF = torch.zeros(len(batch_ND), n_features, dtype=torch.bool)
         training_NF[token, feature] = True
@@ -92,7 +92,7 @@ def densities(sae: SparseAutoencoder, batches: list[tuple[Tensor, Tensor]]) -> D
 
 def of_half(trainer: Trainer, half: Half) -> list[tuple[Tensor, Tensor]]:
     """Return the raw activations and contexts of a half of the held-out data."""
-    batches = trainer.stream.held_out.batches(half, max_tokens=trainer.config.evaluation_tokens)
+    batches = trainer.stream.held_out.batches(half, max_tokens=trainer.source.evaluation_tokens)
     return [(batch.raw_ND, batch.context_N) for batch in batches]
 
 
@@ -103,7 +103,11 @@ def share_within(trainer: Trainer, sae: SparseAutoencoder) -> float:
     of tokens on which the feature's affinity is positive.
     """
     calibration, fresh = (densities(sae, of_half(trainer, half)) for half in ("calibration", "evaluation"))
-    budget_F = trainer.sparsifier.export(trainer.dictionary, trainer.step_info()).share_F
+    budget_F = (
+        trainer.learners[0]
+        .sparsifier.export(trainer.learners[0].dictionary, trainer.learners[0].step_info(trainer.n_done))
+        .share_F
+    )
     assert budget_F is not None
     error_F = (calibration.error.square() + fresh.error.square()).sqrt()
     missed_F = (fresh.fires - torch.minimum(budget_F, fresh.positive)).abs()

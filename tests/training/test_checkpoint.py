@@ -15,25 +15,33 @@ import torch
 from sae_train.config import CheckpointConfig
 from sae_train.errors import CheckpointError
 from sae_train.ranks.interface import Solo
+from sae_train.sae.state import State
 from sae_train.training import checkpoint, restore
-from sae_train.training.saver import Saver
+from sae_train.training import checkpoint_files as files
+from sae_train.training.checkpoint import Saver
+from sae_train.training.checkpoint_files import Contents, SaeContents
 from tools import grid_world as world
 
+NAME = "m.residual2.topk.k4.f5.s0"
+FEATURES_FILE = f"saes/{NAME}/features_00000000_00000005.safetensors"
 
-def begin(directory: Path, step: int, *, keep: int = 0, beside: bool = False) -> checkpoint.Saving:
+
+def contents(step: int) -> Contents:
+    state = State(
+        {"dictionary/b_dec": torch.full((1000,), float(step))},
+        {"dictionary/W_enc": torch.arange(10.0).view(5, 2), "firing/since": torch.arange(5)},
+    )
+    lanes = {
+        0: {"pool": torch.arange(6.0).view(2, 3)},
+        1: {"pool": torch.ones(0, 3), "epoch": torch.tensor(4)},
+    }
+    return Contents({"trainer/n_done": torch.tensor(step)}, lanes, {NAME: SaeContents((0, 5), state)})
+
+
+def begin(directory: Path, step: int, *, keep: int = 0, in_background: bool = False) -> checkpoint.Saving:
+    notes = {"step": step, "tokens": 10 * step, "identity": "3fa9c1", "n_features": 5}
     return checkpoint.begin(
-        directory,
-        notes={"step": step, "tokens": 10 * step, "identity": "3fa9c1", "n_features": 5},
-        replicated={"a/w": torch.full((1000,), float(step)), "n": torch.tensor(step)},
-        features=(0, 5),
-        feature_state={"dictionary/W_enc": torch.arange(10.0).view(5, 2), "firing/since": torch.arange(5)},
-        lane_states={
-            0: {"pool": torch.arange(6.0).view(2, 3)},
-            1: {"pool": torch.ones(0, 3), "epoch": torch.tensor(4)},
-        },
-        ranks=Solo(),
-        keep=keep,
-        beside=beside,
+        directory, contents(step), notes=notes, ranks=Solo(), keep=keep, in_background=in_background
     )
 
 
@@ -46,11 +54,16 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
     assert found is not None
     assert found.notes["step"] == 3
-    assert torch.equal(found.replicated["a/w"], torch.full((1000,), 3.0))
-    assert torch.equal(found.features(1, 4)["dictionary/W_enc"], torch.arange(10.0).view(5, 2)[1:4])
-    assert torch.equal(found.features(0, 5)["firing/since"], torch.arange(5))
+    assert int(found.stream["trainer/n_done"]) == 3
+    assert found.sae_names() == [NAME]
+    state = found.sae_state(NAME, 1, 4)
+    assert torch.equal(state.shared["dictionary/b_dec"], torch.full((1000,), 3.0))
+    assert torch.equal(state.features["dictionary/W_enc"], torch.arange(10.0).view(5, 2)[1:4])
+    assert torch.equal(found.sae_state(NAME, 0, 5).features["firing/since"], torch.arange(5))
     with pytest.raises(CheckpointError, match="does not hold features 3 to 6"):
-        found.features(3, 7)
+        found.sae_state(NAME, 3, 7)
+    with pytest.raises(CheckpointError, match=f"holds no SAE other; it has {NAME}"):
+        found.sae_state("other", 0, 5)
     assert torch.equal(found.lane_state(0)["pool"], torch.arange(6.0).view(2, 3))
     assert found.lane_state(1)["pool"].shape == (0, 3)
     assert int(found.lane_state(1)["epoch"]) == 4
@@ -73,7 +86,7 @@ def test_damaged_ones_crowd_out_no_good_one(tmp_path: Path, keep: int) -> None:
     for step in (100, 200, 300):
         save(tmp_path, step)
     for step in (200, 300):
-        (tmp_path / f"step_{step:08d}" / "replicated.safetensors").write_bytes(b"damaged")
+        (tmp_path / f"step_{step:08d}" / "stream.safetensors").write_bytes(b"damaged")
     said: list[str] = []
     found = restore.newest(tmp_path, ranks=Solo(), warn=said.append)
     assert found is not None
@@ -89,8 +102,9 @@ def test_damaged_ones_crowd_out_no_good_one(tmp_path: Path, keep: int) -> None:
 @pytest.mark.parametrize(
     "file",
     [
-        "replicated.safetensors",
-        "features_00000000_00000005.safetensors",
+        "stream.safetensors",
+        f"saes/{NAME}/shared.safetensors",
+        FEATURES_FILE,
         "lanes_0000_0001.safetensors",
         "checkpoint.json",
     ],
@@ -118,7 +132,7 @@ def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, file: str,
 def test_what_the_file_system_will_not_give_is_not_damage(tmp_path: Path) -> None:
     """Passed over, it would be removed by the next checkpoint, and all that was trained since with it."""
     save(tmp_path, 1)
-    file = save(tmp_path, 2) / "features_00000000_00000005.safetensors"
+    file = save(tmp_path, 2) / FEATURES_FILE
     file.rename(tmp_path / "kept")
     file.symlink_to(file)
     with pytest.raises(CheckpointError, match=r"cannot be read: .*Too many levels.* Nothing was changed"):
@@ -176,7 +190,7 @@ def test_what_a_killed_writer_left_is_ignored_and_swept(tmp_path: Path) -> None:
     save(tmp_path, 1)
     partial = tmp_path / "tmp-step_00000002"
     partial.mkdir()
-    (partial / "replicated.safetensors").write_bytes(b"half")
+    (partial / "stream.safetensors").write_bytes(b"half")
     found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
     assert found is not None
     assert found.notes["step"] == 1
@@ -184,21 +198,19 @@ def test_what_a_killed_writer_left_is_ignored_and_swept(tmp_path: Path) -> None:
     assert not partial.exists()
 
 
-def test_one_written_beside_the_step_is_of_the_moment_it_was_begun(tmp_path: Path) -> None:
+def test_one_written_in_the_background_is_of_the_moment_it_was_begun(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    given = {"w": torch.zeros(300_000), "n": torch.tensor(7)}
+    given, n_done = torch.zeros(4, 75_000), torch.tensor(7)
+    state = State({"b_dec": given[0]}, {"rows": given})
     saving = checkpoint.begin(
         tmp_path,
+        Contents({"trainer/n_done": n_done}, {0: {"pool": n_done.clone()}}, {NAME: SaeContents((0, 4), state)}),
         notes={"step": 2, "tokens": 20, "identity": "3fa9c1", "n_features": 4},
-        replicated=given,
-        features=(0, 4),
-        feature_state={"rows": given["w"].view(4, -1)},
-        lane_states={0: {"pool": given["n"].clone()}},
         ranks=Solo(),
         keep=1,
-        beside=True,
+        in_background=True,
     )
-    for each in given.values():
+    for each in (given, n_done):
         each += 1  # as the next step does
     found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
     assert found is not None
@@ -207,26 +219,39 @@ def test_one_written_beside_the_step_is_of_the_moment_it_was_begun(tmp_path: Pat
     found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
     assert found is not None
     assert found.notes["step"] == saving.step == 2
-    assert not found.replicated["w"].any()
-    assert not found.features(0, 4)["rows"].any()
-    assert int(found.replicated["n"]) == int(found.lane_state(0)["pool"]) == 7
+    saved = found.sae_state(NAME, 0, 4)
+    assert not saved.shared["b_dec"].any()
+    assert not saved.features["rows"].any()
+    assert int(found.stream["trainer/n_done"]) == int(found.lane_state(0)["pool"]) == 7
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    """Passed over, the run would start over, and the next checkpoint would remove it."""
+    path = save(tmp_path, 1)
+    notes = json.loads((path / "checkpoint.json").read_text())
+    del notes["format"], notes["sha256"]
+    notes["sae_train_version"] = "0.1.0"
+    (path / "checkpoint.json").write_text(json.dumps(notes | {"sha256": files.digest_of_notes(notes)}))
+    with pytest.raises(CheckpointError, match=r"another version of sae-train \(0\.1\.0\).*Finish the run.*name="):
+        restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
+    assert path.exists()
 
 
 def test_one_that_is_never_published_was_never_there(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    forgotten = begin(tmp_path, 2, beside=True)
+    forgotten = begin(tmp_path, 2, in_background=True)
     while not forgotten.is_written():
         time.sleep(0.01)
     found = restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
     assert found is not None
     assert found.notes["step"] == 1
-    begin(tmp_path, 2, beside=True).publish()  # a run that goes on makes the same step's again
+    begin(tmp_path, 2, in_background=True).publish()  # a run that goes on makes the same step's again
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
 
 
-@pytest.mark.parametrize("beside", [False, True], ids=["in the step", "beside it"])
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, beside: bool) -> None:
+@pytest.mark.parametrize("in_background", [False, True], ids=["in the step", "in the background"])
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, in_background: bool) -> None:
     """The file-size limit refuses writes as a full disk does: midway, by an OSError."""
     script = f"""
         import resource, sys, torch
@@ -237,7 +262,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, beside: boo
         save(Path({str(tmp_path)!r}), 1)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         try:
-            begin(Path({str(tmp_path)!r}), 2, beside={beside}).publish()
+            begin(Path({str(tmp_path)!r}), 2, in_background={in_background}).publish()
         except CheckpointError as error:
             print(error)
             sys.exit(2)
@@ -256,7 +281,7 @@ def saver_of(folder: Path) -> tuple[Saver, Callable[[], None]]:
     trainer.step(trainer.stream.batch(0))
     saver = Saver(folder / "saved", CheckpointConfig(every_tokens=None, keep=2, beside=True), ranks=Solo())
     notes = {"step": trainer.n_done, "tokens": trainer.tokens, "identity": "3fa9c1", "n_features": 64}
-    return saver, lambda: saver.save(trainer, notes)
+    return saver, lambda: saver.save(trainer.contents(), notes, may_go_on=True)
 
 
 def test_an_interrupt_while_one_is_waited_for_does_not_lose_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

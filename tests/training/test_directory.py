@@ -19,7 +19,8 @@ import yaml
 
 from sae_train.config import RunConfig, as_dict
 from sae_train.errors import CheckpointError, ConfigError
-from sae_train.training.run_directory import RunDirectory, run_name
+from sae_train.training.run import name_of
+from sae_train.training.run_directory import RunDirectory
 
 Compose = Callable[..., RunConfig]
 
@@ -30,7 +31,7 @@ def claim(directory: RunDirectory, config: RunConfig) -> None:
 
 def test_a_name_changes_with_what_can_change_the_sae_and_with_nothing_else(compose: Compose) -> None:
     def name(*overrides: str) -> str:
-        return run_name(compose(*overrides), label="bundled.residual2", n_features=2048)
+        return name_of(compose(*overrides), site="bundled.residual2", n_features=2048)
 
     assert name().startswith("bundled.residual2.mutual_choice.k32.f2048.s0-")
     free = ("tracking=none", "log_every=7", "evaluate_every=9", "checkpoint.keep=5", "runs=elsewhere", "dry_run=true")
@@ -80,6 +81,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from sae_train.cli.compose import compose_config
+from sae_train.training.run import name_of
 from sae_train.training.run_directory import RunDirectory
 
 config = compose_config([])

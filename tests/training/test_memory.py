@@ -40,10 +40,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def peak_bytes(trainer: Trainer) -> int:
     """Return how many bytes the next step holds at most beside what is there before it."""
-    x_NW = trainer.stream.batch(trainer.n_done)
-    trainer._pre_NF = None  # kept from the step before; made anew, it counts
+    batch = trainer.stream.batch(trainer.n_done)
+    trainer.learners[0]._pre_NF = None  # kept from the step before; made anew, it counts
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        trainer.step(x_NW)
+        trainer.step(batch)
     results = profile.kineto_results
     assert results is not None
     events = [event for event in results.events() if event.name() == "[memory]"]
@@ -91,7 +91,7 @@ def test_what_cannot_fit_is_refused_with_the_largest_tensors_and_what_shrinks_th
     config = world.config_of(rows, [], precision="float32", n_features=10_000_000)
     config = replace(config, batch_tokens=2000, tokens=10**8)
     with pytest.raises(ConfigError) as caught:
-        make_plan(config, check_stream(config, n_ranks=1), n_ranks=1)
+        make_plan(config, check_stream(config.source, n_ranks=1), n_ranks=1)
     said = str(caught.value)
     assert all(part in said for part in (*NAMES, *KNOBS))
     assert said.index(NAMES[1]) < said.index(NAMES[0])  # the larger first

@@ -8,6 +8,7 @@ import torch
 
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.code import SparseCode
+from sae_train.sae.state import State
 from sae_train.training.metrics import Totals
 from sae_train.training.tracking import MetricsFile
 from tools.grid_of_threads import on_ranks
@@ -50,11 +51,11 @@ def add_step(totals: Totals, seed: int) -> tuple[torch.Tensor, torch.Tensor, Spa
 
 
 def test_row_is_over_all_tokens_of_the_interval() -> None:
-    totals = Totals(d_model=4, device=torch.device("cpu"), n_ranks=1)
+    totals = Totals(d_model=4, ranks=Solo())
     steps = [add_step(totals, seed) for seed in range(3)]
     x, error = torch.cat([s[0] for s in steps]).double(), torch.cat([s[1] for s in steps]).double()
     l0 = torch.cat([(s[2].dense() > 0).sum(1) for s in steps])
-    row = totals.row(Solo())
+    row = totals.row()
     assert row["train/fvu"] == pytest.approx(float(error.square().sum() / (x - x.mean(0)).square().sum()))
     assert row["train/l0"] == pytest.approx(float(l0.double().mean()))
     assert row["train/budget_used"] == pytest.approx(float(l0.sum()) / 180)
@@ -64,35 +65,32 @@ def test_row_is_over_all_tokens_of_the_interval() -> None:
 
 
 def test_totals_go_through_a_checkpoint() -> None:
-    totals, twin = (
-        Totals(d_model=4, device=torch.device("cpu"), n_ranks=1),
-        Totals(d_model=4, device=torch.device("cpu"), n_ranks=1),
-    )
+    totals, twin = Totals(d_model=4, ranks=Solo()), Totals(d_model=4, ranks=Solo())
     add_step(totals, 0)
-    twin.load_state({k: v.clone() for k, v in totals.state(Solo()).items()}, Solo())
+    twin.load_state(State({k: v.clone() for k, v in totals.state().shared.items()}, {}))
     for each in (totals, twin):
         add_step(each, 1)
-    assert totals.row(Solo()) == twin.row(Solo())
+    assert totals.row() == twin.row()
     totals.reset()
     add_step(totals, 2)
-    fresh = Totals(d_model=4, device=torch.device("cpu"), n_ranks=1)
+    fresh = Totals(d_model=4, ranks=Solo())
     add_step(fresh, 2)
-    assert totals.row(Solo()) == fresh.row(Solo())
+    assert totals.row() == fresh.row()
 
 
 def test_figures_of_an_interval_that_began_on_two_ranks_and_ends_on_one() -> None:
-    def begin(ranks: Ranks) -> dict[str, torch.Tensor]:
-        totals = Totals(d_model=4, device=torch.device("cpu"), n_ranks=2)
+    def begin(ranks: Ranks) -> State:
+        totals = Totals(d_model=4, ranks=ranks)
         add_step(totals, ranks.rank)
-        return totals.state(ranks)
+        return totals.state()
 
     state = on_ranks(2, begin)[0]
-    totals = Totals(d_model=4, device=torch.device("cpu"), n_ranks=1)
-    totals.load_state(state, Solo())
+    totals = Totals(d_model=4, ranks=Solo())
+    totals.load_state(state)
     add_step(totals, 2)
-    row = totals.row(Solo())
+    row = totals.row()
     assert row["train/grad_norm"] == pytest.approx(2.0)
-    losses = [float(add_step(Totals(d_model=4, device=torch.device("cpu"), n_ranks=1), seed)[1].square().sum() / 20)
+    losses = [float(add_step(Totals(d_model=4, ranks=Solo()), seed)[1].square().sum() / 20)
               for seed in range(3)]  # fmt: skip
     assert row["train/loss"] == pytest.approx(sum(losses) / 2)  # two steps, of the first of which each rank had a part
 

@@ -11,7 +11,7 @@ import yaml
 from sae_train.cli.compose import compose_config
 from sae_train.config import RunConfig, ZipfBudgetConfig, identity
 from sae_train.errors import ConfigError
-from sae_train.training.run_directory import run_name
+from sae_train.training.run import name_of
 
 CHOSEN = ["sparsifier=feature_choice", "budget=zipf"]
 FOUND = {"gini": 0.4, "zipf_exponent": 0.71, "zipf_shift": 12.5, "zipf_r2": 0.99}
@@ -42,7 +42,7 @@ def test_the_numbers_are_the_runs_and_where_it_lies_is_no_part_of_the_identity(t
         taken = compose_config([*CHOSEN, f"budget.zipf_from={path}"])
         assert law(taken) == law(typed) == (0.71, 12.5)
         assert identity(taken) == identity(typed)
-        names = [run_name(config, label="here", n_features=2048) for config in (taken, typed)]
+        names = [name_of(config, site="here", n_features=2048) for config in (taken, typed)]
         assert names[0] == names[1]
     assert identity(typed) != identity(compose_config(CHOSEN))
     assert law(compose_config(CHOSEN)) == (None, None)

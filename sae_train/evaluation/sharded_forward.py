@@ -1,7 +1,7 @@
-"""Codes and reconstructions where an autoencoder's features are spread over the ranks of a row, its tokens too.
+"""The forward pass of an SAE whose features are sharded over the ranks of a row.
 
-Each rank brings tokens of its own. The row gathers them, every rank encodes all of them with its features, and the
-parts of their reconstructions add up. One process is the case where nothing is said to anyone.
+Each rank brings its own tokens. The row gathers them, every rank encodes all of them with its features, and the parts
+of their reconstructions are summed over the row. One process is a row of one rank.
 
 Letters: N this rank's tokens, R the row's tokens, D d_model, F this rank's features.
 """
@@ -19,24 +19,24 @@ from sae_train.sae.code import SparseCode
 
 
 class Reconstruction(NamedTuple):
-    """What all features make of some tokens."""
+    """The whole SAE's result for some tokens. `reconstruct` creates it; metrics read it."""
 
     x_hat_ND: Tensor
     """[N, D] reconstructions of this rank's tokens."""
     l0_N: Tensor
-    """[N] int64: features of the whole dictionary that fire on each of them."""
+    """[N] int64 number of features of the whole dictionary that fire on each of these tokens."""
     fired_F: Tensor
-    """[F] int64: on how many of the row's tokens each of this rank's features fires."""
+    """[F] int64 number of the row's tokens on which each of this rank's features fires."""
 
 
 @torch.no_grad()
 def reconstruct(sae: SparseAutoencoder, raw_ND: Tensor, *, n_features: int, ranks: Ranks) -> Reconstruction:
-    """Return what the whole autoencoder makes of this rank's tokens. Collective over the row.
+    """Return the whole SAE's reconstruction of this rank's tokens. Collective over the row.
 
     Args:
         sae: this rank's features, and the whole `b_dec`.
-        raw_ND: this rank's raw activations; the others of the row may bring more or fewer, or none.
-        n_features: of the whole dictionary.
+        raw_ND: [N, D] this rank's raw activations. Each rank of the row may bring a different number, or none.
+        n_features: width of the whole dictionary.
         ranks: the grid.
     """
     row = ranks.features
@@ -53,15 +53,15 @@ def reconstruct(sae: SparseAutoencoder, raw_ND: Tensor, *, n_features: int, rank
 
 
 def _encode(sae: SparseAutoencoder, rows_RD: Tensor, *, n_features: int, ranks: Ranks) -> SparseCode:
-    """Return the part of a code that this rank's features hold; the whole obeys the autoencoder's rule."""
+    """Return this rank's features of the code; over the row the codes obey the SAE's rule."""
     if sae.inference == "threshold" or len(rows_RD) == 0:
-        return sae.encode_sparse(rows_RD, check_finite=False)  # an error on one rank would leave the others
+        return sae.encode_sparse(rows_RD, check_finite=False)  # an error on one rank would leave the others waiting
     matches = _largest(sae, rows_RD, n_features=n_features, ranks=ranks)
     return joined(matches, shape=(len(rows_RD),), n_features=sae.n_features)
 
 
 def _largest(sae: SparseAutoencoder, rows_RD: Tensor, *, n_features: int, ranks: Ranks) -> Iterator[kernels.Matches]:
-    """Yield the k largest of each token over all features, the same stretch of tokens at a time on every rank."""
+    """Yield the k largest of each token over all features, stretch by stretch, the same stretches on every rank."""
     k = min(round(sae.k), n_features)
     widest = -(-n_features // ranks.features.size)
     for stretch_RD in torch.split(rows_RD, max(1, CHUNK_BYTES // (widest * rows_RD.element_size()))):

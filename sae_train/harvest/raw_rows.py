@@ -1,0 +1,128 @@
+"""Raw activations of one lane: its text, run through the language model, without the tokens that are never trained on.
+
+Nothing here depends on a scaling or a pool. The outlier limit comes from a calibration on such rows, so it is applied
+later, by the reader. These rows hold every trainable token, and so will a store that is written from them.
+Letters: B contexts, T positions, N rows, D d_model.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sae_train.errors import DataError
+from sae_train.harvest.filter import check_finite, trainable
+from sae_train.harvest.lanes import Lane
+from sae_train.harvest.language_model import LanguageModel, Tokenizer
+
+_FRUITLESS_FORWARDS = 200
+_CONTEXTS_COUNTED = 64
+"""Contexts that are tokenised at a time to count the tokens that are left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The rows of one forward pass, and the lane's place in its text after them."""
+
+    raw_ND: Tensor
+    """Activations of the trainable tokens, in the language model's dtype, all finite."""
+    gradient_ND: Tensor | None
+    """Gradients of the language model's loss at the same tokens. None where none are harvested."""
+    cursor: dict[str, Tensor]
+    is_last: bool
+    """Whether the text ends here."""
+
+    def __len__(self) -> int:
+        return len(self.raw_ND)
+
+
+class Patience:
+    """A count of forward passes in a row that gave nothing. It ends a lane that would be read for ever."""
+
+    def __init__(self, lane: int) -> None:
+        self._lane, self._fruitless = lane, 0
+
+    def see(self, n_rows: int) -> None:
+        """Count a forward pass of which `n_rows` rows were kept.
+
+        Raises:
+            DataError: 200 passes in a row gave no row.
+        """
+        self._fruitless = 0 if n_rows else self._fruitless + 1
+        if self._fruitless == _FRUITLESS_FORWARDS:
+            raise DataError(f"lane {self._lane}: {self._fruitless} forward passes in a row gave no token that the "
+                            "filters keep. Look at its text: it may be made of special tokens.")  # fmt: skip
+
+
+class RawRows:
+    """The raw rows of one lane, block after block.
+
+    `LiveStream` creates one for each of its lanes, and `LiveLane` reads it. Text, tokenizer and language model belong
+    to one thread at a time.
+
+    Attributes:
+        lane: index of the lane.
+    """
+
+    def __init__(self, text: Lane, *, language_model: LanguageModel, tokenizer: Tokenizer, contexts_per_forward: int,
+                 site: str, reads_gradients: bool) -> None:  # fmt: skip
+        """Args:
+        text: the lane's text.
+        language_model: gives the activations of its site.
+        tokenizer: gives the special tokens.
+        contexts_per_forward: contexts of a forward pass.
+        site: name of the site, for messages.
+        reads_gradients: whether blocks hold gradients.
+        """
+        self.lane = text.index
+        self._text, self._language_model, self._tokenizer = text, language_model, tokenizer
+        self._contexts_per_forward, self._site, self._reads_gradients = contexts_per_forward, site, reads_gradients
+        self._patience = Patience(text.index)
+
+    def next(self) -> Block | None:
+        """Return the block of the next contexts, or None where the text has ended.
+
+        Raises:
+            DataError: activations that are not finite, a tokenizer of another model, or text of special tokens only.
+        """
+        ids_BT = self._text.contexts(self._contexts_per_forward)
+        if not len(ids_BT):
+            return None
+        model = self._language_model
+        largest = int(ids_BT.max())
+        if largest >= model.vocab:
+            raise DataError(f"the tokenizer gives token {largest}, the language model knows {model.vocab}. Use the "
+                            "tokenizer that belongs to the model.")  # fmt: skip
+        gradient_BTD = None
+        if self._reads_gradients:
+            raw_BTD, gradient_BTD = model.activations_and_gradients(ids_BT)
+        else:
+            raw_BTD = model.activations(ids_BT)
+        kept_BT = trainable(ids_BT, self._tokenizer).to(raw_BTD.device)
+        raw_ND, gradient_ND = raw_BTD[kept_BT], None if gradient_BTD is None else gradient_BTD[kept_BT]
+        check_finite(raw_ND, gradient_ND, site=self._site, language_model=model)
+        self._patience.see(len(raw_ND))
+        return Block(raw_ND, gradient_ND, self._text.state(), self._text.has_ended)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the text holds no further context."""
+        return self._text.has_ended
+
+    def cursor(self) -> dict[str, Tensor]:
+        """Return the place in the text as CPU tensors."""
+        return self._text.state()
+
+    def go_to(self, cursor: dict[str, Tensor]) -> None:
+        """Continue from a place in the text, given by `cursor` or by a block."""
+        self._text.load_state(cursor)
+
+    def epochs(self, cursor: dict[str, Tensor]) -> float:
+        """Return how often the text was read at a cursor, in epochs."""
+        return self._text.epochs(cursor)
+
+    def count_rest(self) -> int:
+        """Return the number of trainable tokens after the current place, and read the text to its end."""
+        total = 0
+        while len(ids_BT := self._text.contexts(_CONTEXTS_COUNTED)):
+            total += int(trainable(ids_BT, self._tokenizer).sum())
+        return total

@@ -1,0 +1,273 @@
+"""One SAE that learns: its parameters, and all that changes them in a step."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_train import kernels
+from sae_train.config import RunConfig
+from sae_train.errors import StoppedByNumbers
+from sae_train.ranks.interface import Ranks
+from sae_train.sae.aux_loss import build_aux_loss
+from sae_train.sae.code import Code
+from sae_train.sae.firing import Firing
+from sae_train.sae.losses import reconstruct
+from sae_train.sae.nesting import prefix_sizes
+from sae_train.sae.state import State, joined
+from sae_train.sae.step_info import StepInfo, StepInputs
+from sae_train.sae.trainable import PARAMETRISATIONS, REPLICATED
+from sae_train.sparsifiers import build_sparsifier
+from sae_train.training.batch import RowBatch
+from sae_train.training.metrics import Totals, firing_row
+from sae_train.training.nonfinite import Halt
+from sae_train.training.plan import Plan
+from sae_train.training.schedule import learning_rate
+from sae_train.training.sphere_adam import build_optimizer
+
+DIVERGED = 100.0
+"""FVU at which there is no way back: a reconstruction a hundred times worse than the mean."""
+LONGEST_HALF_LIFE = 2_000_000
+"""Tokens after which a firing counts half in a feature's moving density."""
+
+
+class Learner:
+    """One SAE and everything that belongs to it alone. `Trainer` calls it at every step and holds the stream.
+
+    A rank holds the features of its column of the grid of ranks.
+
+    Attributes:
+        name: of the SAE, in checkpoints, metrics and summaries.
+        features: lo, hi of the features that this rank holds.
+        is_screened: whether pre-activations are, by this processor, in this layout.
+    """
+
+    def __init__(self, name: str, config: RunConfig, plan: Plan, *, precision: str, ranks: Ranks) -> None:
+        dtype = torch.float64 if precision == "float64" else torch.float32
+        self.name, self.config, self.plan, self.ranks, self.precision = name, config, plan, ranks, precision
+        self.features = ranks.features.slice(plan.n_features)
+        self.sparsifier = build_sparsifier(config.sae, plan.sae_sizes, ranks=ranks)
+        extra = self.sparsifier.extra_parameters()
+        self.dictionary = PARAMETRISATIONS[config.parametrisation.name].initial(
+            d_model=plan.d_model,
+            n_features=plan.n_features,
+            seed=config.seed,
+            dtype=dtype,
+            device=ranks.device,
+            features=self.features,
+            precision=precision,
+            has_unit_norms=self.sparsifier.has_unit_norms,
+            extra=extra,
+        )
+        self.prefixes = prefix_sizes(config.nesting, n_features=plan.n_features)
+        self.aux_loss = build_aux_loss(config.sae, plan.sae_sizes)
+        half_life = max(1, min(LONGEST_HALF_LIFE, plan.total_tokens // 8))
+        self.firing = Firing(self.dictionary.n_features, half_life_tokens=half_life, device=ranks.device)
+        rates = {name: each.rate for name, each in extra.items()}
+        self.optimizer = build_optimizer(self.dictionary, config.optimizer, rates=rates)
+        self.totals = Totals(d_model=plan.d_model, ranks=ranks)
+        self.halt = Halt(ranks.device)
+        self._pre_NF: Tensor | None = None  # the largest thing that a step makes: kept from step to step
+        kept, own = self.sparsifier.kept_a_token, self.dictionary.n_features
+        self.is_screened = kernels.can_screen(n_features=own, kept_a_token=kept, device=ranks.device, dtype=dtype)
+
+    def step_info(self, step: int) -> StepInfo:
+        """Return the place of a step, counted from 0, in this SAE's schedules."""
+        tokens = step * self.plan.batch_tokens
+        rate = self._learning_rate(tokens)
+        return StepInfo(
+            step=step,
+            tokens=tokens,
+            total_tokens=self.plan.total_tokens,
+            batch_tokens=self.plan.batch_tokens,
+            learning_rate=rate,
+            lost_rate=self._learning_rate(tokens, decays=False) - rate,
+            seed=self.config.seed,
+        )
+
+    def step(self, batch: RowBatch, *, step: int) -> None:
+        """Learn from one batch; `step` counts from 0.
+
+        Nothing is read back to the host, but for the number of pairs that matter to a penalised sparsifier, and for
+        what Feature Choice works out where its phases change.
+        """
+        info, x_ND, dictionary, sparsifier = self.step_info(step), batch.x_ND, self.dictionary, self.sparsifier
+        sparsifier.before_step(dictionary, halted=self.halt.flag)
+        inputs = StepInputs(
+            x_ND=x_ND,
+            pre_NF=self._pre_activations(x_ND),
+            slope_NF=None if batch.gradient_ND is None else dictionary.slopes(batch.gradient_ND),
+            info=info,
+            firing=self.firing,
+            ranks=self.ranks,
+        )
+        code, decoded, penalty = sparsifier.encode(dictionary, inputs)
+        missed, loss = self.reconstruct(x_ND, decoded)
+        aux, total = None, loss
+        if self.aux_loss is not None:
+            aux = self.aux_loss(dictionary, inputs, missed.error)
+        for part in (aux, penalty):
+            total = total if part is None else total + part
+        total.backward()
+        grad_norm = self._update(info, loss=loss.detach(), norm_N=batch.norm_N)
+        self.firing.update(code, n_tokens=info.batch_tokens, ranks=self.ranks)
+        sparsifier.after_step(dictionary, info=info, firing=self.firing, halted=self.halt.flag)
+        self._add_to_totals(batch, info, code=code, missed=missed, loss=loss, aux=aux, grad_norm=grad_norm)
+
+    def reconstruct(self, x_ND: Tensor, code: Code) -> tuple[kernels.Missed, Tensor]:
+        """Return the error of the reconstruction from all features, and the loss."""
+        sizes, n_tokens = self.prefixes, self.plan.batch_tokens
+        return reconstruct(self.dictionary, x_ND, code, sizes=sizes, n_tokens=n_tokens, ranks=self.ranks)
+
+    def row(self, *, step: int, interval: int) -> dict[str, Any]:
+        """Return the figures of the steps since the last row, and start the next interval. Collective.
+
+        Args:
+            step: number of steps made so far.
+            interval: tokens between rows, for messages.
+
+        Raises:
+            StoppedByNumbers: a loss or gradient was not finite, no feature fires any more, or training has diverged.
+        """
+        self.check_finite()
+        info = self.step_info(step)
+        row = self.totals.row() | firing_row(
+            self.firing, self.plan.dead_window, n_features=self.plan.n_features, ranks=self.ranks
+        )
+        self._check_sane(row, info, interval=interval)
+        row["train/learning_rate"] = self._learning_rate(info.tokens - info.batch_tokens)
+        row |= self.sparsifier.figures(info)
+        self.totals.reset()
+        self.firing.reset_interval()
+        return row
+
+    def check_finite(self) -> None:
+        """Raise StoppedByNumbers on every rank if a loss or gradient was not finite. Collective."""
+        self.halt.check(self.ranks, site=self.plan.label)
+
+    def dead_fraction(self) -> float:
+        """Return the share of all features that is dead by training's own counters. Collective."""
+        dead = self.firing.dead_F(self.plan.dead_window).sum()
+        return int(self.ranks.features.sum(dead)) / self.plan.n_features
+
+    def state(self) -> State:
+        """Return all that this SAE needs to continue. Collective."""
+        own = {name: value.detach() for name, value in self.dictionary.named_parameters()}
+        return joined(
+            {
+                "dictionary": _split(own),
+                "optimizer": _split(self.optimizer.state()),
+                "sparsifier": self.sparsifier.state(),
+                "firing": self.firing.state(),
+                "aux_loss": State({}, {}) if self.aux_loss is None else self.aux_loss.state(),
+                "totals": self.totals.state(),
+            }
+        )
+
+    def load_state(self, state: State) -> None:
+        """Continue from a `state()` of these features, whatever number of ranks it was made on."""
+        state = State(state.shared, {name: value.to(self.ranks.device) for name, value in state.features.items()})
+        with torch.no_grad():
+            for name, value in _merged(state.part("dictionary")).items():
+                self.dictionary.get_parameter(name).copy_(value)
+        self.optimizer.load_state(_merged(state.part("optimizer")))
+        self.sparsifier.load_state(state.part("sparsifier"))
+        self.firing.load_state(state.part("firing"))
+        if self.aux_loss is not None:
+            self.aux_loss.load_state(state.part("aux_loss"))
+        self.totals.load_state(state.part("totals"))
+
+    def _pre_activations(self, x_ND: Tensor) -> kernels.PreActivations:
+        if self._pre_NF is None:
+            dtype = torch.bfloat16 if self.is_screened else x_ND.dtype
+            self._pre_NF = x_ND.new_empty(len(x_ND), self.dictionary.n_features, dtype=dtype)
+        find = self.dictionary.screened if self.is_screened else self.dictionary.pre_activations
+        return find(x_ND, out=self._pre_NF)
+
+    def _update(self, info: StepInfo, *, loss: Tensor, norm_N: Tensor) -> Tensor:
+        """Sum gradients over ranks, project, clip, step, renormalise; return the gradient's norm.
+
+        Args:
+            info: of this step.
+            loss: this rank's summand of the loss.
+            norm_N: norms of the activations that this rank harvested.
+        """
+        ranks = self.ranks
+        for parameter in self.dictionary.parameters():
+            if parameter.grad is not None:
+                ranks.data.sum_in_place(parameter.grad)
+        for name in REPLICATED:  # equal on the ranks of a row but for rounding, which must not add up
+            parameter = getattr(self.dictionary, name)
+            parameter.grad = ranks.features.broadcast(parameter.grad, 0)
+        self.optimizer.project()
+        norm = self.optimizer.gradient_norm(ranks)
+        self.halt.watch(step=info.step, loss=ranks.data.sum(loss), grad_norm=norm, norm_N=norm_N)
+        self.optimizer.step(lr=info.learning_rate, norm=norm, halted=self.halt.flag)
+        self.optimizer.normalise()
+        return norm
+
+    def _add_to_totals(
+        self,
+        batch: RowBatch,
+        info: StepInfo,
+        *,
+        code: Code,
+        missed: kernels.Missed,
+        loss: Tensor,
+        aux: Tensor | None,
+        grad_norm: Tensor,
+    ) -> None:
+        columns, n_own = self.ranks.features, len(batch.norm_N)
+        self.totals.add(
+            sum_D=batch.sum_D,
+            norm_N=batch.norm_N,
+            missed_N=missed.norm[batch.own],
+            l0_N=columns.sum(code.l0())[batch.own].long(),
+            code=code,
+            loss=loss / columns.size,
+            aux=None if aux is None else aux / columns.size,
+            grad_norm=grad_norm,
+            budget=(self.sparsifier.k_at(info) or 0.0) * n_own,
+        )
+
+    def _check_sane(self, row: dict[str, Any], info: StepInfo, *, interval: int) -> None:
+        """Raise StoppedByNumbers if the interval's figures show that the SAE has collapsed or diverged."""
+        when, lower = f"{interval:,} tokens before step {info.step}", f"optimizer.lr (now {self.plan.peak_lr:.1e})"
+        advice = self.sparsifier.collapse_advice(info)
+        if row["train/l0"] == 0 and advice is not None:
+            raise StoppedByNumbers(
+                f"no feature fired in the {when}: the dictionary has collapsed. Lower {lower}{advice}, "
+                "and check the activations."
+            )
+        if row["train/fvu"] > DIVERGED:
+            raise StoppedByNumbers(
+                f"FVU is {row['train/fvu']:.3g} over the {when}: training has diverged. Lower {lower}."
+            )
+
+    def _learning_rate(self, tokens: int, *, decays: bool = True) -> float:
+        plan = self.plan
+        return learning_rate(
+            tokens,
+            peak=plan.peak_lr,
+            batch_tokens=plan.batch_tokens,
+            warmup_tokens=plan.warmup_tokens,
+            decay_tokens=plan.decay_tokens if decays else 0,
+            total_tokens=plan.total_tokens,
+        )
+
+
+def _split(entries: dict[str, Tensor]) -> State:
+    """Return entries such as 'W_enc' or 'W_enc.exp_avg' as a state: those with a row a feature, and the others."""
+
+    def has_features(name: str) -> bool:
+        parameter, _, kind = name.partition(".")
+        return parameter not in REPLICATED and kind != "step"
+
+    return State(
+        {name: value for name, value in entries.items() if not has_features(name)},
+        {name: value for name, value in entries.items() if has_features(name)},
+    )
+
+
+def _merged(state: State) -> dict[str, Tensor]:
+    return state.shared | state.features
