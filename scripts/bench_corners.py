@@ -1,4 +1,4 @@
-"""The defaults at the corners of (width, expansion, k, tokens), beside half and twice the learning rate they choose.
+"""Run the defaults at the corners of (width, expansion, k, tokens), and half and twice their learning rate.
 
     python scripts/bench_corners.py --acts 128=ACTS128 --acts 384=ACTS384 --acts 768=ACTS768 --work WORK
 
@@ -31,7 +31,7 @@ CORNERS = (
 
 
 def train(args: argparse.Namespace, corner: tuple[int, int, int, int], lr: float | None, seed: int) -> dict:
-    """Run one corner through the command line; returns its row of corners.jsonl."""
+    """Run one corner through the command line; return its row of corners.jsonl."""
     width, expansion, k, tokens = corner
     acts = args.acts[width]
     name = f"d{width}-x{expansion}-k{k}-{tokens // 1000}k-s{seed}" + (f"-lr{lr:.3g}" if lr else "")
@@ -69,13 +69,18 @@ def table(rows: list[dict]) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--acts", action="append", required=True, help="WIDTH=DIR, once a width")
+    parser.add_argument(
+        "--acts", action="append", required=True, help="activations of one width, as WIDTH=DIR; may be repeated"
+    )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--sparsifier", default="mutual_choice")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--factors", type=float, nargs="*", default=[0.5, 2.0])
     parser.add_argument(
-        "--grid-below", type=float, default=2e12, help="width * n_features * tokens up to which factors are run"
+        "--grid-below",
+        type=float,
+        default=2e12,
+        help="run the other learning rates up to this cost, in width * n_features * tokens",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()

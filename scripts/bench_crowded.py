@@ -1,11 +1,11 @@
-"""How fast runs are on a crowded machine: alone, two beside each other, and one beside a busy process.
+"""Measure runs on a crowded machine: one alone, two at once, and one next to a busy process.
 
     python scripts/bench_crowded.py [--rounds 3] [--tokens 400000] [--variants shipped GOMP_SPINCOUNT=300000] [k=32]
 
-Every round makes, for each variant in turn, one run alone, two at once, and one beside a Python process that counts.
+Every round makes, for each variant in turn, one run alone, two at once, and one next to a Python process that counts.
 `shipped` sets nothing; another variant is an environment variable, such as OMP_WAIT_POLICY=passive, or
-GOMP_SPINCOUNT=300000, which is what GNU's OpenMP does where nobody sets anything. Speeds are medians over the middle
-half of a run's rows of metrics.jsonl, then over rounds. The machine has to be idle otherwise.
+GOMP_SPINCOUNT=300000, the default of GNU's OpenMP. Speeds are medians over the middle
+half of a run's rows of metrics.jsonl, then over rounds. The machine must be idle otherwise.
 """
 
 import argparse
@@ -30,7 +30,7 @@ COUNTS = "while True: pass"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=400_000, help="of each run")
+    parser.add_argument("--tokens", type=int, default=400_000, help="tokens of each run")
     parser.add_argument("--variants", nargs="+", default=["shipped", "GOMP_SPINCOUNT=300000"])
     args, own = parser.parse_known_args()
     taken = {setting.partition("=")[0] for setting in own}

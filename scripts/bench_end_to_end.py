@@ -1,10 +1,10 @@
-"""What a run takes from end to end on a CPU, beside harvest alone and training alone.
+"""Time a run from end to end on a CPU, and its harvest and its training alone.
 
     python scripts/bench_end_to_end.py [--rounds 5] [--steps 64] [sparsifier=topk ...]
 
-Takes the settings that `sae-train` takes; the default is its own, the bundled model. By turns: steps as a run
-takes them, as many batches harvested alone, and steps on those batches from memory. Printed: seconds of each, and the
-run over the sum of the two. On a GPU batches are harvested beside the step, which parts by turns would not show.
+Takes the settings that `sae-train` takes; the default is its own, the bundled model. It takes turns: steps as a
+run makes them, as many batches harvested alone, and steps on those batches from memory. It prints the seconds of each,
+and the run over the sum of the two. On a GPU a background thread harvests, which turns would not show.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def timed(act: Callable[[], Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=64, help="in each part of a round")
+    parser.add_argument("--steps", type=int, default=64, help="steps in each part of a round")
     parser.add_argument("said", nargs="*", help="settings of sae-train")
     args = parser.parse_args()
     trainer = build([f"tokens={10**9}", *args.said])

@@ -1,12 +1,12 @@
-"""The GPU's rows of docs/performance.md, by one command on a machine with a CUDA GPU:
+"""Measure the GPU's rows of docs/performance.md, by one command on a machine with a CUDA GPU:
 
     python scripts/bench_gpu.py [--train ACTS/train --work WORK]
 
-runs the GPU's tests, then bench_step.py's measurement at the settings below, and prints for each what was wanted and
-what was measured: step over floor, tokens a second, peak memory over what must be held (weights, moments, gradients
-and one matrix of pre-activations, fp32), and the step beside the same one without an auxiliary loss. With --train and
---work peers are run beside 131072 features of those activations' width (bench_peers.py). Copy the table, with date,
-commit and hardware, into the document.
+It runs the GPU's tests, then bench_step.py's measurement at the settings below. For each it prints the aim and the
+measurement: step over floor, tokens a second, peak memory over the least memory (weights, moments, gradients and one
+matrix of pre-activations, fp32), and the step over the same step without an auxiliary loss. With --train and --work it
+also runs peers at 131072 features of those activations' width (bench_peers.py). Copy the table, with date, commit and
+hardware, into the document.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Seconds of a training step of every sparsifier beside topk, on one set of activations, in one process by turns.
+"""Time a training step of every sparsifier and of topk, on one set of activations, in one process by turns.
 
     python scripts/bench_methods.py --train ACTS/train [--n-features 3072] [--k 32] [--tokens 400000]
 
 ACTS/train holds *.safetensors files with a tensor `activations`. Every method trains from its start to its end with its
-defaults, one step each in turn, so that all of them meet the same machine. Printed: the median CPU seconds of a step in
-the run's last half (time.process_time, one thread; wall seconds on CUDA), the same over topk's, the wanted ratio, the
-seconds of both phases of penalised methods (with their zeros and without), and the mean L0 of the whole run. `gradient`
-gets random gradients: its cost does not depend on them, and what the language model's backward costs is not in it.
+defaults, one step each in turn, so that all of them meet the same machine. The table has the median CPU seconds of a
+step in the run's last half (time.process_time, one thread; wall seconds on CUDA), their ratio to topk's, the aim for
+that ratio, the seconds of both phases of penalised methods (with their zeros and without), and the mean L0 of the run.
+`gradient` gets random gradients. Its cost does not depend on them, and leaves out the language model's backward pass.
 """
 
 import argparse
@@ -45,7 +45,7 @@ METHODS: dict[str, tuple[list[str], float]] = {
 
 
 class Watched:
-    """A run, and what its steps took."""
+    """A run, and the seconds of its steps."""
 
     def __init__(self, overrides: list[str], args: argparse.Namespace, folder: Path) -> None:
         said = ["harvest=tensors", f"harvest.path={folder}", "tracking=none", f"n_features={args.n_features}"]
@@ -85,7 +85,7 @@ class Watched:
 
 
 def now() -> float:
-    """Seconds: of this process's CPU, or of the wall once the device has caught up."""
+    """Return seconds: of this process's CPU, or of the wall once the device has caught up."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -93,7 +93,7 @@ def now() -> float:
 
 
 def with_gradients(folder: Path, out: Path, n_rows: int) -> Path:
-    """Write as many rows as are asked for, with random gradients beside them."""
+    """Write as many rows as asked for, each with a random gradient."""
     rows = []
     for path in sorted(folder.glob("*.safetensors")):
         rows.append(load_file(path)["activations"])

@@ -1,4 +1,4 @@
-"""Our training step beside the peers', on the same activations, by turns in one run.
+"""Time our training step and the peers', on the same activations, by turns in one run.
 
     python scripts/bench_peers.py --train ACTS/train --work WORK [--n-features 6144 ...] [--k 32] [--batch 2048]
         [--held-out ACTS/held_out] [--library sae_lens sparsify dictionary_learning]
@@ -6,14 +6,13 @@
 --train holds *.safetensors files with a tensor `activations`. The peers are installed into environments of their own
 under --work (they are no dependency of ours). Every library runs in a process of its own (speed_peers.py), in fp32 and
 under bf16 autocast where it offers that (ours: precision=bf16), its Triton kernels on where they run. After --warm-up
-steps each takes --steps steps in turn, --rounds times, while the others wait; one more before them is not counted, as
-it finds the others' numbers in the caches, which no run by itself does. Printed: the median ms of a step, tokens
-a second, and how many times as many tokens ours does in the same time (against the same method: mutual_choice is
-BatchTopK). Auxiliary losses are off for all: most steps have no dead features, and an auxiliary loss without them costs
-every library a different nothing.
+steps each takes --steps steps in turn, --rounds times, while the others wait. One more step before them is not counted:
+it finds the others' numbers in the caches. The table has the median ms of a step, tokens a second, and the ratio of our
+tokens a second to theirs for the same method (mutual_choice is BatchTopK). Auxiliary losses are off for all libraries,
+because most steps have no dead features.
 
-With --held-out every method is also trained whole (--tokens) and scored by bench_quality.py's evaluator, so that nobody
-wins by doing less; what is in WORK/results.jsonl already is not trained again.
+With --held-out every method is also trained whole (--tokens) and scored by bench_quality.py's evaluator, so that no
+library wins by doing less. Rows that are in WORK/results.jsonl are not trained again.
 """
 
 import argparse
@@ -45,7 +44,7 @@ Run = tuple[str, str, bool]
 
 
 class Process:
-    """A library in its environment, which steps when it is told."""
+    """A library in its environment, which steps on request."""
 
     def __init__(self, run: Run, args: argparse.Namespace, n_features: int) -> None:
         library, method, bf16 = run
@@ -124,11 +123,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=820_000)
     parser.add_argument("--precision", nargs="+", default=["float32", "bf16"], choices=["float32", "bf16"])
     peers = sorted({library for library, _ in RUNS} - {"ours"})
-    parser.add_argument("--library", nargs="+", default=peers, choices=peers, help="fewer where memory is short")
+    parser.add_argument(
+        "--library", nargs="+", default=peers, choices=peers, help="libraries to run; fewer where memory is short"
+    )
     parser.add_argument("--warm-up", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=3, help="in each turn, and one before them that is not counted")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="steps in each turn, without the first, which is not counted"
+    )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
+    parser.add_argument("--threads", type=int, default=0, help="threads of each library; 0 leaves torch's choice")
     args = parser.parse_args(arguments)
     for name in ("train", "held_out", "work"):
         if getattr(args, name) is not None:

@@ -1,17 +1,18 @@
-"""Reconstruction quality of sae-train beside its peers, on one set of activations, by one evaluator.
+"""Compare the reconstruction quality of sae-train with its peers, on one set of activations, by one evaluator.
 
     python scripts/bench_quality.py --train ACTS/train --held-out ACTS/held_out --work WORK \
         --n-features 6144 --k 32 --tokens 820000 --batch 2048
 
 --train and --held-out hold *.safetensors files with a tensor `activations` [n, d_model]; the rows must be shuffled. The
 peers are installed into environments of their own under --work (they are no dependency of ours), each is trained
-with its default recipe (but for inputs normalised by the peer where sparsity has a price) and with learning rate 1e-3,
-and the better counts. Ours runs through the command line. Every
-model is scored on the held-out rows (scripts/quality_score.py). What is already in WORK/results.jsonl for the same
-setting is not run again. The table goes to standard output.
+with its default recipe and with learning rate 1e-3, and the better one counts. (Where a peer's sparsity has a penalty,
+the peer also normalises its inputs.) Ours runs through the command line. Every model is scored on the held-out rows
+(scripts/quality_score.py). Rows that are in WORK/results.jsonl for the same setting are not run again. The table goes
+to standard output.
 
-A peer whose sparsity has a price instead of a k is run up to --searches times a recipe: from its default coefficient by
-secants of log L0 over log coefficient, until its own L0 is within a tenth of k. The run whose L0 is nearest k counts.
+A peer whose sparsity has a penalty instead of a k is run up to --searches times a recipe. The search starts at its
+default coefficient and takes secants of log L0 over log coefficient, until its own L0 is within a tenth of k. The run
+whose L0 is nearest k counts.
 """
 
 import argparse
@@ -73,7 +74,7 @@ RECIPES = {"default": None, "1e-3": 1e-3}
 
 
 def environment(work: Path, peer: str) -> Path:
-    """Return the Python of the peer's environment under work; make it when it is not there."""
+    """Return the Python of the peer's environment under work; create the environment if needed."""
     name, packages, unwanted = ENVIRONMENTS[peer]
     root = work / f"env-{name}"
     python, ready = root / "bin" / "python", root / "ready"
@@ -87,7 +88,7 @@ def environment(work: Path, peer: str) -> Path:
 
 
 def train_peer(args: argparse.Namespace, method: str, lr: float | None, coefficient: float | None, out: Path) -> None:
-    """Train a peer in its environment; writes the SAE to out."""
+    """Train a peer in its environment and write the SAE to out."""
     python = environment(args.work, method.split(".")[0])
     command = [str(python), str(Path(__file__).with_name("quality_peers.py"))]
     command += ["--method", method, "--train", str(args.train), "--out", str(out), "--threads", str(args.threads)]
@@ -101,7 +102,7 @@ def train_peer(args: argparse.Namespace, method: str, lr: float | None, coeffici
 
 
 def train_ours(args: argparse.Namespace, method: str, out: Path) -> None:
-    """Train ours through its command line with its defaults; out becomes a link to the exported SAE."""
+    """Train ours through the command line with its defaults, and link out to the exported SAE."""
     run = out.parent / f"run-{out.name}"
     command = [sys.executable, "-m", "sae_train", "harvest=tensors", f"harvest.path={args.train}"]
     command += [f"harvest.held_out={args.held_out}", *OUR_METHODS[method], "tracking=none"]
@@ -121,7 +122,7 @@ def quiet_environment(args: argparse.Namespace) -> dict[str, str]:
 
 
 def measure(args: argparse.Namespace, method: str, lr: float | None, coefficient: float | None) -> dict[str, object]:
-    """Train and score one method; returns its row of results.jsonl."""
+    """Train and score one method; return its row of results.jsonl."""
     setting = setting_of(args)
     recipe = recipe_of(args, method, lr)
     told_apart = [setting, recipe] if coefficient is None else [setting, recipe, coefficient]
@@ -172,21 +173,21 @@ def next_coefficient(tried: list[tuple[float, float]], *, first: float, k: int) 
 
 
 def recipe_of(args: argparse.Namespace, method: str, lr: float | None) -> str:
-    """Return what tells runs of one method apart in results.jsonl."""
+    """Return the name of a recipe, by which results.jsonl tells runs of one method apart."""
     if method in OUR_METHODS:
         return " ".join(args.override) or "default"
     return "default" if lr is None else f"lr {lr:g}"
 
 
 def setting_of(args: argparse.Namespace) -> dict[str, object]:
-    """What has to agree for two rows of results.jsonl to be comparable."""
+    """Return the settings that two comparable rows of results.jsonl share."""
     names = ("n_features", "k", "tokens", "batch", "seed")
     folders = {"train": str(args.train), "held_out": str(args.held_out)}
     return {**folders, **{name: getattr(args, name) for name in names}}
 
 
 def nearest(rows: list[dict], k: int) -> list[dict]:
-    """Return a row for each method and recipe: of a search the run whose own L0 is nearest k."""
+    """Return a row for each method and recipe; a search is represented by the run whose own L0 is nearest k."""
     found: dict[tuple[str, str], dict] = {}
 
     def distance(row: dict) -> float:
@@ -200,7 +201,7 @@ def nearest(rows: list[dict], k: int) -> list[dict]:
 
 
 def table(rows: list[dict], k: int) -> str:
-    """Return a Markdown table, one line a method: its better recipe at matched L0."""
+    """Return a Markdown table with a line for each method: its better recipe at matched L0."""
     best: dict[str, dict] = {}
     for row in nearest(rows, k):
         held = best.get(row["method"])
@@ -233,12 +234,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=820_000)
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="0: as torch chooses")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="threads of each library; 0 leaves torch's choice"
+    )
     parser.add_argument(
         "--only", nargs="*", default=None, help=f"whole names or parts after the dot: {', '.join(METHODS)}"
     )
-    parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=RECIPES, help="of the peers")
-    parser.add_argument("--searches", type=int, default=4, help="most runs of a search for k")
+    parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=RECIPES, help="recipes of the peers")
+    parser.add_argument("--searches", type=int, default=4, help="largest number of runs in a search for k")
     parser.add_argument("--override", nargs="*", default=[], help="further key=value for ours")
     args = parser.parse_args()
     for name in ("train", "held_out", "work"):
@@ -252,7 +255,7 @@ def parse() -> argparse.Namespace:
 
 
 def runs(args: argparse.Namespace, method: str, lr: float | None, rows: list[dict]) -> Iterator[dict]:
-    """Yield the rows of one method and recipe that are not in rows yet; the caller puts them there."""
+    """Yield the rows of one method and recipe that are not in rows yet; the caller adds them."""
     recipe = recipe_of(args, method, lr)
 
     def done() -> list[dict]:

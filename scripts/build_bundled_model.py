@@ -5,7 +5,7 @@ Stages, each a subcommand, run in this order:
     corpus     documentation text  -> corpus/train.jsonl.xz, corpus/held_out.jsonl.xz
     tokenizer  training text       -> model/tokenizer.json, model/tokenizer_config.json
     train      training text       -> model/config.json, model/model.safetensors (bf16)
-    evaluate   held-out text       -> bits per byte, beside n-gram models, gzip and xz
+    evaluate   held-out text       -> bits per byte, compared with n-gram models, gzip and xz
 
 The text is the docstrings of the running Python's standard library and, with --docs, the
 reStructuredText sources of Python's documentation (folder `_sources` of Debian's package
@@ -59,12 +59,12 @@ SKIPPED_DOCS = {"license", "contents", "copyright"}
 
 
 def signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    """The function's parameter list as source text."""
+    """Return the function's parameter list as source text."""
     return f"({ast.unparse(node.args)})"
 
 
 def docstring_entries(node: ast.AST, prefix: str) -> Iterator[str]:
-    """The docstring of a module, class or function, then those of what it defines."""
+    """Yield the docstring of a module, class or function, then the docstrings inside it."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             name = f"{prefix}.{child.name}"
@@ -80,12 +80,12 @@ def docstring_entries(node: ast.AST, prefix: str) -> Iterator[str]:
 
 
 def indent(text: str) -> str:
-    """The text with four spaces before each line that is not empty."""
+    """Return the text with four spaces before each line that is not empty."""
     return "\n".join("    " + line if line.strip() else "" for line in text.split("\n"))
 
 
 def stdlib_sources() -> Iterator[tuple[str, str, list[str]]]:
-    """(group, name, pieces) of each standard library module that has docstrings."""
+    """Yield (group, name, pieces) for each standard library module that has docstrings."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -106,7 +106,7 @@ def stdlib_sources() -> Iterator[tuple[str, str, list[str]]]:
 
 
 def rst_sources(docs: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """(group, name, sections) of each documentation source, cut before its headings."""
+    """Yield (group, name, sections) for each documentation source, cut before its headings."""
     heading = re.compile(r"^(?=\S[^\n]{2,}\n([=~^*#\"'+-])\1{3,}\n)", re.M)
     for path in sorted(docs.rglob("*.rst.txt")):
         parts = path.relative_to(docs).parts
@@ -125,7 +125,7 @@ def rst_sources(docs: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def documents(pieces: list[str]) -> Iterator[str]:
-    """Pieces merged or cut at blank lines into texts of sensible length."""
+    """Yield texts of sensible length: pieces merged, or cut at blank lines."""
     small: list[str] = []
     for piece in pieces:
         piece = piece.strip("\n")
@@ -150,13 +150,13 @@ def documents(pieces: list[str]) -> Iterator[str]:
 
 
 def is_held_out(group: str) -> bool:
-    """Whether the sources of this group are held out, by a hash of the group's name."""
+    """Return whether the sources of this group are held out, by a hash of the group's name."""
     digest = hashlib.sha256(group.encode()).digest()
     return int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
 
 
 def long_lines(text: str) -> list[str]:
-    """The lines that are long enough to tell a copy from a coincidence."""
+    """Return the lines that are long enough to tell a copy from a coincidence."""
     return [line for line in (raw.strip() for raw in text.split("\n")) if len(line) >= 20]
 
 
@@ -193,7 +193,7 @@ def build_corpus(args: argparse.Namespace) -> None:
 
 
 def read_corpus(out: Path, split: str) -> list[str]:
-    """The documents of one split."""
+    """Return the documents of one split."""
     with lzma.open(out / "corpus" / f"{split}.jsonl.xz", "rt", encoding="utf-8") as rows:
         return [json.loads(row)["text"] for row in rows]
 
@@ -236,12 +236,12 @@ def build_tokenizer(args: argparse.Namespace) -> None:
 
 
 def load_tokenizer(out: Path) -> Any:
-    """The bundled tokenizer, as users load it."""
+    """Return the bundled tokenizer, as users load it."""
     return AutoTokenizer.from_pretrained(out / "model")
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Each document's tokens, EOS at its end."""
+    """Return each document's tokens, with EOS at the end."""
     return [
         [*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
     ]
@@ -251,7 +251,7 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def pack(docs: list[list[int]], context: int, bos: int, keep_rest: bool = False) -> list[list[int]]:
-    """Contexts of BOS and context - 1 tokens of the joined documents."""
+    """Return contexts of BOS and context - 1 tokens of the joined documents."""
     stream = [token for doc in docs for token in doc]
     step = context - 1
     end = len(stream) if keep_rest else len(stream) - len(stream) % step
@@ -259,7 +259,7 @@ def pack(docs: list[list[int]], context: int, bos: int, keep_rest: bool = False)
 
 
 def epoch_contexts(docs: list[list[int]], context: int, bos: int, seed: int) -> torch.Tensor:
-    """One pass over the documents in an order that the seed gives."""
+    """Return the contexts of one pass over the documents, in an order drawn by the seed."""
     rng = random.Random(seed)
     order = rng.sample(docs, len(docs))
     contexts = pack(order, context, bos)
@@ -268,7 +268,7 @@ def epoch_contexts(docs: list[list[int]], context: int, bos: int, seed: int) -> 
 
 
 def loss_function(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Mean next-token loss of a batch, products in bfloat16."""
+    """Return the mean next-token loss of a batch, with products in bfloat16."""
 
     def loss(batch: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -291,7 +291,7 @@ def publish(model: Any, out: Path) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then the peak, then in the second half linear decay to zero.
+    """Return the learning rate: linear warm-up, the peak, and linear decay to zero in the second half.
 
     As long as the decay has not begun, a resumed run may change the number of steps and is
     still the run that it would have been with that number from the start.
@@ -300,7 +300,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train from scratch, or go on from the checkpoint, and publish the model."""
+    """Train from scratch, or resume from the checkpoint, and publish the model."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.out)
@@ -377,7 +377,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def model_nats(out: Path, contexts: list[list[int]], dtype: torch.dtype) -> float:
-    """Total nats of the contexts' tokens under the bundled model."""
+    """Return the total nats of the contexts' tokens under the bundled model."""
     model: Any = AutoModelForCausalLM.from_pretrained(out / "model", dtype=dtype)
     model.eval()
     total = 0.0
@@ -390,7 +390,7 @@ def model_nats(out: Path, contexts: list[list[int]], dtype: torch.dtype) -> floa
 
 
 def ngram_nats(train_contexts: list[list[int]], contexts: list[list[int]], vocab: int, priors: list[float]) -> float:
-    """Total nats under an n-gram model, each order smoothed towards the next lower one.
+    """Return the total nats under an n-gram model, each order smoothed towards the next lower one.
 
     p_n(b | a) = (count(a b) + prior_n * p_(n-1)(b)) / (count(a) + prior_n), and p_0 is
     uniform; n - 1 priors above the unigram's make the order.
@@ -474,7 +474,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Print what the model writes after a prompt."""
+    """Print the model's continuation of a prompt."""
     tokenizer = load_tokenizer(args.out)
     model: Any = AutoModelForCausalLM.from_pretrained(args.out / "model", dtype=torch.float32)
     torch.manual_seed(args.seed)

@@ -1,10 +1,10 @@
-"""Activations of the bundled model as files: what bench_quality.py trains peers on and study_sparsifiers.py measures.
+"""Write activations of the bundled model to files, for bench_quality.py and study_sparsifiers.py.
 
     python scripts/bundled_activations.py --out OUT [--tokens 400000]
 
-writes OUT/train and OUT/held_out for `harvest=tensors`: filtered as a run filters them, in the model's own scale. The
-training rows come mixed by the pool, in the order in which a live run with data.seed=0 sees them; held-out rows as
-blocks of 256, the halves by turns (quality_score.py).
+It writes OUT/train and OUT/held_out for `harvest=tensors`, filtered as in a run, in the model's own scale. The pool
+mixes the training rows in the order of a live run with data.seed=0. Held-out rows are blocks of 256, in turn of either
+half (quality_score.py).
 """
 
 import argparse

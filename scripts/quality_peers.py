@@ -1,4 +1,4 @@
-"""Train one peer on precomputed activations and write it in our file layout; runs inside the peer's own environment.
+"""Train one peer on precomputed activations and write it in our file layout, inside the peer's own environment.
 
 Used by bench_quality.py. Writes DIR/sae.safetensors (W_enc, b_enc, W_dec, b_dec, threshold: see `sae_train.load`) and
 DIR/sae.json. The shift of a peer's input is folded into b_enc and a gate into a threshold on the magnitude, which is
@@ -40,7 +40,7 @@ def read_rows(directory: Path, n_rows: int) -> Tensor:
 
 
 class Batches:
-    """Batches for ever: the first epoch in the files' order, later ones shuffled. Each iterator starts anew."""
+    """Endless batches: the first epoch in the files' order, later ones shuffled. Each iterator starts anew."""
 
     def __init__(self, rows_ND: Tensor, batch: int) -> None:
         self.rows_ND, self.batch = rows_ND, batch
@@ -288,8 +288,10 @@ def main() -> None:
     parser.add_argument("--method", required=True, help="PEER.METHOD: see bench_quality.py")
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--lr", type=float, help="learning rate; without it the peer's default recipe")
-    parser.add_argument("--coefficient", type=float, help="of the peer's sparsity penalty")
+    parser.add_argument("--lr", type=float, help="learning rate; default: the peer's own recipe")
+    parser.add_argument(
+        "--coefficient", type=float, help="coefficient of the peer's sparsity penalty; default: the peer's own"
+    )
     for name in ("n-features", "k", "tokens", "batch", "seed", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The one evaluator of bench_quality.py: score any SAE in our file layout on held-out activations.
+"""Score any SAE in our file layout on held-out activations: the one evaluator of bench_quality.py.
 
 Rows are halved by blocks of 256 (even: calibration, odd: evaluation). Every figure is of the evaluation half:
 
@@ -66,7 +66,7 @@ def pooled_cut(w: dict[str, Tensor], rows_ND: Tensor, k: float, *, unit_F: Tenso
 
 
 def matched_thresholds(w: dict[str, Tensor], rows_ND: Tensor, k: float) -> tuple[str, float, Tensor]:
-    """Return how thresholds were matched to k (see above), the cut, and the thresholds [n_features]."""
+    """Return the name of the matching to k (see above), the cut, and the thresholds [n_features]."""
     own_F, zero_F = w["threshold"], torch.zeros_like(w["threshold"])
     if bool((own_F == own_F[0]).all()):
         cut = pooled_cut(w, rows_ND, k, unit_F=torch.ones_like(own_F), above_F=zero_F)

@@ -1,4 +1,4 @@
-"""Stop real runs at random moments, by every signal there is, and see whether they end where they would have ended.
+"""Stop real runs at random moments, by every signal, and check that they end where they would have ended.
 
     python scripts/soak.py --kills 200                    # one process
     python scripts/soak.py --kills 100 --ranks 2          # torchrun; signals reach one rank of it, or all
@@ -6,9 +6,9 @@
     python scripts/soak.py --kills 50 --override checkpoint.beside=true
 
 A run of 16 steps is made once without a fault. Then the same command is started again and again, each time hit by one
-fault, until it comes to its end; weights and metrics must be the same, bit for bit, and every checkpoint that was ever
-published must be whole. Then the next run begins, until there were enough faults. Prints a table; exits with 1 where
-anything was wrong; what was wrong is kept below --folder.
+fault, until the run reaches its end. Weights and metrics must be the same, bit for bit, and every published checkpoint
+must be whole. Then the next run begins, until there were enough faults. The script prints a table. It exits with 1 if
+anything was wrong, and keeps those runs below --folder.
 """
 
 import argparse
@@ -43,7 +43,7 @@ A_MINUTE = 75.0
 
 
 class Torn:
-    """One run that is hit until it is at its end."""
+    """A run that is hit by faults until it reaches its end."""
 
     def __init__(
         self, folder: Path, *, n_ranks: int, arguments: list[str], reference: "Reference", chance: random.Random
@@ -55,7 +55,7 @@ class Torn:
         folder.mkdir()
 
     def go(self, kinds: list[str], counts: dict[str, Counter[str]], budget: int) -> None:
-        """Hit the run by at most `budget` faults, let it end, and add up what became of each."""
+        """Hit the run by at most `budget` faults, let it end, and count the outcomes."""
         while len(self.faults) < budget:
             kind = self.chance.choice(kinds)
             if not self._hit(kind, counts[kind]):
@@ -67,7 +67,7 @@ class Torn:
             counts[kind]["wrong" if self.problems else "right end"] += 1
 
     def _hit(self, kind: str, count: Counter[str]) -> bool:
-        """Start the run and hit it; False if it came to its end before."""
+        """Start the run and hit it; return False if it reached its end before."""
         process = launch(self.folder, self.n_ranks, self.arguments)
         listens = self._wait_for_a_moment(process)
         self._wait(process, lambda: bool(self._ranks(process)))
@@ -113,7 +113,7 @@ class Torn:
         return [process.pid] if self.n_ranks == 1 else workers(process)
 
     def _send(self, kind: str, process: Process) -> None:
-        """Do what the fault's name says."""
+        """Make the fault of this name."""
         ranks = self._ranks(process)
         if kind == "pause":  # a slow rank: nothing may come of it
             slow = self.chance.choice(ranks)
@@ -135,7 +135,7 @@ class Torn:
         return text
 
     def _check(self, kind: str, status: int, text: str, *, said: bool, listens: bool) -> None:
-        """Look at what a fault left: a status and a message that fit, and only whole checkpoints."""
+        """Check the aftermath of a fault: the status, the message, and that all checkpoints are whole."""
         asked = kind.startswith(("SIGTERM", "SIGUSR"))
         possible = {0, 75 if self.n_ranks == 1 else 1} if asked else {0} if kind == "pause" else set(range(-64, 256))
         if asked and not listens:
@@ -167,7 +167,7 @@ class Torn:
 
 
 class Reference:
-    """The run without a fault, and how long its parts took."""
+    """The run without a fault, and the seconds of its parts."""
 
     def __init__(self, folder: Path, *, n_ranks: int) -> None:
         folder.mkdir()
@@ -200,12 +200,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--signals", default="mixed", help="mixed, or faults joined by commas: SIGKILL,SIGTERM")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--override", nargs="*", default=[], help="of the runs that are hit, not of the one that is not"
+        "--signals", default="mixed", help="faults, joined by commas (SIGKILL,SIGTERM); default: all of them, mixed"
     )
-    parser.add_argument("--folder", type=Path, help="where the runs are written; a temporary folder unless given")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--override", nargs="*", default=[], help="further key=value of the runs that are hit")
+    parser.add_argument("--folder", type=Path, help="folder of the runs; default: a temporary one")
     options = parser.parse_args()
     known = ALONE if options.ranks == 1 else TOGETHER
     kinds = list(known) if options.signals == "mixed" else options.signals.split(",")
@@ -223,7 +223,7 @@ def main() -> int:
         torn.go(kinds, counts, left)
         n_runs += 1
         n_wrong += bool(torn.problems)
-        verdict = "; ".join(torn.problems) or "ended alike"
+        verdict = "; ".join(torn.problems) or "the same end"
         print(f"run {n_runs}: {', '.join(torn.faults) or 'no fault'}: {verdict}", flush=True)
     print(f"\n{n_runs} runs, {n_wrong} wrong\n\n{table(counts)}")
     if n_wrong == 0 and options.folder is None:

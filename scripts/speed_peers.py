@@ -1,8 +1,8 @@
-"""Train one library on precomputed activations, a few steps whenever told; runs inside its own environment.
+"""Train one library on precomputed activations, a few steps on each request, inside its own environment.
 
-Used by bench_peers.py. Reads a number of steps a line from standard input, trains so many in the library's own loop
-(sparsify, whose trainer wants a language model, and ours: its step alone), and answers with a line of JSON: the seconds
-of each step, from one call for activations to the next.
+Used by bench_peers.py. It reads a number of steps a line from standard input and trains as many in the library's own
+loop. (sparsify's trainer requires a language model, so its step runs alone, and ours too.) It answers with a line of
+JSON: the seconds of each step, from one call for activations to the next.
 """
 
 import argparse
@@ -25,7 +25,7 @@ PARTS = 1 << 40
 
 
 class OnDemand:
-    """Batches for ever; between two of them lies a step. Waits for the next order where one is done."""
+    """Endless batches, with a step between two of them. It waits for the next request when one is done."""
 
     def __init__(self, rows_ND: Tensor, batch: int, answers: TextIO) -> None:
         self.rows_ND, self.batch, self.answers = rows_ND, batch, answers

@@ -1,4 +1,4 @@
-"""What study_sparsifiers.py measures on an exported SAE beside its summary: densities, rare features, the truth."""
+"""Measure an exported SAE for study_sparsifiers.py, in addition to its summary: densities, rare features, the truth."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ def measure(sae_directory: Path, held_out: Path, *, k: int, truth: Path | None) 
 
     underused: share of features that fire on less than half of what Zipf's law with exponent 1 and the default shift
         would give the feature of their rank, dead ones among them (`aux_zipf`'s own measure).
-    rare_half: what FVU gains in value when the rarer half of the features that fire is left out.
+    rare_half: increase of FVU when the rarer half of the features that fire is left out.
     rare_share: their share of all firings.
     density: the density at 64 evenly spaced ranks, the densest first.
     """

@@ -61,13 +61,13 @@ def listed(value: float | list[float | None] | None) -> list[float]:
 
 
 def compare(key: str, one: Row, other: Row) -> float | None:
-    """Return a figure of one run beside another's: a ratio of FVU, delta CE and worth, else a difference.
+    """Return one run's figure compared with another's: a ratio for FVU, delta CE and worth, else a difference.
 
-    worth: what the rarer half of the features gains in FVU, over its share of all firings. absorption: over the
+    worth: the FVU that the rarer half of the features saves, over its share of all firings. absorption: over the
     parents that both found, the share of tokens with a child on which the parent's feature is silent, less the share
     without one.
     """
-    if abs(one["l0"] / other["l0"] - 1) > ALIKE:
+    if abs(one["l0"] / other["l0"] - 1) > L0_TOLERANCE:
         return None
     if key == "worth":
         return (one["rare_half"] / one["rare_share"]) / (other["rare_half"] / other["rare_share"])
@@ -83,7 +83,7 @@ def compare(key: str, one: Row, other: Row) -> float | None:
 
 
 def paired(rows: list[Row], key: str, method: str, beside: str) -> list[float]:
-    """Return how a figure of one method stands beside another's, by source, k and seed, where their L0 is alike."""
+    """Return the comparisons of two methods in one figure, by source, k and seed, where their L0 nearly agrees."""
     by_point = {(row["source"], row["k"], row["seed"], row["method"]): row for row in rows if "failed" not in row}
     found = []
     for (source, k, seed, name), row in by_point.items():
@@ -94,8 +94,8 @@ def paired(rows: list[Row], key: str, method: str, beside: str) -> list[float]:
     return found
 
 
-ALIKE = 0.03
-"""How far the L0 of two runs may be apart that are compared."""
+L0_TOLERANCE = 0.03
+"""Largest relative difference in L0 of two runs that are compared."""
 RATIOS = ("fvu", "delta_ce", "worth")
 CLAIMS = (
     ("fvu", "mutual_choice", "topk"),

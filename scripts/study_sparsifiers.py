@@ -1,14 +1,14 @@
-"""Every sparsifier beside the others, by defaults: methods x k x seeds on three sources, one size a source.
+"""Compare all sparsifiers by their defaults: methods x k x seeds on three sources, one size a source.
 
     pip install matplotlib
     python scripts/study_sparsifiers.py --encoder ACTS --work WORK [--jobs 2]
 
 Sources: the bundled model's residual stream, live; ACTS/train and ACTS/held_out, shuffled rows of a real encoder
 (`harvest=tensors`); a synthetic dictionary with known truth (scripts/synthetic_dictionary.py, written to WORK). Every
-run goes through the command line. Its figures are its own summary's, at the exported L0, and what study_measures.py
-finds on held-out rows. What is already in WORK/results.jsonl is not run again. --methods also takes the names in OPEN:
-parameters that the papers leave open, tried beside the defaults. WORK/study.md and WORK/study.png hold
-the tables and the picture (scripts/study_report.py).
+run goes through the command line. Its figures come from its summary, at the exported L0, and from study_measures.py on
+held-out rows. Rows that are in WORK/results.jsonl are not run again. --methods also takes the names in OPEN: values of
+parameters that the papers leave open. WORK/study.md and WORK/study.png hold the tables and the picture
+(scripts/study_report.py).
 """
 
 import argparse
@@ -77,13 +77,13 @@ SOURCES = {
 }
 KEPT = ("fvu", "l0", "dead_fraction", "delta_ce", "ce_recovered", "decoder_cosine_max")
 STOPPED_BY_NUMBERS = 3
-"""The exit status of a run that says something about its method; any other ends the study."""
+"""Exit status of a run that its method ended; any other error ends the study."""
 Point = tuple[str, str, int, int]
 """Source, method, k, seed."""
 
 
 def source_overrides(args: argparse.Namespace, source: str) -> list[str]:
-    """Return what a run of a source says beside its method."""
+    """Return the settings of a source's runs, without their method."""
     said = [f"{key}={value}" for key, value in SOURCES[source].items()]
     if source == "bundled":
         return said
@@ -92,7 +92,7 @@ def source_overrides(args: argparse.Namespace, source: str) -> list[str]:
 
 
 def setting_of(args: argparse.Namespace, point: Point) -> dict[str, object]:
-    """Return what a row is a row of, beside its point: another setting is another run."""
+    """Return the settings of a row that its point leaves out; another setting is another run."""
     source, method, _, _ = point
     return {"overrides": KNOWN[method], **SOURCES[source], "acts": str(args.encoder) if source == "encoder" else ""}
 
@@ -119,14 +119,14 @@ def train(args: argparse.Namespace, point: Point, held_out: Path) -> dict[str, o
 
 
 def is_current(args: argparse.Namespace, row: dict) -> bool:
-    """Return whether a row is of the methods and sizes of today."""
+    """Return whether a row has the methods and sizes of this version."""
     point = (row["source"], row["method"], row["k"], row["seed"])
     known = row["source"] in SOURCES and row["method"] in KNOWN
     return known and all(row.get(key) == value for key, value in setting_of(args, point).items())
 
 
 def held_out_rows(args: argparse.Namespace, source: str) -> Path:
-    """Return the folder of a source's held-out rows; make what is not there."""
+    """Return the folder of a source's held-out rows; create it if needed."""
     if source == "encoder":
         return Path(args.encoder) / "held_out"
     folder = Path(args.work / source)
@@ -139,7 +139,7 @@ def held_out_rows(args: argparse.Namespace, source: str) -> Path:
 
 
 def points(args: argparse.Namespace) -> list[Point]:
-    """Return what is to be run: every method once before the first seed is left."""
+    """Return the points to run, all methods of a seed before the next seed."""
     order = product(args.seeds, args.k, args.sources, args.methods)
     return [(s, m, k, seed) for seed, k, s, m in order if "gradient" not in m or s == "bundled"]
 
@@ -152,7 +152,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=KNOWN, metavar="METHOD")
     parser.add_argument("--k", type=int, nargs="*", default=[32, 16, 64])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     args = parser.parse_args()
     args.encoder, args.work = args.encoder.resolve(), args.work.resolve()
     return args

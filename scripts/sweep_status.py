@@ -1,10 +1,10 @@
-"""How a sweep stands, a row a point: index, state, job, tokens so far, what was typed, what went wrong.
+"""Print the state of a sweep, a row a point: index, state, job, tokens so far, arguments, error.
 
     python scripts/sweep_status.py runs/sweep-3fa9c1
 
-Reads and changes nothing. A point is done (its run's summary is there), running, waiting (in the queue, or never
-submitted), preempted (saved and to go on), stopped (by the numbers) or failed, with the last line of its message. Where
-squeue is, a run whose job is gone counts as failed; elsewhere states are as they were recorded.
+It reads and changes nothing. A point is done (its run has a summary), running, waiting (in the queue, or never
+submitted), preempted (saved, to be resumed), stopped (by the numbers) or failed, with the last line of its message.
+Where squeue exists, a run whose job is gone counts as failed. Elsewhere states are as they were recorded.
 """
 
 import argparse

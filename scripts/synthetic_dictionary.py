@@ -1,8 +1,8 @@
-"""Activations with a known truth: sparse sums of unit directions with Zipf frequencies, families and correlated groups.
+"""Write activations with a known truth: sparse sums of unit directions with Zipf frequencies, families and groups.
 
     python scripts/synthetic_dictionary.py --out SYNTHETIC [--seed 0]
 
-writes SYNTHETIC/train and SYNTHETIC/held_out for `harvest=tensors`, and SYNTHETIC/truth.safetensors with
+It writes SYNTHETIC/train and SYNTHETIC/held_out for `harvest=tensors`, and SYNTHETIC/truth.safetensors with
 
     directions  [n_true, d_model] unit rows
     density     [n_true] share of tokens on which a direction is active, by design
@@ -34,7 +34,7 @@ CHUNK = 8192
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What is known of the activations."""
+    """The true directions, and the structure of their firings."""
 
     directions: Tensor
     density: Tensor
@@ -67,7 +67,7 @@ def truth(seed: int) -> Truth:
 
 
 def activity(known: Truth, n_rows: int, generator: torch.Generator) -> Tensor:
-    """Return [n_rows, n_true] what is active, bool."""
+    """Return the active directions of each row [n_rows, n_true], bool."""
     draw = torch.rand(n_rows, N_TRUE, generator=generator, dtype=torch.float64)
     grouped = known.group >= 0
     cause = torch.randn(n_rows, int(known.group.max()) + 1, generator=generator, dtype=torch.float64)
@@ -109,7 +109,7 @@ def write(out: Path, *, seed: int, n_train: int, n_held_out: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovery:
-    """How much of the truth a dictionary has, and what becomes of parents on their children's tokens."""
+    """The share of the truth that a dictionary has found, and absorption of parents by their children."""
 
     cosine: float
     """Mean over directions of the largest cosine with a feature."""
@@ -121,11 +121,11 @@ class Recovery:
     """By parent: share of its tokens with a child on which its feature (the nearest in cosine) is silent; None where
     the parent was not found."""
     missed: list[float | None]
-    """The same on its tokens without a child: what the feature misses anyway."""
+    """The same on its tokens without a child: missed without any absorption."""
 
 
 def recovery(fires: Tensor, W_dec: Tensor, held: dict[str, Tensor]) -> Recovery:
-    """Return how an SAE with unit decoder rows [F, D] that fires [n_held_out, F] bool on the rows of `held` stands."""
+    """Return the recovery by an SAE with unit decoder rows [F, D] and firings [n_held_out, F] bool on `held`."""
     cosine, nearest = (held["directions"] @ W_dec.t()).max(dim=1)
     active = held["active"].bool()
     parents = held["parent"][held["parent"] >= 0].unique()

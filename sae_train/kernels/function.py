@@ -1,4 +1,4 @@
-"""Autograd functions of our own, called with types: torch leaves `Function.apply` untyped."""
+"""A typed call of custom autograd functions."""
 
 from typing import Any
 
@@ -7,6 +7,6 @@ from torch.autograd import Function
 
 
 def applied(function: type[Function], *inputs: Any) -> Tensor:
-    """Return what an autograd function of one output makes of its inputs, with a graph where one asks for it."""
+    """Return `function.apply(*inputs)` of an autograd function with one output; torch leaves `apply` untyped."""
     output: Tensor = function.apply(*inputs)
     return output

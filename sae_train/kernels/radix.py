@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sae_train.kernels.backend import uses_numba
 from sae_train.ranks.interface import Ranks
 
 DIGIT_BITS = 11
@@ -101,10 +100,6 @@ def _kth_largest_key(key: Tensor, active: Tensor, k: Tensor, *, n_bits: int, ran
 def _kth_largest_here(values: Tensor, k: int) -> Tensor:
     if k > len(values):
         return values.new_zeros(())
-    if uses_numba(values):
-        from sae_train.kernels import numba_cut
-
-        return numba_cut.kth_largest(values, k)
     positive = torch.where(values > 0, values, 0)
     return positive.topk(k, sorted=False).values.min()
 

@@ -1,38 +1,45 @@
 """Which matches of a batch are kept: by batch, by row, by column, or by threshold.
 
-Only positive entries are ever kept (NaN is not), as many as the budget says where enough are positive. Ties at a cut
-go to the lower token, then the lower feature. The batch is spread over a grid of ranks: those of `ranks.data` hold
-its tokens, equally many each, those of `ranks.features` its features, each in rank order. Selection is collective,
-and the same pairs are kept in every grid. Pairs are numbered within the rank.
+Only positive entries are kept (NaN is not), as many as the budget says where enough are positive. Ties at a cut go to
+the lower token, then the lower feature. The batch is spread over a grid of ranks: those of `ranks.data` hold its
+tokens, equally many each, those of `ranks.features` its features, each in rank order. Selection is collective, and the
+same pairs are kept in every grid. Pairs are numbered within the rank.
 """
 
+import torch
 from torch import Tensor
 
-from sae_train.kernels import candidates, grouped
-from sae_train.kernels.hint import Hint
-from sae_train.kernels.matches import Matches, flat_nonzero, pack
-from sae_train.kernels.screened import PreActivations, Screened
+from sae_train.kernels import selection_cpu, selection_gpu
+from sae_train.kernels.cuts import cut_batch, cut_columns, cut_rows
+from sae_train.kernels.matches import Matches, pack
+from sae_train.kernels.near_product import Near, PreActivations, more_than
 from sae_train.ranks.interface import Ranks
 
 
-def select_batch(
-    pre_NF: PreActivations, *, budget: int, capacity: int, n_features: int, ranks: Ranks, hint: Hint | None = None
-) -> Matches:
+def select_batch(pre_NF: PreActivations, *, budget: int, capacity: int, n_features: int, ranks: Ranks) -> Matches:
     """Keep the `budget` largest entries of the whole batch, all ranks' tokens and features together.
 
+    >>> from sae_train.ranks.interface import Solo
+    >>> pre = torch.tensor([[1.0, 5.0, -2.0], [3.0, 0.0, 4.0]])
+    >>> found = select_batch(pre, budget=3, capacity=4, n_features=3, ranks=Solo())
+    >>> found.value, found.feature.tolist(), found.token.tolist(), found.start.tolist()
+    (tensor([5., 3., 4., 0.]), [1, 0, 2, 0], [0, 1, 1, 0], [0, 1, 3])
+
     Args:
-        pre_NF: this rank's pre-activations, fp32 or float64; screened only on a CPU.
+        pre_NF: this rank's pre-activations, fp32 or float64, or near ones.
         budget: matches of the batch over all ranks.
         capacity: slots of the result, at least `budget`.
         n_features: features of the whole dictionary.
         ranks: the whole grid.
-        hint: of the run's earlier batches, on every rank or on none; it is given this one's cut.
     """
-    if isinstance(pre_NF, Screened) or pre_NF.device.type == "cpu":
-        return candidates.select_batch(
-            pre_NF, budget=budget, capacity=capacity, n_features=n_features, ranks=ranks, hint=hint
-        )
-    return grouped.select_batch(pre_NF, budget=budget, capacity=capacity, n_features=n_features, ranks=ranks)
+    if isinstance(pre_NF, Near):
+        shape, more = (pre_NF.shape[0], pre_NF.shape[1]), more_than(budget)
+        found = select_batch(pre_NF.near_NF, budget=more, capacity=more, n_features=n_features, ranks=ranks)
+        index, value = pre_NF.exact(found)
+        keep = cut_batch(index, value, budget=budget, shape=shape, n_features=n_features, ranks=ranks)
+        return pack(index, value, keep, shape=shape, capacity=capacity)
+    select = selection_cpu.select_batch if pre_NF.device.type == "cpu" else selection_gpu.select_batch
+    return select(pre_NF, budget=budget, capacity=capacity, n_features=n_features, ranks=ranks)
 
 
 def select_rows(
@@ -40,53 +47,78 @@ def select_rows(
 ) -> Matches:
     """Keep the `k` largest entries of each row, all columns of the grid together.
 
+    >>> from sae_train.ranks.interface import Solo
+    >>> pre = torch.tensor([[1.0, 5.0, -2.0], [3.0, 0.0, 4.0]])
+    >>> found = select_rows(pre, k=1, capacity=2, n_features=3, ranks=Solo())
+    >>> found.value, found.feature.tolist()
+    (tensor([5., 4.]), [1, 2])
+
     Args:
-        pre_NF: this rank's pre-activations, fp32 or float64; screened only on a CPU.
+        pre_NF: this rank's pre-activations, fp32 or float64, or near ones.
         k: matches of a token over all ranks.
         capacity: slots of the result, at least k x tokens or all of this rank's entries.
         n_features: features of the whole dictionary.
         ranks: the whole grid.
         allowed_F: mask of this rank's columns that may be kept; all if None.
     """
-    if isinstance(pre_NF, Screened) or pre_NF.device.type == "cpu":
-        return candidates.select_rows(
-            pre_NF, k=k, capacity=capacity, n_features=n_features, ranks=ranks, allowed_F=allowed_F
+    if isinstance(pre_NF, Near):
+        shape, more = (pre_NF.shape[0], pre_NF.shape[1]), min(more_than(k), n_features)
+        most = min(more, shape[1])
+        found = select_rows(
+            pre_NF.near_NF, k=more, capacity=most * shape[0], n_features=n_features, ranks=ranks, allowed_F=allowed_F
         )
-    return grouped.select_rows(pre_NF, k=k, capacity=capacity, n_features=n_features, ranks=ranks, allowed_F=allowed_F)
+        index, value = pre_NF.exact(found)
+        keep = cut_rows(index, value, k=k, most=most, shape=shape, n_features=n_features, ranks=ranks)
+        return pack(index, value, keep, shape=shape, capacity=capacity)
+    select = selection_cpu.select_rows if pre_NF.device.type == "cpu" else selection_gpu.select_rows
+    return select(pre_NF, k=k, capacity=capacity, n_features=n_features, ranks=ranks, allowed_F=allowed_F)
 
 
 def select_columns(pre_NF: PreActivations, *, budget_F: Tensor, capacity: int, ranks: Ranks) -> Matches:
     """Keep the `budget_F[j]` largest entries of each column of the whole batch, all ranks' tokens together.
 
+    >>> from sae_train.ranks.interface import Solo
+    >>> pre = torch.tensor([[1.0, 5.0, -2.0], [3.0, 6.0, 4.0]])
+    >>> found = select_columns(pre, budget_F=torch.tensor([1, 0, 2]), capacity=3, ranks=Solo())
+    >>> found.value, found.feature.tolist()
+    (tensor([3., 4., 0.]), [0, 2, 0])
+
     Args:
-        pre_NF: this rank's pre-activations, fp32 or float64; screened only on a CPU.
+        pre_NF: this rank's pre-activations, fp32 or float64, or near ones.
         budget_F: int64 on the host, matches of each of this rank's features over all ranks.
         capacity: slots of the result, at least the sum of `budget_F`.
         ranks: the whole grid.
     """
-    if isinstance(pre_NF, Screened) or pre_NF.device.type == "cpu":
-        return candidates.select_columns(pre_NF, budget_F=budget_F, capacity=capacity, ranks=ranks)
-    return grouped.select_columns(pre_NF, budget_F=budget_F, capacity=capacity, ranks=ranks)
+    if isinstance(pre_NF, Near):
+        shape = pre_NF.shape[0], pre_NF.shape[1]
+        more_F = torch.tensor([more_than(each) for each in budget_F.tolist()], dtype=torch.int64)
+        found = select_columns(pre_NF.near_NF, budget_F=more_F, capacity=int(more_F.sum()), ranks=ranks)
+        index, value = pre_NF.exact(found)
+        keep = cut_columns(index, value, budget_F=budget_F, shape=shape, ranks=ranks)
+        return pack(index, value, keep, shape=shape, capacity=capacity)
+    select = selection_cpu.select_columns if pre_NF.device.type == "cpu" else selection_gpu.select_columns
+    return select(pre_NF, budget_F=budget_F, capacity=capacity, ranks=ranks)
 
 
 def select_above(pre_NF: Tensor, threshold_F: Tensor) -> Matches:
-    """Keep what is above its feature's threshold (strictly); as many slots as matches: one host read."""
-    return select_where(pre_NF, pre_NF > threshold_F)
+    """Keep the entries above their feature's threshold (strictly), positive or not; waits for the device.
 
+    The result has as many slots as matches.
 
-def select_few_above(pre_NF: PreActivations, bound_F: Tensor, *, most: float) -> Matches | None:
-    """Keep the entries above their feature's bound (strictly), positive or not; None where they are more than `most`.
-
-    Waits for the device: as many slots as matches. Screened ones may count some that are a little below.
+    >>> found = select_above(torch.tensor([[1.0, 5.0], [3.0, 0.0]]), torch.tensor([1.0, 4.0]))
+    >>> found.value, found.feature.tolist(), found.start.tolist()
+    (tensor([5., 3.]), [1, 0], [0, 1, 2])
     """
-    if isinstance(pre_NF, Screened):
-        found = pre_NF.above(bound_F, most=most)
-        return None if found is None else pack(*found, None, shape=pre_NF.shape, capacity=None)
+    return _select_where(pre_NF, pre_NF > threshold_F)
+
+
+def select_few_above(pre_NF: Tensor, bound_F: Tensor, *, most: float) -> Matches | None:
+    """Return `select_above`, None where it would keep more than `most` entries."""
     keep_NF = pre_NF > bound_F
-    return None if int(keep_NF.count_nonzero()) > most else select_where(pre_NF, keep_NF)
+    return None if int(keep_NF.count_nonzero()) > most else _select_where(pre_NF, keep_NF)
 
 
-def select_where(pre_NF: Tensor, keep_NF: Tensor) -> Matches:
-    """Keep the entries where `keep_NF` holds, positive or not; as many slots as matches: waits for the device."""
-    index = flat_nonzero(keep_NF)
-    return pack(index, pre_NF.reshape(-1)[index], None, shape=(pre_NF.shape[0], pre_NF.shape[1]), capacity=None)
+def _select_where(pre_NF: Tensor, keep_NF: Tensor) -> Matches:
+    index = keep_NF.reshape(-1).nonzero().squeeze(1)
+    value = pre_NF.reshape(-1).index_select(0, index)
+    return pack(index, value, torch.ones_like(index, dtype=torch.bool), shape=(pre_NF.shape[0], pre_NF.shape[1]))

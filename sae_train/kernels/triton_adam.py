@@ -1,10 +1,9 @@
 """Adam on rows that stay on the unit sphere, as Triton kernels: projection, clipping, update, renormalisation.
 
-Clipping needs the norm of every gradient before the first weight may move, so there are two passes: `along_rows`
-reads gradient and weight once, `move` reads gradient, weight and moments once and writes weight and moments once.
-Twins of the methods project_gradient and normalise of TrainableAutoencoder, and of Adam._move, in fp32. The formula is
-that of torch's fused Adam (arXiv 1412.6980, algorithm 1; eps is added to the corrected root). Checked interpreted on a
-CPU (tests/kernels/test_triton.py); speed is unmeasured.
+Clipping needs the norm of every gradient before the first weight may move, so there are two passes. `along_rows` reads
+gradient and weight once. `move` reads gradient, weight and moments once and writes weight and moments once. A program
+holds one row. The formula is that of torch's fused Adam (arXiv 1412.6980, algorithm 1; eps is added to the corrected
+root). No GPU has measured the speed.
 """
 
 from typing import Any
@@ -14,14 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDEST = 8192
-"""Columns up to which a row is held in registers; wider ones pass in blocks and are read twice."""
-
 
 def along_rows(gradient_FD: Tensor, weight_FD: Tensor) -> tuple[Tensor, Tensor]:
     """Return each gradient's component along its unit row [F], and the squared norm of the rest of it [F]; fp32.
 
-    The sum of the second is the squared norm of the projected gradient, which is not written anywhere.
+    The projected gradient itself is not written anywhere. For an example see unit_rows.py.
     """
     n_rows, width = weight_FD.shape
     along_F, square_F = weight_FD.new_empty(n_rows), weight_FD.new_empty(n_rows)
@@ -45,15 +41,10 @@ def move(
     beta2: float,
     eps: float,
 ) -> None:
-    """Update unit rows and their moments in place; the gradient is left as it is. All fp32, contiguous.
+    """Update unit rows and their moments in place, all fp32 and contiguous; `move_unit_rows` has the arguments.
 
     Args:
-        along_F: of `along_rows`; this much of each row is taken off its gradient.
-        mean_FD: first moment.
-        square_FD: second moment.
         step: count on the device, this step included.
-        scale: what gradients are divided by, a scalar on the device; 1 if None.
-        halted: scalar bool on the device; where true nothing is changed.
     """
     n_rows, width = weight_FD.shape
     unbias_2 = torch.stack([1 - beta1 ** step.double(), (1 - beta2 ** step.double()).sqrt()]).float()
@@ -68,131 +59,49 @@ def move(
 
 
 def _tiling(width: int) -> dict[str, Any]:
-    block = min(triton.next_power_of_2(width), WIDEST)
-    return {
-        "WHOLE": width <= block,
-        "BLOCK": block,
-        "num_warps": max(1, min(16, block // 256)),
-        "enable_fp_fusion": True,
-    }
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": max(1, min(32, block // 256)), "enable_fp_fusion": True}
 
 
 @triton.jit
-def _along_kernel(gradients, weights, alongs, squares, width, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+def _along_kernel(gradients, weights, alongs, squares, width, BLOCK: tl.constexpr):
     """Split one row's gradient."""
     row = tl.program_id(0)
-    at = row.to(tl.int64) * width
     column = tl.arange(0, BLOCK)
-    if WHOLE:
-        gradient = tl.load(gradients + at + column, mask=column < width, other=0.0)
-        weight = tl.load(weights + at + column, mask=column < width, other=0.0)
-        along = tl.sum(gradient * weight, 0)
-        rest = gradient - along * weight
-        square = tl.sum(rest * rest, 0)
-    else:
-        tile_sum = tl.zeros([BLOCK], tl.float32)
-        for left in range(0, width, BLOCK):
-            inside = left + column < width
-            gradient = tl.load(gradients + at + left + column, mask=inside, other=0.0)
-            tile_sum += gradient * tl.load(weights + at + left + column, mask=inside, other=0.0)
-        along = tl.sum(tile_sum, 0)
-        tile_sum = tl.zeros([BLOCK], tl.float32)
-        for left in range(0, width, BLOCK):
-            inside = left + column < width
-            gradient = tl.load(gradients + at + left + column, mask=inside, other=0.0)
-            rest = gradient - along * tl.load(weights + at + left + column, mask=inside, other=0.0)
-            tile_sum += rest * rest
-        square = tl.sum(tile_sum, 0)
+    at = row.to(tl.int64) * width + column
+    gradient = tl.load(gradients + at, mask=column < width, other=0.0)
+    weight = tl.load(weights + at, mask=column < width, other=0.0)
+    along = tl.sum(gradient * weight, 0)
+    rest = gradient - along * weight
     tl.store(alongs + row, along)
-    tl.store(squares + row, square)
-
-
-@triton.jit
-def _moved(
-    weights,
-    gradients,
-    means,
-    squares,
-    at,
-    inside,
-    along,
-    scale,
-    step_size,
-    root_unbias,
-    BETA1: tl.constexpr,
-    REST1: tl.constexpr,
-    BETA2: tl.constexpr,
-    REST2: tl.constexpr,
-    EPS: tl.constexpr,
-):
-    """Update the moments at `at` and return the moved weights there, 0 outside; divisions and roots are rounded."""
-    weight = tl.load(weights + at, mask=inside, other=0.0)
-    gradient = tl.load(gradients + at, mask=inside, other=0.0)
-    gradient = tl.div_rn(gradient - along * weight, scale)
-    mean = BETA1 * tl.load(means + at, mask=inside, other=0.0) + REST1 * gradient
-    square = tl.load(squares + at, mask=inside, other=1.0)  # outside too a root to divide by, whatever eps
-    square = BETA2 * square + REST2 * gradient * gradient
-    tl.store(means + at, mean, mask=inside)
-    tl.store(squares + at, square, mask=inside)
-    root = tl.div_rn(tl.sqrt_rn(square), root_unbias) + EPS
-    return weight - step_size * tl.div_rn(mean, root)
+    tl.store(squares + row, tl.sum(rest * rest, 0))
 
 
 @triton.jit
 def _move_kernel(
-    weights,
-    gradients,
-    alongs,
-    means,
-    squares,
-    unbias,
-    scales,
-    halted,
-    rate,
-    width,
-    BETA1: tl.constexpr,
-    REST1: tl.constexpr,
-    BETA2: tl.constexpr,
-    REST2: tl.constexpr,
-    EPS: tl.constexpr,
-    SCALED: tl.constexpr,
-    WHOLE: tl.constexpr,
+    weights, gradients, alongs, means, squares, unbias, scales, halted, rate, width, BETA1: tl.constexpr,
+    REST1: tl.constexpr, BETA2: tl.constexpr, REST2: tl.constexpr, EPS: tl.constexpr, SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
-):
-    """Move one row, unless halted."""
+):  # fmt: skip
+    """Move one row, unless halted. Divisions and roots are rounded to nearest."""
     if tl.load(halted) == 0:
         row = tl.program_id(0)
-        start = row.to(tl.int64) * width
         column = tl.arange(0, BLOCK)
-        along = tl.load(alongs + row)
-        step_size = tl.div_rn(rate, tl.load(unbias))
-        root_unbias = tl.load(unbias + 1)
+        inside = column < width
+        at = row.to(tl.int64) * width + column
         scale = 1.0
         if SCALED:
             scale = tl.load(scales)
-        if WHOLE:
-            inside = column < width
-            moved = _moved(
-                weights, gradients, means, squares, start + column, inside, along, scale, step_size, root_unbias,
-                BETA1, REST1, BETA2, REST2, EPS,
-            )  # fmt: skip
-            norm = tl.sqrt_rn(tl.sum(moved * moved, 0))
-            norm = tl.where(norm > 0, norm, 1.0)
-            tl.store(weights + start + column, tl.div_rn(moved, norm), mask=inside)
-        else:
-            tile_sum = tl.zeros([BLOCK], tl.float32)
-            for left in range(0, width, BLOCK):
-                inside = left + column < width
-                moved = _moved(
-                    weights, gradients, means, squares, start + left + column, inside, along, scale, step_size,
-                    root_unbias, BETA1, REST1, BETA2, REST2, EPS,
-                )  # fmt: skip
-                tile_sum += moved * moved
-                tl.store(weights + start + left + column, moved, mask=inside)
-            norm = tl.sqrt_rn(tl.sum(tile_sum, 0))
-            norm = tl.where(norm > 0, norm, 1.0)
-            tl.debug_barrier()  # what one thread of this program wrote another may read
-            for left in range(0, width, BLOCK):
-                inside = left + column < width
-                moved = tl.load(weights + start + left + column, mask=inside, other=0.0)
-                tl.store(weights + start + left + column, tl.div_rn(moved, norm), mask=inside)
+        weight = tl.load(weights + at, mask=inside, other=0.0)
+        gradient = tl.load(gradients + at, mask=inside, other=0.0)
+        gradient = tl.div_rn(gradient - tl.load(alongs + row) * weight, scale)
+        mean = BETA1 * tl.load(means + at, mask=inside, other=0.0) + REST1 * gradient
+        square = tl.load(squares + at, mask=inside, other=1.0)  # a root to divide by outside, too
+        square = BETA2 * square + REST2 * gradient * gradient
+        tl.store(means + at, mean, mask=inside)
+        tl.store(squares + at, square, mask=inside)
+        root = tl.div_rn(tl.sqrt_rn(square), tl.load(unbias + 1)) + EPS
+        moved = weight - tl.div_rn(rate, tl.load(unbias)) * tl.div_rn(mean, root)
+        norm = tl.sqrt_rn(tl.sum(moved * moved, 0))
+        norm = tl.where(norm > 0, norm, 1.0)
+        tl.store(weights + at, tl.div_rn(moved, norm), mask=inside)

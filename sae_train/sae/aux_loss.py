@@ -13,7 +13,7 @@ from sae_train import kernels
 from sae_train.config import AuxKConfig, AuxZipfConfig, NoAuxLossConfig, SaeConfig
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import SparseCode
-from sae_train.sae.losses import squared_error
+from sae_train.sae.losses import errors_of, squared_error
 from sae_train.sae.sizes import SaeSizes
 from sae_train.sae.state import State
 from sae_train.sae.step_info import StepInputs
@@ -70,7 +70,7 @@ class AuxLoss:
         code = sae.attach(x_ND, code)
         code = replace(code, value=code.value * underuse_F[code.feature.long()])
         x_hat_ND = sae.decode(code, ranks=ranks, bias=False)
-        error = squared_error(x_hat_ND, kernels.missed(residual_ND, x_hat_ND))
+        error = squared_error(x_hat_ND, errors_of(residual_ND, x_hat_ND))
         variance = _total_variance(residual_ND, ranks.data)
         scale = (n_taking_part / self.k_aux).clamp(max=1)
         factor = torch.where(variance > 0, self.weight * scale / torch.where(variance > 0, variance, 1), 0)

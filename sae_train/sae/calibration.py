@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_train import kernels
 from sae_train.kernels.radix import kth_largest
 from sae_train.phases import SILENT, Phases
 from sae_train.ranks.interface import Ranks
@@ -180,7 +179,7 @@ def _largest(
         values, positives = [], []
         for pre_NF in affinities(raw_ND):
             positives.append(_positive(pre_NF))
-            values.append(pre_NF.flatten()[kernels.flat_nonzero(pre_NF > bound)])
+            values.append(pre_NF[pre_NF > bound])
         found = torch.tensor(sum(map(len, values)), device=raw_ND.device)
         if bound <= 0 or int(row.sum(found)) >= most:
             return torch.cat(values), torch.cat(positives)

@@ -44,7 +44,6 @@ class TrainableAutoencoder(nn.Module):
         b_dec: [D] decoder bias.
         precision: type of the factors of matrix products: bf16, float32 or float64.
         has_unit_norms: whether decoder rows are kept at unit norm.
-        workspace: memory for gradients of the rows.
     """
 
     W_enc: Tensor
@@ -53,7 +52,6 @@ class TrainableAutoencoder(nn.Module):
 
     def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
         super().__init__()
-        self.workspace = kernels.Workspace()
         self._add_encoder(W_enc)
         self.b_enc = nn.Parameter(b_enc)
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
@@ -123,10 +121,9 @@ class TrainableAutoencoder(nn.Module):
         """
         return kernels.affine(x_ND, self.W_enc, self.b_enc, precision=self.precision, out=out)
 
-    def screened(self, x_ND: Tensor, *, out: Tensor) -> kernels.Screened:
-        """Return what `pre_activations` does, screened, where `kernels.can_screen`; `out` is [N, F] bf16."""
-        rows, workspace = (self.W_enc.detach(), self.b_enc.detach()), self.workspace
-        return kernels.screen(x_ND, *rows, precision=self.precision, out=out, workspace=workspace)
+    def near_pre_activations(self, x_ND: Tensor, *, out: Tensor | None = None) -> kernels.Near:
+        """Return pre-activations of a bf16 product, which only find candidates; `out` is [N, F] bf16."""
+        return kernels.near(x_ND, self.W_enc, self.b_enc, out=out)
 
     def slopes(self, gradient_ND: Tensor) -> Tensor:
         """Return slope_NF = g W_dec^T: how fast a loss changes with the value of each feature, without a graph.
@@ -168,23 +165,10 @@ class TrainableAutoencoder(nn.Module):
 
     def _shared(self, code: SparseCode) -> dict[str, Any]:
         """Return what all products over the matches share."""
-        return {"order": code.order, "workspace": self.workspace, "precision": self.precision}
+        return {"order": code.order, "precision": self.precision}
 
-    @torch.no_grad()
-    def project_gradient(self) -> None:
-        """Remove from the decoder's gradient its component along each (unit) row; nothing where norms are free."""
-        grad = self.W_dec.grad
-        if grad is not None and self.has_unit_norms:
-            along_F1 = (grad * self.W_dec).sum(1, keepdim=True)
-            grad.addcmul_(self.W_dec, along_F1, value=-1)
-
-    @torch.no_grad()
-    def normalise(self) -> None:
-        """Give every decoder row unit norm, unless norms are free."""
-        if not self.has_unit_norms:
-            return
-        norm_F1 = self.W_dec.norm(dim=1, keepdim=True)
-        self.W_dec.div_(torch.where(norm_F1 > 0, norm_F1, 1))
+    def moved(self) -> None:
+        """Drop what was computed from parameters: called after each change of them."""
 
 
 class AlignedAutoencoder(TrainableAutoencoder):
@@ -200,7 +184,7 @@ class AlignedAutoencoder(TrainableAutoencoder):
 
     def _add_encoder(self, rows_FD: Tensor) -> None:
         self.W_free = nn.Parameter(rows_FD)
-        self._made: tuple[tuple[int, int], Tensor] | None = None
+        self._made: Tensor | None = None
 
     @staticmethod
     def start(rows_FD: Tensor) -> Tensor:
@@ -208,13 +192,15 @@ class AlignedAutoencoder(TrainableAutoencoder):
 
     @property
     def W_enc(self) -> Tensor:  # type: ignore[override]  # computed from parameters here, a parameter elsewhere
-        """[F, D] encoder rows, with the graph to W_free and W_dec; made once for each state of the two."""
-        versions = self.W_free._version, self.W_dec._version
-        if self._made is None or self._made[0] != versions:
+        """[F, D] encoder rows, with the graph to W_free and W_dec; computed once between two calls of `moved`."""
+        if self._made is None:
             with torch.enable_grad():
                 along_F1 = (self.W_free * self.W_dec).sum(1, keepdim=True)
-                self._made = versions, self.W_free + (1 - along_F1) * self.W_dec
-        return self._made[1]
+                self._made = self.W_free + (1 - along_F1) * self.W_dec
+        return self._made
+
+    def moved(self) -> None:
+        self._made = None
 
 
 PARAMETRISATIONS = {"free": TrainableAutoencoder, "aligned": AlignedAutoencoder}

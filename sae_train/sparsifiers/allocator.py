@@ -32,6 +32,8 @@ class Allocator(Sparsifier):
 
     capacity: int
 
+    reads_all = False
+
     def __init__(self, config: SaeConfig, sizes: SaeSizes, ranks: Ranks) -> None:
         super().__init__(config, sizes, ranks)
         assert isinstance(config.sparsifier, AllocatorConfig)
@@ -40,7 +42,6 @@ class Allocator(Sparsifier):
         self._revival = config.sparsifier.revival
         gap = sizes.n_features / self.schedule.k
         self._silent_tokens = max(sizes.dead_window // SILENT_SHARE, round(SILENT_GAPS * gap))
-        self.kept_a_token = self.schedule.most
 
     @classmethod
     def problems(cls, config: SaeConfig, sizes: SaeSizes) -> list[str]:

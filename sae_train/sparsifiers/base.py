@@ -8,6 +8,7 @@ The learner creates one sparsifier an SAE and calls its members in this order:
 |               | `matrices_held`      | gradient, penalised ones (measured memory of a step)        |
 | once, before  | `extra_parameters`   | jumprelu, gated                                             |
 |               | `has_unit_norms`     | relu (norms may be free)                                    |
+|               | `reads_all`          | allocators (not), gradient                                  |
 | each step     | `before_step`        | penalised ones                                              |
 |               | `encode`             | all                                                         |
 |               | `after_step`         | allocators                                                  |
@@ -18,7 +19,6 @@ The learner creates one sparsifier an SAE and calls its members in this order:
 | a checkpoint  | `state`, `load_state`| feature_choice, penalised ones, p_anneal, temporal_mask     |
 """
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -83,7 +83,8 @@ class Sparsifier(ABC):
     """Matrices [N, F] that a step holds at most, measured by tests/training/test_memory.py and rounded up."""
     has_unit_norms = True
     """Whether decoder rows are kept at unit norm."""
-    kept_a_token = math.inf
+    reads_all = True
+    """Whether it reads every pre-activation. Otherwise those of a bf16 product may find candidates for it."""
 
     def __init__(self, config: SaeConfig, sizes: SaeSizes, ranks: Ranks) -> None:
         raise_all(self.problems(config, sizes))

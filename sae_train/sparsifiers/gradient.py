@@ -9,8 +9,6 @@ there are no gradients, is plain TopK. Ours: |d_j . g| is divided by its mean ov
 so that beta and k do not depend on the unit of the gradient. Multi-TopK's wider choice is plain TopK's.
 """
 
-import math
-
 from torch import Tensor, addcmul, float64, where
 
 from sae_train import kernels
@@ -31,8 +29,7 @@ class Gradient(TopK):
         super().__init__(config, sizes, ranks)
         assert isinstance(config.sparsifier, GradientConfig)
         self._beta = config.sparsifier.beta
-        if self._beta > 0:
-            self.kept_a_token = math.inf  # scores are of all pairs
+        self.reads_all = self._beta > 0  # scores are of all pairs
 
     def select(self, inputs: StepInputs) -> SparseCode:
         pre_NF, slope_NF = inputs.pre_NF, inputs.slope_NF

@@ -4,20 +4,13 @@ Ayonrinde 2024 (arXiv 2411.02124). The same selector is BatchTopK (Bussmann et a
 """
 
 from sae_train import kernels
-from sae_train.config import SaeConfig
-from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import SparseCode
-from sae_train.sae.sizes import SaeSizes
 from sae_train.sae.step_info import StepInputs
 from sae_train.sparsifiers.allocator import Allocator
 
 
 class MutualChoice(Allocator):
     """One budget for the batch. Neither tokens nor features have a budget of their own."""
-
-    def __init__(self, config: SaeConfig, sizes: SaeSizes, ranks: Ranks) -> None:
-        super().__init__(config, sizes, ranks)
-        self._hint = kernels.Hint()
 
     def select(self, inputs: StepInputs) -> SparseCode:
         matches = kernels.select_batch(
@@ -26,6 +19,5 @@ class MutualChoice(Allocator):
             capacity=self.capacity,
             n_features=self.n_features,
             ranks=inputs.ranks,
-            hint=self._hint,
         )
         return self.code(matches, inputs)

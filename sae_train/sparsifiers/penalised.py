@@ -56,8 +56,6 @@ class Penalised(Sparsifier):
         self._settle, fixed = config.sparsifier.settle, config.sparsifier.coefficient
         self._dead_window = sizes.dead_window
         self.price = Price(self.first_price, settle=self._settle, device=ranks.device, fixed=fixed)
-        if config.k is not None:
-            self.kept_a_token = config.k
 
     def bounds(self, sae: TrainableAutoencoder) -> Tensor:
         """Return the bound above which a pre-activation has a value or a gradient, detached: [F] or a scalar.
@@ -129,12 +127,12 @@ class Penalised(Sparsifier):
     def _attach(self, sae: TrainableAutoencoder, inputs: StepInputs) -> Code:
         """Return the pre-activations that matter, with their graph: with zeros or without, the same function."""
         x_ND, pre_NF = inputs.x_ND, inputs.pre_NF
+        assert isinstance(pre_NF, Tensor), "it reads all pre-activations"
         n_tokens, n_features = pre_NF.shape
         most = n_tokens * n_features / DENSE_FROM
         matches = kernels.select_few_above(pre_NF, self.bounds(sae), most=most)
         if matches is None:
-            whole_NF = pre_NF.whole() if isinstance(pre_NF, kernels.Screened) else pre_NF
-            return DenseCode(value=sae.attach_dense(x_ND, whole_NF))
+            return DenseCode(value=sae.attach_dense(x_ND, pre_NF))
         places = SparseCode(**matches._asdict(), shape=(n_tokens,), n_features=n_features)
         return sae.attach(x_ND, places)
 

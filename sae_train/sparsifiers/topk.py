@@ -29,8 +29,6 @@ class TopK(Allocator):
         super().__init__(config, sizes, ranks)
         assert isinstance(config.sparsifier, TopKConfig)
         self._multi_weight = config.sparsifier.multi_weight
-        if self._multi_weight:
-            self.kept_a_token *= MULTIPLE
         self._prefixes = prefix_sizes(config.nesting, n_features=sizes.n_features) if self._multi_weight else ()
 
     @staticmethod

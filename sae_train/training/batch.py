@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from sae_train import kernels
 from sae_train.harvest.batch import Batch
 from sae_train.ranks.interface import Ranks
 
@@ -36,12 +36,11 @@ def gathered(own: Batch, *, ranks: Ranks) -> RowBatch:
         ranks: whose `features` are the ranks of the row.
     """
     row, n_own = ranks.features, len(own)
-    norm_N, sum_D = kernels.norms_and_sum(own.x_ND)
     both = own.map(lambda own_ND: row.gather(own_ND).flatten(0, 1))
     return RowBatch(
         x_ND=both.x_ND,
         gradient_ND=both.gradient_ND,
         own=slice(row.rank * n_own, (row.rank + 1) * n_own),
-        norm_N=norm_N,
-        sum_D=sum_D,
+        norm_N=torch.linalg.vector_norm(own.x_ND, dim=1),
+        sum_D=own.x_ND.sum(0, dtype=torch.float64),
     )

@@ -12,7 +12,7 @@ from sae_train.ranks.interface import Ranks
 from sae_train.sae.aux_loss import build_aux_loss
 from sae_train.sae.code import Code
 from sae_train.sae.firing import Firing
-from sae_train.sae.losses import reconstruct
+from sae_train.sae.losses import Errors, reconstruct
 from sae_train.sae.nesting import prefix_sizes
 from sae_train.sae.state import State, joined
 from sae_train.sae.step_info import StepInfo, StepInputs
@@ -21,9 +21,9 @@ from sae_train.sparsifiers import build_sparsifier
 from sae_train.training.batch import RowBatch
 from sae_train.training.metrics import Totals, firing_row
 from sae_train.training.nonfinite import Halt
+from sae_train.training.optimizer import Adam
 from sae_train.training.plan import Plan
 from sae_train.training.schedule import learning_rate
-from sae_train.training.sphere_adam import build_optimizer
 
 DIVERGED = 100.0
 """FVU at which there is no way back: a reconstruction a hundred times worse than the mean."""
@@ -39,7 +39,7 @@ class Learner:
     Attributes:
         name: of the SAE, in checkpoints, metrics and summaries.
         features: lo, hi of the features that this rank holds.
-        is_screened: whether pre-activations are, by this processor, in this layout.
+        is_near: whether pre-activations come from a bf16 product that only finds candidates.
     """
 
     def __init__(self, name: str, config: RunConfig, plan: Plan, *, precision: str, ranks: Ranks) -> None:
@@ -64,12 +64,11 @@ class Learner:
         half_life = max(1, min(LONGEST_HALF_LIFE, plan.total_tokens // 8))
         self.firing = Firing(self.dictionary.n_features, half_life_tokens=half_life, device=ranks.device)
         rates = {name: each.rate for name, each in extra.items()}
-        self.optimizer = build_optimizer(self.dictionary, config.optimizer, rates=rates)
+        self.optimizer = Adam(self.dictionary, config.optimizer, rates=rates)
         self.totals = Totals(d_model=plan.d_model, ranks=ranks)
         self.halt = Halt(ranks.device)
         self._pre_NF: Tensor | None = None  # the largest thing that a step makes: kept from step to step
-        kept, own = self.sparsifier.kept_a_token, self.dictionary.n_features
-        self.is_screened = kernels.can_screen(n_features=own, kept_a_token=kept, device=ranks.device, dtype=dtype)
+        self.is_near = precision == "bf16" and not self.sparsifier.reads_all and not kernels.writes_fp32(ranks.device)
 
     def step_info(self, step: int) -> StepInfo:
         """Return the place of a step, counted from 0, in this SAE's schedules."""
@@ -102,19 +101,19 @@ class Learner:
             ranks=self.ranks,
         )
         code, decoded, penalty = sparsifier.encode(dictionary, inputs)
-        missed, loss = self.reconstruct(x_ND, decoded)
+        errors, loss = self.reconstruct(x_ND, decoded)
         aux, total = None, loss
         if self.aux_loss is not None:
-            aux = self.aux_loss(dictionary, inputs, missed.error)
+            aux = self.aux_loss(dictionary, inputs, errors.error)
         for part in (aux, penalty):
             total = total if part is None else total + part
         total.backward()
         grad_norm = self._update(info, loss=loss.detach(), norm_N=batch.norm_N)
         self.firing.update(code, n_tokens=info.batch_tokens, ranks=self.ranks)
         sparsifier.after_step(dictionary, info=info, firing=self.firing, halted=self.halt.flag)
-        self._add_to_totals(batch, info, code=code, missed=missed, loss=loss, aux=aux, grad_norm=grad_norm)
+        self._add_to_totals(batch, info, code=code, errors=errors, loss=loss, aux=aux, grad_norm=grad_norm)
 
-    def reconstruct(self, x_ND: Tensor, code: Code) -> tuple[kernels.Missed, Tensor]:
+    def reconstruct(self, x_ND: Tensor, code: Code) -> tuple[Errors, Tensor]:
         """Return the error of the reconstruction from all features, and the loss."""
         sizes, n_tokens = self.prefixes, self.plan.batch_tokens
         return reconstruct(self.dictionary, x_ND, code, sizes=sizes, n_tokens=n_tokens, ranks=self.ranks)
@@ -170,6 +169,7 @@ class Learner:
         with torch.no_grad():
             for name, value in _merged(state.part("dictionary")).items():
                 self.dictionary.get_parameter(name).copy_(value)
+        self.dictionary.moved()
         self.optimizer.load_state(_merged(state.part("optimizer")))
         self.sparsifier.load_state(state.part("sparsifier"))
         self.firing.load_state(state.part("firing"))
@@ -179,9 +179,9 @@ class Learner:
 
     def _pre_activations(self, x_ND: Tensor) -> kernels.PreActivations:
         if self._pre_NF is None:
-            dtype = torch.bfloat16 if self.is_screened else x_ND.dtype
+            dtype = torch.bfloat16 if self.is_near else x_ND.dtype
             self._pre_NF = x_ND.new_empty(len(x_ND), self.dictionary.n_features, dtype=dtype)
-        find = self.dictionary.screened if self.is_screened else self.dictionary.pre_activations
+        find = self.dictionary.near_pre_activations if self.is_near else self.dictionary.pre_activations
         return find(x_ND, out=self._pre_NF)
 
     def _update(self, info: StepInfo, *, loss: Tensor, norm_N: Tensor) -> Tensor:
@@ -199,11 +199,9 @@ class Learner:
         for name in REPLICATED:  # equal on the ranks of a row but for rounding, which must not add up
             parameter = getattr(self.dictionary, name)
             parameter.grad = ranks.features.broadcast(parameter.grad, 0)
-        self.optimizer.project()
         norm = self.optimizer.gradient_norm(ranks)
         self.halt.watch(step=info.step, loss=ranks.data.sum(loss), grad_norm=norm, norm_N=norm_N)
         self.optimizer.step(lr=info.learning_rate, norm=norm, halted=self.halt.flag)
-        self.optimizer.normalise()
         return norm
 
     def _add_to_totals(
@@ -212,7 +210,7 @@ class Learner:
         info: StepInfo,
         *,
         code: Code,
-        missed: kernels.Missed,
+        errors: Errors,
         loss: Tensor,
         aux: Tensor | None,
         grad_norm: Tensor,
@@ -221,7 +219,7 @@ class Learner:
         self.totals.add(
             sum_D=batch.sum_D,
             norm_N=batch.norm_N,
-            missed_N=missed.norm[batch.own],
+            missed_N=errors.norm[batch.own],
             l0_N=columns.sum(code.l0())[batch.own].long(),
             code=code,
             loss=loss / columns.size,

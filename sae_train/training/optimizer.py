@@ -1,17 +1,21 @@
 """Adam on the dictionary, with global clipping, that turns into a no-op once a flag on the device is set."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from sae_train import kernels
 from sae_train.config import OptimizerConfig
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.trainable import REPLICATED, TrainableAutoencoder
 
 
 class Adam:
-    """Adam (arXiv 1412.6980), fused: every parameter and moment moves once a step.
+    """Adam (arXiv 1412.6980) on every parameter of a dictionary; the trainer creates it and calls it once a step.
 
-    The gradient is scaled so that its global norm is at most `clip`, inside the same pass.
+    The gradient is scaled so that its global norm is at most `clip`, inside the same pass. Decoder rows of unit norm
+    stay at unit norm: what would change their norms is taken off their gradient, and they are renormalised.
 
     Args:
         rates: of parameters by name, as a share of each step's learning rate; 1 for those that are not named.
@@ -29,19 +33,14 @@ class Adam:
             }
             for name, parameter in self._named.items()
         }
-
-    def project(self) -> None:
-        """Take off the decoder's gradient what would change the norms of its rows; see TrainableAutoencoder."""
-        self._dictionary.project_gradient()
-
-    def normalise(self) -> None:
-        """Bring the decoder's rows back to unit norm after a step; see TrainableAutoencoder."""
-        self._dictionary.normalise()
+        self._along_F: Tensor | None = None
 
     def gradient_norm(self, ranks: Ranks) -> Tensor:
-        """Return the norm of the gradients of the whole dictionary, a scalar on the device."""
-        given = {name: p.grad for name, p in self._named.items() if p.grad is not None}
-        squares = {name: self._square(name, gradient) for name, gradient in given.items()}
+        """Return the norm of the gradients of the whole dictionary, a scalar on the device.
+
+        Of the decoder's unit rows it is the norm of the projected gradient. `step` follows.
+        """
+        squares = {name: self._square(name, p.grad) for name, p in self._named.items() if p.grad is not None}
         shared = torch.stack([square for name, square in squares.items() if name not in REPLICATED]).sum()
         whole = [square for name, square in squares.items() if name in REPLICATED]
         return torch.stack([ranks.features.sum(shared), *whole]).sum().sqrt()
@@ -51,47 +50,37 @@ class Adam:
 
         Args:
             lr: this step's learning rate.
-            norm: global norm of the gradients, scalar.
+            norm: `gradient_norm` of these gradients, scalar.
             halted: scalar bool on the device; where true the step changes nothing.
         """
+        config = self._config
+        scale = (norm / config.clip).clamp_min(1.0) if config.clip > 0 else None
+        betas = {"beta1": config.beta1, "beta2": config.beta2, "eps": config.eps}
+        settings: Any = {"scale": scale, "halted": halted, **betas}
         given = {name: p.grad for name, p in self._named.items() if p.grad is not None}
-        scale = (norm / self._config.clip).clamp_min(1.0) if self._config.clip > 0 else None
-        if scale is not None and next(iter(given.values())).dtype == torch.float64:  # whose pass has a float32 scale
-            torch._foreach_div_(list(given.values()), scale)
-            scale = None
-        with torch.no_grad():
-            for rate in dict.fromkeys(self._rates.values()):
-                names = [name for name in given if self._rates[name] == rate]
-                if names:
-                    self._move(names, given, lr=lr * rate, scale=scale, halted=halted)
-        self._dictionary.workspace.keep(given.values())
+        decoder = given.pop("W_dec", None) if self._dictionary.has_unit_norms else None
+        for rate in dict.fromkeys(self._rates.values()):
+            names = [name for name in given if self._rates[name] == rate]
+            if names:
+                weights = [self._named[name].detach() for name in names]
+                moments = ([self._state[name][key] for name in names] for key in ("exp_avg", "exp_avg_sq", "step"))
+                kernels.adam(weights, [given[name] for name in names], *moments, lr=lr * rate, **settings)
+        if decoder is not None:
+            assert self._along_F is not None, "gradient_norm comes first"
+            weight, own, rate = self._named["W_dec"].detach(), self._state["W_dec"], self._rates["W_dec"]
+            places = weight, decoder, self._along_F, own["exp_avg"], own["exp_avg_sq"]
+            kernels.move_unit_rows(*places, step=own["step"], lr=lr * rate, **settings)
+        self._dictionary.moved()
         for parameter in self._named.values():
             parameter.grad = None
 
     def _square(self, name: str, gradient: Tensor) -> Tensor:
         """Return a parameter's share of the squared norm, float64."""
+        if name == "W_dec" and self._dictionary.has_unit_norms:
+            self._along_F, square_F = kernels.along_rows(gradient, self._named[name].detach())
+            return square_F.double().sum()
         norm: Tensor = torch.linalg.vector_norm(gradient)
         return norm.double().square()
-
-    def _move(
-        self, names: list[str], given: dict[str, Tensor], *, lr: float, scale: Tensor | None, halted: Tensor
-    ) -> None:
-        """Update parameters in one pass: the operation that torch.optim.Adam(fused=True) calls, as it calls it.
-
-        Without the class around it, which imports torch's compiler (1.4 s) and knows no division or halt but a
-        GradScaler's.
-        """
-        steps = [self._state[name]["step"] for name in names]
-        torch._foreach_add_(steps, 1)
-        torch._fused_adam_(
-            [self._named[name] for name in names], [given[name] for name in names],
-            [self._state[name]["exp_avg"] for name in names], [self._state[name]["exp_avg_sq"] for name in names],
-            [], steps, lr=lr, beta1=self._config.beta1, beta2=self._config.beta2, weight_decay=0.0,
-            eps=self._config.eps, amsgrad=False, maximize=False,
-            grad_scale=None if scale is None else scale.float(), found_inf=halted.float(),
-        )  # fmt: skip
-        torch._foreach_sub_(steps, [halted.float()] * len(steps))
-        torch.autograd.graph.increment_version([self._named[name] for name in names])  # torch's operation does not
 
     def state(self) -> dict[str, Tensor]:
         """Return step counts and moments by parameter and name, 'W_enc.exp_avg'."""

@@ -317,7 +317,7 @@ def _copies_in_host_memory(config: RunConfig) -> bool:
 
 
 def _has_bf16() -> bool:
-    return torch.cuda.is_available() and backend.has_bf16(torch.device("cuda"))
+    return backend.has_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _check_memory(plan: Plan, config: RunConfig, facts: StreamFacts) -> None:

@@ -1,5 +1,7 @@
 """What a run holds to when it goes on: the precision it began with, its source, and the program that made it."""
 
+import functools
+import platform
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,20 @@ def resolve_precision(config: RunConfig, *, stored: dict[str, Any] | None, devic
     if stored is not None:
         return str(stored["config"].get("precision", "float32"))
     return "bf16" if backend.has_bf16(device) else "float32"
+
+
+@functools.lru_cache
+def processor(device: torch.device) -> str:
+    """Return the name of what computes, on which the order of sums depends: a GPU's, or a CPU's with its vectors."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    vectors = torch.backends.cpu.get_cpu_capability() + (" with AMX" if backend.has_amx() else "")
+    return f"{names[0] if names else platform.machine()} ({vectors})"
 
 
 def check_source(record: dict[str, Any], *, stored: dict[str, Any] | None, path: Path) -> None:

@@ -12,7 +12,7 @@ from sae_train.harvest.build import StreamFacts, check_stream
 from sae_train.phases import Phases
 from sae_train.ranks.distributed import find_ranks
 from sae_train.ranks.interface import Ranks
-from sae_train.ranks.launcher_env import find_place
+from sae_train.ranks.launcher_env import this_process
 from sae_train.sae.nesting import prefix_sizes
 from sae_train.sparsifiers import sparsifier_class
 from sae_train.training import signals
@@ -40,8 +40,8 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
     Raises:
         UserError: see errors.py; its `status` is the exit status. `Preempted` after a signal, once everything is saved.
     """
-    n_ranks = find_place().size
-    show = partial(ProgressBar, is_first=find_place().rank == 0)
+    n_ranks = this_process().size
+    show = partial(ProgressBar, is_first=this_process().rank == 0)
     phases = Phases(show=show, alone=signals.leave_early) if n_ranks == 1 else Phases(show=show)
     phases.advance()
     facts = check_stream(config.source, n_ranks=n_ranks, phases=phases)
@@ -54,7 +54,7 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
     directory.check_identity(config)
     phases.advance()
     if config.dry_run:
-        if find_place().rank == 0:
+        if this_process().rank == 0:
             say(describe(plan, config, path=str(directory.path)))
         return 0
     ranks = find_ranks()

@@ -28,7 +28,7 @@ from sae_train.training.export import check_held_out, evaluation_figures, export
 from sae_train.training.learner import Learner
 from sae_train.training.metrics import spread_notice
 from sae_train.training.plan import Plan
-from sae_train.training.provenance import check_source, provenance, resolve_precision
+from sae_train.training.provenance import check_source, processor, provenance, resolve_precision
 from sae_train.training.run_directory import RunDirectory
 from sae_train.training.same_on_ranks import check_same_source
 from sae_train.training.tracking import Dashboard, MetricsFile, build_dashboard
@@ -254,11 +254,10 @@ class Session:
 
     def _how_it_computes(self) -> dict[str, Any]:
         """Return the facts of this machine on which the bits of a result depend."""
-        is_compiled = self._precision != "float64" and backend.has_numba(self.ranks.device)
         return {
             "threads": torch.get_num_threads(),
-            "is_screened": any(learner.is_screened for learner in self.trainer.learners),
-            "is_compiled": is_compiled,
+            "processor": processor(self.ranks.device),
+            "precision": self._precision,
         }
 
     def _save_this_step(self) -> None:

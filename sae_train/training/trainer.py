@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from sae_train import kernels
 from sae_train.config import RunConfig, SourceConfig
 from sae_train.harvest.batch import Batch
 from sae_train.harvest.build import Stream
@@ -50,8 +49,6 @@ class Trainer:
     def __init__(
         self, learners: Sequence[Learner], stream: Stream, *, source: SourceConfig, plan: Plan, ranks: Ranks
     ) -> None:
-        if ranks.device.type == "cpu":
-            kernels.keep_freed_memory()
         self.learners, self.stream, self.source, self.plan, self.ranks = list(learners), stream, source, plan, ranks
         self.n_done = 0
         self._clock = Clock()

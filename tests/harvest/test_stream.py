@@ -56,7 +56,7 @@ def stream_of(config: RunConfig, ranks: Ranks | None = None, *, start: bool = Tr
 
 def batches_of(config: RunConfig, ranks: Ranks | None = None, *, steps: int = STEPS) -> list[Tensor]:
     stream = stream_of(config, ranks)
-    return [stream.batch(step).x_ND.x_ND for step in range(steps)]
+    return [stream.batch(step).x_ND for step in range(steps)]
 
 
 def as_counts(rows: Tensor) -> Counter[bytes]:
@@ -67,7 +67,7 @@ def as_counts(rows: Tensor) -> Counter[bytes]:
 def test_batches_and_pool_hold_what_the_lanes_read_nothing_lost_nothing_twice(model, text, calibration_tokens):
     config = live_config(model, text, harvest={"calibration_tokens": calibration_tokens})  # 4096: more than pools hold
     stream = stream_of(config)
-    taken = [stream.batch(step).x_ND.x_ND for step in range(STEPS)]
+    taken = [stream.batch(step).x_ND for step in range(STEPS)]
     tokenizer, harvest = Tokenizer(config.model), config.harvest
     for number, state in stream.lane_states().items():
         stretches = stream._corpus.stretches(4, context_length=harvest.context_length, tokenizer=tokenizer)
@@ -110,7 +110,7 @@ def test_a_restored_stream_goes_on_bit_for_bit_and_lanes_move_between_ranks(conf
     def second(ranks: Ranks) -> list[Tensor]:
         stream = stream_of(config, ranks, start=False)
         stream.restore(replicated, lanes.__getitem__)
-        return [stream.batch(number).x_ND.x_ND for number in range(step, STEPS)]
+        return [stream.batch(number).x_ND for number in range(step, STEPS)]
 
     for batch, parts in zip(expected[step:], zip(*on_ranks(after, second), strict=True), strict=True):
         assert torch.equal(batch, torch.cat(parts))
@@ -172,7 +172,7 @@ def test_normalised_in_the_runs_precision(model, text):
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_other_families_stream_too(tmp_path, text, kind):
     stream = stream_of(live_config(save_model(tmp_path, kind), text))
-    assert stream.batch(0).x_ND.x_ND.shape == (64, 32)
+    assert stream.batch(0).x_ND.shape == (64, 32)
     assert stream.language_model.has_loss == (kind == "gpt2")
 
 
@@ -195,7 +195,7 @@ def test_tokens_of_outlying_norm_are_left_out_everywhere(model, text, tmp_path):
     layer = schema.ModuleLayerConfig(kind="module", path="model.embed_tokens", side="output")
     stream = stream_of(live_config(tmp_path, text, layer=layer))
     for step in range(STEPS):
-        raw = stream.batch(step).x_ND.x_ND * stream.scaling.scale + stream.scaling.centre_D.float()
+        raw = stream.batch(step).x_ND * stream.scaling.scale + stream.scaling.centre_D.float()
         assert (raw.norm(dim=1) <= stream.scaling.limit * 1.001).all()
     assert 0 < stream.dropped_share() < 0.2
     tokenizer = Tokenizer(live_config(tmp_path).model)
@@ -227,7 +227,7 @@ def test_held_out_batches(config):
 
 
 def contexts_in_batches(config: RunConfig, monkeypatch: pytest.MonkeyPatch, *, steps: int) -> list[int]:
-    """Return how many contexts each batch draws from: the model's activations are replaced by context numbers."""
+    """Return the number of contexts in each batch. The model's activations are replaced by context numbers."""
     stream = stream_of(config, start=False)
     count = 0
 
@@ -241,7 +241,7 @@ def contexts_in_batches(config: RunConfig, monkeypatch: pytest.MonkeyPatch, *, s
     monkeypatch.setattr(stream.language_model, "activations", numbered)
     stream.start()
     offset = stream.scaling.centre_D.float()
-    batches = [stream.batch(step).x_ND.x_ND * stream.scaling.scale + offset > 0 for step in range(steps)]
+    batches = [stream.batch(step).x_ND * stream.scaling.scale + offset > 0 for step in range(steps)]
     return [len(batch.unique(dim=0)) for batch in batches]
 
 
@@ -306,7 +306,7 @@ def test_refusals_before_weights(config, model, text, tmp_path):
     check_stream(changed(config, contexts_per_forward=4).source, n_ranks=1)
     check_stream(changed(config, contexts_per_forward=5, pool_batches=10).source, n_ranks=1)
     note = check_stream(changed(config, context_length=65, pool_batches=64).source, n_ranks=1).note
-    assert "harvest.context_length=65 is longer than the 64 positions that llama speaks of: it runs" in note
+    assert "harvest.context_length=65 is longer than the 64 positions in the configuration of llama: it runs" in note
     many = {"lanes": 4096, "context_length": 8, "contexts_per_forward": 1, "pool_batches": 16}
     lanes = refusal(live_config(model, text, harvest=many, batch_tokens=4096, tokens=4096))
     assert "harvest.lanes=4096: lane" in lanes
@@ -357,4 +357,4 @@ def test_a_site_that_becomes_all_outliers_is_refused(config, monkeypatch):
     loud = torch.full((32,), 1e6)
     monkeypatch.setattr(stream.language_model, "activations", lambda ids_BT: loud.expand(*ids_BT.shape, 32))
     with pytest.raises(UserError, match="gave no token that the filters keep"):
-        [stream.batch(step).x_ND.x_ND for step in range(STEPS)]
+        [stream.batch(step).x_ND for step in range(STEPS)]

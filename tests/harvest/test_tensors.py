@@ -50,7 +50,7 @@ def started(config: RunConfig, *, ranks: Ranks | None = None) -> TensorStream:
 
 
 def numbers(stream: TensorStream, batch: Tensor, n: int) -> list[int]:
-    """Return which rows a batch holds."""
+    """Return the numbers of the rows that a batch holds."""
     raw = batch.double() * stream.scaling.scale + stream.scaling.centre_D
     return [round(float(first) * n) for first in raw[:, 0]]
 
@@ -86,7 +86,7 @@ def test_every_row_once_an_epoch_over_epoch_boundaries(tmp_path_factory, n, batc
     stream = started(tensors_config(folder, data_seed=seed, batch_tokens=batch, tokens=batch * steps))
     n_training = n - min(int(0.05 * n), 100_000)
     per_epoch = -(-n_training // batch)
-    read = [row for step in range(2 * per_epoch) for row in numbers(stream, stream.batch(step).x_ND.x_ND, n)]
+    read = [row for step in range(2 * per_epoch) for row in numbers(stream, stream.batch(step).x_ND, n)]
     first, second = read[:n_training], read[n_training : 2 * n_training]
     assert sorted(first) == list(range(n_training))
     assert first != sorted(first)
@@ -97,12 +97,12 @@ def test_every_row_once_an_epoch_over_epoch_boundaries(tmp_path_factory, n, batc
 def test_any_step_can_be_asked_for_and_ranks_share_it(tmp_path):
     config = tensors_config(write(tmp_path / "t", rows_of(3000), rows_of(3000, seed=1)))
     alone = started(config)
-    batches = [alone.batch(step).x_ND.x_ND for step in range(100)]
-    assert torch.equal(alone.batch(7).x_ND.x_ND, batches[7])
+    batches = [alone.batch(step).x_ND for step in range(100)]
+    assert torch.equal(alone.batch(7).x_ND, batches[7])
 
     def on_rank(ranks: Ranks) -> list[Tensor]:
         stream = started(config, ranks=ranks)
-        return [stream.batch(step).x_ND.x_ND for step in range(100)]
+        return [stream.batch(step).x_ND for step in range(100)]
 
     for parts in zip(batches, *on_ranks(2, on_rank), strict=True):
         assert torch.equal(parts[0], torch.cat(parts[1:]))
@@ -111,7 +111,7 @@ def test_any_step_can_be_asked_for_and_ranks_share_it(tmp_path):
 def test_normalised_rows_have_unit_mean_square_and_no_mean(tmp_path):
     folder = write(tmp_path / "t", rows_of(8000))
     stream = started(tensors_config(folder, batch_tokens=6400, tokens=6400, calibration_tokens=7600))
-    batch = stream.batch(0).x_ND.x_ND
+    batch = stream.batch(0).x_ND
     assert batch.dtype == torch.float32
     assert float(batch.square().sum(1).mean()) == pytest.approx(1, abs=0.02)
     assert float(batch.mean(0).norm()) < 0.02
@@ -126,9 +126,9 @@ def test_batches_are_the_same_to_the_bit_from_one_file_or_three(tmp_path, dtype,
     given = {"precision": precision, "batch_tokens": 64}
     streams = [started(tensors_config(folder, **given)) for folder in (one, three)]
     for step in range(3):
-        batches = [stream.batch(step).x_ND.x_ND for stream in streams]
+        batches = [stream.batch(step).x_ND for stream in streams]
         assert torch.equal(*batches)
-        assert torch.equal(batches[0], streams[0].scaling.normalise(raw_of(streams[0], step)).x_ND.x_ND)
+        assert torch.equal(batches[0], streams[0].scaling.normalise(raw_of(streams[0], step)).x_ND)
 
 
 def raw_of(stream: TensorStream, step: int) -> Tensor:
@@ -139,7 +139,7 @@ def raw_of(stream: TensorStream, step: int) -> Tensor:
 def test_float64_stays_float64(tmp_path):
     whole = rows_of(6000).double() + 1e-12
     stream = started(tensors_config(write(tmp_path / "t", whole), precision="float64", batch_tokens=32))
-    batch = stream.batch(0).x_ND.x_ND
+    batch = stream.batch(0).x_ND
     assert batch.dtype == torch.float64
     raw = batch * stream.scaling.scale + stream.scaling.centre_D
     assert (raw[:, None] - whole[None]).abs().sum(-1).amin(1).max() < 1e-13
@@ -155,7 +155,7 @@ def test_rows_of_outlying_norm_are_left_out(tmp_path, size):
 
     def on_rank(ranks: Ranks) -> tuple[TensorStream, list[Tensor]]:
         stream = started(config, ranks=ranks)
-        return stream, [stream.batch(step).x_ND.x_ND for step in range(100)]
+        return stream, [stream.batch(step).x_ND for step in range(100)]
 
     results = on_ranks(size, on_rank)
     stream = results[0][0]
@@ -192,7 +192,7 @@ def test_held_out_rows_are_the_last_ones_in_blocks_that_take_turns(tmp_path):
 def test_a_held_out_directory_leaves_all_rows_to_train_on(tmp_path):
     config = tensors_config(write(tmp_path / "t", rows_of(500)), held_out=write(tmp_path / "h", rows_of(600, seed=1)))
     stream = started(config)
-    read = [row for step in range(8) for row in numbers(stream, stream.batch(step).x_ND.x_ND, 500)]
+    read = [row for step in range(8) for row in numbers(stream, stream.batch(step).x_ND, 500)]
     assert set(read) == set(range(500))
     assert sum(len(b.raw_ND) for b in stream.held_out.batches("evaluation", max_tokens=10**6)) == 256
 
@@ -202,12 +202,12 @@ def test_state_restores_without_a_scan(tmp_path, monkeypatch):
     whole[3] *= 1000
     config = tensors_config(write(tmp_path / "t", whole))
     stream = started(config)
-    expected = [stream.batch(step).x_ND.x_ND for step in range(50, 200)]
+    expected = [stream.batch(step).x_ND for step in range(50, 200)]
     state = {key: value.clone() for key, value in stream.replicated_state().items()}
     resumed = stream_of(config)
     monkeypatch.setattr("sae_train.harvest.tensors.scan_rows", lambda *_a, **_k: pytest.fail("scanned again"))
     resumed.restore(state, lambda lane: pytest.fail("tensors have no lanes"))
-    assert all(torch.equal(resumed.batch(step + 50).x_ND.x_ND, batch) for step, batch in enumerate(expected))
+    assert all(torch.equal(resumed.batch(step + 50).x_ND, batch) for step, batch in enumerate(expected))
     assert stream.lane_states() == {}
     write(tmp_path / "t", rows_of(6001))
     with pytest.raises(UserError, match="not the files that the checkpoint was made from"):

@@ -1,7 +1,6 @@
 """Selection against sorting: every backend keeps the same pairs (test_selection_grid.py: on several ranks too)."""
 
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -10,85 +9,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae_train import kernels
-from sae_train.kernels import Matches, candidates, grouped, radix
+from sae_train.kernels import Matches, radix, selection_cpu, selection_gpu
 from sae_train.ranks.interface import Solo
 from tools import slow_selection
+from tools.selection_cases import BACKENDS, KINDS, alone, batches, check_layout, drawn_batch, pairs
 from tools.small_runs import kept_by_sorting
 
-BACKENDS = pytest.mark.parametrize(
-    "backend", [candidates, grouped, slow_selection], ids=["candidates", "grouped", "slow"]
-)
 SMALL = settings(deadline=None, max_examples=60)
-
-
-KINDS = ["normal", "ties", "few", "none", "equal", "wide", "nan"]
-
-
-def drawn_batch(kind: str, n: int, f: int, *, seed: int, dtype: torch.dtype) -> Tensor:
-    """Pre-activations with ties, zeros, negatives, infinities and NaN; sometimes nothing positive at all."""
-    generator = torch.Generator().manual_seed(seed)
-    pre = torch.randn(n, f, generator=generator)
-    if kind in ("ties", "nan"):
-        pre = (pre * 2).round()
-    if kind == "few":
-        pre = torch.where(torch.rand(n, f, generator=generator) < 0.1, pre, -pre.abs())
-    elif kind == "none":
-        pre = -pre.abs()
-    elif kind == "equal":
-        pre = torch.ones(n, f)
-    elif kind == "wide":
-        pre = pre * torch.exp2(60 * torch.rand(n, f, generator=generator) - 30)
-        pre[torch.rand(n, f, generator=generator) < 0.02] = torch.inf
-    elif kind == "nan":
-        pre[torch.rand(n, f, generator=generator) < torch.rand((), generator=generator)] = torch.nan
-    return pre.to(dtype)
-
-
-CUTS = [0.0, 1e-30, 0.5, 1.0, 2.0, 1e30, float("inf")]
-
-
-@st.composite
-def batches(draw: Any, *, max_tokens: int = 24, max_features: int = 40) -> Tensor:
-    n, f = draw(st.integers(1, max_tokens)), draw(st.integers(1, max_features) | st.sampled_from([32, 64, 128]))
-    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
-    return drawn_batch(draw(st.sampled_from(KINDS)), n, f, seed=draw(st.integers(0, 2**31)), dtype=dtype)
-
-
-def alone(pre_NF: Tensor) -> dict[str, Any]:
-    """What a process that is alone says of itself."""
-    return {"n_features": pre_NF.shape[1], "ranks": Solo()}
-
-
-def pairs(matches: Matches, *, first: tuple[int, int] = (0, 0)) -> set[tuple[int, int]]:
-    """Return the (token, feature) pairs, counted from `first`."""
-    used = int(matches.start[-1])
-    token, feature = matches.token[:used] + first[0], matches.feature[:used] + first[1]
-    return set(zip(token.tolist(), feature.tolist(), strict=True))
-
-
-def check_layout(matches: Matches, pre_NF: Tensor, *, capacity: int) -> None:
-    """Sorted by token, then feature; int32; the pre-activations at the matches; zeros in unused slots."""
-    value, feature, token, start = matches
-    used = int(start[-1])
-    assert len(value) == len(feature) == len(token) == capacity
-    assert feature.dtype == token.dtype == start.dtype == torch.int32
-    assert value.dtype == pre_NF.dtype
-    flat = token[:used].long() * pre_NF.shape[1] + feature[:used].long()
-    assert bool((flat.diff() > 0).all())
-    assert torch.equal(value[:used], pre_NF.flatten()[flat])
-    assert not value[used:].any()
-    assert not feature[used:].any()
-    assert not token[used:].any()
-    counts = torch.bincount(token[:used].long(), minlength=len(pre_NF))
-    assert torch.equal(start.diff().long(), counts)
-    assert start[0] == 0
 
 
 @BACKENDS
 @SMALL
 @given(pre=batches(), share=st.floats(0, 1.2) | st.floats(0, 1 / 64), spare=st.integers(0, 5))
 def test_batch_keeps_the_largest(backend: ModuleType, pre: Tensor, share: float, spare: int) -> None:
-    assume(backend is not grouped or not pre.isnan().any())  # below
+    assume(backend is not selection_gpu or not pre.isnan().any())  # below
     budget = max(1, round(share * pre.numel()))
     matches = backend.select_batch(pre, budget=budget, capacity=budget + spare, **alone(pre))
     check_layout(matches, pre, capacity=budget + spare)
@@ -96,52 +30,11 @@ def test_batch_keeps_the_largest(backend: ModuleType, pre: Tensor, share: float,
     assert int(matches.start[-1]) == min(budget, int((pre > 0).sum()))
 
 
-@SMALL
-@given(pre=batches(), share=st.floats(0, 1.2) | st.floats(0, 1 / 64), cuts=st.lists(st.sampled_from(CUTS), max_size=3))
-def test_a_hint_changes_nothing(pre: Tensor, share: float, cuts: list[float]) -> None:
-    budget, hint = max(1, round(share * pre.numel())), kernels.Hint()
-    for cut in cuts:
-        hint.learn(pre.new_tensor(cut))
-    for _ in range(2):  # with a wrong hint, then with a better one
-        matches = candidates.select_batch(pre, budget=budget, capacity=budget, hint=hint, **alone(pre))
-        assert pairs(matches) == kept_by_sorting(pre, group="batch", budgets=[budget])
-        if int(matches.start[-1]) < budget:  # all that is positive is kept: a cut of 0 hints at nothing
-            assert hint.guess(pre.dtype) is None
-
-
-@given(first=st.floats(1e-6, 1e6), drift=st.floats(0.97, 1.05), noise=st.floats(0, 0.02), seed=st.integers(0, 2**31))
-def test_a_hint_is_a_little_below_the_next_cut(first: float, drift: float, noise: float, seed: int) -> None:
-    """Of cuts that drift, and wander about that: all but few guesses are below, none far below."""
-    generator, hint, cut, below = torch.Generator().manual_seed(seed), kernels.Hint(), torch.tensor(first).double(), []
-    for batch in range(60):
-        guess = hint.guess(torch.float64)
-        if batch >= 20:
-            assert guess is not None
-            below.append(1 - float(guess / cut))
-        hint.learn(cut)
-        cut = cut * drift * (1 + noise * torch.randn((), generator=generator, dtype=torch.float64)).clamp(0.8, 1.2)
-    assert sum(each < 0 for each in below) <= 6
-    assert max(below) < 0.03 + 16 * noise
-
-
-def test_a_hint_recovers_from_cuts_of_any_kind() -> None:
-    for odd in (0.0, float("inf"), float("nan"), 1e-30, 1e30):
-        hint = kernels.Hint()
-        for cut in (1.0, 1.0, odd):
-            hint.learn(torch.tensor(cut))
-        assert hint.guess(torch.float32) is None or 0 < odd < float("inf")
-        for _ in range(60):
-            hint.learn(torch.tensor(1.0))
-        guess = hint.guess(torch.float32)
-        assert guess is not None
-        assert 0.9 < float(guess) < 1
-
-
 @BACKENDS
 @SMALL
 @given(pre=batches(), k=st.integers(1, 45) | st.integers(1, 2))
 def test_rows_keep_the_largest(backend: ModuleType, pre: Tensor, k: int) -> None:
-    assume(backend is not grouped or not pre.isnan().any())
+    assume(backend is not selection_gpu or not pre.isnan().any())
     capacity = k * len(pre)
     matches = backend.select_rows(pre, k=k, capacity=capacity, **alone(pre))
     check_layout(matches, pre, capacity=capacity)
@@ -153,7 +46,7 @@ def test_rows_keep_the_largest(backend: ModuleType, pre: Tensor, k: int) -> None
 @given(pre=batches(max_tokens=40, max_features=24), data=st.data())
 def test_columns_keep_the_largest(backend: ModuleType, pre: Tensor, data: st.DataObject) -> None:
     budgets = data.draw(st.lists(st.integers(0, len(pre)), min_size=pre.shape[1], max_size=pre.shape[1]))
-    assume(backend is not grouped or not pre.isnan().any())
+    assume(backend is not selection_gpu or not pre.isnan().any())
     capacity = sum(budgets) + 1
     matches = backend.select_columns(pre, budget_F=torch.tensor(budgets), capacity=capacity, ranks=Solo())
     check_layout(matches, pre, capacity=capacity)
@@ -178,19 +71,10 @@ def test_columns_of_many_groups(
     budget_F = torch.randint(0, most + 1, (f,), generator=torch.Generator().manual_seed(seed))
     budget_F[::5] *= 30
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grouped, "GATHERED", gathered)
-        matches = grouped.select_columns(pre, budget_F=budget_F, capacity=int(budget_F.sum()) + 1, ranks=Solo())
+        patch.setattr(selection_gpu, "GATHERED", gathered)
+        matches = selection_gpu.select_columns(pre, budget_F=budget_F, capacity=int(budget_F.sum()) + 1, ranks=Solo())
     check_layout(matches, pre, capacity=int(budget_F.sum()) + 1)
     assert pairs(matches) == kept_by_sorting(pre, group="column", budgets=budget_F.tolist())
-
-
-@pytest.mark.parametrize("n", [1024, 1023, 961])
-def test_columns_are_read_once(n: int) -> None:
-    """On a device: what is gathered of all entries is little beside them."""
-    pre = torch.randn(n, 96, generator=torch.Generator().manual_seed(0))
-    parts = list(grouped._alike(torch.full((96,), 3), len(pre)))
-    (found,) = (grouped._Columns.found(pre, grouped._column_maxima(pre), *part) for part in parts)
-    assert found.value_ME.shape == (96, 3 * 8)
 
 
 def test_backends_agree_where_bounds_are_tight() -> None:
@@ -211,7 +95,7 @@ def test_backends_agree_where_bounds_are_tight() -> None:
         ("select_columns", {"pre_NF": tall, "budget_F": budget_F, "capacity": int(budget_F.sum()), "ranks": Solo()}),
     ):
         slow = getattr(slow_selection, name)(**arguments)
-        for backend in (candidates, grouped):
+        for backend in (selection_cpu, selection_gpu):
             for fast, expected in zip(getattr(backend, name)(**arguments), slow, strict=True):
                 assert torch.equal(fast, expected), (name, backend)
 
@@ -249,9 +133,9 @@ def test_candidate_lists_are_short() -> None:
     """The bound is worth its pass: little more than the budget reaches it."""
     pre = torch.randn(512, 2048, generator=torch.Generator().manual_seed(0))
     budget = 512 * 16
-    group = candidates._group_size(budget / pre.numel(), pre.numel())
-    bound = radix.kth_largest(candidates._group_maxima(pre.view(1, -1), group), budget, Solo())
-    assert budget <= int((pre >= bound).sum()) < 1.5 * budget
+    maxima = selection_cpu._maxima(pre)
+    bound = radix.kth_largest(selection_cpu._coarser(maxima, budget / pre.numel()), budget, Solo())
+    assert budget <= len(selection_cpu._reaching(pre, maxima, bound)[0]) < 1.5 * budget
 
 
 @BACKENDS
@@ -263,7 +147,7 @@ def test_nan_is_not_positive(backend: ModuleType, rate: float) -> None:
     batch = backend.select_batch(pre, budget=300, capacity=300, **alone(pre))
     rows = backend.select_rows(pre, k=5, capacity=320, **alone(pre))
     columns = backend.select_columns(pre, budget_F=torch.full((96,), 3), capacity=288, ranks=Solo())
-    if backend is grouped:  # leaves out a NaN's neighbours, too
+    if backend is selection_gpu:  # leaves out a NaN's neighbours, too
         for matches in (batch, rows, columns):
             assert pairs(matches) <= kept_by_sorting(pre, group="batch", budgets=[pre.numel()])
         return
@@ -276,7 +160,7 @@ def test_nan_is_not_positive(backend: ModuleType, rate: float) -> None:
 @SMALL
 @given(pre=batches(), k=st.integers(1, 30), seed=st.integers(0, 99))
 def test_rows_among_allowed_columns(backend: ModuleType, pre: Tensor, k: int, seed: int) -> None:
-    assume(backend is not grouped or not pre.isnan().any())
+    assume(backend is not selection_gpu or not pre.isnan().any())
     allowed = torch.rand(pre.shape[1], generator=torch.Generator().manual_seed(seed)) < 0.4
     matches = backend.select_rows(pre, k=k, capacity=k * len(pre), allowed_F=allowed, **alone(pre))
     check_layout(matches, pre, capacity=k * len(pre))
@@ -305,4 +189,4 @@ def test_kth_largest_positive(pre: Tensor, k: int) -> None:
 @given(flags=st.lists(st.booleans(), min_size=1, max_size=70))
 def test_flat_nonzero(flags: list[bool]) -> None:
     flag = torch.tensor(flags)
-    assert torch.equal(kernels.flat_nonzero(flag), flag.nonzero().squeeze(1))
+    assert torch.equal(selection_cpu._flat_nonzero(flag), flag.nonzero().squeeze(1))

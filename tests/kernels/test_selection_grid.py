@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_selection import BACKENDS, KINDS, check_layout, drawn_batch, pairs
 from torch import Tensor
 
 from sae_train import kernels
-from sae_train.kernels import Matches, candidates, grouped, radix
+from sae_train.kernels import Matches, radix, selection_cpu, selection_gpu
 from sae_train.ranks.interface import Ranks, Solo
 from tools import slow_selection
 from tools.grid_of_threads import on_grid, shard
+from tools.selection_cases import BACKENDS, KINDS, check_layout, drawn_batch, pairs
 from tools.small_runs import kept_by_sorting
 
 GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3), (3, 1), (2, 3)]
@@ -50,7 +50,7 @@ def grids(draw: Any) -> tuple[tuple[int, int], Tensor]:
 @given(drawn=grids(), share=st.floats(0, 1.2))
 def test_batch(backend: ModuleType, drawn: tuple[tuple[int, int], Tensor], share: float) -> None:
     grid, whole = drawn
-    assume(backend is not grouped or not whole.isnan().any())  # which counts the whole group as empty
+    assume(backend is not selection_gpu or not whole.isnan().any())  # which counts the whole group as empty
     budget = round(share * int((whole > 0).sum()))
 
     def select(own: Tensor, first: tuple[int, int], ranks: Ranks) -> tuple[Matches, int]:
@@ -68,7 +68,7 @@ def test_batch(backend: ModuleType, drawn: tuple[tuple[int, int], Tensor], share
 @given(drawn=grids(), k=st.integers(1, 30), allowed=st.one_of(st.none(), st.floats(0, 1)))
 def test_rows(backend: ModuleType, drawn: tuple[tuple[int, int], Tensor], k: int, allowed: float | None) -> None:
     grid, whole = drawn
-    assume(backend is not grouped or not whole.isnan().any())
+    assume(backend is not selection_gpu or not whole.isnan().any())
     allowed_F = None
     if allowed is not None:
         allowed_F = torch.rand(whole.shape[1], generator=torch.Generator().manual_seed(len(whole))) < allowed
@@ -89,7 +89,7 @@ def test_rows(backend: ModuleType, drawn: tuple[tuple[int, int], Tensor], k: int
 @given(drawn=grids(), data=st.data())
 def test_columns(backend: ModuleType, drawn: tuple[tuple[int, int], Tensor], data: st.DataObject) -> None:
     grid, whole = drawn
-    assume(backend is not grouped or not whole.isnan().any())
+    assume(backend is not selection_gpu or not whole.isnan().any())
     most = data.draw(st.integers(0, len(whole) + 2))
     budgets = data.draw(st.lists(st.integers(0, most), min_size=whole.shape[1], max_size=whole.shape[1]))
 
@@ -99,24 +99,6 @@ def test_columns(backend: ModuleType, drawn: tuple[tuple[int, int], Tensor], dat
         return backend.select_columns(own, budget_F=budget_F, capacity=capacity, ranks=ranks), capacity
 
     assert union_on(grid, whole, select) == kept_by_sorting(whole, group="column", budgets=budgets)
-
-
-@pytest.mark.parametrize("grid", [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)], ids=str)
-@pytest.mark.parametrize("f", [64, 65, 192])  # 65: a rank's share divides into lines, the other's does not
-@pytest.mark.parametrize("cut", [0.0, 1.0, 2.0, float("inf")])
-@pytest.mark.parametrize("times", [1, 2])  # with a wrong hint; then with a better one
-def test_a_hint_changes_nothing(grid: tuple[int, int], f: int, cut: float, times: int) -> None:
-    whole = drawn_batch("ties", 8, f, seed=f, dtype=torch.float32)
-    budget = 8 * f // 70
-
-    def select(own: Tensor, first: tuple[int, int], ranks: Ranks) -> tuple[Matches, int]:
-        hint = kernels.Hint()
-        hint.learn(own.new_tensor(cut))
-        for _ in range(times):
-            matches = candidates.select_batch(own, budget=budget, capacity=budget, n_features=f, ranks=ranks, hint=hint)
-        return matches, budget
-
-    assert union_on(grid, whole, select) == kept_by_sorting(whole, group="batch", budgets=[budget])
 
 
 @SMALL
@@ -161,7 +143,7 @@ def test_backends_agree_where_lists_are_short(grid: tuple[int, int], dtype: torc
             ("select_columns", {"budget_F": own_F, "capacity": int(budget_F.sum())}),
         ):
             slow = getattr(slow_selection, name)(own, **arguments, ranks=ranks)
-            for backend in (candidates, grouped):
+            for backend in (selection_cpu, selection_gpu):
                 for one, other in zip(getattr(backend, name)(own, **arguments, ranks=ranks), slow, strict=True):
                     assert torch.equal(one, other), (name, backend)
 

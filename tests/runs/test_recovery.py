@@ -13,6 +13,7 @@ from sae_train.sae.firing import Firing
 from sae_train.sae.losses import reconstruction_loss
 from sae_train.sae.step_info import StepInfo, StepInputs
 from sae_train.sparsifiers import build_sparsifier
+from sae_train.training.optimizer import Adam
 
 D, TRUE, F, K, BATCH, STEPS = 64, 128, 256, 4, 256, 600
 PEAK = 1e-2
@@ -59,7 +60,7 @@ def train(*, seed: int = 0, **choices: object) -> TrainableAutoencoder:
     sizes = sizes_of(config, n_features=F, d_model=D, dead_window=window)
     sparsifier, aux = build_sparsifier(config.sae, sizes, ranks=Solo()), build_aux_loss(config.sae, sizes)
     firing = Firing(F, half_life_tokens=window, device=CPU)
-    optimizer = torch.optim.Adam(dictionary.parameters(), lr=PEAK)
+    optimizer = Adam(dictionary, schema_of(clip=1.0), rates={})
     for step, x in enumerate(stream(seed=seed)):
         info = StepInfo(
             step=step,
@@ -78,11 +79,8 @@ def train(*, seed: int = 0, **choices: object) -> TrainableAutoencoder:
             loss = loss + aux(dictionary, inputs, x - x_hat)
         optimizer.zero_grad()
         loss.backward()
-        dictionary.project_gradient()
-        torch.nn.utils.clip_grad_norm_(dictionary.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step)
-        optimizer.step()
-        dictionary.normalise()
+        norm = optimizer.gradient_norm(Solo())
+        optimizer.step(lr=learning_rate(step), norm=norm, halted=torch.tensor(False))
         firing.update(code, n_tokens=BATCH, ranks=Solo())
     return dictionary
 

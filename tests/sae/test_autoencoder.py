@@ -162,22 +162,6 @@ def test_dictionary_starts_with_unit_rows_and_the_encoder_as_their_scaled_copy()
     assert not torch.equal(other.W_dec, one.W_dec)
 
 
-def test_decoder_gradient_is_tangential_and_rows_return_to_unit_norm() -> None:
-    dictionary = TrainableAutoencoder.initial(d_model=D, n_features=F, seed=0, dtype=torch.float64, device=CPU)
-    gradient = torch.randn(F, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    dictionary.W_dec.grad = gradient.clone()
-    dictionary.project_gradient()
-    assert torch.allclose((dictionary.W_dec.grad * dictionary.W_dec).sum(1), torch.zeros(F, dtype=torch.float64))
-    removed = gradient - dictionary.W_dec.grad
-    assert torch.allclose(removed, (removed * dictionary.W_dec).sum(1, keepdim=True) * dictionary.W_dec)
-    with torch.no_grad():
-        dictionary.W_dec.mul_(3)
-        dictionary.W_dec[0] = 0
-    dictionary.normalise()
-    assert torch.allclose(dictionary.W_dec[1:].norm(dim=1), torch.ones(F - 1, dtype=torch.float64))
-    assert not dictionary.W_dec[0].any()
-
-
 @BOTH_RULES
 @pytest.mark.parametrize("spoiler", [float("nan"), float("inf"), -float("inf"), 3e38])
 def test_activations_without_a_code_are_refused_and_not_given_zeros(

@@ -71,11 +71,11 @@ def test_each_prefix_is_a_decode_of_its_own(case: tuple[torch.Tensor, tuple[int,
 
     fast_NF = dense_NF.clone().requires_grad_()
     code = code_of(fast_NF, spare=spare)
-    missed, fast = reconstruct(dictionary, x_ND, code, sizes=sizes, n_tokens=7, ranks=Solo())
+    errors, fast = reconstruct(dictionary, x_ND, code, sizes=sizes, n_tokens=7, ranks=Solo())
     fast.backward()
     torch.testing.assert_close(fast, slow)
-    torch.testing.assert_close(missed.error, x_ND - dense_NF @ dictionary.W_dec - dictionary.b_dec, check_dtype=True)
-    torch.testing.assert_close(missed.norm, missed.error.norm(dim=1))
+    torch.testing.assert_close(errors.error, x_ND - dense_NF @ dictionary.W_dec - dictionary.b_dec, check_dtype=True)
+    torch.testing.assert_close(errors.norm, errors.error.norm(dim=1))
     kept = dense_NF != 0
     assert fast_NF.grad is not None
     assert slow_NF.grad is not None

@@ -263,7 +263,7 @@ def info(n_tokens: int) -> StepInfo:
 
 def chosen(pre_NF: Tensor, slope_NF: Tensor | None, *, beta: float, k: float = 4.0, ranks: Ranks | None = None,
            n_tokens: int | None = None, n_features: int | None = None) -> SparseCode:  # fmt: skip
-    """Return what is kept of pre-activations, given slopes."""
+    """Return the code that is kept of pre-activations, given slopes."""
     config = run_config(sparsifier="gradient", beta=beta, k=k, batch_tokens=n_tokens or len(pre_NF))
     sparsifier = sparsifier_of(config, n_features=n_features or pre_NF.shape[1])
     own = None if slope_NF is None else slope_NF.clone()  # the sparsifier may overwrite it
@@ -346,15 +346,15 @@ def test_a_run_with_beta_zero_is_a_run_of_topk(tmp_path: Path) -> None:
     assert not torch.allclose(topk["W_dec"], other["W_dec"], atol=1e-2)
 
 
-def test_with_beta_zero_pre_activations_are_screened_as_for_topk(tmp_path: Path) -> None:
+def test_with_beta_zero_near_pre_activations_serve_as_for_topk(tmp_path: Path) -> None:
     world.write_activations(tmp_path)
-    kept = [
+    reads_all = [
         world.build(world.config_of(tmp_path, case, precision="float32"), Solo(), start=False)
         .learners[0]
-        .sparsifier.kept_a_token
+        .sparsifier.reads_all
         for case in (["sparsifier=topk"], ["sparsifier=gradient", "sparsifier.beta=0"], ["sparsifier=gradient"])
     ]
-    assert kept == [5, 5, float("inf")]
+    assert reads_all == [False, False, True]
 
 
 @pytest.mark.parametrize("grid", [(2, 1), (1, 2), (2, 2)])

@@ -183,10 +183,10 @@ def test_a_masked_feature_has_no_part_in_the_step_and_is_counted_all_the_same(
     price = float(mask.price.now(trainer.learners[0].step_info(trainer.n_done))) / world.N
     x, code, decoded, penalty = encoded(trainer)
     assert type(code) is (SparseCode if dense_from == 1 else DenseCode)
-    missed, loss = reconstruct(dictionary, x, decoded, sizes=(128,), n_tokens=world.N, ranks=Solo())
+    errors, loss = reconstruct(dictionary, x, decoded, sizes=(128,), n_tokens=world.N, ranks=Solo())
     code_NF = (x @ dictionary.W_enc.t() + dictionary.b_enc).relu().detach()
     torch.testing.assert_close(dense(code).detach(), code_NF)  # what fires, and L0, are of all features
-    torch.testing.assert_close(x - missed.error, code_NF[:, ~out] @ dictionary.W_dec[~out] + dictionary.b_dec)
+    torch.testing.assert_close(x - errors.error, code_NF[:, ~out] @ dictionary.W_dec[~out] + dictionary.b_dec)
     assert float(penalty.detach()) == pytest.approx(price * float(code_NF[:, ~out].sum()), rel=1e-9)
     (loss + penalty).backward()
     for name in ("W_enc", "b_enc", "W_dec"):

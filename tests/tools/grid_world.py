@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from sae_train.cli.compose import compose_config
 from sae_train.config import RunConfig
 from sae_train.harvest.build import build_stream, check_stream
-from sae_train.kernels import Workspace
 from sae_train.ranks.distributed import find_ranks, leave
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.code import Code, DenseCode, SparseCode
@@ -172,7 +171,7 @@ def learn(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
         trainer.step(trainer.stream.batch(step))
     (row,) = trainer.rows()
     since = ranks.features.gather_slices(trainer.learners[0].firing.since_F, trainer.plan.n_features)
-    figures = {key: value for key, value in row.items() if not key.startswith("perf/")}
+    figures = {key: value for key, value in row.items() if key != "sae" and not key.startswith("perf/")}
     return {"matches": [index for index, _ in seen], "weights": weights(trainer), "since": since, "row": figures}
 
 
@@ -244,14 +243,6 @@ def traffic(config: RunConfig, ranks: Ranks) -> dict[str, int]:
     ranks.traffic.clear()
     trainer.step(batch)
     return {verb: count for verb, count in ranks.traffic.items() if count}
-
-
-def known_after_a_sum(ranks: Ranks) -> bool:
-    """Return whether what was found of a tensor is still said of it when all ranks' are added in its place."""
-    space, gradient = Workspace(), torch.ones(3)
-    space.note(gradient, squares=3.0)
-    ranks.sum_in_place(gradient)
-    return space.noted(gradient, "squares") is not None
 
 
 def join(rank: int, size: int, port: int) -> Ranks:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_train.errors import StoppedByNumbers
+from sae_train.kernels import unit_rows
 from sae_train.ranks.interface import Solo
 from sae_train.sae.trainable import TrainableAutoencoder
 from sae_train.training.nonfinite import Halt
@@ -31,23 +32,69 @@ def set_gradients(dictionary: TrainableAutoencoder, *, seed: int, factor: float 
     return gradients
 
 
+@torch.no_grad()
+def by_torch(dictionary: TrainableAutoencoder, optimizer: torch.optim.Adam, *, clip: float) -> None:
+    """Make a step of torch's own optimizer between an explicit projection and an explicit renormalisation."""
+    rows, gradient = dictionary.W_dec, dictionary.W_dec.grad
+    assert gradient is not None
+    gradient -= (gradient * rows).sum(1, keepdim=True) * rows
+    if clip:
+        torch.nn.utils.clip_grad_norm_(dictionary.parameters(), clip)
+    optimizer.step()
+    rows /= rows.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
 @pytest.mark.parametrize("bias_rate", [1.0, 0.2, 0.0])
-def test_adam_is_the_textbooks(bias_rate: float) -> None:
-    dictionary, adam = make(bias_rate=bias_rate)
-    weights = {name: p.detach().clone() for name, p in dictionary.named_parameters()}
-    first = {name: torch.zeros_like(w) for name, w in weights.items()}
-    second = {name: torch.zeros_like(w) for name, w in weights.items()}
-    for step in range(1, 6):
-        gradients = set_gradients(dictionary, seed=step)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_is_torchs_adam_between_projection_and_renormalisation(
+    dtype: torch.dtype, bias_rate: float, clip: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In steps of several learning rates; rows pass in chunks of one or of all."""
+    monkeypatch.setattr(unit_rows, "CHUNK_ELEMENTS", 3 if clip else 1 << 20)
+    dictionary, adam = make(dtype, clip=clip, bias_rate=bias_rate)
+    twin, _ = make(dtype)
+    named = dict(twin.named_parameters())
+    groups = [{"params": [p], "lr": bias_rate if name == "b_enc" else 1.0} for name, p in named.items()]
+    rates = [group["lr"] for group in groups]
+    expected = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-8)
+    for step in range(1, 7):
+        set_gradients(dictionary, seed=step)
+        set_gradients(twin, seed=step)
+        for group, rate in zip(expected.param_groups, rates, strict=True):
+            group["lr"] = 0.01 * step * rate
+        by_torch(twin, expected, clip=clip)
         adam.step(lr=0.01 * step, norm=adam.gradient_norm(Solo()), halted=torch.tensor(False))
-        for name, g in gradients.items():
-            first[name] = 0.9 * first[name] + 0.1 * g
-            second[name] = 0.99 * second[name] + 0.01 * g * g
-            mean, square = first[name] / (1 - 0.9**step), second[name] / (1 - 0.99**step)
-            rate = 0.01 * step * (bias_rate if name == "b_enc" else 1)
-            weights[name] -= rate * mean / (square.sqrt() + 1e-8)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-6  # clip_grad_norm_ adds 1e-6 to the norm
     for name, parameter in dictionary.named_parameters():
-        torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(parameter.detach(), named[name].detach(), rtol=tolerance, atol=tolerance)
+        for key, value in expected.state[named[name]].items():
+            torch.testing.assert_close(adam.state()[f"{name}.{key}"].to(value.dtype), value, rtol=1e-4, atol=1e-6)
+
+
+def test_free_norms_are_plain_adams() -> None:
+    dictionary, adam = make()
+    dictionary.has_unit_norms = False
+    before = dictionary.W_dec.detach().clone()
+    gradient = set_gradients(dictionary, seed=0)["W_dec"]
+    norm = adam.gradient_norm(Solo())
+    squares = [p.grad.square().sum() for p in dictionary.parameters() if p.grad is not None]
+    assert torch.allclose(norm, torch.stack(squares).sum().sqrt())
+    adam.step(lr=0.1, norm=norm, halted=torch.tensor(False))
+    assert torch.allclose(dictionary.W_dec.detach(), before - 0.1 * gradient.sign())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_update_runs_without_values_and_mixes_no_devices(dtype: torch.dtype) -> None:
+    """On torch's meta device, which stands for a GPU: every read of a value raises there."""
+    dictionary = TrainableAutoencoder(
+        *(torch.zeros(*shape, dtype=dtype, device="meta") for shape in ((5, 3), (5,), (5, 3), (3,)))
+    )
+    adam = Adam(dictionary, schema_of(clip=1.0), rates={"b_enc": 0.5})
+    for parameter in dictionary.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    adam.step(lr=0.1, norm=adam.gradient_norm(Solo("meta")), halted=torch.zeros((), dtype=torch.bool, device="meta"))
+    assert all(parameter.grad is None for parameter in dictionary.parameters())
 
 
 def test_clipping_equals_scaling_the_gradient() -> None:
@@ -61,7 +108,7 @@ def test_clipping_equals_scaling_the_gradient() -> None:
         assert parameter.grad is not None
         parameter.grad *= 0.5 / norm
     adam.step(lr=0.1, norm=adam.gradient_norm(Solo()), halted=torch.tensor(False))
-    plain.step(lr=0.1, norm=norm, halted=torch.tensor(False))
+    plain.step(lr=0.1, norm=plain.gradient_norm(Solo()), halted=torch.tensor(False))
     for a, b in zip(adam.state().values(), plain.state().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
