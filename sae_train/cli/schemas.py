@@ -6,7 +6,7 @@ from typing import get_args, get_type_hints
 from hydra.core.config_store import ConfigStore
 
 from sae_train import config as schema
-from sae_train.config.sparsifiers import SPARSIFIERS
+from sae_train.config.sparsifier_registry import SPARSIFIERS
 
 SCHEMAS: dict[str, type] = {
     "run": schema.RunConfig,
@@ -16,7 +16,7 @@ SCHEMAS: dict[str, type] = {
     "harvest/tensors": schema.TensorsHarvestConfig,
     "layer/block": schema.BlockLayerConfig,
     "layer/module": schema.ModuleLayerConfig,
-    **{f"sparsifier/{name}": settings for name, settings in SPARSIFIERS.items()},
+    **{f"sparsifier/{name}": entry.config for name, entry in SPARSIFIERS.items()},
     "budget/pooled": schema.PooledBudgetConfig,
     "budget/uniform": schema.UniformBudgetConfig,
     "budget/zipf": schema.ZipfBudgetConfig,

@@ -192,17 +192,3 @@ class TemporalMaskConfig(PenalisedConfig):
                 f"of more than half of the steps. Give a strength above {math.log(2):.3g}, or remove it."
             )
         return found
-
-
-SPARSIFIERS: dict[str, type[SparsifierConfig]] = {
-    "topk": TopKConfig,
-    "gradient": GradientConfig,
-    "mutual_choice": MutualChoiceConfig,
-    "feature_choice": FeatureChoiceConfig,
-    "jumprelu": JumpReLUConfig,
-    "gated": GatedConfig,
-    "relu": ReLUConfig,
-    "p_anneal": PAnnealConfig,
-    "temporal_mask": TemporalMaskConfig,
-}
-"""Settings by the name under which a YAML file of `conf/sparsifier/` takes them: `/schema/sparsifier/NAME`."""

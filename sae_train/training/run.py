@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from sae_train.config import RunConfig, identity, identity_digest
-from sae_train.errors import Preempted
+from sae_train.errors import Preempted, raise_all
 from sae_train.harvest.build import StreamFacts, check_stream
 from sae_train.phases import Phases
 from sae_train.ranks.distributed import find_ranks
 from sae_train.ranks.interface import Ranks
 from sae_train.ranks.launcher_env import this_process
 from sae_train.sae.nesting import prefix_sizes
-from sae_train.sparsifiers import build_sparsifier
+from sae_train.sparsifiers import sparsifier_class
 from sae_train.training import signals
 from sae_train.training.console import ProgressBar, say, verdict_of, warn
 from sae_train.training.memory import named_when_it_runs_out
@@ -46,7 +46,7 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
     phases.advance()
     facts = check_stream(config.source, n_ranks=n_ranks, phases=phases)
     plan = make_plan(config, facts, n_ranks=n_ranks)
-    build_sparsifier(config, n_features=plan.n_features)  # refuses infeasible budgets
+    raise_all(sparsifier_class(config.sparsifier.name).problems(config.sae, plan.sae_sizes))
     prefix_sizes(config.nesting, n_features=plan.n_features)  # and prefixes that are not whole
     name = name_of(config, site=plan.label, n_features=plan.n_features)
     directory = RunDirectory(Path(config.runs).expanduser() / name)
