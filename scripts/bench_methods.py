@@ -64,9 +64,9 @@ class Watched:
         self.is_dense: list[bool] = []
         encode = self.trainer.learners[0].sparsifier.encode
 
-        def noted(*parts: object, **rest: object) -> object:
-            found = encode(*parts, **rest)
-            self.is_dense.append(isinstance(found[0], DenseCode))
+        def noted(*parts: object) -> object:
+            found = encode(*parts)
+            self.is_dense.append(isinstance(found.code, DenseCode))
             return found
 
         self.trainer.learners[0].sparsifier.encode = noted

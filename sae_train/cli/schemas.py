@@ -1,4 +1,4 @@
-"""The classes of config/ as `conf/` finds them in Hydra: under `schema/`, so that they are not shown as choices."""
+"""The classes of config/ as Hydra's schemas. They are under `schema/`, so that they are not shown as choices."""
 
 from dataclasses import is_dataclass
 from typing import get_args, get_type_hints
@@ -6,6 +6,7 @@ from typing import get_args, get_type_hints
 from hydra.core.config_store import ConfigStore
 
 from sae_train import config as schema
+from sae_train.config.sparsifier_registry import SPARSIFIERS
 
 SCHEMAS: dict[str, type] = {
     "run": schema.RunConfig,
@@ -15,15 +16,7 @@ SCHEMAS: dict[str, type] = {
     "harvest/tensors": schema.TensorsHarvestConfig,
     "layer/block": schema.BlockLayerConfig,
     "layer/module": schema.ModuleLayerConfig,
-    "sparsifier/topk": schema.TopKConfig,
-    "sparsifier/gradient": schema.GradientConfig,
-    "sparsifier/mutual_choice": schema.MutualChoiceConfig,
-    "sparsifier/feature_choice": schema.FeatureChoiceConfig,
-    "sparsifier/jumprelu": schema.JumpReLUConfig,
-    "sparsifier/gated": schema.GatedConfig,
-    "sparsifier/relu": schema.ReLUConfig,
-    "sparsifier/p_anneal": schema.PAnnealConfig,
-    "sparsifier/temporal_mask": schema.TemporalMaskConfig,
+    **{f"sparsifier/{name}": entry.config for name, entry in SPARSIFIERS.items()},
     "budget/pooled": schema.PooledBudgetConfig,
     "budget/uniform": schema.UniformBudgetConfig,
     "budget/zipf": schema.ZipfBudgetConfig,
@@ -40,7 +33,7 @@ SCHEMAS: dict[str, type] = {
     "tracking/none": schema.TrackingConfig,
     "tracking/wandb": schema.WandbConfig,
 }
-"""Where each class of config/ is found by `conf/`: `schema/<key>`."""
+"""Class by path: files in `conf/` name it as `schema/<path>`."""
 
 
 DIALS = [name for name, hint in get_type_hints(schema.RunConfig).items() if not is_dataclass(hint)]
@@ -48,7 +41,7 @@ DIALS = [name for name, hint in get_type_hints(schema.RunConfig).items() if not 
 
 
 def register_schemas() -> None:
-    """Make the classes of config/ known to Hydra; may be called again."""
+    """Register the classes of config/ with Hydra. It may be called again."""
     store = ConfigStore.instance()
     for path, node in SCHEMAS.items():
         *group, name = f"schema/{path}".split("/")
@@ -56,7 +49,7 @@ def register_schemas() -> None:
 
 
 def holds_text(key: str) -> bool:
-    """Return whether some choice has text under this key."""
+    """Return whether any choice of the key's group has text under this key."""
     group, _, field = key.rpartition(".")
     owners = [owner for path, owner in SCHEMAS.items() if path.partition("/")[0] == (group or "run")]
     return any(str in (hint, *get_args(hint)) for owner in owners if (hint := get_type_hints(owner).get(field)))

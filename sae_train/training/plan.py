@@ -18,7 +18,9 @@ from sae_train.evaluation.language_model import PASSES_OF_A_BATCH
 from sae_train.harvest.build import StreamFacts
 from sae_train.kernels import backend
 from sae_train.ranks.layout import feature_columns
+from sae_train.sae.sizes import SaeSizes
 from sae_train.sae.zipf_budget import law_of
+from sae_train.sparsifiers import sparsifier_class
 from sae_train.sparsifiers.topk import MULTIPLE
 from sae_train.training.memory import Holding, available_bytes, gigabytes, largest, largest_pool
 from sae_train.training.schedule import DECAY_SHARE, WARMUP_SHARE, peak_learning_rate
@@ -29,11 +31,6 @@ DEAD_WINDOWS_A_RUN = 25
 says what else changed in that comparison)."""
 RULED = ("n_features", "dead_window", "peak_lr", "warmup_tokens", "decay_tokens")
 """Fields of a plan that a rule decides where the configuration does not."""
-HELD = {"relu": 6, "temporal_mask": 8, "jumprelu": 10, "gated": 10, "p_anneal": 12}
-HELD_OTHERWISE, HELD_WITH_SLOPES = 2, 4
-"""Matrices as large as a batch's pre-activations that a step holds at most: by sparsifier, where it may begin dense
-(temporal_mask: and decode twice); by any other; and where it reads gradients. Of fp32 steps on a CPU, as
-measured by tests/training/test_memory.py, rounded up."""
 GRADIENTS = "of the language model's loss come with the activations: rows of the stream are twice as wide"
 """What the plan says where they are harvested."""
 LARGEST_CHECKPOINT_INTERVAL = 50_000_000
@@ -113,6 +110,15 @@ class Plan:
     @property
     def total_tokens(self) -> int:
         return self.steps * self.batch_tokens
+
+    @property
+    def sae_sizes(self) -> SaeSizes:
+        return SaeSizes(
+            d_model=self.d_model,
+            n_features=self.n_features,
+            batch_tokens=self.batch_tokens,
+            dead_window=self.dead_window,
+        )
 
     @property
     def parameters(self) -> int:
@@ -280,7 +286,7 @@ def _holdings(
     width = "n_features" if config.n_features else "expansion"
     parameters = 2 * n_features * facts.d_model + n_features + facts.d_model
     pre_activations = config.batch_tokens * n_features // n_ranks  # a row's tokens times a column's features
-    held = HELD_WITH_SLOPES if config.reads_gradients else HELD.get(config.sparsifier.name, HELD_OTHERWISE)
+    held = sparsifier_class(config.sparsifier.name).matrices_held
     step, logits = held * element * pre_activations, facts.logit_bytes
     if not facts.prefetch:  # never there together
         step, logits = (step, 0) if step >= logits else (0, logits)

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from sae_train.config import RunConfig, identity, identity_digest
-from sae_train.errors import Preempted
+from sae_train.errors import Preempted, raise_all
 from sae_train.harvest.build import StreamFacts, check_stream
 from sae_train.phases import Phases
 from sae_train.ranks.distributed import find_ranks
 from sae_train.ranks.interface import Ranks
-from sae_train.ranks.launcher_env import find_place
+from sae_train.ranks.launcher_env import this_process
 from sae_train.sae.nesting import prefix_sizes
-from sae_train.sparsifiers import build_sparsifier
+from sae_train.sparsifiers import sparsifier_class
 from sae_train.training import signals
 from sae_train.training.console import ProgressBar, say, verdict_of, warn
 from sae_train.training.memory import named_when_it_runs_out
@@ -40,13 +40,13 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
     Raises:
         UserError: see errors.py; its `status` is the exit status. `Preempted` after a signal, once everything is saved.
     """
-    n_ranks = find_place().size
-    show = partial(ProgressBar, is_first=find_place().rank == 0)
+    n_ranks = this_process().size
+    show = partial(ProgressBar, is_first=this_process().rank == 0)
     phases = Phases(show=show, alone=signals.leave_early) if n_ranks == 1 else Phases(show=show)
     phases.advance()
     facts = check_stream(config.source, n_ranks=n_ranks, phases=phases)
     plan = make_plan(config, facts, n_ranks=n_ranks)
-    build_sparsifier(config, n_features=plan.n_features)  # refuses infeasible budgets
+    raise_all(sparsifier_class(config.sparsifier.name).problems(config.sae, plan.sae_sizes))
     prefix_sizes(config.nesting, n_features=plan.n_features)  # and prefixes that are not whole
     name = name_of(config, site=plan.label, n_features=plan.n_features)
     directory = RunDirectory(Path(config.runs).expanduser() / name)
@@ -54,7 +54,7 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
     directory.check_identity(config)
     phases.advance()
     if config.dry_run:
-        if find_place().rank == 0:
+        if this_process().rank == 0:
             say(describe(plan, config, path=str(directory.path)))
         return 0
     ranks = find_ranks()

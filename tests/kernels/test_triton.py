@@ -17,7 +17,7 @@ from sae_train import kernels
 from sae_train.harvest.build import check_stream
 from sae_train.kernels import attaching, backend, decoding, unit_rows
 from sae_train.ranks.interface import Solo
-from sae_train.sae.dictionary import PARAMETRISATIONS
+from sae_train.sae.trainable import PARAMETRISATIONS
 from sae_train.training import plan
 from sae_train.training.optimizer import Adam
 from sae_train.training.provenance import device_notices, resolve_precision

@@ -1,21 +1,17 @@
 """Killed at any moment, any number of times, a run ends where it would have ended: bit for bit."""
 
-import contextlib
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tools.processes import checkpoints, finish, kill_after_progress, launch, rows, run_directory, weights, workers
-from tools.command_line import LAUNCHERS, QUIET, Command, Outcome, changed
-from tools.tiny_runs import rows_run, tiny_run
+
+from sae_train.training.checkpoint_files import digest_of_notes
+from tools.command_line import Command, changed
+from tools.processes import checkpoints, finish, kill_after_progress, launch, rows, run_directory, weights
+from tools.tiny_runs import rows_run
 
 
 def slow(value: str) -> Any:
@@ -65,7 +61,7 @@ def test_a_damaged_checkpoint_falls_back_and_ends_alike(tmp_path: Path) -> None:
     assert finish(launch(whole, 1, [])).status == 0
     assert kill_after_progress(launch(torn, 1, ["checkpoint.keep=0"]), torn, random.Random(0))
     assert kill_after_progress(launch(torn, 1, ["checkpoint.keep=0"]), torn, random.Random(1))
-    newest = run_directory(torn) / "checkpoints" / checkpoints(torn)[-1] / "replicated.safetensors"
+    newest = run_directory(torn) / "checkpoints" / checkpoints(torn)[-1] / "stream.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     done = finish(launch(torn, 1, []))  # another keep is another checkpoint policy, not another run
     assert done.status == 0, done.stdout
@@ -84,13 +80,32 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, command: Command
     shutil.rmtree(kept)
     (kept.parent / "summary.json").unlink()  # so that it has to be gone on with
     shutil.copytree(tmp_path / "runs" / "one" / "checkpoints", kept)
-    before = {path: path.read_bytes() for path in kept.rglob("*.*")}
+    before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
     done = command(*arguments, "name=other", "seed=3")
     assert done.status == 2
     assert "made by another run (identity " in done.stderr
     assert "Take it away, or choose another name=." in done.stderr
     assert "Traceback" not in done.stderr
-    assert before == {path: path.read_bytes() for path in kept.rglob("*.*")}
+    assert before == {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(tmp_path: Path, command: Command) -> None:
+    arguments = [*rows_run(tmp_path), "name=mine"]
+    assert command(*arguments).status == 0
+    run = tmp_path / "runs" / "mine"
+    (run / "summary.json").unlink()  # so that it has to be gone on with
+    kept = run / "checkpoints"
+    for path in kept.glob("*/checkpoint.json"):
+        notes = json.loads(path.read_text())
+        del notes["format"], notes["sha256"]
+        path.write_text(json.dumps(notes | {"sha256": digest_of_notes(notes)}))
+    before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+    done = command(*arguments)
+    assert done.status == 2
+    assert "written by another version of sae-train" in done.stderr
+    assert f"remove {kept} to start it over" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert before == {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
 
 
 def test_finished_is_skipped_and_another_identity_refused(tmp_path: Path, command: Command) -> None:

@@ -17,7 +17,8 @@ from sae_train.harvest.build import build_stream, check_stream
 from sae_train.ranks.distributed import find_ranks, leave
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.code import Code, DenseCode, SparseCode
-from sae_train.sparsifiers.base import Sparsifier
+from sae_train.sparsifiers.allocator import Allocator
+from sae_train.sparsifiers.base import Encoding, Sparsifier
 from sae_train.sparsifiers.gradient import Gradient
 from sae_train.training import checkpoint, restore
 from sae_train.training.plan import make_plan
@@ -119,10 +120,11 @@ def watch(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Tensor]]:
     learner, ranks = trainer.learners[0], trainer.ranks
     encode, scores = learner.sparsifier.encode, note_scores(learner.sparsifier)
 
-    def watched(*parts: Any, **rest: Any) -> tuple[Code, torch.Tensor | None]:
-        code, penalty = encode(*parts, **rest)
+    def watched(*parts: Any) -> Encoding:
+        encoding = encode(*parts)
+        code = encoding.code
         token, feature, value = places(code)
-        if learner.sparsifier.thresholds(learner.dictionary) is None:
+        if isinstance(learner.sparsifier, Allocator):
             assert isinstance(code, SparseCode)
             assert len(value) == int(code.count)
         if scores:
@@ -130,7 +132,7 @@ def watch(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Tensor]]:
         token, feature = token + ranks.data.rank * code.n_tokens, feature + learner.features[0]
         index, order = ranks.gather_rows(token * trainer.plan.n_features + feature).sort()
         seen.append((index, ranks.gather_rows(value)[order]))
-        return code, penalty
+        return encoding
 
     learner.sparsifier.encode = watched
     return seen
@@ -169,7 +171,7 @@ def learn(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
         trainer.step(trainer.stream.batch(step))
     (row,) = trainer.rows()
     since = ranks.features.gather_slices(trainer.learners[0].firing.since_F, trainer.plan.n_features)
-    figures = {key: value for key, value in row.items() if not key.startswith("perf/")}
+    figures = {key: value for key, value in row.items() if key != "sae" and not key.startswith("perf/")}
     return {"matches": [index for index, _ in seen], "weights": weights(trainer), "since": since, "row": figures}
 
 
