@@ -8,7 +8,7 @@ def notices(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
     Args:
         before: 'threads', 'processor' and 'precision', as a checkpoint notes them.
-        now: the same of this process.
+        now: the facts of this process.
     """
     lines = []
     if before.get("threads") != now["threads"]:
