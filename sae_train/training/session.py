@@ -17,7 +17,6 @@ from sae_train.config import RunConfig, identity, identity_digest
 from sae_train.errors import CheckpointError, Preempted, StoppedByNumbers, UserError
 from sae_train.formats.durable import write_text
 from sae_train.harvest.build import Stream, StreamFacts, build_stream
-from sae_train.kernels import backend
 from sae_train.phases import Phases
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.autoencoder import SparseAutoencoder
@@ -28,7 +27,7 @@ from sae_train.training.export import check_held_out, evaluation_figures, export
 from sae_train.training.learner import Learner
 from sae_train.training.metrics import spread_notice
 from sae_train.training.plan import Plan
-from sae_train.training.provenance import check_source, processor, provenance, resolve_precision
+from sae_train.training.provenance import check_source, device_notices, processor, provenance, resolve_precision
 from sae_train.training.run_directory import RunDirectory
 from sae_train.training.same_on_ranks import check_same_source
 from sae_train.training.tracking import Dashboard, MetricsFile, build_dashboard
@@ -107,7 +106,7 @@ class Session:
         self._on_first(self._open_dashboard)
         if self.ranks.is_first:
             asked, precision = self.config.precision, self._precision
-            for line in backend.notices(self.ranks.device, precision=precision, asked=asked):
+            for line in device_notices(self.ranks.device, precision=precision, asked=asked):
                 warn(line)
         self._began = time.perf_counter()
         if self._evaluation_due:
