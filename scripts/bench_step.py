@@ -38,8 +38,8 @@ from sae_train.cli.compose import compose_config
 from sae_train.harvest.build import build_stream, check_stream
 from sae_train.ranks.interface import Solo
 from sae_train.training.clock import peak_memory_bytes
-from sae_train.training.plan import make_plan
 from sae_train.training.provenance import resolve_precision
+from sae_train.training.run import plan_of
 from sae_train.training.trainer import Trainer, build_trainer
 
 ADAM_BYTES, TRIAD_BYTES = 28, 12
@@ -88,11 +88,11 @@ def build(point: dict[str, Any], scratch: Path) -> Trainer:
     ]
     config = compose_config(said + point["override"])
     facts = check_stream(config.source, n_ranks=1)
-    plan = make_plan(config, facts, n_ranks=1)
+    plan = plan_of(config, facts, n_ranks=1)
     ranks = Solo(torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))
     stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
-    precision = resolve_precision(config, stored=None, device=ranks.device)
+    precision = resolve_precision(config.precision, stored=None, device=ranks.device)
     trainer = build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
     trainer.learners[0].is_screened = trainer.learners[0].is_screened and not point["unscreened"]
     return trainer
@@ -168,7 +168,7 @@ def kill_share(trainer: Trainer, share: float) -> None:
     if n_dead:
         trainer.learners[0].dictionary.W_enc.data[-n_dead:] = 1e-3 * trainer.learners[0].dictionary.W_dec.data[-n_dead:]
         trainer.learners[0].dictionary.b_enc.data[-n_dead:] = 0
-        trainer.learners[0].firing.since_F[-n_dead:] = trainer.plan.dead_window
+        trainer.learners[0].firing.since_F[-n_dead:] = trainer.plan.sae.dead_window
 
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:

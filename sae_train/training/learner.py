@@ -21,7 +21,7 @@ from sae_train.training.batch import RowBatch
 from sae_train.training.metrics import Totals, firing_row
 from sae_train.training.nonfinite import Halt
 from sae_train.training.optimizer import Adam
-from sae_train.training.plan import Plan
+from sae_train.training.plan import SaePlan
 from sae_train.training.schedule import learning_rate
 
 DIVERGED = 100.0
@@ -41,7 +41,7 @@ class Learner:
         is_near: whether pre-activations come from a bf16 product that only finds candidates.
     """
 
-    def __init__(self, name: str, config: RunConfig, plan: Plan, *, precision: str, ranks: Ranks) -> None:
+    def __init__(self, name: str, config: RunConfig, plan: SaePlan, *, precision: str, ranks: Ranks) -> None:
         dtype = torch.float64 if precision == "float64" else torch.float32
         self.name, self.config, self.plan, self.ranks, self.precision = name, config, plan, ranks, precision
         self.features = ranks.features.slice(plan.n_features)
@@ -136,7 +136,7 @@ class Learner:
 
     def check_finite(self) -> None:
         """Raise StoppedByNumbers on every rank if a loss or gradient was not finite. Collective."""
-        self.halt.check(self.ranks, site=self.plan.label)
+        self.halt.check(self.ranks, site=self.plan.site)
 
     def dead_fraction(self) -> float:
         """Return the share of all features that is dead by training's own counters. Collective."""

@@ -107,7 +107,7 @@ def _note(number: int, _: FrameType | None) -> None:
 
 
 def wish() -> int:
-    """Return what this process was asked so far: NONE, REQUEUE, SAVE (and no more) or BOTH."""
+    """Return the wish of the signals so far: NONE, REQUEUE, SAVE (and no more) or BOTH."""
     return _noted // _SHIFT
 
 
@@ -138,13 +138,13 @@ class Agreement:
         return self._agreed // _SHIFT
 
     def poll(self) -> int:
-        """Return what is agreed on, and ask all ranks again. Once a step."""
+        """Return the wish that is agreed on, and start the next reduction. Called once a step. Collective."""
         agreed = self.settle()
         self._open = self._ranks.begin_max(2 * _noted + self.fills_soon())
         return agreed
 
     def settle(self) -> int:
-        """Wait for the open question, if there is one, and return what is agreed on."""
+        """Wait for the open reduction, if there is one, and return the wish that is agreed on. Collective."""
         if self._open is not None:
             pending, self._open = self._open, None
             noted, may_fill = divmod(pending.result(), 2)
@@ -152,7 +152,7 @@ class Agreement:
         return self.wish
 
     def now(self) -> int:
-        """Ask all ranks and wait for the answer. Between long pieces of work, never in a step."""
+        """Return the wish of all ranks as of now; waits for all of them, so never in a step. Collective."""
         self.poll()
         return self.settle()
 

@@ -18,9 +18,7 @@ class Stopping:
         newest_saved: returns the step of the newest checkpoint, None where there is none; for the message.
     """
 
-    def __init__(
-        self, agreement: signals.Agreement, *, newest_saved: Callable[[], int | None], ranks: Ranks
-    ) -> None:
+    def __init__(self, agreement: signals.Agreement, *, newest_saved: Callable[[], int | None], ranks: Ranks) -> None:
         self._agreement, self._newest_saved, self._ranks = agreement, newest_saved, ranks
         self._may_leave_alone = ranks.size == 1
 

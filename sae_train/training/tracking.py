@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sae_train.config import RunConfig, TrackingConfig, WandbConfig, as_dict
+from sae_train.config import TrackingConfig, WandbConfig
 from sae_train.evaluation.density import HISTOGRAM_EDGES
 from sae_train.formats.durable import explained, write_text
 from sae_train.training import signals
@@ -78,10 +78,10 @@ class Wandb(Dashboard):
     cannot be sent stays in the run's directory, for `wandb sync`.
     """
 
-    def __init__(self, tracking: WandbConfig, config: RunConfig, directory: Path) -> None:
+    def __init__(self, tracking: WandbConfig, settings: dict[str, Any], directory: Path) -> None:
         self._folder = directory.absolute() / "wandb"
         self._process: JsonProcess | None = None
-        answer, problem = self._start(tracking, config, directory)
+        answer, problem = self._start(tracking, settings, directory)
         mode = answer.get("mode")
         self._is_online = mode == "online"
         self._own: str = answer.get("directory", "")
@@ -121,7 +121,7 @@ class Wandb(Dashboard):
         if problem:
             warn(f"wandb may lack rows ({problem}); metrics.jsonl has all. Sync with: {self._sync_command(own=True)}")
 
-    def _start(self, tracking: WandbConfig, config: RunConfig, directory: Path) -> tuple[dict[str, Any], str]:
+    def _start(self, tracking: WandbConfig, settings: dict[str, Any], directory: Path) -> tuple[dict[str, Any], str]:
         """Start wandb as the environment asks, else offline; return its answer and why the first try failed."""
         begun = time.monotonic()
         request = {"argv": sys.argv, "pid": os.getpid(), "edges": HISTOGRAM_EDGES.tolist()}
@@ -136,7 +136,7 @@ class Wandb(Dashboard):
                     "id": _identifier(directory),
                     "resume": "allow",
                     "dir": str(directory.absolute()),
-                    "config": as_dict(config),
+                    "config": settings,
                 }
                 command = [sys.executable, "-P", str(WORKER)]  # -P: no module of this folder hides one of wandb's
                 self._process = JsonProcess(command, environment=_environment() | changes)
@@ -198,9 +198,13 @@ def _is_switched_off() -> bool:
     return asked[0].strip().lower() == "disabled" or asked[1].strip().lower() in TRUE
 
 
-def build_dashboard(config: RunConfig, directory: Path) -> Dashboard:
-    """Return the dashboard that `tracking` names; for the first rank, which alone speaks to one."""
-    tracking: TrackingConfig = config.tracking
+def build_dashboard(tracking: TrackingConfig, settings: dict[str, Any], directory: Path) -> Dashboard:
+    """Return the dashboard that `tracking` names. Only the first rank calls it.
+
+    Args:
+        settings: of the run, which the dashboard shows.
+        directory: of the run.
+    """
     if isinstance(tracking, WandbConfig) and not _is_switched_off():
-        return Wandb(tracking, config, directory)
+        return Wandb(tracking, settings, directory)
     return Dashboard()

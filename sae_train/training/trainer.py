@@ -140,6 +140,6 @@ def build_trainer(config: RunConfig, plan: Plan, *, stream: Stream, precision: s
         precision: of matrix products, with 'auto' resolved.
         ranks: arranged in the grid of the plan.
     """
-    name = sae_name(config.sae, site=plan.label, n_features=plan.n_features)
-    learner = Learner(name, config, plan, precision=precision, ranks=ranks)
+    name = sae_name(config.sae, site=plan.sae.site, n_features=plan.sae.n_features)
+    learner = Learner(name, config, plan.sae, precision=precision, ranks=ranks)
     return Trainer([learner], stream, source=config.source, plan=plan, ranks=ranks)

@@ -47,7 +47,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: RunConfig) ->
     def build(**environment: str) -> Dashboard:
         for name, value in ({"HOME": str(tmp_path / "home")} | environment).items():
             monkeypatch.setenv(name, value)
-        built.append(build_dashboard(config, tmp_path / "a run"))
+        built.append(build_dashboard(config.tracking, as_dict(config), tmp_path / "a run"))
         return built[-1]
 
     yield build

@@ -448,7 +448,7 @@ def test_what_dead_features_lack_to_fire_is_learned(rows: Path, kind: str) -> No
         trainer.learners[0].sparsifier,
     )
     assert isinstance(sparsifier, penalised.Penalised)
-    trainer.learners[0].firing.since_F[:40] = trainer.plan.dead_window
+    trainer.learners[0].firing.since_F[:40] = trainer.plan.sae.dead_window
     pre = dictionary.pre_activations(x)
     loss = sparsifier.revival(dictionary, x, n_tokens=2 * len(x), firing=trainer.learners[0].firing)
     lacks = (dictionary.log_threshold.exp() if kind == "jumprelu" else 0) - pre

@@ -25,7 +25,7 @@ def compared(trainer: Trainer, sae: SparseAutoencoder, raw_ND: Tensor) -> Iterat
 
     Training sees its normalised activations and the dictionary, the exported autoencoder raw ones and itself.
     """
-    learner, scaling, n_features = trainer.learners[0], trainer.stream.scaling, trainer.plan.n_features
+    learner, scaling, n_features = trainer.learners[0], trainer.stream.scaling, trainer.plan.sae.n_features
     moment = learner.step_info(trainer.n_done)
     for batch_ND in raw_ND.split(trainer.plan.batch_tokens):
         if len(batch_ND) < trainer.plan.batch_tokens:
