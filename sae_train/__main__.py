@@ -1,6 +1,6 @@
 """`python -m sae_train`: the same entry as `sae-train`, for torchrun, accelerate launch and srun."""
 
-from sae_train.cli.main import main
+from sae_train.cli.train import main
 
 if __name__ == "__main__":
     main()

@@ -1,1 +1,8 @@
-"""The command line: reading what is typed, help, and one file for each command."""
+"""The command line: one file for each command, and what the commands share.
+
+`train.py` is `sae-train`. A further command is a file with a function from arguments to an exit status, a `main` that
+passes it to `process.run_and_exit`, and a line under `[project.scripts]` in pyproject.toml.
+
+process.py has exit statuses and error messages. compose.py turns arguments into configurations by way of library.py
+(Hydra), overrides.py and never_read.py (checks of what was typed) and point.py (one run while it is checked).
+"""

@@ -7,7 +7,7 @@ from typing import Any
 
 from sae_train import config as schema
 from sae_train.cli.compose import Offer
-from sae_train.cli.refusals import NAMES_OF_CHOICES
+from sae_train.cli.overrides import NAMES_OF_CHOICES
 from sae_train.config.launcher import GROUP, PREFIX, SlurmLauncher
 from sae_train.config.ranges import ranges
 

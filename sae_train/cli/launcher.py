@@ -1,31 +1,30 @@
-"""Read what `hydra/launcher=slurm` asks of SLURM, from YAML and from `hydra.launcher.key=value`.
+"""Typed settings of `hydra/launcher=slurm`: from YAML and `hydra.launcher.key=value` to a SlurmLauncher.
 
-Hydra only says which launcher is meant. Its plugin for submitit is not used: the points are composed and checked here,
-and the plugin would compose them again, wait for all of them, return what the first task of each returned, and know
-nothing of what is finished already.
+Hydra's own plugin for submitit is not used. It would compose the points again, wait for all of them, return only the
+result of each job's first task, and start points that are finished already.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
-from sae_train.cli.refusals import Typed, empty, signed, suggest_key, wrong_type
+from sae_train.cli.overrides import Typed, empty, signed, suggest_key, wrong_type
 from sae_train.config.launcher import GROUP, LAUNCHER_KEYS, PREFIX, SlurmLauncher
 from sae_train.errors import suggest
 
 HERE = "basic"
-"""Hydra's name for making the runs in this process, one after another: what nobody has to type."""
+"""Hydra's name for runs in this process, one after another. It is the default."""
 
 _DOTTED = [f"{PREFIX}{key}" for key in LAUNCHER_KEYS]
 
 
 def is_launching(key: str) -> bool:
-    """Return whether a key of the command line says how a sweep is launched."""
+    """Return whether a key of the command line belongs to the launcher."""
     return key == GROUP or key.startswith(PREFIX)
 
 
 def check_launcher(typed: Sequence[Typed], choices: Sequence[str], *, sweep: bool) -> tuple[str, list[str]]:
-    """Return which launcher is typed, and what is wrong with how it was asked for."""
+    """Return the typed launcher, and the problems of its settings that need no values."""
     problems = [signed(entry, known=[GROUP, *_DOTTED]) for entry in typed if entry.sign]
     chosen = {entry.value: entry for entry in typed if entry.key == GROUP and not entry.sign}
     if not chosen.keys() - {HERE}:
@@ -49,7 +48,7 @@ def check_launcher(typed: Sequence[Typed], choices: Sequence[str], *, sweep: boo
 def read_launcher(
     values: Mapping[str, Any], typed: Sequence[tuple[Typed, Any]]
 ) -> tuple[SlurmLauncher | None, list[str]]:
-    """Return the launcher that a choice's values and what was typed over them make, or None and what is wrong."""
+    """Return the launcher from a choice's values and the typed ones over them, or None and its problems."""
     merged: dict[str, Any] = {**values, "extra": dict(values.get("extra") or {})}
     problems = []
     if strange := sorted(merged.keys() - set(LAUNCHER_KEYS)) + sorted(set(LAUNCHER_KEYS) - merged.keys()):
@@ -75,7 +74,7 @@ def read_launcher(
 
 
 def takes_text(key: str, value: Any) -> bool:
-    """Return whether a number is to be kept as it was typed: where text belongs, and in options of sbatch."""
+    """Return whether a number stays text as it was typed: for a key of text, and in options of sbatch."""
     field, _, option = key.removeprefix(PREFIX).partition(".")
     if field == "extra" and option:
         return not isinstance(value, bool)  # true is an option without a value

@@ -1,23 +1,26 @@
-"""Arguments as text: how one is quoted so that it can be pasted into a shell, and what a comma list was typed as.
+"""Quoting of arguments for a shell, and the values of a comma list as they were typed.
 
-Hydra's grammar takes a value with other signs than those of words and numbers in quotes, and a shell takes quotes away.
+Hydra's grammar needs quotes around a value with other signs than words and numbers have. A shell removes quotes.
 """
 
 import re
 import shlex
 
 _OF_THE_SHELL = set('"$`\\!')
-"""What a shell reads inside of double quotes."""
+"""Signs that a shell reads inside of double quotes."""
 
 
 def pasted(key: str, value: str) -> str:
-    """Return `key=value` as it can be pasted into a shell, so that this program reads `value` as one text."""
+    """Return `key=value`, quoted so that a shell and then Hydra read `value` as one text.
+
+    Example: `pasted("name", "a=b")` is `"name='a=b'"`, double quotes included.
+    """
     argument = f"{key}={_quoted(value)}"
     return shlex.quote(argument) if _OF_THE_SHELL & set(argument) else f'"{argument}"'
 
 
 def _quoted(value: str) -> str:
-    """Return a value in Hydra's quotes: a quote in it takes a backslash, as do backslashes before a quote."""
+    """Return a value in Hydra's quotes. A quote in it takes a backslash, as do backslashes before a quote."""
     quote = '"' if "'" in value and '"' not in value else "'"
     inner = re.sub(rf"(\\*){quote}", lambda found: f"{found[1]}{found[1]}\\{quote}", value)
     trailing = len(inner) - len(inner.rstrip("\\"))
@@ -25,7 +28,7 @@ def _quoted(value: str) -> str:
 
 
 def typed_values(text: str) -> list[str]:
-    """Return the values of a list `a,b` or `choice(a,b)` as they were typed; of anything else, the one text."""
+    """Return the values of a list `a,b` or `choice(a,b)` as they were typed; any other text is one value."""
     if text.startswith("choice(") and text.endswith(")"):
         text = text[len("choice(") : -1]
     values, quote, depth, is_escaped = [""], "", 0, False

@@ -1,4 +1,4 @@
-"""The classes of config/ as `conf/` finds them in Hydra: under `schema/`, so that they are not shown as choices."""
+"""The classes of config/ as Hydra's schemas. They are under `schema/`, so that they are not shown as choices."""
 
 from dataclasses import is_dataclass
 from typing import get_args, get_type_hints
@@ -40,7 +40,7 @@ SCHEMAS: dict[str, type] = {
     "tracking/none": schema.TrackingConfig,
     "tracking/wandb": schema.WandbConfig,
 }
-"""Where each class of config/ is found by `conf/`: `schema/<key>`."""
+"""Class by path: files in `conf/` name it as `schema/<path>`."""
 
 
 DIALS = [name for name, hint in get_type_hints(schema.RunConfig).items() if not is_dataclass(hint)]
@@ -48,7 +48,7 @@ DIALS = [name for name, hint in get_type_hints(schema.RunConfig).items() if not 
 
 
 def register_schemas() -> None:
-    """Make the classes of config/ known to Hydra; may be called again."""
+    """Register the classes of config/ with Hydra. It may be called again."""
     store = ConfigStore.instance()
     for path, node in SCHEMAS.items():
         *group, name = f"schema/{path}".split("/")
@@ -56,7 +56,7 @@ def register_schemas() -> None:
 
 
 def holds_text(key: str) -> bool:
-    """Return whether some choice has text under this key."""
+    """Return whether any choice of the key's group has text under this key."""
     group, _, field = key.rpartition(".")
     owners = [owner for path, owner in SCHEMAS.items() if path.partition("/")[0] == (group or "run")]
     return any(str in (hint, *get_args(hint)) for owner in owners if (hint := get_type_hints(owner).get(field)))

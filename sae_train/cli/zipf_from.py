@@ -1,4 +1,4 @@
-"""What an earlier, finished run found, read before anything heavy is imported: a setting may begin from there."""
+"""Zipf's law of a finished run, for `budget.zipf_from`. No import of this module leads to torch."""
 
 import math
 from pathlib import Path
@@ -12,10 +12,10 @@ BY_HAND = "Choose another run, or give budget.exponent and budget.shift."
 
 
 def zipf_law(run: str) -> tuple[float, float]:
-    """Return exponent and shift that were fitted to the feature densities of the one SAE in a finished run's directory.
+    """Return exponent and shift of the fit to the feature densities of the one SAE in a finished run's directory.
 
     Raises:
-        ConfigError: there is no such run, it is not finished, or its densities give no law.
+        ConfigError: there is no such run, it is not finished, or its densities do not follow the law.
     """
     given = f"budget.zipf_from={run}"
     try:
@@ -47,7 +47,7 @@ def zipf_law(run: str) -> tuple[float, float]:
 def _one_sae(given: str, path: Path) -> tuple[str, dict[str, Any]]:
     """Return name and figures of the SAE in a finished run."""
     if not path.is_dir():
-        raise ConfigError(f"{given}: no such directory. Give that of a finished run, such as runs/NAME.")
+        raise ConfigError(f"{given}: no such directory. Give the directory of a finished run, such as runs/NAME.")
     directory = RunDirectory(path)
     try:
         summary = directory.result() if directory.stored() else None

@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass
 
-from sae_train.config.harvest import DataConfig, HarvestConfig, LayerConfig, LiveHarvestConfig, ModelConfig
+from sae_train.config.harvest import (
+    DataConfig,
+    HarvestConfig,
+    LayerConfig,
+    LiveHarvestConfig,
+    ModelConfig,
+    TensorsHarvestConfig,
+)
 from sae_train.config.lanes import LaneSizes, lane_sizes
 
 MOST_HELD_OUT_TOKENS = 50_000
@@ -40,8 +47,19 @@ class SourceConfig:
     @property
     def lane_sizes(self) -> LaneSizes:
         """The sizes of a live harvest, without any null."""
-        assert isinstance(self.harvest, LiveHarvestConfig), "only a live harvest has lanes"
-        return lane_sizes(self.harvest, batch_tokens=self.batch_tokens)
+        return lane_sizes(self.live, batch_tokens=self.batch_tokens)
+
+    @property
+    def live(self) -> LiveHarvestConfig:
+        """The settings of `harvest=live`; call it only where `harvest.runs_model`."""
+        assert isinstance(self.harvest, LiveHarvestConfig)
+        return self.harvest
+
+    @property
+    def tensors(self) -> TensorsHarvestConfig:
+        """The settings of `harvest=tensors`; call it only where not `harvest.runs_model`."""
+        assert isinstance(self.harvest, TensorsHarvestConfig)
+        return self.harvest
 
     @property
     def element_size(self) -> int:

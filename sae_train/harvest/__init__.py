@@ -1,1 +1,1 @@
-"""From text, or ready-made tensors, to batches of normalised activations; `stream.build_stream` is the way in."""
+"""From text or ready-made tensors to batches of normalised activations. `build.py` is the way in."""

@@ -4,7 +4,6 @@ Modules that need transformers are imported only where activations come from a l
 than a short run.
 """
 
-from sae_train.config import TensorsHarvestConfig
 from sae_train.config.source import SourceConfig
 from sae_train.harvest.checks import Findings, check_batch
 from sae_train.harvest.row_plan import RowPlan, plan_rows
@@ -38,8 +37,8 @@ def build_stream(
         source: the settings of the stream.
         ranks: the ranks that share the lanes.
         phases: shows the progress.
-        facts: from `check_stream` of the same settings; the stream continues with what was opened there. None: check
-            now.
+        facts: from `check_stream` of the same settings; the stream continues with the parts that it opened. None:
+            check now.
 
     Raises:
         ConfigError, DataError: see `check_stream`.
@@ -54,7 +53,6 @@ def build_stream(
 
 
 def _check_tensors(source: SourceConfig, *, n_ranks: int) -> StreamFacts:
-    assert isinstance(source.harvest, TensorsHarvestConfig)
     findings = Findings()
     findings.collect(lambda: check_batch(source.batch_tokens, n_ranks))
     plan = findings.collect(lambda: plan_rows(source))
@@ -68,7 +66,7 @@ def _check_tensors(source: SourceConfig, *, n_ranks: int) -> StreamFacts:
         n_blocks=None,
         pool_bytes=0,
         flops_per_token=0,
-        record={"data": source.harvest.path, "rows": plan.n_training},
+        record={"data": source.tensors.path, "rows": plan.n_training},
         prefetch=prefetch,
         ahead_bytes=min(prefetch, steps) * source.batch_tokens * row_bytes(source, plan.d_model),
         opened=plan,

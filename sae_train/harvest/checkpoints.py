@@ -1,4 +1,4 @@
-"""A language model's checkpoint: where it lies, its configuration, the class that loads it, and what it needs here."""
+"""A language model's checkpoint: its place, its configuration, the class that loads it, and its requirements."""
 
 import copy
 import json
@@ -23,13 +23,13 @@ _FOREIGN = {
     "tf_model.h5": "weights of TensorFlow, which are not read. Save them as safetensors.",
     "flax_model.msgpack": "weights of Flax, which are not read. Save them as safetensors.",
 }
-"""Files of a directory that is no checkpoint in Hugging Face layout, and what they are."""
+"""Files of other layouts than Hugging Face's, and the message for each."""
 
 
 def source_of(model: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """Return the arguments of `from_pretrained`: a path or id, where it may look, and whether it may run foreign code.
+    """Return the arguments of `from_pretrained`: a path or id, and options.
 
-    `trust_remote_code` is always given, because transformers asks on the terminal where it is not.
+    The options always hold `trust_remote_code`. Without it, transformers prompts on the terminal.
     """
     options: dict[str, Any] = {"trust_remote_code": model.remote_code}
     if model.id == "bundled":
@@ -46,7 +46,7 @@ def read_model_config(model: ModelConfig) -> Any:
     """Return the model's Hugging Face configuration.
 
     Raises:
-        DataError: it cannot be found or read, or needs code or a library that is not there.
+        DataError: it cannot be found or read, or needs code or a library that is missing.
     """
     name, options = source_of(model)
     is_local = "local_files_only" in options
@@ -83,8 +83,8 @@ def load_error(model: ModelConfig, error: Exception, *, part: str) -> DataError:
 def loader_of(settings: Any) -> Any:
     """Return the auto class that loads the checkpoint with the head that predicts the next token, if it has one.
 
-    A multimodal checkpoint is loaded whole, because the names of its weights are those of the whole model. A model
-    that sees tokens behind the one it predicts, and an encoder-decoder, are loaded without a head.
+    A multimodal checkpoint is loaded whole, because the names of its weights belong to the whole model. Masked language
+    models and encoder-decoders are loaded without a head.
     """
     if getattr(settings, "is_encoder_decoder", False):
         return AutoModel
@@ -136,7 +136,7 @@ def check_quantised(model: ModelConfig, settings: Any) -> bool:
 
 
 def check_weights(model: ModelConfig) -> None:
-    """Refuse a local directory that lacks weights, or some of the files that its index names."""
+    """Refuse a local directory that lacks weights, or a file that its index names."""
     folder = local_path(model.id)
     if model.id == "bundled" or folder is None:
         return

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class Findings:
-    """Errors of independent checks, raised together. `check_stream` makes one."""
+    """Errors of independent checks, raised together. `check_stream` collects into one."""
 
     def __init__(self) -> None:
         self._errors: list[UserError] = []

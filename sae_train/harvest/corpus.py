@@ -1,7 +1,7 @@
-"""The corpus: documents by index, which of them are held out, and what is wrong with some.
+"""The corpus: documents by index, the held-out ones among them, and the flaws of some.
 
-A document is read in pieces, so that its length costs nothing: between a line end, a blank or a character's start near
-`start` and one near `stop`. Whether it is held out is a matter of the whole document.
+A document is read in pieces, so that long documents cost no memory. Pieces are cut at a line end, a blank or the start
+of a character. A document is held out as a whole.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sae_train.config import DataConfig
 from sae_train.errors import DataError
-from sae_train.harvest.checked import Checked
 from sae_train.harvest.documents import Documents
+from sae_train.harvest.inspected_documents import InspectedDocuments
 from sae_train.harvest.open_text import open_text
 from sae_train.harvest.plain_text import LONGEST_CHARACTER, character_start
 from sae_train.harvest.stretches import Stretches
@@ -26,41 +26,42 @@ if TYPE_CHECKING:
 
 HELD_OUT_SHARE = 0.02
 FINGERPRINTED = 16
-"""Documents, spread evenly, whose hashes tell one corpus from another."""
+"""Documents, spread evenly, whose hashes identify a corpus."""
 MEASURED_PIECES, MEASURED_BYTES, LEAST_SAMPLE = 16_000, 1024 * 1024, 128
-"""A text of no more pieces is shared out over lanes by its tokens: of so many bytes in all, spread evenly over the
-pieces, and so many of a piece at least. Of more pieces every lane has so many that bytes do as well."""
+"""A text of at most so many pieces is dealt to lanes by tokens, not bytes: most pieces, bytes tokenised in all, and
+least bytes of each piece. With more pieces, every lane has enough of them for bytes to serve as well."""
 _HASH_RANGE = 2**64
 _HELD_OUT_PIECE = 4 * 1024
 _UNKNOWN, _TRAINING, _HELD_OUT = 0, 1, 2
 
 
 class Part(NamedTuple):
-    """A piece of a document."""
+    """A piece of a document's text. `Corpus` returns it, and `Packer` tokenises it."""
 
     text: str
     is_end: bool
-    """Whether an end token belongs after it."""
+    """Whether an end token belongs after the piece."""
 
 
 class Corpus:
     """Training documents by index, some of which may be held out by a hash of their text.
 
-    Indices count all documents. Up to `SCANNED_BYTES` of text are read whole when the corpus is opened; of more text,
-    what is wrong with a document and whether it is held out is found when it is met.
+    `check_stream` opens it. Lanes read the training text, and `TextHeldOut` the held-out text. Indices count all
+    documents. Up to `SCANNED_BYTES` of text are read whole when the corpus is opened. In a larger text, flaws and
+    held-out documents are found as documents are read.
     """
 
     def __init__(self, data: DataConfig, phases: Phases = SILENT) -> None:
         self._data = data
         training, held_out = open_text(data, phases)
-        self._training = Checked(training, source=f"data.id={data.id}", strict=data.strict, phases=phases)
-        self._held_out: Checked | None = None
+        self._training = InspectedDocuments(training, source=f"data.id={data.id}", strict=data.strict, phases=phases)
+        self._held_out: InspectedDocuments | None = None
         if held_out is not None:
             source = f"data.held_out_split={data.held_out_split or data.id}"
-            self._held_out = Checked(held_out, source=source, strict=data.strict, phases=phases)
+            self._held_out = InspectedDocuments(held_out, source=source, strict=data.strict, phases=phases)
         self._largest_held_out = -1 if self._held_out is not None else self._find_largest_held_out()
         self._side_N = np.full(len(training), _UNKNOWN, dtype=np.uint8)
-        for index in self._training.met:
+        for index in self._training.sampled:
             self._decide(index, int(self._training.hash_N[index]))
         is_left_out = torch.from_numpy(self._side_N == _HELD_OUT)
         self._n_bytes = torch.where(is_left_out, 0, training.n_bytes)
@@ -73,13 +74,13 @@ class Corpus:
     def holds_out(self, index: int) -> bool:
         """Return whether a document is kept out of training."""
         if self._side_N[index] == _UNKNOWN:
-            self._decide(index, self._training.meet(index))
+            self._decide(index, self._training.inspect(index))
         return bool(self._side_N[index] == _HELD_OUT)
 
     def stretches(self, lanes: int, *, context_length: int, tokenizer: "Tokenizer") -> Stretches:
-        """Return how the training text is shared out over lanes; the last answer is remembered.
+        """Return each lane's share of the training text. The last result is cached.
 
-        What was known to be held out when the corpus was opened is left out.
+        Documents that were held out when the corpus was opened are left out.
         """
         asked = lanes, context_length
         if self._shared_out is None or self._shared_out[0] != asked:
@@ -92,8 +93,8 @@ class Corpus:
     def part(self, index: int, start: int, stop: int, *, window: int) -> Part:
         """Return a document's text between the cuts near byte `start` and byte `stop`.
 
-        A cut lies at the next line end, else blank, within `window` bytes, else at the next character. Parts that meet
-        at a byte meet at its cut: nothing is lost or read twice.
+        A cut is at the next line end within `window` bytes, else at the next blank within them, else at the next
+        character. Two parts with a common byte limit have a common cut: no text is lost or read twice.
         """
         documents = self._training.documents
         low, high, size = _place(documents, index, start, stop, window)
@@ -102,13 +103,13 @@ class Corpus:
 
     def held_out_parts(self) -> Iterator[Part]:
         """Yield the held-out documents in order, long ones in pieces."""
-        checked = self._training if self._held_out is None else self._held_out
-        documents = checked.documents
-        for index in range(len(checked)):
+        inspected = self._training if self._held_out is None else self._held_out
+        documents = inspected.documents
+        for index in range(len(inspected)):
             if self._held_out is None and not self.holds_out(index):
                 continue
-            if self._held_out is not None and not checked.is_scanned:
-                checked.meet(index)
+            if self._held_out is not None and not inspected.is_scanned:
+                inspected.inspect(index)
             size, low = documents.size(index), 0
             while low < size:
                 high = _cut(documents, index, low + _HELD_OUT_PIECE, size, _HELD_OUT_PIECE)
@@ -117,35 +118,39 @@ class Corpus:
                 low = high
 
     def fingerprint(self) -> list[int]:
-        """Return numbers that change when the corpus does: how many documents, and hashes of a few of them."""
+        """Return numbers that identify the corpus: the number of documents, and hashes of a few of them."""
         return list(self._fingerprint)
 
     @property
     def flaw_N(self) -> Tensor:
-        """What is wrong with the documents to train on, as far as they were met: uint8 [documents], see `Flaw`."""
+        """uint8 [documents], the `Flaw` of each training document that was inspected so far."""
         return self._training.flaw_N
 
     def counts(self, flaw_N: Tensor | None = None) -> dict[str, int]:
-        """Return how many documents there are, and how many of each flaw; of held-out files likewise.
+        """Return the numbers of documents and of documents with each flaw, for training and for held-out files.
 
         Args:
-            flaw_N: of those to train on, what all ranks met; None: what this one did.
+            flaw_N: flaws that all ranks found in training documents; None: those that this rank found.
         """
         held_out = {} if self._held_out is None else self._held_out.counts()
         return self._training.counts(flaw_N) | {f"held_out_{name}": count for name, count in held_out.items()}
 
     def notices(self, flaw_N: Tensor | None = None) -> list[str]:
-        """Return a line for training and for held-out text where something is wrong with it. Arguments as above."""
+        """Return a line about the flaws of the training text, and one about those of held-out files.
+
+        Args:
+            flaw_N: flaws that all ranks found in training documents; None: those that this rank found.
+        """
         lines = [self._training.notice(flaw_N), "" if self._held_out is None else self._held_out.notice()]
         return [line for line in lines if line]
 
     def _decide(self, index: int, found: int) -> None:
-        """Note on which side a document with this hash is."""
+        """Decide whether a document with the hash `found` is held out."""
         is_held_out = found <= self._largest_held_out and bool(self._training.has_text(index))
         self._side_N[index] = _HELD_OUT if is_held_out else _TRAINING
 
     def _measure(self, tokenizer: "Tokenizer", segments: Tensor) -> Tensor | None:
-        """Return how many tokens pieces [P, 3] have, by a sample of each, int64 [P]; None: measure them in bytes."""
+        """Return the estimated tokens of pieces [P, 3], int64 [P], from a sample of each. None: measure in bytes."""
         if not 0 < len(segments) <= MEASURED_PIECES or not self._training.documents.is_exact:
             return None
         sample = max(LEAST_SAMPLE, MEASURED_BYTES // len(segments))
@@ -162,19 +167,19 @@ class Corpus:
     def _find_fingerprint(self) -> list[int]:
         last = len(self) - 1
         few = sorted({number * last // FINGERPRINTED for number in range(FINGERPRINTED + 1)})
-        return [len(self), *(self._training.meet(index) >> 1 for index in few)]
+        return [len(self), *(self._training.inspect(index) >> 1 for index in few)]
 
     def _find_largest_held_out(self) -> int:
-        """Return the largest hash that is held out: 2% of all hashes are, or as many as hold out two documents.
+        """Return the largest hash that is held out. It covers 2% of all hashes, and at least two documents.
 
         Raises:
-            DataError: that leaves nothing to train on.
+            DataError: nothing is left to train on.
         """
         training, below = self._training, int(HELD_OUT_SHARE * _HASH_RANGE)
         smallest: list[int] = []
         largest = 0
         for index in range(len(self)):
-            found = int(training.hash_N[index]) if training.is_scanned else training.meet(index)
+            found = int(training.hash_N[index]) if training.is_scanned else training.inspect(index)
             if not training.has_text(index):
                 continue
             smallest = sorted([*smallest, found])[:2]
@@ -193,7 +198,7 @@ class Corpus:
 def _place(documents: Documents, index: int, start: int, stop: int, window: int) -> tuple[int, int, int]:
     """Return the cuts near `start` and `stop`, and the document's size.
 
-    Where lengths are estimates, as bytes of the file, the places are taken to the same share of the text itself.
+    Where lengths are estimates, such as bytes of the file, both are moved to the same share of the text itself.
     """
     size = documents.size(index)
     if not documents.is_exact:
@@ -203,7 +208,7 @@ def _place(documents: Documents, index: int, start: int, stop: int, window: int)
 
 
 def _cut(documents: Documents, index: int, target: int, size: int, window: int) -> int:
-    """Return where a document is cut near `target`: never before it, and never earlier than for a smaller target."""
+    """Return the byte of the cut near `target`. It is at `target` or later, and grows with `target`."""
     if target <= 0 or target >= size:
         return min(max(target, 0), size)
     near = documents.slice(index, target - 1, min(size, target + max(window, LONGEST_CHARACTER)))
@@ -213,5 +218,5 @@ def _cut(documents: Documents, index: int, target: int, size: int, window: int) 
         return target + line_end
     blank = searched.find(b" ", 1)
     if blank >= 0:
-        return target - 1 + blank  # a blank goes with the word behind it, as tokenizers have it
+        return target - 1 + blank  # a blank belongs to the next word, as in tokenizers
     return target - 1 + character_start(near, 1, len(near))

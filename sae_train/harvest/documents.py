@@ -1,7 +1,7 @@
-"""Documents by index: what every source of text offers, and what can be wrong with one document.
+"""Documents by index: the interface of every source of text, and the flaws that a document may have.
 
-Every file of text is a `Documents` of its own (json_lines.py, plain_text.py, table_rows.py); the corpus joins them.
-Nothing here raises for a bad document: it is counted, and `data.strict=true` turns it into an error in the corpus.
+Every file of text is a `Documents` of its own (json_lines.py, plain_text.py, dataset_rows.py); the corpus joins them.
+Nothing here raises for a bad document. The corpus counts it, and refuses it under `data.strict=true`.
 """
 
 from abc import ABC, abstractmethod
@@ -14,19 +14,19 @@ from torch import Tensor
 
 SCANNED_BYTES = 256 * 1024 * 1024
 SCANNED_DOCUMENTS = 1_000_000
-"""Text up to this size is read whole when it is opened, so that what is wrong with it is found before training."""
+"""Text up to this size is read whole when it is opened, so that its flaws are found before training."""
 
 
 class Flaw:
-    """What can be wrong with a document; a uint8 in the corpus's table."""
+    """Flaws of a document, as uint8 in the corpus's table."""
 
     NONE = 0
     EMPTY = 1
-    """It is null or holds no characters."""
+    """The document is null or holds no characters."""
     REPAIRED = 2
     """Bytes that are not UTF-8, or lone surrogates, became U+FFFD."""
     UNUSABLE = 3
-    """It is no text: a line that is not JSON, a row without the column, a number."""
+    """The document is not text: a line that is not JSON, a row without the column, a number."""
 
 
 FLAWS = {Flaw.EMPTY: "empty", Flaw.REPAIRED: "repaired", Flaw.UNUSABLE: "unusable"}
@@ -34,21 +34,21 @@ FLAWS = {Flaw.EMPTY: "empty", Flaw.REPAIRED: "repaired", Flaw.UNUSABLE: "unusabl
 
 
 class Document(NamedTuple):
-    """One document as it was read."""
+    """One document as `Documents.read` returns it."""
 
     data: bytes
-    """Its text in UTF-8, but for the bytes of a repaired one that decoding replaces; empty where there is none."""
+    """The text in UTF-8, empty where there is none. A repaired text may hold bytes that decoding replaces."""
     flaw: int = Flaw.NONE
     reason: str = ""
-    """What is wrong with it, and where it stands; for messages."""
+    """The flaw and its place in the file, for messages."""
 
 
 class Documents(ABC):
-    """Texts by index.
+    """Texts by index. `open_text` creates one for each file or dataset, and `InspectedDocuments` reads it.
 
     Attributes:
-        n_bytes: int64 [documents], how long each text is in UTF-8; an upper bound where `is_exact` is false.
-        is_exact: whether `n_bytes` are the lengths themselves, so that 0 means empty.
+        n_bytes: int64 [documents], lengths of the texts in UTF-8; upper bounds where `is_exact` is false.
+        is_exact: whether `n_bytes` are exact, so that 0 means empty.
     """
 
     n_bytes: Tensor
@@ -63,19 +63,19 @@ class Documents(ABC):
 
     @abstractmethod
     def slice(self, index: int, start: int, stop: int) -> bytes:
-        """Return bytes start..stop of a document's text, cut off at its end; costs no more than a bounded piece."""
+        """Return bytes start..stop of a document's text, as far as it reaches, at the cost of a bounded piece."""
 
     def size(self, index: int) -> int:
-        """Return how long a document's text is, in bytes."""
+        """Return the length of a document's text in bytes."""
         return int(self.n_bytes[index])
 
     def ends_document(self, index: int) -> bool:
-        """Return whether an end token belongs after this text; not between the parts of one text file."""
+        """Return whether an end token belongs after this text. The parts of one text file have none between them."""
         return True
 
 
 class Joined(Documents):
-    """Several sources one after the other."""
+    """Several sources of text, one after the other. `open_text` joins the files of a corpus."""
 
     def __init__(self, parts: Sequence[Documents]) -> None:
         self._parts = list(parts)

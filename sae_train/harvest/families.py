@@ -1,7 +1,7 @@
 """Families of language models: in which modules an architecture keeps its blocks and their parts.
 
-`residual` is a block's output (before any final norm), `mlp` what is added to the residual stream, `attention`
-the heads' output before its projection. A family is one line of `FAMILIES`.
+`residual` is a block's output, before any final norm. `mlp` is the tensor that a block adds to the residual stream.
+`attention` is the heads' output before its projection. A family is one line of `FAMILIES`.
 """
 
 from typing import Any, NamedTuple
@@ -10,13 +10,16 @@ from torch import nn
 
 
 class Family(NamedTuple):
-    """Where an architecture keeps its sites; names are relative to the module that holds the blocks' list."""
+    """The names of an architecture's sites, relative to the module that holds the list of blocks.
+
+    `FAMILIES` lists them, and `sites.py` reads them.
+    """
 
     blocks: str
     mlp: str | None
-    """Module of a block whose output is added to the residual stream; None where none is: it is scaled on the way."""
+    """Module of a block whose output is added to the residual stream. None where the output is scaled first."""
     attention: str | None
-    """Module of a block whose input is the heads' output; None where blocks differ."""
+    """Module of a block whose input is the heads' output. None where blocks differ."""
 
 
 _LLAMA = Family("layers", "mlp", "self_attn.o_proj")
@@ -55,12 +58,12 @@ FAMILIES = {
 
 
 def text_part(settings: Any) -> Any:
-    """Return the configuration of the part that reads text: the whole one where there is no other part."""
+    """Return the configuration of the part that reads text, or the whole one where there is no other part."""
     return settings.get_text_config(decoder=True) if hasattr(settings, "get_text_config") else settings
 
 
 def blocks_name(model: nn.Module, settings: Any) -> str | None:
-    """Return the name of the list of the text part's blocks; None for a family that is not known."""
+    """Return the name of the list of the text part's blocks, or None for an unknown family."""
     kind = text_part(settings).model_type
     family = FAMILIES.get(kind)
     if family is None:

@@ -1,6 +1,7 @@
 """Held-out activations: never trained on, halved by context into a calibration and an evaluation half.
 
-Even contexts set thresholds, odd ones give every exported figure. Letters: B contexts, T positions, N tokens.
+Even contexts set thresholds, and odd ones give every exported figure. The rows of files are halved by blocks.
+Letters: B contexts, T positions, N tokens, D d_model.
 """
 
 from abc import ABC, abstractmethod
@@ -30,22 +31,26 @@ _BLOCKS_A_BATCH = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutBatch:
-    """Some contexts' activations, on the rank's device."""
+    """The activations of some contexts, on the rank's device. `HeldOut` yields it, and evaluation reads it."""
 
     raw_ND: Tensor
     """[N, D] fp32 raw activations of the kept tokens."""
     context_N: Tensor
-    """[N] int64 context of each kept token, unique over the held-out data (tensors: block of 256 rows)."""
+    """[N] int64 context of each kept token, unique over the held-out data (files: block of 256 rows)."""
     ids_BT: Tensor | None
-    """[B, T] int64 token ids; None for tensors."""
+    """[B, T] int64 token ids. None for files."""
     kept_BT: Tensor | None
-    """[B, T] bool: which tokens `raw_ND` holds, in order; None for tensors."""
+    """[B, T] bool: true for the tokens in `raw_ND`, in order. None for files."""
     logits_BTV: Tensor | None = None
-    """[B, T, V] the language model's logits, of the forward pass that gave `raw_ND`; None unless asked for."""
+    """[B, T, V] logits of the forward pass that gave `raw_ND`. None unless `batches` was called `with_logits`."""
 
 
 class HeldOut(ABC):
-    """Attributes: limit: the outlier limit, set by the stream once its scaling is fixed."""
+    """Held-out activations in two halves. A stream creates it; calibration and evaluation read it.
+
+    Attributes:
+        limit: the outlier limit, which the stream sets once its scaling is fixed.
+    """
 
     limit: float
 
@@ -55,17 +60,17 @@ class HeldOut(ABC):
 
         Args:
             half: which half.
-            max_tokens: over all ranks; whole contexts are taken until they hold as many, or all there are.
-            with_logits: whether batches of text bring the language model's logits, too.
+            max_tokens: tokens over all ranks. Whole contexts are read until they hold as many, or all are read.
+            with_logits: whether batches of text hold the language model's logits.
         """
 
     @abstractmethod
     def n_tokens(self, half: Half, *, max_tokens: int) -> int:
-        """Return how many tokens `batches` yields over all ranks, outliers included."""
+        """Return the number of tokens that `batches` yields over all ranks, outliers included."""
 
 
 class TextHeldOut(HeldOut):
-    """Held-out text through the language model."""
+    """Held-out text, run through the language model when it is read. `LiveStream` creates it."""
 
     def __init__(self, parts: Iterator[Part], *, language_model: "LanguageModel", tokenizer: "Tokenizer",
                  context_length: int, contexts_per_batch: int, ranks: Ranks, site: str) -> None:  # fmt: skip
@@ -105,7 +110,7 @@ class TextHeldOut(HeldOut):
 
 
 class HeldOutContexts:
-    """Held-out documents packed into contexts, tokenised as far as anyone has asked."""
+    """Held-out documents packed into contexts, tokenised as far as `TextHeldOut` has read them."""
 
     def __init__(self, parts: Iterator[Part], *, tokenizer: "Tokenizer", context_length: int) -> None:
         self._parts, self._tokenizer = parts, tokenizer
@@ -123,11 +128,11 @@ class HeldOutContexts:
         return self._ids[index]
 
     def n_trainable(self, index: int) -> int:
-        """Return how many tokens of a context are trained on."""
+        """Return the number of trainable tokens of a context."""
         return self._trainable[index]
 
     def of_half(self, half: Half, *, max_tokens: int) -> list[int]:
-        """Return the half's first contexts that together hold `max_tokens` trainable tokens, or all it has."""
+        """Return the first contexts of a half that hold `max_tokens` trainable tokens together, or all of them."""
         chosen: list[int] = []
         total, index = 0, HALVES.index(half)
         while total < max_tokens and self._read(index + 1):
@@ -137,7 +142,7 @@ class HeldOutContexts:
         return chosen
 
     def _read(self, n_contexts: int) -> bool:
-        """Tokenise until `n_contexts` contexts are packed; False when the text ends before."""
+        """Tokenise until `n_contexts` contexts are packed. Return False where the text ends before."""
         while len(self._ids) < n_contexts:
             context = self._packer.take(1)
             if len(context):
@@ -152,7 +157,10 @@ class HeldOutContexts:
 
 
 class TensorHeldOut(HeldOut):
-    """Rows `first` and on of a table of files, in blocks of 256 that count as contexts."""
+    """Rows `first` and on of a table of files, in blocks of 256 that count as contexts.
+
+    `TensorStream` creates it.
+    """
 
     def __init__(self, table: "TensorTable", *, first: int, ranks: Ranks) -> None:
         self.table, self.first = table, first

@@ -1,6 +1,6 @@
-"""Hooks on one module of a language model: its first tensor is read, replaced, or ends the forward pass.
+"""Hooks on one module of a language model, which read or replace its first tensor, or end the forward pass there.
 
-B contexts, T positions.
+Letters: B contexts, T positions.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,14 +13,15 @@ from sae_train.errors import ConfigError
 
 
 class Reached(Exception):
-    """Raised by our hook to end a forward pass at its site; only the call that raised it catches it."""
+    """Ends a forward pass at its site. Only the call whose hook raised it catches it."""
 
 
 @contextmanager
 def hooked(model: nn.Module, module: str, side: str, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `function` with the site's tensor when it is first computed; what it returns goes on instead.
+    """Call `function` with the site's tensor when it is first computed.
 
-    The hook is removed by its handle however the block ends.
+    A tensor that it returns replaces the site's for the rest of the forward pass. The hook is removed at the end of the
+    block, also after an error.
     """
     calls: list[bool] = []
 
@@ -61,7 +62,7 @@ def hooked(model: nn.Module, module: str, side: str, function: Callable[[Tensor]
 
 
 def run_until(model: nn.Module, module: str, side: str, ids_BT: Tensor) -> Tensor | None:
-    """Return the site's tensor, leaving the rest of the forward pass out; None when the site never ran."""
+    """Return the site's tensor without running the rest of the model, or None where the site never runs."""
     captured: list[Tensor] = []
     reached = Reached()
 

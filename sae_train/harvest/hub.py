@@ -1,4 +1,4 @@
-"""What to tell a user when the Hugging Face hub does not give what was asked for."""
+"""Names that are local paths or ids of the Hugging Face hub, and messages for failures of the hub or of a library."""
 
 import importlib.util
 import re
@@ -21,7 +21,10 @@ _MISSING = {"RepositoryNotFoundError", "HFValidationError", "DatasetNotFoundErro
 
 
 def hub_error(key: str, name: str, error: BaseException) -> DataError:
-    """Return the one message for a failure to load `key`=`name`; told by class names, as the libraries nest them."""
+    """Return the message for a failure to load `key`=`name`.
+
+    The cause is found by the class names of nested errors, because the libraries wrap each other's errors.
+    """
     chain = list(_causes(error))
     kinds = {type(cause).__name__ for cause in chain}
     if "GatedRepoError" in kinds or any("gated" in str(cause).lower() for cause in chain):
@@ -45,14 +48,14 @@ def hub_error(key: str, name: str, error: BaseException) -> DataError:
 
 
 def local_path(name: str) -> Path | None:
-    """Return the path that `name` is meant as (whether or not it is there), or None when it can be a hub id."""
+    """Return `name` as a path, which may not exist, or None where it can be a hub id."""
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
     return path if looks_local else None
 
 
 def missing_library(error: BaseException) -> str | None:
-    """Return the libraries that `error` says are missing, as `pip install` takes them, or None."""
+    """Return the libraries whose absence caused `error`, as arguments of `pip install`, or None."""
     for cause in _causes(error):
         advice = re.search(r"pip install (?:-\S+ +)*['\"]?([A-Za-z][^`'\")\n]*)", str(cause))
         if advice is not None and advice[1].strip() != "transformers":  # that one is only too old
@@ -67,12 +70,13 @@ def missing_library(error: BaseException) -> str | None:
 
 
 def needs_library(libraries: str) -> str:
-    """Return the end of a message about libraries that are missing."""
+    """Return the end of a message about missing libraries."""
     quoted = f"'{libraries}'" if "=" in libraries else libraries
     return f"needs {' and '.join(libraries.split())}: not installed here, or too old. Run `pip install {quoted}`."
 
 
 def is_installed(module: str) -> bool:
+    """Return whether Python finds a module of this name."""
     return importlib.util.find_spec(module) is not None
 
 

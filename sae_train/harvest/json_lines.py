@@ -1,7 +1,7 @@
 """JSON lines: one object a line, its text under one key.
 
-Lines are found once and parsed when they are read. A line so long that parsing it again for every piece would cost
-more than the piece is parsed once, and its text is kept in a temporary file without a name.
+Lines are found once and parsed when they are read. A long line is parsed once, and its text is kept in a temporary file
+without a name. Parsing it again for every piece would cost more than the piece.
 """
 
 import json
@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 from sae_train.errors import DataError, suggest
 from sae_train.harvest.documents import Document, Documents, Flaw
-from sae_train.harvest.files import read_bytes
+from sae_train.harvest.text_files import read_bytes
 from sae_train.phases import SILENT, Phases
 
 LONG_LINE = 64 * 1024
-"""Bytes of a line from which on its text is kept once it was parsed."""
+"""Bytes of a line from which on its text is kept after parsing."""
 _SEARCHED_AT_ONCE = 64 * 1024 * 1024
 _BLANK_AT_MOST = 8
-"""Bytes of a line up to which it is looked at for being blank; a longer blank line counts as an empty document."""
+"""Bytes of a line up to which it may be skipped as blank. A longer blank line counts as an empty document."""
 Int64s = NDArray[np.int64]
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -34,17 +34,17 @@ def open_json_lines(path: Path, *, column: str, is_scanned: bool, phases: Phases
     """Return the documents of a file of JSON lines.
 
     Args:
-        path: of the file.
+        path: the file.
         column: key of the text.
-        is_scanned: parse every line now and keep the texts in memory; else lines are parsed when they are read.
-        phases: told how many bytes were searched for lines.
+        is_scanned: parse every line now and keep the texts in memory; else parse lines when they are read.
+        phases: shows how many bytes were searched for lines.
     """
     lines = JsonLines(path, column=column, phases=phases)
     return TextsInMemory([lines.read(index) for index in range(len(lines))]) if is_scanned else lines
 
 
 class TextsInMemory(Documents):
-    """Documents that were read before, held as one block of bytes."""
+    """Documents that `open_json_lines` has read, in one block of bytes."""
 
     is_exact = True
 
@@ -65,9 +65,9 @@ class TextsInMemory(Documents):
 
 
 class JsonLines(Documents):
-    """One JSON object a line, its text under `column`; blank lines are no documents.
+    """One JSON object a line, with its text under `column`. Blank lines are no documents.
 
-    `n_bytes` are the lines' lengths, which bound those of their texts.
+    `open_json_lines` creates it. `n_bytes` are the lengths of the lines, which bound the lengths of their texts.
     """
 
     is_exact = False
@@ -95,7 +95,7 @@ class JsonLines(Documents):
         return self._long[index][1] if self._is_long(index) else len(self._text(index))
 
     def _is_long(self, index: int) -> bool:
-        """Return whether the line is long; its text is kept from then on."""
+        """Return whether the line is long. The text of a long line is kept from the first call on."""
         if int(self._stop[index] - self._start[index]) < LONG_LINE:
             return False
         if index not in self._long:
@@ -112,7 +112,7 @@ class JsonLines(Documents):
         return True
 
     def _text(self, index: int) -> bytes:
-        """Return the text of a short line; the last one is remembered, as it is asked for several times in a row."""
+        """Return the text of a short line. The last one is cached, because it is read several times in a row."""
         if self._last[0] != index:
             self._last = index, self.read(index).data
         return self._last[1]
@@ -150,7 +150,7 @@ class JsonLines(Documents):
 
 
 def _find_lines(data: bytes | mmap.mmap, phases: Phases) -> tuple[Int64s, Int64s, Int64s]:
-    """Return start, stop and number (from 1) of the lines that are not blank, int64."""
+    """Return start, stop and number (from 1) of all lines that are not blank, int64."""
     size = len(data)
     ends = [np.empty(0, dtype=np.int64)]
     for at in range(0, size, _SEARCHED_AT_ONCE):

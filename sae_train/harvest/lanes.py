@@ -1,7 +1,7 @@
 """Lanes: independent readers of a corpus, each with its own stretch of the text, order and cursor.
 
-A stretch belongs to its lane for good, so what a lane reads depends on neither ranks nor how far other lanes are.
-Letters: B contexts, T positions.
+A stretch belongs to its lane for the whole run. So the text of a lane depends neither on the ranks nor on the progress
+of other lanes. Letters: B contexts, T positions.
 """
 
 from typing import TYPE_CHECKING
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 class Packer:
-    """Documents, each followed by an end token, cut into contexts that each begin with a beginning token."""
+    """Documents, each followed by an end token, cut into contexts that each begin with a beginning token.
+
+    Lanes and held-out contexts each have one. Example, with a beginning token 0, an end token 1 and contexts of 4
+    tokens: documents of tokens [5, 6, 7] and [8, 9] give the contexts [0, 5, 6, 7] and [0, 1, 8, 9].
+    """
 
     def __init__(self, tokenizer: "Tokenizer", *, context_length: int) -> None:
         self._tokenizer = tokenizer
@@ -30,11 +34,11 @@ class Packer:
 
     @property
     def n_contexts(self) -> int:
-        """Contexts that are full."""
+        """Number of full contexts."""
         return len(self.tokens) // self._body
 
     def add(self, text: str, *, is_end: bool = True) -> int:
-        """Append text; return how many tokens it has. The end of a document leaves an end token, if it has any text."""
+        """Append text and return its number of tokens. A document's end adds an end token, unless the text is empty."""
         ids = self._tokenizer.encode(text)
         self.tokens += ids
         self.tokens += self._tail if is_end and text else []
@@ -50,10 +54,10 @@ class Packer:
 
 
 class Lane:
-    """One reader: its stretch of the text, in pieces, in an order keyed by (data.seed, epoch, lane), epoch after epoch.
+    """One reader: the pieces of its stretch, in an order keyed by (data.seed, epoch, lane), epoch after epoch.
 
-    Its cursor is the epoch, the piece of that epoch's order that comes next, and the tokens read but not yet packed:
-    of one piece, and of what did not fill a context before it.
+    `LiveStream` creates one for each of its lanes, and `RawRows` reads it. The cursor is the epoch, the place of the
+    next piece in that epoch's order, and the tokens that do not fill a context yet.
     """
 
     def __init__(self, index: int, *, stretches: Stretches, corpus: Corpus, tokenizer: "Tokenizer",
@@ -67,7 +71,7 @@ class Lane:
         self._order = self._draw_order()
 
     def contexts(self, n: int) -> Tensor:
-        """Return the next n contexts [n, T] int64; fewer where `repeat` is off and the text ends."""
+        """Return the next n contexts [n, T] int64, or fewer where `repeat` is off and the text ends."""
         while self._packer.n_contexts < n:
             if not self._read_piece():
                 break
@@ -75,7 +79,7 @@ class Lane:
 
     @property
     def has_ended(self) -> bool:
-        """Whether no context is left, which only happens where `repeat` is off."""
+        """Whether no context is left. It stays false while `repeat` is on."""
         return not self._repeat and self._position == len(self._segments) and not self._packer.n_contexts
 
     def state(self) -> dict[str, Tensor]:
@@ -86,13 +90,13 @@ class Lane:
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go back to a cursor."""
+        """Continue from a cursor."""
         self._epoch, self._position, self._epoch_tokens = state["cursor"].tolist()
         self._packer.tokens = state["tokens"].tolist()
         self._order = self._draw_order()
 
     def epochs(self, cursor: dict[str, Tensor]) -> float:
-        """Return how often the lane's text has been read at a cursor, in epochs."""
+        """Return the number of times that the lane's text was read at a cursor, in epochs."""
         epoch, position, _ = cursor["cursor"].tolist()
         return float(epoch + position / max(1, len(self._segments)))
 
@@ -100,7 +104,7 @@ class Lane:
         return keyed_order(len(self._segments), self._seed, "pieces", self._epoch, self.index)
 
     def _read_piece(self) -> bool:
-        """Pack the next piece; False when there is none and `repeat` is off."""
+        """Pack the next piece. Return False where there is none and `repeat` is off."""
         if self._position == len(self._segments):
             if not self._repeat:
                 return False
@@ -119,9 +123,9 @@ class Lane:
 
 def check_lanes(corpus: Corpus, tokenizer: "Tokenizer", *, lanes: int, context_length: int, batch_tokens: int,
                 n_ranks: int) -> None:  # fmt: skip
-    """Refuse a lane without one full context, naming the largest number of lanes that works.
+    """Refuse a lane without one full context, and name the largest number of lanes that works.
 
-    Reads only as many tokens of each lane as settle the question.
+    It reads each lane only up to its first context.
     """
     short = _short_lane(corpus, tokenizer, lanes=lanes, context_length=context_length)
     if short is None:
@@ -138,7 +142,7 @@ def check_lanes(corpus: Corpus, tokenizer: "Tokenizer", *, lanes: int, context_l
 
 
 def _short_lane(corpus: Corpus, tokenizer: "Tokenizer", *, lanes: int, context_length: int) -> int | None:
-    """Return the first lane whose text does not fill a context, or None."""
+    """Return the index of the first lane whose text does not fill a context, or None."""
     stretches = corpus.stretches(lanes, context_length=context_length, tokenizer=tokenizer)
     for index in range(lanes):
         lane = Lane(index, stretches=stretches, corpus=corpus, tokenizer=tokenizer, context_length=context_length,

@@ -1,4 +1,4 @@
-"""A frozen Hugging Face language model: activations at one site, logits with the site replaced, its tokenizer.
+"""A frozen Hugging Face language model: activations at one site, logits with the site replaced, the tokenizer.
 
 Letters: B contexts, T positions, D width of the site, V vocabulary.
 """
@@ -16,23 +16,23 @@ from transformers.utils.logging import disable_progress_bar, set_tqdm_hook
 from sae_train.config import ModelConfig
 from sae_train.config.source import SourceConfig
 from sae_train.errors import ConfigError, DataError
+from sae_train.harvest.architecture import DTYPES
 from sae_train.harvest.checkpoints import load_error, loader_of, source_of
 from sae_train.harvest.families import text_part
 from sae_train.harvest.hooks import hooked, run_until
 from sae_train.harvest.hub import hub_error, missing_library
-from sae_train.harvest.probe import DTYPES
 from sae_train.harvest.sites import SiteFacts, site_facts
 from sae_train.phases import SILENT, Phases
 
 
 class Tokenizer:
-    """Text to token ids, without special tokens added.
+    """Text to token ids, without special tokens added. `check_stream` loads it; lanes and filters use it.
 
     Attributes:
-        bos: put before every context (the classification token of BERT-like models); None where there is none.
-        eos: put after every document (the separator of BERT-like models); None where there is none.
-        special_ids: tokens that are never trained on: beginning, end, padding, marks of a chat, and all others that
-            the tokenizer calls special.
+        bos: token at the start of every context (BERT-like models: the classification token), or None.
+        eos: token after every document (BERT-like models: the separator), or None.
+        special_ids: tokens that are never trained on: all that the tokenizer declares special, such as beginning, end,
+            padding and marks of a chat.
     """
 
     def __init__(self, model: ModelConfig) -> None:
@@ -45,7 +45,7 @@ class Tokenizer:
             if "local_files_only" in options:
                 why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
                 raise DataError(f"model.id={model.id}: no tokenizer there that can be read ({why}). "
-                                "Save one beside the model.") from error  # fmt: skip
+                                "Save one in the model's directory.") from error  # fmt: skip
             raise hub_error("model.id", model.id, error) from error
         known = self._tokenizer
         self.bos: int | None = _first(known.bos_token_id, known.cls_token_id)
@@ -58,19 +58,19 @@ class Tokenizer:
         return ids
 
     def lengths(self, texts: list[str]) -> list[int]:
-        """Return how many tokens each text has."""
+        """Return the number of tokens of each text."""
         if not texts:
             return []
         return [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 class LanguageModel:
-    """A frozen language model with one site.
+    """A frozen language model with one site. `LiveStream` loads it; raw rows and evaluation use it.
 
     Attributes:
         facts: the site.
         has_loss: whether `logits` predicts the next token.
-        vocab: how many tokens it knows.
+        vocab: number of tokens in its embedding.
         model: the Hugging Face module, in eval mode, without gradients.
     """
 
@@ -94,7 +94,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def activations(self, ids_BT: Tensor) -> Tensor:
-        """Return the site's activations [B, T, D] in the model's dtype; nothing after the site is computed."""
+        """Return the site's activations [B, T, D] in the model's dtype. The rest of the model does not run."""
         site = run_until(self.model, self.facts.module, self.facts.side, ids_BT.to(self.device))
         assert site is not None, "the probe without weights reached this site"
         return self._by_position(site, ids_BT)
@@ -126,7 +126,7 @@ class LanguageModel:
 
         def branch(site: Tensor) -> Tensor:
             sites.append(site.detach().requires_grad_())
-            return sites[0].clone()  # the model may write into what it goes on with
+            return sites[0].clone()  # the model may write into the tensor that replaces the site's
 
         with torch.enable_grad(), hooked(self.model, self.facts.module, self.facts.side, branch):
             logits = self.model(ids_BT).logits[:, :-1]
@@ -144,7 +144,7 @@ class LanguageModel:
         return site.unflatten(0, ids_BT.shape) if site.ndim == 2 else site
 
     def why_not_finite(self) -> str:
-        """Return the message for activations or gradients that are not finite."""
+        """Return a message with the likely cause of activations or gradients that are not finite."""
         weights = (name for name, weight in self.model.named_parameters()
                    if weight.is_floating_point() and not torch.isfinite(weight).all())  # fmt: skip
         broken, dtype = next(weights, None), str(self.model.dtype).removeprefix("torch.")
@@ -165,7 +165,7 @@ class LanguageModel:
 
         Args:
             ids_BT: token ids.
-            replace: gets the site's activations [B, T, D] and returns what the model goes on with, same shape.
+            replace: maps the site's activations [B, T, D] to those that the rest of the model reads, of the same shape.
         """
         assert self.has_loss, "an encoder without a language-modelling head has no logits"
         ids_BT = ids_BT.to(self.device)
@@ -183,7 +183,7 @@ class LanguageModel:
 
 @contextmanager
 def _reported(phases: Phases) -> Iterator[None]:
-    """Show how many of the weights are loaded, and leave between two of them where the run was told to stop."""
+    """Show how many weights are loaded. A signal to stop ends the loading between two weights."""
 
     def counted(items: Iterable[Any], total: int) -> Iterator[Any]:
         with phases.of("loading the language model", total=total, unit="weight"):
@@ -235,7 +235,7 @@ def _load(model: ModelConfig, facts: SiteFacts, device: torch.device) -> Any:
 
 
 def _special_ids(tokenizer: Any) -> list[int]:
-    """Return the ids of all tokens that a tokenizer calls special, in order."""
+    """Return the ids of all tokens that a tokenizer declares special, in order."""
     named = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
     ids = {getattr(tokenizer, name, None) for name in named} | set(tokenizer.all_special_ids)
     added = getattr(tokenizer, "added_tokens_decoder", {})

@@ -11,7 +11,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sae_train.config import LiveHarvestConfig
 from sae_train.config.source import SourceConfig
 from sae_train.errors import DataError
 from sae_train.harvest.batch import Batch
@@ -22,7 +21,7 @@ from sae_train.harvest.language_model import LanguageModel, Tokenizer
 from sae_train.harvest.live_checks import LiveParts
 from sae_train.harvest.live_lane import LiveLane
 from sae_train.harvest.pool import LanePool
-from sae_train.harvest.prefetch import Ahead
+from sae_train.harvest.prefetch import Prefetcher
 from sae_train.harvest.raw_rows import Block, RawRows
 from sae_train.harvest.scaling import Scaling, fit_scaling
 from sae_train.harvest.stream import Stream, prefetch_of, run_dtype, whole_batches
@@ -31,13 +30,16 @@ from sae_train.ranks.interface import Ranks
 
 
 class LiveStream(Stream):
-    """A language model run while training; see `Stream`."""
+    """A language model that runs while training; see `Stream`.
+
+    A rank owns lanes / ranks consecutive lanes. A background thread may run forward passes of the lanes ahead of the
+    step.
+    """
 
     language_model: LanguageModel
 
     def __init__(self, source: SourceConfig, parts: LiveParts, *, ranks: Ranks, phases: Phases = SILENT) -> None:
-        assert isinstance(source.harvest, LiveHarvestConfig)
-        self._source, self._ranks, self._harvest, self._sizes = source, ranks, source.harvest, source.lane_sizes
+        self._source, self._ranks, self._harvest, self._sizes = source, ranks, source.live, source.lane_sizes
         self._dtype, tokenizer = run_dtype(source.precision), parts.tokenizer
         self._corpus = parts.corpus or self._fetch(tokenizer, phases)
         phases.meet()
@@ -52,7 +54,7 @@ class LiveStream(Stream):
         )  # fmt: skip
         self._lanes = self._build_lanes(tokenizer)
         self._prefetch = prefetch_of(source)
-        self._ahead = Ahead(self._find_work, is_on=self._prefetch > 0, device=ranks.device)
+        self._prefetcher = Prefetcher(self._find_work, is_on=self._prefetch > 0, device=ranks.device)
 
     def _fetch(self, tokenizer: Tokenizer, phases: Phases) -> Corpus:
         """Return a corpus of text on the hub, of which every lane has at least one context."""
@@ -123,7 +125,7 @@ class LiveStream(Stream):
         assert all(lane.pool.taken == step * share for lane in self._lanes), "steps are read in order"
         batch = self._empty(len(self._lanes) * share)
         self.fill()
-        with self._ahead.changing():
+        with self._prefetcher.changing():
             for place, lane in enumerate(self._lanes):
                 lane.pool.take(batch[place * share : (place + 1) * share])
         return batch
@@ -131,7 +133,7 @@ class LiveStream(Stream):
     def fill(self, phases: Phases = SILENT) -> None:
         due = [lane for lane in self._lanes if lane.pool.is_due]
         if due:
-            with self._ahead.paused(), phases.of("harvesting", total=sum(lane.pool.room for lane in due)):
+            with self._prefetcher.paused(), phases.of("harvesting", total=sum(lane.pool.room for lane in due)):
                 for lane in due:
                     lane.refill(self.scaling, self._dtype, phases)
                 self._check_supply()
@@ -140,10 +142,10 @@ class LiveStream(Stream):
         return any(lane.pool.is_due_soon for lane in self._lanes)
 
     def quiet(self) -> AbstractContextManager[None]:
-        return self._ahead.paused()
+        return self._prefetcher.paused()
 
     def beside_seconds(self) -> float:
-        return self._ahead.seconds - self._ahead.blocked
+        return self._prefetcher.seconds - self._prefetcher.blocked
 
     def fingerprint(self) -> list[int]:
         return self._corpus.fingerprint()
@@ -158,7 +160,7 @@ class LiveStream(Stream):
         if replicated["corpus"].tolist() != self.fingerprint():
             raise DataError(f"data.id={self._source.data.id}: not the text that the checkpoint was made from. "
                             "Put the old text back, or start a new run with another name.")  # fmt: skip
-        with self._ahead.paused():
+        with self._prefetcher.paused():
             self._set_scaling(Scaling.from_state(replicated, device=self._ranks.device))
             for lane in self._lanes:
                 lane.load_state(lane_state(lane.raw.lane))
@@ -175,21 +177,21 @@ class LiveStream(Stream):
         return self._corpus.counts(self._flaws())
 
     def figures(self) -> dict[str, float]:
-        """Return how often the slowest lane has read its text, and how much further the fastest is."""
+        """Return the epochs that the slowest lane has read, and the distance from it to the fastest lane."""
         own = torch.tensor([lane.epochs for lane in self._lanes], dtype=torch.float64, device=self._ranks.device)
         epochs = self._ranks.gather(own).flatten()
         return {"data/epochs": float(epochs.min()), "data/epoch_spread": float(epochs.max() - epochs.min())}
 
     def _flaws(self) -> Tensor:
-        """Return the flaws of all documents that any rank has met: a document has one flaw, whoever meets it."""
+        """Return the flaws of all documents that any rank has read. All ranks find the same flaw in a document."""
         return self._ranks.max(self._corpus.flaw_N.to(self._ranks.device)).cpu()
 
     def close(self) -> None:
-        self._ahead.close()
+        self._prefetcher.close()
         self._lanes.clear()
 
     def _find_work(self) -> Callable[[], None] | None:
-        """Return the forward pass of the lane that needs one first, if a refill to come has use for any."""
+        """Return the work of the lane that needs a forward pass first, or None where no coming refill needs one."""
         limits = {
             "most_rows": self._prefetch * self._sizes.share,
             "last_row": whole_batches(self._source) // self._sizes.lanes,
@@ -217,7 +219,7 @@ class LiveStream(Stream):
         return blocks
 
     def _check_supply(self) -> None:
-        """With `data.repeat` off, stop as soon as a lane is known to end before the run does."""
+        """With `data.repeat` off, refuse a run as soon as one of its lanes is certain to end before it."""
         if self._source.data.repeat:
             return
         needed = whole_batches(self._source) // self._sizes.lanes

@@ -79,6 +79,7 @@ def _facts(source: SourceConfig, parts: LiveParts) -> StreamFacts:
             "site": site.label,
             "module": site.module,
             "side": site.side,
+            "prepends_bos": parts.tokenizer.bos is not None,
             "data": source.data.id,
         },
     )

@@ -21,7 +21,7 @@ from sae_train.phases import Phases
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The rows of a block that go into the pool: those within the outlier limit, normalised."""
+    """The rows of a block that `LiveLane` puts into its pool: those within the outlier limit, normalised."""
 
     rows: Batch
     n_seen: int
@@ -54,7 +54,7 @@ class LiveLane:
         self.go_to(raw.cursor())
 
     def go_to(self, cursor: dict[str, Tensor]) -> None:
-        """Continue from this place in the text, and drop what was read ahead."""
+        """Continue from this place in the text, and drop the rows that were read ahead."""
         self.raw.go_to(cursor)
         self._early.clear()
         self._early_rows = 0

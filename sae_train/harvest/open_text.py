@@ -1,20 +1,20 @@
-"""From `data.*` to documents: which files, dataset or saved directory is meant, and what is held out of its own."""
+"""From `data.*` to documents: opens files, a dataset or a saved directory, and held-out text of its own if there is."""
 
 from pathlib import Path
 
 from sae_train.assets import held_out_corpus, training_corpus
 from sae_train.config import DataConfig
 from sae_train.errors import DataError, suggest
+from sae_train.harvest.dataset_rows import check_hub, is_saved, open_hub, open_parquet, open_saved, saved_splits
 from sae_train.harvest.documents import SCANNED_BYTES, Documents, Joined
-from sae_train.harvest.files import SUFFIXES, text_files
 from sae_train.harvest.hub import local_path
 from sae_train.harvest.json_lines import open_json_lines
 from sae_train.harvest.plain_text import TextBlocks, block_bytes_of
-from sae_train.harvest.table_rows import check_hub, is_saved, open_hub, open_parquet, open_saved, saved_splits
+from sae_train.harvest.text_files import SUFFIXES, text_files
 from sae_train.phases import SILENT, Phases
 
 UNPACKED = 5
-"""How much larger compressed text usually is when it is unpacked."""
+"""Usual ratio of the size of a text to its compressed size."""
 
 
 def check_data(data: DataConfig) -> None:
@@ -29,7 +29,7 @@ def is_local(data: DataConfig) -> bool:
 
 
 def open_text(data: DataConfig, phases: Phases = SILENT) -> tuple[Documents, Documents | None]:
-    """Return training documents and, where they have a split of their own, held-out ones."""
+    """Return the training documents, and the held-out ones where they have a split or files of their own."""
     if data.id == "bundled":
         return (open_json_lines(training_corpus(), column=data.text_column, is_scanned=True),
                 open_json_lines(held_out_corpus(), column=data.text_column, is_scanned=True))  # fmt: skip
@@ -57,7 +57,7 @@ def open_text(data: DataConfig, phases: Phases = SILENT) -> tuple[Documents, Doc
 
 
 def _is_trained_on(data: DataConfig, path: Path | None) -> bool:
-    """Return whether data.held_out_split names the very text that is trained on, however it is spelled."""
+    """Return whether data.held_out_split names the training text, in any spelling."""
     assert data.held_out_split is not None
     if (path is None or is_saved(path)) and data.held_out_split == data.split:
         return True
@@ -68,7 +68,7 @@ def _is_trained_on(data: DataConfig, path: Path | None) -> bool:
 
 
 def _open_held_out(data: DataConfig, phases: Phases, *, splits: list[str], path: Path) -> Documents | None:
-    """Return held-out text: one of the `splits` of the saved directory `path`, or files or a directory of its own."""
+    """Return the held-out text: one of the `splits` of the saved directory `path`, or other files or directories."""
     name = data.held_out_split
     if name is None:
         return None

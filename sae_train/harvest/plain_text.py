@@ -1,4 +1,4 @@
-"""Text without documents: a file that is cut into blocks at line ends, each of which may be held out."""
+"""Text without documents: a file that is cut into blocks at line ends. Each block may be held out."""
 
 import mmap
 from pathlib import Path
@@ -6,24 +6,27 @@ from pathlib import Path
 import torch
 
 from sae_train.harvest.documents import Document, Documents, Flaw
-from sae_train.harvest.files import read_bytes
+from sae_train.harvest.text_files import read_bytes
 
 BLOCK_BYTES = 64 * 1024
 LEAST_BLOCK_BYTES = 256
 BLOCKS_A_CORPUS = 128
-"""Blocks are smaller where the text would give fewer: two of them are held out at least."""
+"""Least number of blocks of a text; two of them are held out at least. A short text has smaller blocks."""
 LONGEST_CHARACTER = 4
-"""Bytes of a character in UTF-8 at most."""
+"""Most bytes of a character in UTF-8."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def block_bytes_of(total_bytes: int) -> int:
-    """Return how long blocks are at least: 64 KiB, or less in a short text."""
+    """Return the least bytes of a block: 64 KiB, or less in a short text."""
     return max(LEAST_BLOCK_BYTES, min(BLOCK_BYTES, total_bytes // BLOCKS_A_CORPUS))
 
 
 class TextBlocks(Documents):
-    """A text file cut at line ends about every `block_bytes`; where a line is longer, between two characters."""
+    """A text file, cut at line ends about every `block_bytes`, and inside longer lines between two characters.
+
+    `open_text` creates one for each file.
+    """
 
     is_exact = True
 
@@ -54,7 +57,7 @@ class TextBlocks(Documents):
 
 
 def _block_end(data: bytes | mmap.mmap, target: int, window: int) -> int:
-    """Return the first line end at or after `target`, or a character's start where none is near."""
+    """Return the first line end at `target` or later, or the start of a character where none is near."""
     size = len(data)
     if target >= size:
         return size
@@ -65,7 +68,7 @@ def _block_end(data: bytes | mmap.mmap, target: int, window: int) -> int:
 
 
 def character_start(data: bytes | mmap.mmap, target: int, size: int) -> int:
-    """Return the first byte at or after `target` that begins a character of UTF-8; `size` where none does."""
+    """Return the first byte at `target` or later that begins a character of UTF-8, or `size` where none does."""
     for place in range(target, min(target + LONGEST_CHARACTER, size)):
         if data[place] & 0xC0 != 0x80:
             return place

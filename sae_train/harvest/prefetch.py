@@ -1,8 +1,8 @@
-"""Harvest that comes early: one thread beside the training step, which does piece after piece as long as there are any.
+"""Prefetching: one background thread that harvests while the training step runs, one piece of work after another.
 
-What a piece is, and how far ahead of the run there may be some, the stream says; the thread speaks to no other rank,
-and stands still while anything else uses the language model or the tokenizer. Results never depend on it: what it has
-not done in time is done by who waits for it, and what it has done too early is in no checkpoint.
+The stream chooses the pieces and limits their number. The thread takes part in no collective, and pauses while another
+user needs the language model or the tokenizer. Results never depend on it. The caller does a piece that is late, and no
+checkpoint holds a piece that came early.
 """
 
 import threading
@@ -17,7 +17,10 @@ T = TypeVar("T")
 
 
 def _keep_to(threads: int, *, others: int) -> None:
-    """Give this thread that many of torch's, and threads that begin later `others`, which torch would change alike."""
+    """Set the number of torch threads of this thread, and keep `others` for threads that start later.
+
+    `torch.set_num_threads` also changes the number for threads that start later.
+    """
     torch.get_num_threads()  # else this thread's first work would set all of it again
     torch.set_num_threads(threads)
     helper = threading.Thread(target=torch.set_num_threads, args=(others,))
@@ -26,13 +29,16 @@ def _keep_to(threads: int, *, others: int) -> None:
 
 
 class Outcome(Generic[T]):
-    """What some work came to: a value, or an error that is raised where the value is asked for."""
+    """The result of some work: a value, or an error that `get` raises.
+
+    Background threads create it, and the thread that needs the value reads it.
+    """
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._error: BaseException | None = None
         try:
             self._value = work()
-        except BaseException as error:  # memory, disk, text: whoever needs the value has to do with it
+        except BaseException as error:  # memory, disk or text: `get` raises it where the value is needed
             self._error = error
 
     @property
@@ -43,19 +49,19 @@ class Outcome(Generic[T]):
         """Return the value.
 
         Raises:
-            BaseException: what the work ran into.
+            BaseException: the error that ended the work.
         """
         if self._error is not None:
             raise self._error
         return self._value
 
 
-class Ahead:
-    """The thread; it starts with the first change, and only if it may ever be ahead.
+class Prefetcher:
+    """The background thread of a stream. It starts with the first change, and only if it is on.
 
     Attributes:
-        seconds: how long it has worked.
-        blocked: how long others have waited for a piece of it to end.
+        seconds: time that the thread has worked.
+        blocked: time that others have waited for its current piece to end.
     """
 
     def __init__(
@@ -66,45 +72,43 @@ class Ahead:
         device: torch.device,
         threads: int | None = None,
     ) -> None:
-        """Begin nothing yet.
-
-        Args:
-            find: returns the next piece of work, None while there is nothing to do; no change happens during the call.
-            is_on: false: never start it.
-            device: where the work is done.
-            threads: of torch's on the CPU for it; None: as many as anything else. Threads of its own make those of the
-                step sleep between any two operations, as OpenMP then sees more of them than cores.
+        """Args:
+        find: returns the next piece of work, or None while there is nothing to do. No change happens during the call.
+        is_on: whether the thread may start.
+        device: device of the work.
+        threads: torch threads of the work on a CPU; None: as many as the step has. More threads than cores make the
+            threads of the step sleep between any two operations.
         """
         self._find, self._is_on, self._device, self._threads = find, is_on, device, threads
         self._condition = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
-        self._step_threads = 0  # of the thread that starts ours, known then
+        self._step_threads = 0  # torch threads of the step, set when the thread starts
         self._pauses, self._working, self._closed = 0, False, False
         self._error: BaseException | None = None
         self.seconds = self.blocked = 0.0
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Change inside what `find` looks at; afterwards the thread looks again.
+        """Enter a block that changes state which `find` reads. The thread calls `find` again afterwards.
 
         Raises:
-            BaseException: what ended the thread, if anything has.
+            BaseException: the error that ended the thread, if there was one.
         """
         with self._condition:
             self._raise()
             yield
             if self._is_on and not self._closed and self._thread is None:
-                self._step_threads = torch.get_num_threads()  # and fixes them for who calls
+                self._step_threads = torch.get_num_threads()  # this call also fixes the number for this thread
                 self._thread = threading.Thread(target=self._run, name="harvest", daemon=True)
                 self._thread.start()
             self._condition.notify_all()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Wait for the piece under way to end, and let none begin inside.
+        """Enter a block during which the thread does nothing, once its current piece has ended.
 
         Raises:
-            BaseException: what ended the thread, if anything has.
+            BaseException: the error that ended the thread, if there was one.
         """
         with self._condition:
             self._pauses += 1
@@ -121,7 +125,7 @@ class Ahead:
                 self._condition.notify_all()
 
     def close(self) -> None:
-        """End the thread, once the piece under way has ended."""
+        """End the thread, once its current piece has ended."""
         with self._condition:
             self._closed = True
             self._condition.notify_all()
@@ -135,7 +139,7 @@ class Ahead:
     def _run(self) -> None:
         try:
             self._work()
-        except BaseException as error:  # not of a piece's work, which is an Outcome's: of the bookkeeping around it
+        except BaseException as error:  # of the bookkeeping: errors of the work itself are in an Outcome
             self._error = error
         finally:
             with self._condition:
@@ -144,7 +148,7 @@ class Ahead:
 
     def _work(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # of a thread of its own
+            torch.cuda.set_device(self._device)  # each thread has its own current device
         if self._threads is not None:
             _keep_to(self._threads, others=self._step_threads)
         while True:

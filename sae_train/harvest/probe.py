@@ -1,41 +1,37 @@
-"""The architecture of a language model without its weights: what a site's width is, what it costs, where tables end.
+"""A run of a language model without its weights: the width and cost of a site, and the end of tables of positions.
 
-Weights are FakeTensors: they have shapes and no storage, so a model of any size is run in a second and nothing is
-initialised. Token ids, positions and masks are real, so that code that looks at their values runs as it always does.
-FakeTensorMode is private to torch; test_probe.py holds what is used of it. B contexts, T positions.
+Weights are FakeTensors, which have shapes and no storage. So a model of any size runs in a second. Token ids, positions
+and masks are real, because some code reads their values. FakeTensorMode is private to torch, and test_probe.py tests
+the behaviour that is used here. Letters: B contexts, T positions.
 """
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from copy import deepcopy
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
-from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
-from transformers.utils.import_utils import is_flash_attn_2_available
 
 from sae_train.config import ModelConfig
 from sae_train.errors import ConfigError, DataError, UserError
-from sae_train.harvest.checkpoints import load_error, loader_of
+from sae_train.harvest.architecture import without_weights
 from sae_train.harvest.families import text_part
 from sae_train.harvest.hooks import Reached, run_until
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHAPE = (2, 4)
 _LARGEST_REAL = 4 * 2**30
-"""Bytes of weights up to which an architecture that needs storage is run with it."""
+"""Most bytes of weights with which an architecture that needs storage is run."""
 _LONGEST_TABLE = 4096
-"""Positions up to which a table's end is looked for, whatever the context length."""
+"""Most positions with which the end of a table is searched, for any context length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What a forward pass without weights shows."""
+    """The findings of a forward pass without weights. `site_facts` makes it and reads it."""
 
     width: int
     flops: int
@@ -43,18 +39,18 @@ class Probe:
     logits: int
     max_positions: int | None
     note: str | None
-    """A sentence where something else than the usual was done."""
+    """A sentence about an unusual way of running, if there was one."""
 
 
 class TableEnds(Exception):
-    """A lookup went `excess` rows behind the end of a table."""
+    """Raised for a lookup `excess` rows beyond the end of a table. `_positions` catches it."""
 
     def __init__(self, excess: int) -> None:
         self.excess = excess
 
 
 class _TablesEnd(TorchFunctionMode):
-    """Raises TableEnds for lookups behind the end of a table, for which a FakeTensor would raise nothing."""
+    """Raises TableEnds for lookups beyond the end of a table. A FakeTensor would raise nothing."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.embedding:
@@ -64,57 +60,21 @@ class _TablesEnd(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def without_weights(model: ModelConfig, settings: Any, *, real: bool = False) -> nn.Module:
-    """Return the architecture in `model.dtype`; its weights have no storage, or where `real` no particular values.
-
-    Raises:
-        ConfigError: there is no such attention kernel here.
-        DataError: the architecture cannot be built.
-    """
-    settings = deepcopy(settings)
-    for part in (settings, text_part(settings)):
-        part.use_cache = False
-    with ExitStack() as stack:
-        stack.enter_context(no_init_weights())
-        if not real:
-            stack.enter_context(torch.device("meta"))
-            stack.enter_context(meta_device_safe_creation_ops())
-        try:
-            built: nn.Module = loader_of(settings).from_config(
-                settings,
-                dtype=DTYPES[model.dtype],
-                attn_implementation=_kernel(model, settings),
-                experts_implementation="batched_mm",  # the others look at values, or take some dtypes only
-                trust_remote_code=model.remote_code,
-            )
-        except UserError:
-            raise
-        except Exception as error:  # the checkpoint's own code may raise anything
-            if isinstance(error, ValueError) and "attention" in str(error):
-                raise ConfigError(f"model.attention={model.attention}: not available for {settings.model_type}. "
-                                  "Choose model.attention=eager.") from error  # fmt: skip
-            raise load_error(model, error, part=f"architecture {settings.model_type!r}") from error
-    if not real:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            built.to_empty(device="cpu")
-    return built.eval()
-
-
 def probe(built: nn.Module, module: str, side: str, *, settings: Any, model: ModelConfig, given: str,
           context_length: int, reads_gradients: bool) -> Probe:  # fmt: skip
-    """Run the architecture, and with storage where it cannot be run without and is small enough.
+    """Run the architecture without storage. Where that fails and it is small enough, run it with storage.
 
     Args:
-        built: from `without_weights`; it is left with hooks.
-        given: the setting that a message about the site begins with.
-        context_length: positions that must not lie behind the end of a table.
+        built: from `without_weights`.
+        given: the setting with which a message about the site begins.
+        context_length: positions that must lie within all tables.
 
     Raises:
         ConfigError: the module is no site, or contexts of this length cannot be run.
         DataError: the architecture cannot be run on token ids, or not without its weights.
     """
     kind, note = settings.model_type, None
-    logging.getLogger(FakeTensor.__module__).setLevel(logging.CRITICAL)  # it logs what it also raises
+    logging.getLogger(FakeTensor.__module__).setLevel(logging.CRITICAL)  # it logs every error that it raises
     try:
         width, flops, logits = _run(built, module, side, settings, given=given, reads_gradients=reads_gradients)
     except UserError:
@@ -135,31 +95,17 @@ def probe(built: nn.Module, module: str, side: str, *, settings: Any, model: Mod
                             f"as {module} ({_said(failure)}). Choose another site.") from failure  # fmt: skip
         note = f"{kind} was run with arbitrary weights: without any it cannot be run ({type(error).__name__})"
     positions = _positions(built, module, side, settings, context_length=context_length)
-    said = said_positions(settings)
+    said = configured_positions(settings)
     if positions is None and said is not None and context_length > said:
-        longer = (f"harvest.context_length={context_length} is longer than the {said} positions that {kind} speaks of: "
-                  "it runs, and may be outside of what it was trained on")  # fmt: skip
+        longer = (f"harvest.context_length={context_length} is longer than the {said} positions in the "
+                  f"configuration of {kind}: it runs, but perhaps beyond the lengths of its training")  # fmt: skip
         note = f"{note}. {longer}" if note else longer
     return Probe(width=width, flops=flops, logits=logits, max_positions=positions, note=note)
 
 
-def _kernel(model: ModelConfig, settings: Any) -> str:
-    """Return the attention kernel to build with."""
-    if model.attention == "flash_attention_2":
-        if not is_flash_attn_2_available():
-            raise ConfigError("model.attention=flash_attention_2: flash_attn or its GPU is missing here. "
-                              "Choose sdpa or eager.")  # fmt: skip
-        return "eager"  # shapes are the same, and flash attention has no storage-free twin
-    if model.attention == "sdpa" and getattr(text_part(settings), "attn_logit_softcapping", None):
-        # some versions of transformers take it and leave the softcapping out
-        raise ConfigError(f"model.attention=sdpa: not available for {settings.model_type}, whose logits are capped. "
-                          "Choose model.attention=eager.")  # fmt: skip
-    return model.attention
-
-
 def _run(built: nn.Module, module: str, side: str, settings: Any, *, given: str,
          reads_gradients: bool) -> tuple[int, int, int]:  # fmt: skip
-    """Return the site's width, and the operations and logits of a token."""
+    """Return the site's width, and the number of operations and of logits of a token."""
     ids_BT = torch.full(_SHAPE, plain_token(settings))
     with _counted(built) as weights, torch.no_grad():
         site = run_until(built, module, side, ids_BT)
@@ -180,7 +126,7 @@ def _run(built: nn.Module, module: str, side: str, settings: Any, *, given: str,
 
 @contextmanager
 def _counted(built: nn.Module) -> Iterator[list[int]]:
-    """Collect how many weights each module that runs multiplies a token with."""
+    """Collect the number of weights that multiply a token, from each module that runs."""
     weights: list[int] = []
 
     def count(part: nn.Module, args: Any) -> None:
@@ -190,7 +136,9 @@ def _counted(built: nn.Module) -> Iterator[list[int]]:
             if weight.ndim == 2:
                 weights.append(weight.numel())
             elif weight.ndim == 3 and len(args) > 1 and isinstance(args[1], Tensor) and not args[1].is_floating_point():
-                weights.append(args[1].shape[-1] * weight[0].numel())  # experts: weights of each, and who is chosen
+                weights.append(
+                    args[1].shape[-1] * weight[0].numel()
+                )  # experts: chosen experts times the weights of one
 
     handles = [part.register_forward_pre_hook(count) for part in built.modules()]
     try:
@@ -201,11 +149,11 @@ def _counted(built: nn.Module) -> Iterator[list[int]]:
 
 
 def _positions(built: nn.Module, module: str, side: str, settings: Any, *, context_length: int) -> int | None:
-    """Return the longest context that the model takes: as it says, or less where a table ends before.
+    """Return the longest context of the model: as its configuration has it, or shorter where a table ends.
 
-    Rotary positions are computed, not looked up, so what such a model says is no limit.
+    Rotary positions are computed, not looked up, so the configuration of such a model sets no limit.
     """
-    said = None if _is_rotary(settings) else said_positions(settings)
+    said = None if _is_rotary(settings) else configured_positions(settings)
     tried = said if said is not None and said <= _LONGEST_TABLE else context_length
     if said is not None:
         tried = min(tried, said)
@@ -219,8 +167,8 @@ def _positions(built: nn.Module, module: str, side: str, settings: Any, *, conte
     return said
 
 
-def said_positions(settings: Any) -> int | None:
-    """Return how many positions the model's configuration speaks of; None where of none."""
+def configured_positions(settings: Any) -> int | None:
+    """Return the number of positions in the model's configuration, or None."""
     said = getattr(text_part(settings), "max_position_embeddings", None)
     return said if isinstance(said, int) and said > 0 else None
 
@@ -230,7 +178,7 @@ def _is_rotary(settings: Any) -> bool:
 
 
 def _run_to_first_block(built: nn.Module, module: str, side: str, ids_BT: Tensor) -> None:
-    """Run what comes before the blocks: it holds all tables of positions."""
+    """Run the part of the model before its blocks, which holds all tables of positions."""
     reached = Reached()
 
     def stop(_part: nn.Module, _args: Any) -> None:
@@ -250,7 +198,7 @@ def _run_to_first_block(built: nn.Module, module: str, side: str, ids_BT: Tensor
 
 
 def plain_token(settings: Any) -> int:
-    """Return a token without a meaning for the model's code: not padding, and no image's place."""
+    """Return a token that the model's code does not treat specially: neither padding nor an image's place."""
     special: set[Any] = set()
     for part in (settings, text_part(settings)):
         for name, value in vars(part).items():

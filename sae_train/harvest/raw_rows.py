@@ -21,7 +21,7 @@ _CONTEXTS_COUNTED = 64
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The rows of one forward pass, and the lane's place in its text after them."""
+    """The rows of one forward pass, and the lane's place in its text after them. `RawRows` makes it."""
 
     raw_ND: Tensor
     """Activations of the trainable tokens, in the language model's dtype, all finite."""
@@ -36,7 +36,10 @@ class Block:
 
 
 class Patience:
-    """A count of forward passes in a row that gave nothing. It ends a lane that would be read for ever."""
+    """A count of forward passes in a row that gave nothing. It ends a lane that would be read for ever.
+
+    `RawRows` and `LiveLane` each have one.
+    """
 
     def __init__(self, lane: int) -> None:
         self._lane, self._fruitless = lane, 0
@@ -90,8 +93,10 @@ class RawRows:
         model = self._language_model
         largest = int(ids_BT.max())
         if largest >= model.vocab:
-            raise DataError(f"the tokenizer gives token {largest}, the language model knows {model.vocab}. Use the "
-                            "tokenizer that belongs to the model.")  # fmt: skip
+            raise DataError(
+                f"the tokenizer gives token {largest}, the language model has {model.vocab} tokens. "
+                "Use the tokenizer that belongs to the model."
+            )
         gradient_BTD = None
         if self._reads_gradients:
             raw_BTD, gradient_BTD = model.activations_and_gradients(ids_BT)
@@ -117,7 +122,7 @@ class RawRows:
         self._text.load_state(cursor)
 
     def epochs(self, cursor: dict[str, Tensor]) -> float:
-        """Return how often the text was read at a cursor, in epochs."""
+        """Return the number of times that the text was read at a cursor, in epochs."""
         return self._text.epochs(cursor)
 
     def count_rest(self) -> int:

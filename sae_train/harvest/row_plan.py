@@ -38,8 +38,7 @@ def plan_rows(source: SourceConfig) -> RowPlan:
     Raises:
         DataError: unusable files, too few rows to hold any out, or fewer than `tokens` with data.repeat=false.
     """
-    harvest = source.harvest
-    assert isinstance(harvest, TensorsHarvestConfig)
+    harvest = source.tensors
     files = read_headers(harvest.path, key="harvest.path", gradients=source.reads_gradients)
     n_rows, held_out_files = sum(file.n_rows for file in files), None
     if harvest.held_out is None:

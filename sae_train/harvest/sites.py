@@ -1,7 +1,7 @@
-"""Sites: where in a language model activations are taken.
+"""Sites: the places in a language model where activations are taken.
 
-`residual`, `mlp` and `attention` are of a block (`families.py` says in which modules), `module` is the output or input
-of any module. Facts come from running the architecture on tensors without storage, so no weight is ever read.
+`residual`, `mlp` and `attention` belong to a block, in the modules that `families.py` lists. `module` is the output or
+input of any module. Facts come from a run of the architecture on tensors without storage, so no weight is ever read.
 """
 
 from dataclasses import dataclass, field
@@ -13,21 +13,22 @@ from transformers import AutoModel
 from sae_train.config import BlockLayerConfig, ModuleLayerConfig
 from sae_train.config.source import SourceConfig
 from sae_train.errors import ConfigError, suggest
+from sae_train.harvest.architecture import without_weights
 from sae_train.harvest.checkpoints import check_quantised, loader_of, read_model_config
 from sae_train.harvest.families import FAMILIES, blocks_name, text_part
-from sae_train.harvest.probe import probe, without_weights
+from sae_train.harvest.probe import probe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteFacts:
-    """One site of one language model."""
+    """One site of one language model. `site_facts` makes it; the plan and `LanguageModel` read it."""
 
     d_model: int
     """Width of the site's activations."""
     n_blocks: int | None
-    """Blocks of the model; None for a family that is not known."""
+    """Blocks of the model. None for an unknown family."""
     index: int | None
-    """Block of the site; None for a module."""
+    """Block of the site. None for a module."""
     module: str
     """Dotted name of the hooked module."""
     side: str
@@ -35,18 +36,18 @@ class SiteFacts:
     label: str
     """Short name: 'residual2', 'module.transformer.h.1.mlp'."""
     max_positions: int | None
-    """Longest context the model takes, where it says so."""
+    """Longest context of the model, if its configuration has one."""
     flops_per_token: int
-    """Operations of the weight products that run before the site is reached, for one token; where gradients are
-    harvested those of the whole forward pass and of the backward pass down to the site."""
+    """Operations of the weight products before the site, for one token. With gradients, operations of the whole forward
+    pass and of the backward pass down to the site."""
     has_loss: bool
     """Whether the model predicts the next token."""
     logits: int
-    """How many a token has, where gradients are harvested; else 0: nothing computes them."""
+    """Logits of a token where gradients are harvested, else 0."""
     revision: str | None
-    """Commit of the hub's model; None for a local one."""
+    """Commit of a model on the hub. None for a local one."""
     whole_flops_per_token: int
-    """Operations of the weight products of a whole forward pass, for one token; all experts count."""
+    """Operations of the weight products of a whole forward pass, for one token. All experts count."""
     note: str | None
     """A line of the plan about the model, for example that the architecture could not be run without storage."""
     settings: Any = field(repr=False, compare=False)
@@ -56,11 +57,11 @@ class SiteFacts:
 
 
 def site_facts(source: SourceConfig) -> SiteFacts:
-    """Return what is known of the config's site without weights.
+    """Return the facts of the configured site, without reading weights.
 
     Raises:
         ConfigError: the model has no such site, or no such attention kernel.
-        DataError: the model cannot be found, built or run, or needs a library that is not installed.
+        DataError: the model cannot be found, built or run, or needs a missing library.
     """
     settings = read_model_config(source.model)
     is_quantised = check_quantised(source.model, settings)
@@ -139,7 +140,7 @@ def _list_of(model: nn.Module, blocks: str) -> nn.ModuleList:
 
 
 def _refuse_decoder(source: SourceConfig, model: nn.Module, settings: Any, module: str) -> None:
-    """Refuse sites of a decoder that reads an encoder's output: text alone gives it no input of its own."""
+    """Refuse sites of a decoder that reads an encoder's output, because it needs a text of its own."""
     if not getattr(settings, "is_encoder_decoder", False):
         return
     decoders = {name for name, part in model.named_modules() if name.rpartition(".")[2] == "decoder"}
@@ -154,7 +155,7 @@ def _holds_experts(part: nn.Module) -> bool:
 
 
 def _product_weights(part: nn.Module) -> int:
-    """Return how many weights of its own a module multiplies activations by."""
+    """Return the number of a module's own weights that multiply activations."""
     if isinstance(part, nn.Embedding):
         return 0
     return sum(weight.numel() for weight in part.parameters(recurse=False) if weight.ndim == 2)

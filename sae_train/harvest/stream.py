@@ -161,7 +161,7 @@ def prefetch_of(source: SourceConfig) -> int:
     """Return the number of batches that may be harvested ahead, by this rule where the configuration gives none.
 
     On a GPU files are read a few batches ahead, and a language model runs half a pool ahead, the size of a refill. Text
-    and launches then hide behind the device. Without a GPU, prefetching would only take cores from the step.
+    and launches then overlap with the device's work. Without a GPU, prefetching would only take cores from the step.
     """
     if source.harvest.prefetch is not None:
         return source.harvest.prefetch

@@ -1,9 +1,9 @@
-"""How text is shared out over lanes: bounded pieces in one keyed order, cut into stretches of equal length.
+"""The shares of text that lanes get: bounded pieces in one keyed order, cut into stretches of equal length.
 
-Every lane gives an equal share of each batch. So that what is trained on has the corpus's own mixture, each lane must
-hold the same mixture and the same amount: dealing documents by their number would follow any period of the file, and
-dealing whole documents would let a long one fill a lane. Length is measured in tokens where lanes have so few pieces
-that these may differ much in tokens a byte; else in bytes. Nothing here reads text. Letters: P pieces.
+Every lane gives an equal share of each batch. For batches with the corpus's own mixture, each lane must hold the same
+mixture and the same amount of text. Documents dealt by their number would follow any period of the file, and a long
+document dealt whole would fill a lane. Length is measured in tokens where lanes have few pieces, which may differ in
+tokens a byte, else in bytes. Nothing here reads text. Letters: P pieces.
 """
 
 from collections.abc import Callable
@@ -15,23 +15,23 @@ from sae_train.sae.random import keyed_order
 
 LEAST_PIECE_BYTES = 4 * 1024
 BYTES_A_TOKEN = 4
-"""Of usual text, roughly: for how long a piece is to be beside a context."""
+"""Rough bytes of a token of usual text, to compare a piece with a context."""
 PIECES_A_LANE = 8
-"""A lane of a short text still holds about as many pieces, so that lanes have the same mixture."""
+"""Rough pieces of a lane of a short text, so that lanes have the same mixture."""
 WINDOW_SHARE = 4
-"""A cut may move on to the next line end or blank within this part of a piece."""
+"""A cut moves on to a line end or blank within at most this fraction (1/4) of a piece."""
 LANE_WINDOW_SHARE = 16
-"""And within this part of a lane's stretch."""
+"""A cut moves on within at most this fraction (1/16) of a lane's stretch."""
 
 
 def piece_bytes_of(total_bytes: int, *, lanes: int, context_length: int) -> int:
-    """Return how long pieces are at most: 4 kB or a context's text, less in a text that is short for its lanes."""
+    """Return the most bytes of a piece: 4 KiB or a context's text, less in a text that is short for its lanes."""
     context = BYTES_A_TOKEN * context_length
     return min(max(LEAST_PIECE_BYTES, context), max(context, total_bytes // (PIECES_A_LANE * lanes)))
 
 
 Measure = Callable[[Tensor], Tensor | None]
-"""Returns how long pieces are, int64 [P], given document, first byte and last byte + 1 of each, [P, 3]; None: bytes."""
+"""Maps pieces [P, 3] (document, first byte, last byte + 1) to their lengths, int64 [P], or to None for bytes."""
 
 
 def _in_bytes(_segments: Tensor) -> None:
@@ -39,10 +39,10 @@ def _in_bytes(_segments: Tensor) -> None:
 
 
 class Stretches:
-    """The pieces of every lane.
+    """The pieces of every lane. `Corpus` makes it, and each `Lane` reads its own.
 
     Attributes:
-        lanes: how many stretches.
+        lanes: number of stretches.
         window: bytes within which a cut moves on to a line end or a blank.
     """
 
@@ -50,9 +50,9 @@ class Stretches:
         self, n_bytes: Tensor, *, measure: Measure = _in_bytes, lanes: int, context_length: int, seed: int
     ) -> None:
         """Args:
-        n_bytes: int64 [documents]; 0 for those that no lane is to read.
-        measure: what stretches are to have equally much of; None: bytes.
-        lanes: how many stretches.
+        n_bytes: int64 [documents], lengths of the documents; 0 for those that no lane reads.
+        measure: measures pieces. All stretches get the same length.
+        lanes: number of stretches.
         context_length: tokens a context.
         seed: data.seed, which draws the order of the pieces.
         """
@@ -73,7 +73,10 @@ class Stretches:
         self._bounds = [whole * lane // lanes for lane in range(lanes + 1)]
 
     def segments(self, lane: int) -> Tensor:
-        """Return a lane's pieces, int64 [n, 3]: document, first byte, last byte + 1; the outer ones may be cut."""
+        """Return a lane's pieces, int64 [n, 3]: document, first byte, last byte + 1.
+
+        The first and the last piece may be cut, and the neighbouring lane then has the rest.
+        """
         low, high = self._bounds[lane], self._bounds[lane + 1]
         if low == high:
             return torch.empty(0, 3, dtype=torch.int64)

@@ -22,7 +22,7 @@ _SPAN_ELEMENTS = 8 * 1024 * 1024
 
 
 class FileFacts(NamedTuple):
-    """The header of one file."""
+    """The header of one file, from `read_headers`."""
 
     path: Path
     n_rows: int
@@ -63,7 +63,7 @@ def read_headers(directory: str, *, key: str, gradients: bool = False) -> list[F
 
 
 class TensorTable:
-    """All rows of a directory's files, by index. `TensorStream` opens one of what `read_headers` found.
+    """All rows of a directory's files, by index. `TensorStream` opens one for the files that `read_headers` found.
 
     Attributes:
         dtype: number format in which rows are returned.

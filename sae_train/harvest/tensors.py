@@ -11,12 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sae_train.config import TensorsHarvestConfig
 from sae_train.config.source import SourceConfig
 from sae_train.errors import DataError
 from sae_train.harvest.batch import Batch
 from sae_train.harvest.held_out import TensorHeldOut
-from sae_train.harvest.prefetch import Ahead, Outcome
+from sae_train.harvest.prefetch import Outcome, Prefetcher
 from sae_train.harvest.row_plan import RowPlan
 from sae_train.harvest.scaling import Scaling, fit_scaling
 from sae_train.harvest.stream import Stream, prefetch_of, run_dtype, whole_batches
@@ -27,18 +26,19 @@ from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.random import keyed_order
 
 NOTED_ZERO_SHARE = 0.01
-"""Share of all-zero rows from which on the user is told."""
+"""Share of all-zero rows from which on a notice is shown."""
 _ROWS_A_READ = 4096
-"""Calibration rows that are read between two looks at whether the run was told to stop."""
+"""Calibration rows that are read between two checks for a signal to stop."""
 
 
 class TensorStream(Stream):
-    """See `Stream`; any rank can read any row, so there are no lanes to save."""
+    """Ready-made activations; see `Stream`. `build_stream` creates it.
+
+    Any rank can read any row, so there are no lanes to save.
+    """
 
     def __init__(self, source: SourceConfig, plan: RowPlan, *, ranks: Ranks) -> None:
-        harvest = source.harvest
-        assert isinstance(harvest, TensorsHarvestConfig)
-        self._source, self._ranks, self._harvest = source, ranks, harvest
+        self._source, self._ranks, self._harvest = source, ranks, source.tensors
         self._plan, self.d_model, self.language_model = plan, plan.d_model, None
         dtype = run_dtype(source.precision)
         self._table = TensorTable(plan.files, dtype=dtype, gradients=source.reads_gradients)
@@ -51,7 +51,7 @@ class TensorStream(Stream):
         self._prefetch = prefetch_of(source)
         self._early: dict[int, Outcome[Batch]] = {}
         self._next_step = 0
-        self._ahead = Ahead(self._find_work, is_on=self._prefetch > 0, device=ranks.device, threads=1)
+        self._prefetcher = Prefetcher(self._find_work, is_on=self._prefetch > 0, device=ranks.device, threads=1)
 
     def start(self, phases: Phases = SILENT) -> None:
         index_N = self._draw(0)[: self._harvest.calibration_tokens]
@@ -81,10 +81,10 @@ class TensorStream(Stream):
     def batch(self, step: int) -> Batch:
         batch = None
         if step not in self._early:
-            with self._ahead.paused():  # the work in progress may be this very step
+            with self._prefetcher.paused():  # the work in progress may be this very step
                 if step not in self._early:
                     batch = self._read(step)
-        with self._ahead.changing():
+        with self._prefetcher.changing():
             if batch is None:
                 batch = self._early[step].get()
             self._early = {later: early for later, early in self._early.items() if later > step}
@@ -99,21 +99,21 @@ class TensorStream(Stream):
         return self.scaling.normalise(raw_ND.to(device), None if gradient_ND is None else gradient_ND.to(device))
 
     def _find_work(self) -> Callable[[], None] | None:
-        """Return the reading of the next batch that is not there, if it may be ahead and the run has it."""
+        """Return the work that reads the next missing batch, or None where enough batches are there."""
         steps = whole_batches(self._source) // self._source.batch_tokens
         wanted = len(self._early) < self._prefetch and self._next_step < steps
         return partial(self._work_ahead, self._next_step) if wanted else None
 
     def _work_ahead(self, step: int) -> None:
         outcome = Outcome(partial(self._read, step))
-        with self._ahead.changing():
+        with self._prefetcher.changing():
             self._early[step], self._next_step = outcome, step + 1
 
     def beside_seconds(self) -> float:
-        return self._ahead.seconds - self._ahead.blocked
+        return self._prefetcher.seconds - self._prefetcher.blocked
 
     def close(self) -> None:
-        self._ahead.close()
+        self._prefetcher.close()
 
     def fingerprint(self) -> list[int]:
         return self._table.fingerprint()
@@ -156,7 +156,7 @@ class TensorStream(Stream):
         return keyed_order(self._plan.n_training, self._source.data.seed, "tensors", epoch)
 
     def _epoch(self, epoch: int) -> Tensor:
-        """Return the epoch's order of kept rows; the last two drawn are remembered."""
+        """Return the epoch's order of kept rows. The last two orders are cached."""
         if epoch not in self._epochs:
             self._epochs = {known: order for known, order in self._epochs.items() if known == epoch - 1}
             order = self._draw(epoch)

@@ -1,7 +1,7 @@
-"""Who am I among the processes of this run, and how they speak: `Ranks` over torch.distributed.
+"""`Ranks` over torch.distributed and accelerate.
 
-The only file that speaks to torch.distributed and accelerate. Algorithms receive a `Ranks` value (verbs.py) and call
-its verbs, so no algorithm asks whether it is distributed.
+This is the only file that imports them. Algorithms receive a `Ranks` value (interface.py), so no algorithm tests
+whether it is distributed.
 """
 
 import os
@@ -17,21 +17,21 @@ from torch import Tensor
 from sae_train.errors import RankLost
 from sae_train.ranks.heartbeat import Heartbeat
 from sae_train.ranks.interface import Pending, Ranks, Solo
-from sae_train.ranks.launcher_env import find_place
+from sae_train.ranks.launcher_env import this_process
 
 __all__ = ["Group", "Pending", "Processes", "Ranks", "Solo", "find_ranks", "leave"]
 
 PATIENCE = timedelta(days=2)
-"""Timeout of a collective. A dead rank is noticed by the launcher and the heartbeat; a slow one is waited for."""
+"""Timeout of a collective. The launcher and the heartbeat notice a dead rank; a slow rank is waited for."""
 JOINING = timedelta(minutes=10)
-"""How long ranks that are there wait for those that are not yet."""
+"""How long the ranks that have started wait for the others."""
 
 LOST = ("Connection closed", "Connection reset", "Broken pipe", "Socket", "Timed out", "timed out", "unreachable")
-"""What gloo says of a broken connection, in plain RuntimeErrors."""
+"""Parts of gloo's messages about a broken connection, which are plain RuntimeErrors."""
 
 
 class _Store:
-    """Short texts that ranks leave for each other, beside the collectives and from any thread; kept by the first."""
+    """A store of short texts that all ranks share, outside of the collectives. The first rank hosts it."""
 
     def __init__(self, *, host: str, port: int, is_host: bool) -> None:
         wait = timedelta(seconds=20)
@@ -52,7 +52,8 @@ class Group(Ranks):
 
     Args:
         group: None for all processes.
-        control: a group on the host for what must not wait for the device.
+        control: a group on the host, for messages that must not wait for the device.
+        traffic: bytes by collective, shared by all groups of the process.
     """
 
     def __init__(self, *, device: torch.device, group: Any, control: Any, traffic: "Counter[str]") -> None:
@@ -69,18 +70,18 @@ class Group(Ranks):
         return total
 
     def sum_in_place(self, tensor: Tensor) -> None:
-        with self._speaking("sum", 2 * tensor.nbytes * (self.size - 1) // self.size):
+        with self._counted("sum", 2 * tensor.nbytes * (self.size - 1) // self.size):
             torch.distributed.all_reduce(tensor, group=self._group)
 
     def max(self, tensor: Tensor) -> Tensor:
         largest = tensor.clone(memory_format=torch.contiguous_format)
-        with self._speaking("max", 2 * tensor.nbytes * (self.size - 1) // self.size):
+        with self._counted("max", 2 * tensor.nbytes * (self.size - 1) // self.size):
             torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=self._group)
         return largest
 
     def gather(self, tensor: Tensor) -> Tensor:
         parts = tensor.new_empty((self.size, *tensor.shape))
-        with self._speaking("gather", tensor.nbytes * (self.size - 1)):
+        with self._counted("gather", tensor.nbytes * (self.size - 1)):
             torch.distributed.all_gather(list(parts.unbind(0)), tensor.contiguous(), group=self._group)
         return parts
 
@@ -88,13 +89,13 @@ class Group(Ranks):
         received = rows.new_empty((sum(receive), *rows.shape[1:]))
         a_row = rows[:1].nbytes if len(rows) else 0
         moved = a_row * max(sum(send) - send[self.rank], sum(receive) - receive[self.rank])
-        with self._speaking("exchange", moved):
+        with self._counted("exchange", moved):
             torch.distributed.all_to_all_single(received, rows.contiguous(), receive, send, group=self._group)
         return received
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         tensor = tensor.contiguous()
-        with self._speaking("broadcast", tensor.nbytes):
+        with self._counted("broadcast", tensor.nbytes):
             torch.distributed.broadcast(tensor, group_src=source, group=self._group)
         return tensor
 
@@ -103,7 +104,7 @@ class Group(Ranks):
 
     def gather_objects(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
-        with self._speaking("objects", 0):
+        with self._counted("objects", 0):
             torch.distributed.all_gather_object(values, value, group=self._control)
         return values
 
@@ -111,7 +112,8 @@ class Group(Ranks):
         self.gather_objects(None)
 
     @contextmanager
-    def _speaking(self, verb: str, n_bytes: int) -> Iterator[None]:
+    def _counted(self, verb: str, n_bytes: int) -> Iterator[None]:
+        """Count the bytes of a collective, and turn a lost connection into RankLost."""
         self.traffic[verb] += n_bytes
         try:
             yield
@@ -125,24 +127,26 @@ class Group(Ranks):
 
 
 class _Reduction(Pending):
+    """A maximum of host integers in progress, over the control group."""
+
     def __init__(self, group: Group, value: int) -> None:
         self._group, self._value = group, torch.tensor(value)
-        with group._speaking("control", self._value.nbytes):
+        with group._counted("control", self._value.nbytes):
             self._work = torch.distributed.all_reduce(
                 self._value, op=torch.distributed.ReduceOp.MAX, group=group._control, async_op=True
             )
 
     def result(self) -> int:
-        with self._group._speaking("control", 0):
+        with self._group._counted("control", 0):
             self._work.wait()
         return int(self._value)
 
 
 class Processes(Group):
-    """All processes of the run, through accelerate's state, and the heartbeat between them.
+    """All processes of the run, joined by accelerate, and the heartbeat between them. `find_ranks` creates it.
 
     Raises:
-        RankLost: not all of them came.
+        RankLost: not all processes joined.
     """
 
     def __init__(self) -> None:
@@ -156,9 +160,7 @@ class Processes(Group):
         control = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         super().__init__(device=self._state.device, group=None, control=control, traffic=Counter())
         self._grids: dict[int, tuple[Ranks, Ranks]] = {}
-        self.sum(
-            torch.zeros(1, device=self.device)
-        )  # NCCL connects at the first call, and waits as long as for joining
+        self.sum(torch.zeros(1, device=self.device))  # NCCL connects at the first call, with the timeout of joining
         self._heartbeat = Heartbeat(self._open_store(), self.rank, self.size)
         self._heartbeat.__enter__()
 
@@ -169,12 +171,13 @@ class Processes(Group):
         return self
 
     def _grid(self, columns: int) -> tuple[Ranks, Ranks]:
-        """Return this rank's column and row; every rank makes every group, in one order."""
+        """Return this rank's column and row. Every rank creates every group, in the same order."""
         rows = [list(range(first, first + columns)) for first in range(0, self.size, columns)]
         splits = [list(range(column, self.size, columns)) for column in range(columns)]
         return self._one_of(splits), self._one_of(rows)
 
     def _one_of(self, members: list[list[int]]) -> Ranks:
+        """Return the group of this rank among groups that together hold every rank."""
         if len(members) == 1:
             return Group(device=self.device, group=None, control=self._control, traffic=self.traffic)
         if len(members[0]) == 1:
@@ -190,26 +193,27 @@ class Processes(Group):
         return made
 
     def _open_store(self) -> _Store:
+        """Return a connection to a store that the first rank hosts."""
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         own = _Store(host=host, port=0, is_host=True) if self.is_first else None
         port = self.gather_objects(own.port if own else None)[0]
         return own or _Store(host=host, port=port, is_host=False)
 
     def close(self) -> None:
-        """Leave the group; the last call of a process whose runs ended well. Collective."""
-        self.barrier()  # a rank that leaves while another still speaks makes that one abort
+        """Leave the group: the last call of a process whose runs ended well. Collective."""
+        self.barrier()  # a rank that leaves during a collective makes the others abort
         self._heartbeat.close()
         self._state.destroy_process_group()
 
 
 def _not_joined(said: str) -> str:
-    """Return what to say where the ranks did not come together."""
+    """Return the message for ranks that could not join."""
     if "EADDRINUSE" in said or "address already in use" in said:
         port = os.environ.get("MASTER_PORT")
         return (
             f"MASTER_PORT={port}: something else listens there. Choose another port, the same for all ranks. ({said})"
         )
-    size, minutes = find_place().size, int(JOINING.total_seconds()) // 60
+    size, minutes = this_process().size, int(JOINING.total_seconds()) // 60
     if "imed out" in said or "imeout" in said:
         return (
             f"not all of {size} ranks have joined within {minutes} minutes; one that failed before says why. ({said})"
@@ -218,14 +222,14 @@ def _not_joined(said: str) -> str:
 
 
 _joined: list[Processes] = []
-"""The processes that were joined: a run of a sweep finds those of the run before it."""
+"""The processes of this run, once joined. The next run of a sweep in this process reuses them."""
 
 
 def find_ranks() -> Ranks:
-    """Join the processes that the launcher started, or be alone; picks the device (CUDA where there is one)."""
-    place = find_place()
-    if place.size > 1:
-        place.export()
+    """Return the joined processes of the launcher, or a single one. The device is CUDA where there is one."""
+    process = this_process()
+    if process.size > 1:
+        process.export()
         if not torch.cuda.is_available():
             os.environ.setdefault("ACCELERATE_USE_CPU", "1")
         if not _joined or not torch.distributed.is_initialized():
@@ -235,6 +239,6 @@ def find_ranks() -> Ranks:
 
 
 def leave() -> None:
-    """Leave the processes that were joined, if any: the end of runs that ended well. Collective."""
+    """Leave the joined processes, if any, after runs that ended well. Collective."""
     while _joined:
         _joined.pop().close()

@@ -1,10 +1,10 @@
-"""A sign of life from every rank, so that the others do not wait for ever for one whose process or node is gone.
+"""A failure detector: no rank waits for ever for a rank whose process or node is gone.
 
-A collective cannot tell a dead rank from a slow one, and the launcher may be gone with the node. Here a thread of each
-rank counts in a store that all ranks reach, whatever the main thread is busy with. The first rank reads everybody's
-count and says in its own who is missing; the others read only the first rank's: all ranks together read and write
-O(ranks) keys a beat. Time is what this process itself spent waiting, by the monotonic clock: a clock that jumps does
-not matter, nor does a machine or a job that was suspended as a whole.
+A collective does not distinguish a dead rank from a slow one, and the launcher may be gone with the node. Here a thread
+of each rank increments a counter in a store that all ranks reach, whatever the main thread does. The first rank reads
+all counters and publishes which rank is missing; the others read only the first rank's entry. All ranks together read
+and write O(ranks) keys a beat. A rank counts only the time that it spent waiting itself, by the monotonic clock, so a
+clock that jumps or a job that is suspended as a whole does no harm.
 """
 
 import json
@@ -22,16 +22,16 @@ GO_ON = "The same command goes on from the last checkpoint."
 
 
 class Store(Protocol):
-    """Keys and values that all ranks share. Any exception means: not reached."""
+    """Keys and values that all ranks share. Any exception means that the store is not reached."""
 
     def set(self, key: str, value: str) -> None: ...
 
     def get(self, key: str) -> str | None:
-        """Return the value, None where nobody has set it yet; does not wait for it."""
+        """Return the value, or None where no rank has set it. It does not wait."""
 
 
-class _Heard:
-    """What is known of one rank: its newest count, how often that was seen to change, and what it says."""
+class _Peer:
+    """The last entry of another rank: its counter, the changes seen of it, its host and its verdict."""
 
     def __init__(self) -> None:
         self.count: int | str | None = None
@@ -44,17 +44,17 @@ class _Heard:
 
 
 class Heartbeat:
-    """Beats from `with` to its end; ends this process with status 1 when another rank stays silent.
+    """Beats from `with` to its end. It ends this process with status 1 when another rank stays silent.
 
-    Use one for each group of processes, once they have joined. A rank that leaves the `with` without an error says that
-    it is done, and nobody waits for its next beat; one that leaves with an error just stops beating.
+    `Processes` creates one once all processes have joined. A rank that leaves the `with` without an error publishes
+    that it is done, and the others expect no further beat. A rank that leaves with an error just stops beating.
 
     Args:
         store: a connection that nothing else uses.
-        rank, size: who this process is, among how many.
+        rank, size: this process, and the number of processes.
         every: seconds between beats.
-        patience: seconds of silence after which a rank is dead. All ranks have stopped five beats later at the latest.
-        key: names this group's entries in the store.
+        patience: seconds of silence after which a rank counts as dead. All ranks stop within five beats after that.
+        key: prefix of this group's entries in the store.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class Heartbeat:
     ) -> None:
         self._store, self._rank, self._size, self._key = store, rank, size, key
         self._every, self._patience = every, patience
-        self._heard = {other: _Heard() for other in (range(1, size) if rank == 0 else [0])}
+        self._peers = {other: _Peer() for other in (range(1, size) if rank == 0 else [0])}
         self._rounds, self._trouble = 0, ""
         self._verdict, self._published = "", threading.Event()
         self._end, self._well = threading.Event(), False
-        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._speak, self._watch)]
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._beat, self._watch)]
 
     def __enter__(self) -> "Heartbeat":
         if self._size > 1:
@@ -81,7 +81,7 @@ class Heartbeat:
         """Stop beating and watching.
 
         Args:
-            well: this rank has done its part, and the others must not miss it.
+            well: this rank is done, so the others expect no further beat.
         """
         self._well = well
         self._end.set()
@@ -89,47 +89,53 @@ class Heartbeat:
             if thread.is_alive():
                 thread.join(timeout=self._every)
 
-    def _speak(self) -> None:
+    def _beat(self) -> None:
         """Beat and read until the end. Where the store fails or hangs, `_watch` counts the seconds."""
         count, pause = 0, self._every
         while not self._end.is_set() and not self._is_alone():
             count += 1
             try:
-                self._say(count)
-                self._listen()
+                self._publish(count)
+                self._read()
                 self._rounds, pause = self._rounds + 1, self._every
-            except (RuntimeError, OSError) as error:  # of the store; torch prints a page each time, so not every beat
+            except (
+                RuntimeError,
+                OSError,
+            ) as error:  # of the store; torch prints a page each time, so the next try comes late
                 self._trouble, pause = f" ({next(iter(str(error).splitlines()), repr(error))})", self._patience / 3
             self._end.wait(pause)
         if self._well:
             with suppress(RuntimeError, OSError):
-                self._say(DONE)
+                self._publish(DONE)
 
     def _is_alone(self) -> bool:
-        """Whether the first rank, which alone would listen, has left for good, and perhaps the store with it."""
-        return self._rank > 0 and self._heard[0].done
+        """Return whether the first rank, the only reader of this rank's entry, is done."""
+        return self._rank > 0 and self._peers[0].done
 
-    def _say(self, count: int | str) -> None:
+    def _publish(self, count: int | str) -> None:
         verdict = self._verdict
         facts = {"count": count, "host": socket.gethostname(), "verdict": verdict}
         self._store.set(f"{self._key}/{self._rank}", json.dumps(facts))
         if verdict:
             self._published.set()
 
-    def _listen(self) -> None:
-        for other, heard in self._heard.items():
+    def _read(self) -> None:
+        for other, peer in self._peers.items():
             value = self._store.get(f"{self._key}/{other}")
             if value is not None:
-                heard.note(json.loads(value))
+                peer.note(json.loads(value))
 
     def _watch(self) -> None:
-        """Add up the seconds since each rank and the store were last heard of; act when they are too many."""
-        silent, seen = dict.fromkeys([STORE, *self._heard], 0.0), dict.fromkeys([STORE, *self._heard], 0)
+        """Add up the seconds since the last sign of each rank and of the store; stop when they exceed the patience."""
+        silent, seen = dict.fromkeys([STORE, *self._peers], 0.0), dict.fromkeys([STORE, *self._peers], 0)
         before = time.monotonic()
         while not self._end.wait(self._every / 2):
             now = time.monotonic()
-            waited, before = min(now - before, self._every), now  # more than that: this process did not run either
-            news = {STORE: self._rounds} | {other: heard.changes for other, heard in self._heard.items()}
+            waited, before = (
+                min(now - before, self._every),
+                now,
+            )  # a longer wait means that this process was suspended, too
+            news = {STORE: self._rounds} | {other: peer.changes for other, peer in self._peers.items()}
             silent = {name: silent[name] + waited if news[name] == seen[name] else 0.0 for name in news}
             seen = news
             verdict = self._judge({name for name, seconds in silent.items() if seconds >= self._patience})
@@ -137,21 +143,21 @@ class Heartbeat:
                 self._stop(verdict)
 
     def _judge(self, missing: set[int]) -> str:
-        """Return why this process must stop, or nothing."""
+        """Return the reason why this process must stop, or an empty text."""
         silence = f"not been heard of for {self._patience:g} s: "
-        if self._rank and (self._heard[0].verdict or self._is_alone()):
-            return self._heard[0].verdict
+        if self._rank and (self._peers[0].verdict or self._is_alone()):
+            return self._peers[0].verdict
         if self._rank == 0 and STORE in missing:
             return f"the store in which the ranks meet has {silence}the launcher or its node is dead{self._trouble}."
-        for other, heard in self._heard.items():
-            if other in missing and not heard.done:
-                host = f" (host {heard.host})" if heard.host else ""
+        for other, peer in self._peers.items():
+            if other in missing and not peer.done:
+                host = f" (host {peer.host})" if peer.host else ""
                 way = f"{self._trouble}" if self._rank else ""
                 return f"rank {other}{host} has {silence}it or its node is dead{way}."
         return ""
 
     def _stop(self, verdict: str) -> None:
-        """End this process, the main thread with it, wherever that waits. The first rank tells the others before."""
+        """End this process, whatever its main thread waits for. The first rank publishes the reason before."""
         if self._end.is_set():
             return
         with suppress(OSError):
@@ -159,5 +165,7 @@ class Heartbeat:
         if self._rank == 0:
             self._verdict = verdict
             if self._published.wait(2 * self._every):
-                time.sleep(1.5 * self._every)  # they read it within that; the store may end with this process
+                time.sleep(
+                    1.5 * self._every
+                )  # the others read it within that time; the store may end with this process
         os._exit(STATUS)

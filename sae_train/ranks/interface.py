@@ -1,9 +1,11 @@
-"""What the ranks of a run say to each other: the verbs, and the one-process twin whose verbs are the identity.
+"""The collectives of a run's ranks as an interface, and its version for one process.
 
-Every verb is a collective: all ranks of the group call it in the same order with equal shapes and dtypes.
+Every method with a tensor is a collective: all ranks of the group call it in the same order with equal shapes and
+dtypes.
 
-Ranks stand in a grid: rank = row * columns + column. Those of a row share tokens and split the features, those of a
-column share features and split the tokens. One column is `parallel=data`, one row `parallel=features`.
+Ranks form a grid: rank = row * columns + column. The ranks of a row have the same tokens and split the features. The
+ranks of a column have the same features and split the tokens. One column is `parallel=data`, one row is
+`parallel=features`.
 """
 
 from abc import ABC, abstractmethod
@@ -17,15 +19,15 @@ from sae_train.errors import UserError
 
 
 class Pending(ABC):
-    """A reduction that is under way."""
+    """A reduction in progress. `Ranks.begin_max` creates it."""
 
     @abstractmethod
     def result(self) -> int:
-        """Return its outcome, the same on every rank."""
+        """Return the result of the reduction, the same on every rank."""
 
 
 class Known(Pending):
-    """A reduction whose outcome is there."""
+    """A reduction that is finished."""
 
     def __init__(self, value: int) -> None:
         self._value = value
@@ -35,7 +37,9 @@ class Known(Pending):
 
 
 class Ranks(ABC):
-    """The processes of a run, or of a row or column of their grid, seen from one of them.
+    """The processes of a run, or of a row or column of their grid, from the view of one of them.
+
+    `find_ranks` creates it; every algorithm that works on several ranks takes one and calls its methods.
 
     Attributes:
         rank: index of this process, from 0.
@@ -43,7 +47,7 @@ class Ranks(ABC):
         device: where this process computes.
         data: the ranks with the same features and other tokens (a column of the grid).
         features: the ranks with the same tokens and other features (a row of the grid).
-        traffic: bytes by verb that had to reach or leave this process, at least: what an optimal algorithm moves.
+        traffic: bytes by collective that an optimal algorithm moves to or from this process.
     """
 
     rank: int
@@ -55,15 +59,18 @@ class Ranks(ABC):
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes files and speaks to the user."""
+        """Whether this process writes files and prints messages."""
         return self.rank == 0
 
     def slices(self, n: int) -> list[tuple[int, int]]:
-        """Return which of `n` things in a row each rank owns: lo, hi. Shares differ by one at most."""
+        """Return the slice (lo, hi) of `n` things that each rank owns. Sizes differ by one at most.
+
+        Example: with 3 ranks, `slices(10)` is [(0, 3), (3, 6), (6, 10)].
+        """
         return [(rank * n // self.size, (rank + 1) * n // self.size) for rank in range(self.size)]
 
     def slice(self, n: int) -> tuple[int, int]:
-        """Return this rank's of `slices`."""
+        """Return this rank's slice of `n` things, see `slices`."""
         return self.slices(n)[self.rank]
 
     @abstractmethod
@@ -72,11 +79,11 @@ class Ranks(ABC):
 
     @abstractmethod
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over ranks of `tensor` (any shape, int or float); the argument is left alone."""
+        """Return the sum over ranks of `tensor` (any shape, int or float). The argument does not change."""
 
     @abstractmethod
     def sum_in_place(self, tensor: Tensor) -> None:
-        """Replace a contiguous `tensor` by its sum over ranks (gradients: no second copy)."""
+        """Replace a contiguous `tensor` by its sum over ranks. This saves a copy of gradients."""
 
     @abstractmethod
     def max(self, tensor: Tensor) -> Tensor:
@@ -88,21 +95,21 @@ class Ranks(ABC):
 
     @abstractmethod
     def exchange(self, rows: Tensor, *, send: list[int], receive: list[int]) -> Tensor:
-        """Give every rank its rows and return what the others had for this one, in rank order.
+        """Send every rank its rows; return the rows that this rank receives, in rank order.
 
         Args:
             rows: [sum(send), ...]; the first send[0] are for rank 0, and so on.
             send: rows for each rank.
-            receive: rows from each rank; all ranks know each other's counts.
+            receive: rows from each rank. It agrees with the senders' counts.
         """
 
     @abstractmethod
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        """Return rank `source`'s `tensor`; the others give one of its shape and dtype, which may be overwritten."""
+        """Return rank `source`'s `tensor`. The others pass one of equal shape and dtype, which may be overwritten."""
 
     @abstractmethod
     def begin_max(self, value: int) -> Pending:
-        """Start to find the largest of all ranks' `value` (a host integer) without waiting for it or for the device."""
+        """Start a maximum over all ranks of `value` (a host integer), without waiting for it or for the device."""
 
     @abstractmethod
     def gather_objects(self, value: Any) -> list[Any]:
@@ -113,18 +120,18 @@ class Ranks(ABC):
         """Return once every rank has called this."""
 
     def raise_together(self, problem: UserError | None) -> None:
-        """Raise on every rank what any rank ran into; the first in rank order wins. Host side, as gather_objects."""
+        """Raise on every rank the error of any rank; the first in rank order wins. Host side, as gather_objects."""
         for found in self.gather_objects(problem):
             if found is not None:
                 raise found
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """Return all ranks' rows concatenated in rank order; ranks may hold different numbers of rows. Host side."""
+        """Return all ranks' rows concatenated in rank order. Ranks may hold different numbers of rows. Host side."""
         counts = [int(n) for n in self.gather(torch.tensor([len(rows)], device=rows.device)).flatten()]
         return self._concatenated(rows, counts)
 
     def gather_slices(self, rows: Tensor, n: int) -> Tensor:
-        """Return all `n` rows where each rank holds those of its `slice`, in order."""
+        """Return all `n` rows in order, where each rank holds the rows of its `slice`."""
         return self._concatenated(rows, [hi - lo for lo, hi in self.slices(n)])
 
     def _concatenated(self, rows: Tensor, counts: list[int]) -> Tensor:
@@ -137,7 +144,7 @@ class Ranks(ABC):
 
 
 class Solo(Ranks):
-    """One process: every verb is the identity."""
+    """One process: every collective is the identity."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.rank, self.size, self.device = 0, 1, torch.device(device)

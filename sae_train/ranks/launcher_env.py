@@ -1,6 +1,6 @@
-"""Where the launcher put this process: torchrun's variables, then submitit's, then SLURM's, else alone.
+"""The rank of this process, from the variables of its launcher: torchrun, else submitit, else SLURM, else alone.
 
-Light: no import of torch, so that an error can be reported by one rank before anything heavy is loaded.
+No import of this module leads to torch, so that one rank can report an error before anything heavy is loaded.
 """
 
 import os
@@ -15,11 +15,15 @@ FIRST_PORT, N_PORTS = 20_000, 12_000  # below 32768, where Linux takes ports for
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """This process among those that were started together.
+class ProcessInfo:
+    """This process among the processes of a run. `this_process` creates it; whatever must know its rank reads it.
 
     Attributes:
-        launcher: who started it: 'torchrun' (or accelerate), 'submitit', 'slurm', or '' when alone.
+        rank: index of the process, from 0.
+        local_rank: index among the processes of its node.
+        size: number of processes.
+        local_size: number of processes on its node.
+        launcher: 'torchrun' (or accelerate), 'submitit', 'slurm', or '' for a single process.
     """
 
     rank: int
@@ -29,7 +33,7 @@ class Place:
     launcher: str
 
     def export(self) -> None:
-        """Give this place the names that accelerate and torch read; where all meet, too, if nobody said."""
+        """Set the variables that accelerate and torch read, and the rendezvous address where none is set."""
         os.environ.update(
             RANK=str(self.rank),
             LOCAL_RANK=str(self.local_rank),
@@ -44,10 +48,10 @@ class Place:
             os.environ["MASTER_PORT"] = str(FIRST_PORT + (job + 997 * step) % N_PORTS)
 
 
-def find_place(environment: Mapping[str, str] = os.environ) -> Place:
-    """Return this process's place.
+def this_process(environment: Mapping[str, str] = os.environ) -> ProcessInfo:
+    """Return the rank of this process and the number of processes.
 
-    An sbatch script's shell carries SLURM_PROCID too, so only a step of several tasks counts as ranks.
+    The shell of an sbatch script has SLURM_PROCID, too, so only a step of several tasks counts as ranks.
     """
 
     def number(name: str, default: int) -> int:
@@ -55,20 +59,24 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
 
     if "RANK" in environment and "WORLD_SIZE" in environment:
         size = number("WORLD_SIZE", 1)
-        return Place(number("RANK", 0), number("LOCAL_RANK", 0), size, number("LOCAL_WORLD_SIZE", size), "torchrun")
+        return ProcessInfo(
+            number("RANK", 0), number("LOCAL_RANK", 0), size, number("LOCAL_WORLD_SIZE", size), "torchrun"
+        )
     if "SUBMITIT_LOCAL_GLOBALID" in environment:
         size = number("SUBMITIT_LOCAL_NTASKS", 1)
-        return Place(number("SUBMITIT_LOCAL_GLOBALID", 0), number("SUBMITIT_LOCAL_LOCALID", 0), size, size, "submitit")
+        return ProcessInfo(
+            number("SUBMITIT_LOCAL_GLOBALID", 0), number("SUBMITIT_LOCAL_LOCALID", 0), size, size, "submitit"
+        )
     size = number("SLURM_STEP_NUM_TASKS", number("SLURM_NTASKS", 1))
     if size > 1 and "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
         on_nodes = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE") or str(size))
         local_size = on_nodes[number("SLURM_NODEID", 0)]
-        return Place(number("SLURM_PROCID", 0), number("SLURM_LOCALID", 0), size, local_size, "slurm")
-    return Place(0, 0, 1, 1, "")
+        return ProcessInfo(number("SLURM_PROCID", 0), number("SLURM_LOCALID", 0), size, local_size, "slurm")
+    return ProcessInfo(0, 0, 1, 1, "")
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Return SLURM's `2(x3),1` as [2, 2, 2, 1]: how many tasks each node has."""
+    """Return the number of tasks on each node. SLURM's `2(x3),1` is [2, 2, 2, 1]."""
     counts: list[int] = []
     for part in text.split(","):
         number, _, times = part.partition("(x")
@@ -77,9 +85,9 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Return the SLURM job this process belongs to, as `squeue` and `scontrol` name it; None outside of one.
+    """Return the SLURM job of this process, as `squeue` and `scontrol` name it; None outside of SLURM.
 
-    A task of an array is `array_index`: the number of the array's last task names the whole array, too.
+    A task of an array is `array_index`, because the number of the array's last task also names the whole array.
     """
     if "SLURM_ARRAY_JOB_ID" in environment and "SLURM_ARRAY_TASK_ID" in environment:
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
@@ -87,7 +95,7 @@ def job_id(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def _first_node(environment: Mapping[str, str]) -> str:
-    """Return the address of the node of rank 0, as SLURM itself reaches it; this machine where there is one node."""
+    """Return the address at which SLURM reaches the node of rank 0; the local address where there is one node."""
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     alone = (environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_JOB_NUM_NODES")) == "1"
     if not nodes or alone or shutil.which("scontrol") is None:
@@ -99,6 +107,7 @@ def _first_node(environment: Mapping[str, str]) -> str:
 
 
 def _asked(*command: str) -> str:
+    """Return the output of a command of SLURM."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError) as error:

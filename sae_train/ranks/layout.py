@@ -1,17 +1,17 @@
-"""How the ranks stand: which layout splits what, worked out from the configuration and refused where it cannot be."""
+"""The grid of ranks that a `parallel` layout asks for, or the reason why it is not possible."""
 
 from sae_train.config import MeshConfig, ParallelConfig
 from sae_train.errors import ConfigError
-from sae_train.ranks.launcher_env import find_place
+from sae_train.ranks.launcher_env import this_process
 
 LAYOUTS = ("data", "features", "mesh")
 
 
 def feature_columns(parallel: ParallelConfig, *, n_ranks: int, n_features: int) -> int:
-    """Return over how many ranks the features of one copy of the dictionary are spread.
+    """Return the number of ranks that share the features of one copy of the dictionary.
 
     Raises:
-        ConfigError: the ranks cannot stand so; the message says what works.
+        ConfigError: the layout is not possible with these ranks; the message says what is.
     """
     if parallel.layout == "data":
         return 1
@@ -25,15 +25,16 @@ def feature_columns(parallel: ParallelConfig, *, n_ranks: int, n_features: int) 
 
 
 def _mesh_columns(parallel: MeshConfig, n_ranks: int) -> int:
+    """Return the number of columns of a mesh: typed, or the ranks of this node."""
     possible = [count for count in range(1, n_ranks + 1) if n_ranks % count == 0]
     columns = parallel.feature_ranks
     given = f"parallel.feature_ranks={columns}"
     if columns is None:
-        columns = min(find_place().local_size, n_ranks)
+        columns = min(this_process().local_size, n_ranks)
         given = f"parallel=mesh with {columns} ranks on this node"
     if n_ranks % columns:
         raise ConfigError(
-            f"{given}: {n_ranks} ranks do not stand in rows of {columns}. Set parallel.feature_ranks to one of "
+            f"{given}: {n_ranks} ranks do not divide into rows of {columns}. Set parallel.feature_ranks to one of "
             f"{', '.join(map(str, possible))}."
         )
     return columns

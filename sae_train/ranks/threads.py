@@ -1,8 +1,8 @@
-"""How many threads a process computes with, and how long they spin while they wait; decided before torch is loaded.
+"""The number of compute threads of a process, and how long they spin while they wait.
 
-GNU's OpenMP, which torch is linked to on Linux, reads its environment when it is loaded. Its threads spin for
-milliseconds between two operations, and on a crowded machine they take the cores from whoever has work. Light: no
-import of torch.
+Both are environment variables that must be set before torch is loaded, because GNU's OpenMP, which torch is linked to
+on Linux, reads them then. Its threads spin for milliseconds between two operations. On a crowded machine this takes
+cores from other processes. No import of this module leads to torch.
 """
 
 import math
@@ -11,31 +11,31 @@ import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 
-from sae_train.ranks.launcher_env import Place, find_place
+from sae_train.ranks.launcher_env import ProcessInfo, this_process
 
 SPINS = 500
-"""Rounds of a loop in which a thread waits for work before it sleeps (docs/performance.md)."""
+"""Rounds of the loop in which a thread waits for work before it sleeps (docs/performance.md)."""
 TYPED = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-"""Variables by which a user decides how threads wait."""
+"""Variables with which a user decides how threads wait."""
 CGROUPS = Path("/sys/fs/cgroup")
 TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def prepare_threads(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set what is not typed: the number of threads, and on Linux how long they spin. Call before torch is imported."""
+    """Set the number of threads and, on Linux, their spinning, unless the user did. Call before torch is imported."""
     if sys.platform == "linux" and not any(environment.get(name) for name in TYPED):
         environment["GOMP_SPINCOUNT"] = str(SPINS)
     if not environment.get("OMP_NUM_THREADS"):
         environment["OMP_NUM_THREADS"] = str(n_threads(environment))
 
 
-def n_threads(environment: Mapping[str, str] = os.environ, *, place: Place | None = None) -> int:
-    """Return how many threads this rank computes with: one for each physical core that it may use.
+def n_threads(environment: Mapping[str, str] = os.environ, *, process: ProcessInfo | None = None) -> int:
+    """Return the number of compute threads of this rank: one for each physical core that it may use.
 
-    It may use the CPUs of its affinity, as many as the quota of its control group pays for, and as many as SLURM gave
-    each task. Ranks of one machine share these, unless each is a task of SLURM's with CPUs of its own.
+    A rank may use the CPUs of its affinity, up to the quota of its control group and up to SLURM's CPUs a task. Ranks
+    of one machine share these, unless each is a SLURM task with its own CPUs.
     """
-    place = place or find_place(environment)
+    process = process or this_process(environment)
     cores = len(_physical_cores(_affinity()))
     quota = cgroup_quota()
     if quota is not None:
@@ -43,25 +43,25 @@ def n_threads(environment: Mapping[str, str] = os.environ, *, place: Place | Non
     a_task = environment.get("SLURM_CPUS_PER_TASK", "")
     if a_task.isdecimal() and int(a_task) > 0:
         cores = min(cores, int(a_task))
-        if place.launcher in ("slurm", "submitit"):
+        if process.launcher in ("slurm", "submitit"):
             return cores
-    return max(1, cores // place.local_size)
+    return max(1, cores // process.local_size)
 
 
 def _affinity() -> set[int]:
-    """Return the CPUs that the system lets this process run on."""
+    """Return the CPUs of this process's affinity."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
 
 
 def _physical_cores(cpus: set[int]) -> set[str]:
-    """Return the cores that these CPUs belong to: two hardware threads of one core multiply no faster than one."""
+    """Return the cores of these CPUs. Two hardware threads of one core multiply no faster than one."""
     return {_siblings(cpu) for cpu in cpus}
 
 
 def _siblings(cpu: int) -> str:
-    """Return the list of the CPUs that share a core with `cpu`, as Linux writes it; where it does not, `cpu` alone."""
+    """Return Linux's list of the CPUs that share a core with `cpu`, or `cpu` where there is no such list."""
     try:
         return (TOPOLOGY / f"cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii").strip() or str(cpu)
     except OSError:
@@ -69,11 +69,11 @@ def _siblings(cpu: int) -> str:
 
 
 def cgroup_quota(groups: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) -> float | None:
-    """Return the CPUs that this process's control groups pay for, the least of them and of their parents; None: all.
+    """Return the smallest CPU quota of this process's control groups and their parents; None without a quota.
 
     Args:
-        groups: the file in which Linux lists them.
-        root: where they are mounted: version 2 there, version 1 in `cpu` below it.
+        groups: the file in which Linux lists the groups.
+        root: the mount of version 2; version 1 is in `cpu` below it.
     """
     try:
         lines = groups.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -90,7 +90,7 @@ def cgroup_quota(groups: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS)
 
 
 def _quotas(mount: Path, path: str, read: Callable[[Path], float | None]) -> list[float]:
-    """Return the quotas of a group and of all above it; a container may see its own group as the mount itself."""
+    """Return the quotas of a group and of all its parents. A container may see its own group as the mount itself."""
     parts = [part for part in path.split("/") if part and part != ".."]
     folders = [mount.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)]
     return [quota for folder in folders if (quota := read(folder)) is not None]

@@ -1,1 +1,1 @@
-"""Sweeps that SLURM runs: what to ask of it, how each point went, and submitting what is unfinished."""
+"""Sweeps on SLURM: their directory, the outcome of each point, and the submission of unfinished points."""

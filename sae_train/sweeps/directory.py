@@ -1,7 +1,7 @@
-"""A sweep's directory: its points, how each stands, and which jobs were submitted for it.
+"""A sweep's directory: its points, the state of each, and the jobs that were submitted for it.
 
-`runs/sweep-<six hex digits of the points>/` holds points.txt (a line of arguments a point), outcomes/0000.json ... (see
-outcome.py), jobs.jsonl (a row for each submission) and logs/. Reading changes nothing.
+`runs/sweep-<six hex digits of the points>/` holds points.txt (a line of arguments a point), outcomes/0000.json and so
+on (see outcome.py), jobs.jsonl (a row for each submission) and logs/. Reading changes nothing.
 """
 
 import fcntl
@@ -21,19 +21,24 @@ from sae_train.training.path_length import check_length
 from sae_train.training.run_directory import RunDirectory
 
 LONGEST_BELOW = 80
-"""Bytes of the longest path below a sweep's directory, with room: logs/1234567_12_0_log.out and the like."""
+"""Bytes that the longest path below a sweep's directory may need, such as logs/1234567_12_0_log.out."""
 TAIL = 65_536
-"""Bytes at the end of metrics.jsonl in which its last row lies."""
+"""Bytes at the end of metrics.jsonl that are searched for its last row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PointState:
-    """How one point of a sweep stands.
+    """The state of one point of a sweep. `SweepDirectory.states` creates it; submission and sweep_status print it.
 
     Attributes:
+        index: number of the point, from 0.
         text: the arguments that not every point has.
         state: 'done', 'running', 'waiting', 'preempted', 'failed' or 'stopped'.
-        is_open: whether a job of it waits or runs, as far as is known.
+        is_open: whether a job of the point waits or runs, as far as SLURM can be asked.
+        job: the SLURM job of the point.
+        status: exit status of the run, once it has ended.
+        tokens: tokens that the run has trained on.
+        note: one line for the user.
     """
 
     index: int
@@ -51,7 +56,7 @@ class PointState:
 
 
 class SweepDirectory:
-    """The files of one sweep."""
+    """The files of one sweep, below `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -63,7 +68,7 @@ class SweepDirectory:
 
     @classmethod
     def made(cls, runs: Path, points: Sequence[Sequence[str]]) -> "SweepDirectory":
-        """Return the directory of these points below `runs`, made if it is not there."""
+        """Return the directory of these points below `runs`; create it where it does not exist."""
         lines = [shlex.join(point) for point in points]
         digest = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:6]
         path = runs / f"sweep-{digest}"
@@ -83,7 +88,7 @@ class SweepDirectory:
         return self.path / "outcomes" / f"{index:04d}.json"
 
     def arguments(self, index: int) -> list[str]:
-        """Return what `sae-train` is given for a point.
+        """Return the arguments of `sae-train` for a point.
 
         Raises:
             ConfigError: the line's quotes do not match.
@@ -96,26 +101,26 @@ class SweepDirectory:
             ) from error
 
     def names(self) -> list[str]:
-        """Return of each point's arguments those that not every point has."""
+        """Return for each point the arguments that not every point has."""
         split = [self.arguments(index) for index in range(len(self.points))]
         common = set.intersection(*map(set, split)) if len(split) > 1 else set()
         return [" ".join(word for word in words if word not in common) for words in split]
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Let one submission look and submit at a time."""
+        """Hold a lock, so that one submission at a time reads states and submits."""
         with explained(self.path), (self.path / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def note_jobs(self, jobs: dict[int, str]) -> None:
-        """Write down which job was submitted for which point."""
+        """Append the job that was submitted for each point."""
         rows = "".join(json.dumps({"point": index, "job": job}) + "\n" for index, job in jobs.items())
         with explained(self.path), (self.path / "jobs.jsonl").open("a", encoding="utf-8") as file:
             file.write(rows)
 
     def jobs(self) -> dict[int, str]:
-        """Return the job that was submitted last for each point."""
+        """Return the last job that was submitted for each point."""
         found: dict[int, str] = {}
         try:
             lines = (self.path / "jobs.jsonl").read_text(encoding="utf-8").splitlines()
@@ -130,7 +135,7 @@ class SweepDirectory:
         return found
 
     def states(self) -> tuple[list[PointState], bool]:
-        """Return how every point stands, and whether SLURM could be asked about its jobs."""
+        """Return the state of every point, and whether SLURM could be asked about jobs."""
         outcomes = [read_outcome(self.outcome_path(index)) for index in range(len(self.points))]
         submitted = self.jobs()
         there = queued([*submitted.values(), *(o.job for o in outcomes if o is not None and o.job)])
@@ -144,7 +149,13 @@ class SweepDirectory:
 def _state(
     index: int, text: str, outcome: Outcome | None, *, submitted: str | None, there: dict[str, str] | None
 ) -> PointState:
-    """Return how a point stands; `there` are the jobs that have not ended, None where nobody knows."""
+    """Return the state of a point.
+
+    Args:
+        outcome: content of its outcome file, if there is one.
+        submitted: the last job that was submitted for it.
+        there: jobs that have not ended, with SLURM's state; None where SLURM could not be asked.
+    """
 
     def stands(state: str, note: str = "", *, job: str | None, is_open: bool) -> PointState:
         status = outcome.status if outcome else None
@@ -187,7 +198,7 @@ def _state(
 
 
 def _tokens(run: str | None) -> int | None:
-    """Return how far a run has come: the tokens of the last whole row of its metrics."""
+    """Return the tokens in the last whole row of a run's metrics."""
     if run is None:
         return None
     try:

@@ -1,17 +1,18 @@
-"""What SLURM's queue holds."""
+"""SLURM's queue of jobs."""
 
 import shutil
 import subprocess
 from collections.abc import Iterable
 
 ANSWERS_WITHIN = 60.0
+"""Seconds to wait for an answer of squeue."""
 
 
 def queued(jobs: Iterable[str]) -> dict[str, str] | None:
-    """Return SLURM's state of each of these jobs that has not ended; None if there is nobody to ask.
+    """Return SLURM's state of each of these jobs that has not ended; None if SLURM cannot be asked.
 
     Args:
-        jobs: numbers, `array_index` for a task of an array.
+        jobs: job numbers; `array_index` for a task of an array.
     """
     asked = set(jobs)
     if not asked:

@@ -1,7 +1,7 @@
-"""Submitting a sweep: one SLURM job for each point that is neither finished nor under way.
+"""Submission of a sweep: one SLURM job for each point that is neither finished nor under way.
 
-submitit writes the sbatch script and pickles the call. What a job did is not read from its results, which exist only
-for task 0 and only while nothing was preempted, but from the file that the run keeps (outcome.py).
+submitit writes the sbatch script and pickles the call. Its results exist only for task 0 and only for jobs that were
+never preempted, so the outcome of a job is read from the run's own file (outcome.py).
 """
 
 import math
@@ -15,28 +15,28 @@ from pathlib import Path
 
 from sae_train.config.launcher import SlurmLauncher
 from sae_train.errors import ConfigError, raise_all
-from sae_train.ranks.launcher_env import find_place
+from sae_train.ranks.launcher_env import this_process
 from sae_train.sweeps.directory import PointState, SweepDirectory
 
 LOST = 1
-"""Exit status of a point whose job ended without a word."""
+"""Exit status of a point whose job ended without an outcome."""
 PAUSE = 5.0
-"""Seconds between two looks at the queue."""
+"""Seconds between two queries of the queue."""
 STARTS_WITHIN = 3
-"""Looks at the queue that a job may miss before it counts as gone: SLURM answers slowly after a submission."""
+"""Queries without any open job after which the jobs count as gone. SLURM lists a new job late."""
 
 Task = Callable[[list[str], str], None]
-"""What a job does on every rank, given a point's arguments and the file of its outcome. Never returns."""
+"""The call of a job on every rank, with a point's arguments and its outcome file. It never returns."""
 
 
 def check_ready(launcher: SlurmLauncher) -> None:
-    """Refuse to submit from where that cannot be done.
+    """Refuse to submit where submission is not possible.
 
     Raises:
-        ConfigError: with everything that is missing.
+        ConfigError: lists everything that is missing.
     """
     problems = []
-    if find_place().size > 1:
+    if this_process().size > 1:
         problems.append("hydra/launcher=slurm: submits jobs, so start it once: without srun, torchrun or accelerate.")
     if launcher.submit and find_spec("submitit") is None:
         problems.append("hydra/launcher=slurm: needs submitit, which is not installed: pip install 'sae-train[slurm]'.")
@@ -49,17 +49,19 @@ def check_ready(launcher: SlurmLauncher) -> None:
 
 
 def submit_sweep(points: Sequence[Sequence[str]], *, runs: Path, launcher: SlurmLauncher, task: Task) -> int:
-    """Submit what is unfinished of these points and, if asked to, stay until all jobs have ended.
+    """Submit the unfinished points and, with `launcher.wait`, wait until all jobs have ended.
 
     Args:
-        points: what `sae-train` is to be given for each.
-        runs: where the sweep's directory is made.
+        points: arguments of `sae-train` for each point.
+        runs: directory in which the sweep's directory is created.
+        launcher: resources of each job.
+        task: the call of a job.
 
     Returns:
-        The exit status: 0, or the gravest of the points'.
+        The exit status: 0, or the gravest status of a point.
 
     Raises:
-        UserError: nothing could be submitted.
+        UserError: no job could be submitted.
     """
     check_ready(launcher)
     sweep = SweepDirectory.made(runs.resolve(), points)
@@ -89,7 +91,7 @@ def submit_sweep(points: Sequence[Sequence[str]], *, runs: Path, launcher: Slurm
 
 
 def _submit(sweep: SweepDirectory, due: list[int], *, launcher: SlurmLauncher, task: Task) -> dict[int, str]:
-    """Submit the points with these indices as one array; return the job of each."""
+    """Submit the points with these indices as one job array; return the job of each."""
     import submitit
 
     executor = submitit.SlurmExecutor(folder=sweep.logs)
@@ -121,7 +123,7 @@ def _submit(sweep: SweepDirectory, due: list[int], *, launcher: SlurmLauncher, t
 
 
 def _stay(sweep: SweepDirectory, *, told: dict[int, tuple[str, str | None]]) -> int:
-    """Tell what changes until no job is left; return the gravest exit status."""
+    """Print each change of a state until no job is left; return the gravest exit status."""
     missed = 0
     while True:
         states, asked = sweep.states()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sae_train
-from sae_train.config import LiveHarvestConfig, SourceConfig
+from sae_train.config import SourceConfig
 from sae_train.errors import DataError
 from sae_train.evaluation.evaluate import evaluate
 from sae_train.evaluation.registry import figures_in_rows
@@ -141,12 +141,12 @@ def write_export(
 def _activation_source(config: SourceConfig, facts: StreamFacts) -> ActivationSource:
     """Return the origin of a run's activations: the stream's record, and the settings of a language model and text."""
     source = ActivationSource(**cast(dict[str, Any], facts.record))
-    if not isinstance(config.harvest, LiveHarvestConfig):
+    if not config.harvest.runs_model:
         return source
     return replace(
         source,
         dtype=config.model.dtype,
-        context_length=config.harvest.context_length,
+        context_length=config.live.context_length,
         subset=config.data.subset,
         split=config.data.split,
         text_column=config.data.text_column,

@@ -18,7 +18,7 @@ from sae_train.config.lanes import FORWARDS_A_POOL
 from sae_train.errors import ConfigError, UserError
 from sae_train.harvest.build import StreamFacts
 from sae_train.kernels import backend
-from sae_train.ranks.launcher_env import find_place
+from sae_train.ranks.launcher_env import this_process
 
 HELD = {"relu": 6, "temporal_mask": 8, "jumprelu": 10, "gated": 10, "p_anneal": 12}
 HELD_OTHERWISE, HELD_WITH_SLOPES = 2, 4
@@ -150,9 +150,9 @@ def available_bytes() -> int:
     Limits: of the process (`ulimit -v`), and of the control group that a container or a job was put into, where it is
     mounted at the root.
     """
-    place = find_place()
+    process = this_process()
     if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(place.local_rank).total_memory
+        return torch.cuda.get_device_properties(process.local_rank).total_memory
     machine = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for path in _CONTROL_GROUPS:
         try:
@@ -160,7 +160,7 @@ def available_bytes() -> int:
         except (OSError, ValueError):  # no such file, or 'max'
             continue
     own, _ = resource.getrlimit(resource.RLIMIT_AS)
-    share = min(machine) // place.local_size
+    share = min(machine) // process.local_size
     return share if own == resource.RLIM_INFINITY else min(share, own)
 
 

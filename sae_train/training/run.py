@@ -16,7 +16,7 @@ from sae_train.harvest.build import Stream, StreamFacts, build_stream, check_str
 from sae_train.phases import Phases
 from sae_train.ranks.distributed import find_ranks
 from sae_train.ranks.interface import Ranks
-from sae_train.ranks.launcher_env import find_place
+from sae_train.ranks.launcher_env import this_process
 from sae_train.sae.nesting import prefix_sizes
 from sae_train.sparsifiers import build_sparsifier
 from sae_train.training import signals
@@ -51,20 +51,19 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
     Raises:
         UserError: see errors.py; its `status` is the exit status. `Preempted` after a signal, once everything is saved.
     """
-    n_ranks = find_place().size
-    show = partial(ProgressBar, is_first=find_place().rank == 0)
+    n_ranks = this_process().size
+    show = partial(ProgressBar, is_first=this_process().rank == 0)
     phases = Phases(show=show, alone=signals.leave_early) if n_ranks == 1 else Phases(show=show)
     phases.advance()
     facts = check_stream(config.source, n_ranks=n_ranks, phases=phases)
     plan = plan_of(config, facts, n_ranks=n_ranks)
-    directory = RunDirectory(
-        Path(config.runs).expanduser() / name_of(config, site=facts.label, n_features=plan.sae.n_features)
-    )
+    name = name_of(config, site=facts.label, n_features=plan.sae.n_features)
+    directory = RunDirectory(Path(config.runs).expanduser() / name)
     directory.check_length()
     directory.check_identity(identity(config))
     phases.advance()
     if config.dry_run:
-        if find_place().rank == 0:
+        if this_process().rank == 0:
             say(describe(plan, config.source, config.sae, path=str(directory.path)))
         return 0
     ranks = find_ranks()

@@ -10,9 +10,11 @@ from omegaconf import OmegaConf
 
 import sae_train.conf
 from sae_train import config as schema
-from sae_train.cli.compose import Library, build, compose_request, offer, opened
+from sae_train.cli.compose import compose_request, offer
 from sae_train.cli.help import field_lines, usage
-from sae_train.cli.refusals import NAMES_OF_CHOICES, REQUIRED
+from sae_train.cli.library import Library, opened
+from sae_train.cli.overrides import NAMES_OF_CHOICES, REQUIRED
+from sae_train.cli.point import build
 from sae_train.cli.schemas import SCHEMAS
 from sae_train.config import RunConfig, as_dict, identity, identity_digest
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from sae_train.cli.compose import compose_config, offer
-from sae_train.cli.draft import flat
+from sae_train.cli.point import flat
 from sae_train.config import LaneSizes, LiveHarvestConfig
 from sae_train.config.lanes import MOST_LANES, USUAL_CONTEXTS, lane_problems, lane_sizes
 from sae_train.errors import ConfigError

@@ -1,4 +1,4 @@
-"""However features and tokens are spread over processes: the same thresholds, the same figures, the same file."""
+"""Thresholds, figures and the file of an export are the same in every layout of processes."""
 
 import resource
 from pathlib import Path
@@ -43,7 +43,7 @@ def read_text(folder: Path, ranks: Ranks) -> dict[str, Any]:
 
 
 def refusals(folder: Path, ranks: Ranks) -> list[list[str | None]]:
-    """Return what each rank is told when a file cannot be made, the disk is full, and a batch is bad."""
+    """Return the message of each rank for a file that cannot be created, a full disk and a bad batch."""
     sae, _ = calibrated(CASES["one threshold"], ranks)
 
     def told(directory: Path) -> str | None:
@@ -68,7 +68,7 @@ def refusals(folder: Path, ranks: Ranks) -> list[list[str | None]]:
 
 
 def do_all(rank: int, size: int, port: int, folder: Path) -> None:
-    """What each process runs; the first leaves what came out."""
+    """Run all cases in one process of a group; the first writes the results."""
     native.PIECE_BYTES = 3000
     ranks = join(rank, size, port)
     found: dict[str, Any] = {}
@@ -113,7 +113,7 @@ def test_layouts_agree(size: int, tmp_path: Path) -> None:
 
 
 def test_figures_of_the_cases_differ_and_are_not_trivial(tmp_path: Path) -> None:
-    """What the comparison above compares: budgets that are met, one that cannot be, features that stay silent."""
+    """The cases above cover budgets that are met, one that cannot be met, and silent features."""
     figures = {name: export(case, tmp_path / name, Solo()) for name, case in CASES.items()}
     assert figures["topk"]["l0"] == pytest.approx(6.0)
     assert figures["one threshold"]["l0"] == pytest.approx(6.0, rel=0.1)
@@ -123,7 +123,7 @@ def test_figures_of_the_cases_differ_and_are_not_trivial(tmp_path: Path) -> None
 
 
 def test_the_language_model_sees_what_the_autoencoder_makes(tmp_path: Path) -> None:
-    """The spliced loss is that of a forward pass through language model and autoencoder, without special cases."""
+    """The spliced loss equals the loss of a plain forward pass through language model and autoencoder."""
     config = live_config(save_model(tmp_path))
     model = LanguageModel(config.source, device=CPU)
     sae, _ = calibrated(CASES["one threshold"], Solo())

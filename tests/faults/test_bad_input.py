@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from sae_train.assets import model_directory
-from sae_train.cli.main import run_command
+from sae_train.cli.train import run_command
 from tools.tiny_runs import tiny_run
 
 Rows = dict[str, torch.Tensor]

@@ -256,7 +256,7 @@ def test_sigint_in_generated_code_ends_with_the_same_status(tmp_path: Path) -> N
         "    except KeyboardInterrupt:\n"
         "        return cli.INTERRUPTED\n"
         "cli.run_command = run\n"
-        "cli.main()\n"
+        "cli.train()\n"
     )
     done = subprocess.run([sys.executable, "-m", "interrupted"], cwd=tmp_path, check=False)
     assert done.returncode == 130

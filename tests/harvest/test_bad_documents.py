@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_train.cli.main import run_command
+from sae_train.cli.train import run_command
 from sae_train.config import DataConfig
 from sae_train.errors import DataError
-from sae_train.harvest import checked, open_text
+from sae_train.harvest import inspected_documents, open_text
 from sae_train.harvest.corpus import Corpus
 from tools.command_line import Command
 from tools.tiny_models import live_config, sentences
@@ -59,9 +59,9 @@ def read_all(corpus: Corpus) -> list[str]:
 def test_a_bad_line_costs_its_document_alone(tmp_path, monkeypatch, case, is_scanned):
     line, expected, kind, reason = LINES[case]
     if not is_scanned:
-        for module in (checked, open_text):
+        for module in (inspected_documents, open_text):
             monkeypatch.setattr(module, "SCANNED_BYTES", 0)
-        monkeypatch.setattr(checked, "LOOKED_AT", 5)
+        monkeypatch.setattr(inspected_documents, "SAMPLED_DOCUMENTS", 5)
     path = lines_with(tmp_path, line)
     corpus = Corpus(data_at(path))
     read = [one for one in read_all(corpus) if one]
@@ -131,7 +131,7 @@ def test_a_column_of_numbers_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_long_line_is_read_in_pieces(tmp_path, monkeypatch):
-    for module in (checked, open_text):
+    for module in (inspected_documents, open_text):
         monkeypatch.setattr(module, "SCANNED_BYTES", 0)
     long = ("caf\u00e9 \U0001f600 " * 20_000).strip()
     path = lines_with(tmp_path, json.dumps({"text": long}).encode(), at=40)
@@ -234,9 +234,9 @@ def test_held_out_files_are_checked_too(tmp_path, line):
 
 
 def test_a_large_text_with_held_out_files_is_counted_as_it_is_met(tmp_path, monkeypatch):
-    for module in (checked, open_text):
+    for module in (inspected_documents, open_text):
         monkeypatch.setattr(module, "SCANNED_BYTES", 0)
-    monkeypatch.setattr(checked, "LOOKED_AT", 3)
+    monkeypatch.setattr(inspected_documents, "SAMPLED_DOCUMENTS", 3)
     path = lines_with(tmp_path, b'{"text": null}', at=25)
     corpus = Corpus(data_at(path, held_out=lines_with_good(tmp_path)))
     read_all(corpus)
@@ -262,7 +262,7 @@ def test_parquet_files_of_odd_kinds(tmp_path, monkeypatch):
     good = [one.decode() for one in GOOD]
     odd = {
         "no rows": pyarrow.table({"text": pyarrow.array([], pyarrow.string())}),
-        "a map beside it": pyarrow.table({
+        "a map in another column": pyarrow.table({
             "text": good, "m": pyarrow.array([[("a", 1)]] * 40, pyarrow.map_(pyarrow.string(), pyarrow.int64()))}),
         "a view": pyarrow.table({"text": pyarrow.array(good, pyarrow.string_view())}),
         "a dictionary": pyarrow.table({"text": pyarrow.array(good).dictionary_encode()}),
@@ -292,7 +292,7 @@ def test_a_saved_directory_is_not_its_own_held_out_text(tmp_path, spelling):
 
 
 def test_what_is_unusable_at_the_front_does_not_refuse_a_large_text(tmp_path, monkeypatch):
-    for module in (checked, open_text):
+    for module in (inspected_documents, open_text):
         monkeypatch.setattr(module, "SCANNED_BYTES", 0)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a_meta.jsonl").write_text('{"info": 1}\n' * 150)

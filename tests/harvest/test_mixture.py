@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_train.cli.main import run_command
+from sae_train.cli.train import run_command
 from sae_train.harvest import corpus as corpus_module
 from sae_train.harvest.corpus import Corpus
 from sae_train.harvest.lanes import Lane, Packer, check_lanes

@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_train import config as schema
-from sae_train.cli.main import run_command
+from sae_train.cli.train import run_command
 from sae_train.config import RunConfig, identity
 from sae_train.errors import DataError, UserError
 from sae_train.harvest.batch import Batch
 from sae_train.harvest.build import Stream, build_stream
 from sae_train.harvest.live import LiveStream
 from sae_train.harvest.pool import LanePool
-from sae_train.harvest.prefetch import Ahead
+from sae_train.harvest.prefetch import Prefetcher
 from sae_train.harvest.tensors import TensorStream
 from sae_train.ranks.interface import Ranks, Solo
 from tools.grid_of_threads import LOADING, on_ranks
@@ -81,7 +81,7 @@ def until_idle(stream: Stream) -> None:
     assert isinstance(stream, LiveStream | TensorStream)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        with stream._ahead.paused():
+        with stream._prefetcher.paused():
             if stream._find_work() is None:
                 return
         time.sleep(0.001)
@@ -194,7 +194,7 @@ def first_error(config: RunConfig, spoil: Any) -> tuple[int, type, str]:
 
 
 def failing(what: Exception, *, after: int) -> Any:
-    """Return what makes a lane's n-th next reading of its text fail, in every lane alike."""
+    """Return a function that makes the n-th next reading of its text fail, in every lane."""
 
     def torn(contexts: Callable[[int], Tensor], lane: int, left: Iterator[int], n: int) -> Tensor:
         if next(left, None) is None:
@@ -263,9 +263,9 @@ def test_it_stands_still_while_the_language_model_is_used_elsewhere(source: Path
         stream.batch(0)
         for _ in range(20):
             with stream.quiet():
-                before = stream._ahead.seconds, [lane.in_hand for lane in stream._lanes]
+                before = stream._prefetcher.seconds, [lane.in_hand for lane in stream._lanes]
                 list(stream.held_out.batches("evaluation", max_tokens=64))
-                assert before == (stream._ahead.seconds, [lane.in_hand for lane in stream._lanes])
+                assert before == (stream._prefetcher.seconds, [lane.in_hand for lane in stream._lanes])
         until_idle(stream)
         assert stream.beside_seconds() > 0
     finally:
@@ -287,7 +287,7 @@ def test_a_pool_knows_its_next_refill() -> None:
             assert told == [made and pool.unread + n + 20 <= 96 for n in range(96)]
 
 
-def look_again(ahead: Ahead) -> None:
+def look_again(ahead: Prefetcher) -> None:
     with ahead.changing():
         return
 
@@ -299,7 +299,7 @@ def test_a_thread_that_fails_beside_its_work_is_heard() -> None:
         raise MemoryError("no room to note a piece")
 
     for find in (lambda: broken, broken):
-        ahead = Ahead(find, is_on=True, device=torch.device("cpu"))
+        ahead = Prefetcher(find, is_on=True, device=torch.device("cpu"))
         look_again(ahead)
         assert ahead._thread is not None
         ahead._thread.join(10)
@@ -325,7 +325,7 @@ def test_threads_of_the_work_are_those_of_no_other_thread() -> None:
 
     def caller() -> None:
         pieces = [piece]
-        ahead = Ahead(lambda: pieces.pop() if pieces else None, is_on=True, device=torch.device("cpu"), threads=1)
+        ahead = Prefetcher(lambda: pieces.pop() if pieces else None, is_on=True, device=torch.device("cpu"), threads=1)
         look_again(ahead)
         assert done.wait(10)
         note("who began it")
@@ -348,7 +348,7 @@ def test_closing_waits_for_the_piece_under_way_and_is_final() -> None:
         may_end.wait(10)
         done.append(1)
 
-    ahead = Ahead(lambda: piece, is_on=True, device=torch.device("cpu"))
+    ahead = Prefetcher(lambda: piece, is_on=True, device=torch.device("cpu"))
     look_again(ahead)
     assert began.wait(10)
     threading.Timer(0.1, may_end.set).start()

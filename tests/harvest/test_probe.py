@@ -12,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sae_train import config as schema
 from sae_train.config import RunConfig
 from sae_train.errors import UserError
+from sae_train.harvest.architecture import without_weights
 from sae_train.harvest.build import check_stream
 from sae_train.harvest.checkpoints import read_model_config
 from sae_train.harvest.language_model import LanguageModel
-from sae_train.harvest.probe import without_weights
 from sae_train.harvest.sites import site_facts
 from tools.architectures import save_architecture
 from tools.tiny_models import planned_config, save_model

@@ -122,7 +122,7 @@ def test_nothing_runs_after_the_site_and_no_hook_stays(models, family, kind):
 
 
 def ran_in(language_model: LanguageModel, names: list[str], *, stop: bool) -> list[str]:
-    """Return which leaf modules a forward pass begins, in order."""
+    """Return the names of the leaf modules that a forward pass begins, in order."""
     ran: list[str] = []
 
     def note(name: str) -> object:

@@ -227,7 +227,7 @@ def test_held_out_batches(config):
 
 
 def contexts_in_batches(config: RunConfig, monkeypatch: pytest.MonkeyPatch, *, steps: int) -> list[int]:
-    """Return how many contexts each batch draws from: the model's activations are replaced by context numbers."""
+    """Return the number of contexts in each batch. The model's activations are replaced by context numbers."""
     stream = stream_of(config, start=False)
     count = 0
 
@@ -306,7 +306,7 @@ def test_refusals_before_weights(config, model, text, tmp_path):
     check_stream(changed(config, contexts_per_forward=4).source, n_ranks=1)
     check_stream(changed(config, contexts_per_forward=5, pool_batches=10).source, n_ranks=1)
     note = check_stream(changed(config, context_length=65, pool_batches=64).source, n_ranks=1).note
-    assert "harvest.context_length=65 is longer than the 64 positions that llama speaks of: it runs" in note
+    assert "harvest.context_length=65 is longer than the 64 positions in the configuration of llama: it runs" in note
     many = {"lanes": 4096, "context_length": 8, "contexts_per_forward": 1, "pool_batches": 16}
     lanes = refusal(live_config(model, text, harvest=many, batch_tokens=4096, tokens=4096))
     assert "harvest.lanes=4096: lane" in lanes

@@ -50,7 +50,7 @@ def started(config: RunConfig, *, ranks: Ranks | None = None) -> TensorStream:
 
 
 def numbers(stream: TensorStream, batch: Tensor, n: int) -> list[int]:
-    """Return which rows a batch holds."""
+    """Return the numbers of the rows that a batch holds."""
     raw = batch.double() * stream.scaling.scale + stream.scaling.centre_D
     return [round(float(first) * n) for first in raw[:, 0]]
 

@@ -82,7 +82,7 @@ def test_a_wheel_holds_everything_and_runs_from_anywhere(tmp_path: Path) -> None
     site, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
-    program = "import sae_train, sys; print(sae_train.__file__); from sae_train.cli.main import main; main()"
+    program = "import sae_train, sys; print(sae_train.__file__); from sae_train.cli.train import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", program, "dry_run=true"], cwd=empty, env={"PYTHONPATH": str(site)}, capture_output=True,
         text=True, check=True,

@@ -1,4 +1,4 @@
-"""One meaning on any number of processes in any layout: the same matches, weights and counters."""
+"""Matches, weights and counters are the same on any number of processes in any layout."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.multirank
 
 FLOAT32 = {"float32": 1e-4, "bf16": 1e-2}
 Found = dict[int, dict[Any, Any]]
-"""What the processes of each world size found, by what was asked."""
+"""Results of the processes by world size, then by case."""
 
 
 def is_paired(size: int, columns: int, case: str) -> bool:
@@ -25,14 +25,14 @@ def is_paired(size: int, columns: int, case: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What the worlds do, composed once: that takes longer than many of the runs."""
+    """The configurations of all worlds, composed once. Composing takes longer than many of the runs."""
 
     full: bool
     steps: int
     long: dict[str, RunConfig]
-    """By case, float64."""
+    """Configurations by case, in float64."""
     short: dict[tuple[str, str], RunConfig]
-    """By precision and case; one step of them."""
+    """Configurations by precision and case, for one step."""
 
 
 def composed(rows: Path, *, full: bool) -> Work:
@@ -47,7 +47,7 @@ def composed(rows: Path, *, full: bool) -> Work:
 
 
 def everything(rank: int, size: int, port: int, folder: str, work: Work) -> None:
-    """What each process of a world does; the first leaves what came out."""
+    """Run all cases in one process of a world; the first writes the results."""
     ranks = world.join(rank, size, port)
     results: dict[Any, Any] = {}
     for columns in world.LAYOUTS[size]:
@@ -76,7 +76,7 @@ def everything(rank: int, size: int, port: int, folder: str, work: Work) -> None
 
 @pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["pairs", "product"])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """Return by world size what its processes found; each world starts once."""
+    """Return the results by world size. Each world starts once."""
     folder = tmp_path_factory.mktemp("worlds")
     world.write_activations(folder / "rows")
     work = composed(folder / "rows", full=request.param)
@@ -89,7 +89,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def others(found: Found, what: str, *rest: Any) -> dict[str, Any]:
-    """Return what the worlds of several processes found, by size and columns."""
+    """Return the results of the worlds of several processes, by size and columns."""
     return {
         f"{size} ranks, {columns} columns": results[what, columns, *rest]
         for size, results in found.items()
@@ -120,7 +120,7 @@ def test_float64_runs_keep_the_same_matches_and_weights(found: Found, case: str)
 @pytest.mark.parametrize("precision", FLOAT32)
 @pytest.mark.parametrize("case", world.CASES)
 def test_one_float32_step_differs_by_rounding_only(found: Found, case: str, precision: str) -> None:
-    """As many matches; those that differ lie at their cut, within rounding; gradients agree."""
+    """The numbers of matches are equal, matches that differ lie at their cut within rounding, and gradients agree."""
     alone = found[1][precision, 1, case]
     near = {"float32": 1e-5, "bf16": 1e-2}[precision]
     for where, result in others(found, precision, case).items():
@@ -133,7 +133,7 @@ def test_one_float32_step_differs_by_rounding_only(found: Found, case: str, prec
 
 
 def swapped(case: str, here: dict[int, float], there: dict[int, float]) -> dict[int, list[float]]:
-    """Return what matches that only one of two has were chosen by, by the token, feature or batch that they fill."""
+    """Return the affinities of matches that only one of two codes has, by the token, feature or batch of their cut."""
     groups: dict[int, list[float]] = {}
     for index in here.keys() ^ there.keys():
         token, feature = divmod(index, world.F)

@@ -1,4 +1,4 @@
-"""Who is called dead, who is not, and that the others stop: real processes around a real store."""
+"""Dead ranks are found, slow ones are not, and the others stop: real processes and a real store."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.multirank
 
 EVERY, PATIENCE = 0.2, 3.0
 LATEST = PATIENCE + 5 * EVERY + 3.0
-"""The promise, and what a busy machine may add."""
+"""Seconds that are promised, and seconds that a busy machine may add."""
 
 WORKER = f"""
 import os, sys, time
@@ -67,7 +67,7 @@ Start = Callable[..., list[Process]]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Return `start(*modes, busy=seconds)`: one process a mode, all of them beating; rank 0 keeps the store."""
+    """Return `start(*modes, busy=seconds)`: one process a mode, all beating. Rank 0 hosts the store."""
     started: list[Process] = []
 
     def begin(rank: int, size: int, port: str, mode: str, busy: float) -> Process:
@@ -107,7 +107,7 @@ def line_of(process: Process) -> str:
 
 
 def ended(process: Process, *, within: float = LATEST) -> tuple[int, str]:
-    """Return the status and what this package said on stderr, between torch's own remarks on broken sockets."""
+    """Return the status and this package's lines of stderr, without torch's remarks on broken sockets."""
     _, stderr = process.communicate(timeout=within)
     return process.returncode, "".join(line for line in stderr.splitlines(keepends=True) if line.startswith("rank"))
 
@@ -139,7 +139,7 @@ def test_the_others_stop_when_the_first_is_killed_and_the_store_with_it(start: S
 
 
 def test_the_others_stop_when_the_store_hangs(start: Start) -> None:
-    """Its process is there and its sockets are open, but nobody answers: a call to it does not come back."""
+    """The process exists and its sockets are open, but no call to it returns."""
     ranks = start("wait", "wait")
     ranks[0].send_signal(signal.SIGSTOP)
     status, said = ended(ranks[1])
@@ -184,7 +184,7 @@ def test_traffic_is_proportional_to_the_ranks() -> None:
     from sae_train.ranks.heartbeat import Heartbeat
 
     class Counting:
-        """A store in this process that counts what it is asked."""
+        """A store in this process that counts its calls."""
 
         def __init__(self) -> None:
             self.values: dict[str, str] = {}

@@ -1,12 +1,12 @@
-"""Where a launcher put a process, told from the variables that each of them was seen to set."""
+"""The rank of a process, from the variables that each launcher was seen to set."""
 
 import pytest
 
-from sae_train.ranks.launcher_env import Place, find_place, job_id, tasks_per_node
+from sae_train.ranks.launcher_env import ProcessInfo, job_id, tasks_per_node, this_process
 
 SHELL = {"SLURM_JOB_ID": "12", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "5",
          "SLURM_NTASKS_PER_NODE": "2", "SLURM_TASKS_PER_NODE": "2(x2),1"}  # fmt: skip
-"""What the script of an sbatch job sees: it is no rank."""
+"""Variables of an sbatch script's shell, which is no rank."""
 STEP = {**SHELL, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
 SUBMITIT = {"SUBMITIT_LOCAL_JOB_ID": "7", "SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1",
@@ -14,23 +14,23 @@ SUBMITIT = {"SUBMITIT_LOCAL_JOB_ID": "7", "SUBMITIT_LOCAL_NTASKS": "2", "SUBMITI
 
 
 @pytest.mark.parametrize(
-    ("environment", "place"),
+    ("environment", "process"),
     [
-        ({}, Place(0, 0, 1, 1, "")),
-        (SHELL, Place(0, 0, 1, 1, "")),
-        (STEP, Place(0, 0, 5, 2, "slurm")),
-        (STEP | {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}, Place(3, 1, 5, 2, "slurm")),
-        (STEP | {"SLURM_PROCID": "4", "SLURM_NODEID": "2"}, Place(4, 0, 5, 1, "slurm")),
-        (STEP | {"SUBMITIT_EXECUTOR": "slurm"}, Place(0, 0, 5, 2, "slurm")),
-        (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, Place(0, 0, 1, 1, "")),
-        (SUBMITIT, Place(1, 1, 2, 2, "submitit")),
-        (TORCHRUN, Place(3, 1, 4, 2, "torchrun")),
-        (STEP | SUBMITIT | TORCHRUN, Place(3, 1, 4, 2, "torchrun")),
-        (STEP | SUBMITIT, Place(1, 1, 2, 2, "submitit")),
+        ({}, ProcessInfo(0, 0, 1, 1, "")),
+        (SHELL, ProcessInfo(0, 0, 1, 1, "")),
+        (STEP, ProcessInfo(0, 0, 5, 2, "slurm")),
+        (STEP | {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}, ProcessInfo(3, 1, 5, 2, "slurm")),
+        (STEP | {"SLURM_PROCID": "4", "SLURM_NODEID": "2"}, ProcessInfo(4, 0, 5, 1, "slurm")),
+        (STEP | {"SUBMITIT_EXECUTOR": "slurm"}, ProcessInfo(0, 0, 5, 2, "slurm")),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, ProcessInfo(0, 0, 1, 1, "")),
+        (SUBMITIT, ProcessInfo(1, 1, 2, 2, "submitit")),
+        (TORCHRUN, ProcessInfo(3, 1, 4, 2, "torchrun")),
+        (STEP | SUBMITIT | TORCHRUN, ProcessInfo(3, 1, 4, 2, "torchrun")),
+        (STEP | SUBMITIT, ProcessInfo(1, 1, 2, 2, "submitit")),
     ],
 )
-def test_torchrun_then_submitit_then_slurm_then_alone(environment: dict[str, str], place: Place) -> None:
-    assert find_place(environment) == place
+def test_torchrun_then_submitit_then_slurm_then_alone(environment: dict[str, str], process: ProcessInfo) -> None:
+    assert this_process(environment) == process
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Ranks that were not started alike are told so, all of them, before one waits for another in a different place."""
+"""Ranks with different settings or sources all fail with a message, before any waits for another."""
 
 import dataclasses
 from typing import Any
@@ -18,7 +18,7 @@ FACTS = StreamFacts(d_model=16, label="tensors", n_blocks=None, pool_bytes=0, fl
 
 
 def said(*given: dict[str, Any]) -> list[str]:
-    """Return what each rank says, given its settings and `columns`."""
+    """Return the message of each rank, given its settings and `columns`."""
 
     def one(ranks: Ranks) -> str:
         settings = dict(given[ranks.rank])
@@ -39,7 +39,7 @@ def test_ranks_that_were_started_alike_pass() -> None:
 
 @pytest.mark.parametrize("other", [{"k": 5.0}, {"log_every": 2048}, {"runs": "elsewhere"}])
 def test_other_settings_are_refused_on_every_rank(other: dict[str, Any]) -> None:
-    """Even one that is not of the run's identity: ranks that log at different steps wait for each other for ever."""
+    """A setting outside of the run's identity counts, too: ranks that log at different steps wait for ever."""
     expected = "rank 2 was given other settings than rank 0. Start all ranks with the same command."
     assert said({}, {}, other) == [expected] * 3
 
@@ -53,7 +53,7 @@ def test_nodes_of_different_sizes_are_refused_on_every_rank() -> None:
 
 @pytest.mark.parametrize("other", [({"rows": 5}, [4, 7]), ({"rows": 4}, [4, 8])])
 def test_ranks_that_read_something_else_are_refused_on_every_rank(other: tuple[dict[str, Any], list[int]]) -> None:
-    """The same relative path on nodes with disks of their own: they would train on a mixture."""
+    """A relative path on nodes with their own disks would mean training on a mixture."""
 
     def one(ranks: Ranks) -> str:
         record, numbers = other if ranks.rank == 1 else ({"rows": 4}, [4, 7])

@@ -1,4 +1,4 @@
-"""How many threads a run computes with and how long they spin: by what it may use, unless the user says otherwise."""
+"""Compute threads and their spinning follow from the usable cores, unless the user sets them."""
 
 import os
 import re
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from sae_train.cli.main import run_command
-from sae_train.ranks.launcher_env import Place
+from sae_train.cli.train import run_command
+from sae_train.ranks.launcher_env import ProcessInfo
 from sae_train.ranks.threads import SPINS, cgroup_quota, n_threads, prepare_threads
 from tools.command_line import LAUNCHERS, QUIET
 from tools.tiny_runs import rows_run
 
 CORES = n_threads({})
-ALONE = Place(0, 0, 1, 1, "")
+ALONE = ProcessInfo(0, 0, 1, 1, "")
 
 
 def test_what_is_typed_stays() -> None:
@@ -30,15 +30,15 @@ def test_what_is_typed_stays() -> None:
 
 
 def test_ranks_of_a_machine_share_its_cores_and_tasks_of_slurm_have_their_own() -> None:
-    assert n_threads({}, place=ALONE) == CORES
-    assert n_threads({}, place=Place(0, 0, 64, 64, "slurm")) == 1
+    assert n_threads({}, process=ALONE) == CORES
+    assert n_threads({}, process=ProcessInfo(0, 0, 64, 64, "slurm")) == 1
     a_task = {"SLURM_CPUS_PER_TASK": "1"}
-    assert n_threads(a_task, place=ALONE) == 1
+    assert n_threads(a_task, process=ALONE) == 1
     for launcher in ("slurm", "submitit"):
         many = {"SLURM_CPUS_PER_TASK": "64"}
-        assert n_threads(many, place=Place(0, 0, 8, 8, launcher)) == CORES  # never more than it may run on
-    assert n_threads({"SLURM_CPUS_PER_TASK": "64"}, place=Place(0, 0, 64, 64, "torchrun")) == 1
-    assert n_threads({"SLURM_CPUS_PER_TASK": "many"}, place=ALONE) == CORES
+        assert n_threads(many, process=ProcessInfo(0, 0, 8, 8, launcher)) == CORES  # never more than it may run on
+    assert n_threads({"SLURM_CPUS_PER_TASK": "64"}, process=ProcessInfo(0, 0, 64, 64, "torchrun")) == 1
+    assert n_threads({"SLURM_CPUS_PER_TASK": "many"}, process=ALONE) == CORES
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")
@@ -52,7 +52,7 @@ def test_cpus_that_a_process_may_not_run_on_do_not_count() -> None:
 
 
 def groups(folder: Path, lines: str, files: dict[str, str]) -> float | None:
-    """Return the quota that these files make, as Linux writes them."""
+    """Return the quota from files as Linux writes them."""
     (folder / "cgroup").write_text(lines)
     for name, text in files.items():
         path = folder / "mount" / name
@@ -95,7 +95,7 @@ def test_a_sweep_that_is_submitted_hands_nothing_of_this_machine_to_its_jobs(
     assert not {"OMP_NUM_THREADS", "GOMP_SPINCOUNT"} & os.environ.keys()
 
 
-POINT = "import sys; from sae_train.cli.main import run_point; run_point(sys.argv[1:], 'outcome.json')"
+POINT = "import sys; from sae_train.cli.train import run_point; run_point(sys.argv[1:], 'outcome.json')"
 ENTRIES = {
     "python -m": [sys.executable, "-m", "sae_train"],
     "console script": [str(Path(sys.executable).parent / "sae-train")],
@@ -117,7 +117,7 @@ ENTRIES = {
     "entry", [pytest.param(e, marks=[] if e == "python -m" else [pytest.mark.slow]) for e in ENTRIES]
 )
 def test_openmp_is_told_before_torch_loads_it(tmp_path: Path, entry: str) -> None:
-    """OpenMP itself says what it has read."""
+    """OpenMP prints the settings that it has read."""
     variables = {key: value for key, value in os.environ.items() if key not in (*LAUNCHERS, *QUIET, "GOMP_SPINCOUNT")}
     variables |= {"OMP_DISPLAY_ENV": "verbose", "WANDB_MODE": "offline"}
     command = [*ENTRIES[entry], *rows_run(tmp_path), "dry_run=true"]

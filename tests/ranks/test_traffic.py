@@ -1,4 +1,4 @@
-"""What ranks send each other in a step, counted in four processes beside the table of docs/ranks.md."""
+"""Bytes between ranks in a step, counted in four processes and compared with the table of docs/ranks.md."""
 
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,16 @@ COUNTED = [
     if aux == "none" or kind not in world.WITHOUT_AUX_K
 ]
 OF_THE_BATCH = ("mutual_choice", "feature_choice")
-"""Whose traffic has bounds; that of the others is known to the byte."""
+"""Sparsifiers whose traffic has bounds. The traffic of the others is exact to the byte."""
 WINDOW = {"feature_choice": 8 * world.N}
-"""Dead windows of what leaves features out of a step, but none for long; else a step."""
+"""Dead windows of sparsifiers whose features may miss some steps. For the others it is one step."""
 LAYOUTS = {"data": 1, "features": SIZE}
 Counts = dict[tuple[str, str, str, int], int]
 """Bytes a step and rank, by layout, sparsifier, auxiliary loss and width."""
 
 
 def count(rank: int, port: int, folder: str, configs: dict[Any, RunConfig]) -> None:
-    """What each process does; the first leaves the counts."""
+    """Count in one process; the first writes the counts."""
     ranks = world.join(rank, SIZE, port)
     counts = {}
     for layout, columns in LAYOUTS.items():
@@ -63,7 +63,7 @@ def test_traffic_of_features_does_not_grow_with_the_dictionary(counts: Counts, k
 
 
 def tabulated(kind: str, aux: str, *, n_features: int) -> tuple[float, float]:
-    """Return a rank's bytes of a step in `data` and in `features`, as docs/ranks.md's table gives them."""
+    """Return a rank's bytes of a step in `data` and in `features`, by the table of docs/ranks.md."""
     share, n, d, f = (SIZE - 1) / SIZE, world.N, world.D, n_features
 
     def reduced(n_bytes: int) -> float:

@@ -1,4 +1,4 @@
-"""Whatever is typed wrongly ends with status 2 and one clear message, before anything heavy is imported."""
+"""A wrong argument ends with status 2 and one clear message, before anything heavy is imported."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tools.command_line import Command
 
-from sae_train.cli.main import run_command
+from sae_train.cli.train import run_command
 from sae_train.config import RunConfig
 from sae_train.errors import DataError, StoppedByNumbers
 from sae_train.sweeps.outcome import VARIABLE, read_outcome
@@ -135,7 +135,7 @@ MESSAGES = {
     "-m --cfg job": "--multirun: --cfg and --info show one configuration. Remove it.",
     "-m k=interval(1,2)": "k=interval(1,2): a sweep needs its values one by one, as in k=16,32.",
 }
-"""What is typed, and the whole message."""
+"""The typed arguments, and the whole message."""
 
 
 @pytest.mark.parametrize("typed", MESSAGES)
@@ -192,7 +192,7 @@ def test_a_broken_yaml_of_the_users_is_their_error(complaint: Complaint, tmp_pat
 
 def test_refusing_imports_nothing_heavy() -> None:
     program = (
-        "import sys; from sae_train.cli.main import run_command; status = run_command(sys.argv[1:]);"
+        "import sys; from sae_train.cli.train import run_command; status = run_command(sys.argv[1:]);"
         "heavy = {'torch', 'transformers', 'datasets', 'wandb', 'accelerate', 'numpy'} & set(sys.modules);"
         "assert not heavy, heavy; sys.exit(status)"
     )
@@ -218,7 +218,7 @@ def test_a_refused_command_leaves_nothing_behind(command: Command, tmp_path: Pat
 
 
 class Recorder:
-    """Stands in for training.run: keeps what it is asked for, and does what `outcomes` says of each k."""
+    """A stand-in for training.run that records the calls and ends each k as `outcomes` has it."""
 
     def __init__(self, **outcomes: object) -> None:
         self.outcomes, self.asked = outcomes, list[float]()
@@ -304,7 +304,7 @@ def test_several_ranks_stop_at_the_first_error(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_one_rank_speaks_for_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sae_train.cli.main.FIRST_RANK_SPEAKS", 0.0)
+    monkeypatch.setattr("sae_train.cli.process.FIRST_RANK_SPEAKS", 0.0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sae_train.assets import model_directory
 from sae_train.cli.compose import compose_config
-from sae_train.cli.main import run_command
+from sae_train.cli.train import run_command
 from sae_train.config.naming import LONGEST_NAME, shortened
 from sae_train.errors import ConfigError
 from sae_train.formats.native import find

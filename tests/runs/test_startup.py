@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 SCRIPT = """
 import sys
-from sae_train.cli.main import main
+from sae_train.cli.train import main
 try:
     main()
 except SystemExit as left:

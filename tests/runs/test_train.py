@@ -189,7 +189,7 @@ def test_a_full_disk_is_a_message_and_leaves_the_last_checkpoint(tmp_path: Path)
     folder = tmp_path / "runs"
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (900_000, 900_000)); "
-        "from sae_train.cli.main import main; sys.argv = ['sae-train', *sys.argv[1:]]; main()"
+        "from sae_train.cli.train import main; sys.argv = ['sae-train', *sys.argv[1:]]; main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, *tiny_run(tmp_path), "checkpoint.every_tokens=1024", "name=x"],

@@ -1,4 +1,4 @@
-"""What is typed stays: text that looks like a number, advice that can be pasted, one finding for one fault."""
+"""Typed text stays as it is, advice can be pasted, and one fault gives one problem."""
 
 import shlex
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sae_train.cli.compose import Library, opened
+from sae_train.cli.library import Library, opened
 from sae_train.cli.quoting import pasted, typed_values
 from sae_train.config import RunConfig
 
 
 @pytest.fixture(scope="module")
 def library() -> Iterator[Library]:
-    """Return one library for all: it keeps what it has composed."""
+    """Return one library for all tests. It caches compositions."""
     with opened() as found:
         yield found
 
@@ -71,7 +71,7 @@ def test_text_that_looks_like_a_number_stays_as_it_was_typed(library: Library) -
 
 
 def test_a_point_of_a_sweep_can_be_typed_again(library: Library) -> None:
-    """As a job of SLURM is given it."""
+    """A SLURM job gets the arguments of its point like this."""
     overrides, _ = library.read(["name=1e3,'1_0'", "layer.index=1,2", "k=1e1"], sweep=True)
     typed = [[str(override.input_line) for override in point] for point in library.expand(overrides)]
     assert typed[0] == ["name=1e3", "layer.index=1", "k=1e1"]

@@ -20,7 +20,7 @@ from tools.slurm_cluster import Cluster, reason_to_skip
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_TASK = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
-"""What is typed before a script where there are no GPUs."""
+"""Options of sbatch for machines without GPUs."""
 LAUNCHER = ["-m", "hydra/launcher=slurm", "hydra.launcher.gpus=0", "hydra.launcher.cpus_per_task=1"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.multirank]
@@ -80,7 +80,7 @@ def only(folder: Path, pattern: str) -> Path:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's metrics without what the clock measured."""
+    """Return the rows of a run's metrics without measured times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in lines]
 
@@ -95,13 +95,13 @@ def has_logged(runs: Path) -> bool:
 
 
 def long(tiny: list[str], runs: Path) -> list[str]:
-    """Return the overrides of a run that can be met in the middle."""
+    """Return the overrides of a run that is long enough to be interrupted."""
     return changed(tiny, "tokens=65536", f"runs={runs}")
 
 
-def test_each_task_finds_its_place(cluster: Cluster, tmp_path: Path) -> None:
+def test_each_task_finds_its_rank(cluster: Cluster, tmp_path: Path) -> None:
     program = (
-        "import os; from sae_train.ranks.launcher_env import find_place; p = find_place(); p.export(); "
+        "import os; from sae_train.ranks.launcher_env import this_process; p = this_process(); p.export(); "
         "print(p.rank, p.local_rank, p.size, p.local_size, os.environ['MASTER_ADDR'], os.environ['MASTER_PORT'])"
     )
     said = cluster.ask("srun", "--nodes=2", "--ntasks=3", "python", "-c", program).split("\n")
@@ -222,7 +222,7 @@ def test_a_submitted_point_that_is_told_to_save_goes_on_by_itself_and_ends_the_s
 
 
 def same(run: Path, whole: Outcome, runs: Path) -> None:
-    """Check that a run ended bit for bit where the one that nothing stopped did."""
+    """Check that a run ended bit for bit as the uninterrupted one."""
     assert whole.status == 0, whole
     assert exported(run) == exported(only(runs, "*-*"))
     assert rows(run) == rows(only(runs, "*-*"))
@@ -249,7 +249,7 @@ print("notice", signals.requeue(signals.wish()), flush=True)
 
 
 def test_told_to_save_and_then_ended_by_slurm(cluster: Cluster, tmp_path: Path) -> None:
-    """A save that outlasts the time limit still goes back into the queue; a cancelled one does not."""
+    """A job whose save outlasts the time limit goes back into the queue. A cancelled job does not."""
     (tmp_path / "stub.py").write_text(STUB)
     script = tmp_path / "job.sh"
     script.write_text(f"#!/bin/bash\nsrun {sys.executable} {tmp_path}/stub.py\n")

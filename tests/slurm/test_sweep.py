@@ -1,4 +1,4 @@
-"""Sweeps: each point its own directory, on one process and on two; the launcher's settings, outcomes and the table."""
+"""Sweeps: a directory for each point, on one process and on two; launcher settings, outcomes and the status table."""
 
 import fcntl
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sae_train.cli.compose import compose_request
-from sae_train.cli.main import run_command
+from sae_train.cli.train import run_command
 from sae_train.sweeps.directory import SweepDirectory
 from sae_train.sweeps.outcome import Outcome, Record, read_outcome
 from tools.command_line import Command, changed
@@ -75,7 +75,7 @@ def test_a_run_keeps_the_file_of_its_outcome(command: Command, tmp_path: Path) -
 
 
 def sweep_of(folder: Path, n: int) -> Path:
-    """Return a sweep's directory of `n` points that nothing is known of."""
+    """Return a sweep's directory of `n` points without outcomes and jobs."""
     return SweepDirectory.made(folder, [["n_features=64", f"k={k}", "name=of its own"] for k in range(1, n + 1)]).path
 
 
@@ -143,7 +143,7 @@ def test_the_same_points_are_the_same_sweep_and_quotes_survive(tmp_path: Path) -
 
 
 def test_a_job_that_finds_its_run_held_leaves_the_outcome_to_the_holder(tmp_path: Path, command: Command) -> None:
-    """Two jobs for one point: the array's and the launcher's, say."""
+    """One point has two jobs, such as one of slurm/sweep.sbatch and one of the launcher."""
     outcome_file, arguments = tmp_path / "0000.json", [*rows_run(tmp_path), "name=mine"]
     of_holder = Outcome(state="running", status=None, message=None, run=str(tmp_path / "runs" / "mine"), job="12",
                         restarts=0, time="then")  # fmt: skip

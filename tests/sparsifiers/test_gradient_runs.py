@@ -265,7 +265,7 @@ def moment(n_tokens: int) -> Moment:
 
 def chosen(pre_NF: Tensor, slope_NF: Tensor | None, *, beta: float, k: float = 4.0, ranks: Ranks | None = None,
            n_tokens: int | None = None, n_features: int | None = None) -> SparseCode:  # fmt: skip
-    """Return what is kept of pre-activations, given slopes."""
+    """Return the code that is kept of pre-activations, given slopes."""
     config = run_config(sparsifier="gradient", beta=beta, k=k, batch_tokens=n_tokens or len(pre_NF))
     sparsifier = build_sparsifier(config, n_features=n_features or pre_NF.shape[1])
     assert isinstance(sparsifier, Allocator)

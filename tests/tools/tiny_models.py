@@ -46,7 +46,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def sentences(n: int, *, seed: int = 0, words: int = 40) -> list[str]:
-    """Return n documents of made-up sentences, no two alike."""
+    """Return n different documents of made-up sentences."""
     draw = random.Random(seed)
     return [f"{index} " + " ".join(draw.choices(WORDS, k=draw.randint(words // 2, words))) for index in range(n)]
 

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from sae_train.config.lanes import LaneSizes
 from sae_train.errors import ConfigError
 from sae_train.harvest.build import check_stream
 from sae_train.harvest.prefetch import Outcome
 from sae_train.ranks.interface import Solo
 from sae_train.sparsifiers import SPARSIFIERS
-from sae_train.training.memory import Holding, OutOfMemory, available_bytes, named_when_it_runs_out
+from sae_train.training.memory import Holding, OutOfMemory, available_bytes, largest_pool, named_when_it_runs_out
 from sae_train.training.run import plan_of
 from sae_train.training.trainer import Trainer
 from tools import grid_world as world
@@ -93,6 +96,18 @@ def test_what_cannot_fit_is_refused_with_the_largest_tensors_and_what_shrinks_th
     assert all(part in said for part in (*NAMES, *KNOBS))
     assert said.index(NAMES[1]) < said.index(NAMES[0])  # the larger first
     assert "pre-activations and what is as large, 2 of [2000, 10000000] 160.0 GB" in said
+
+
+@given(
+    pool=st.integers(2, 400), lanes=st.integers(1, 8), share=st.integers(1, 64), forward=st.integers(1, 300),
+    batch_bytes=st.integers(1, 10**6), too_much=st.integers(1, 10**9),
+)  # fmt: skip
+def test_the_largest_pool_is_the_one_that_a_search_finds(
+    pool: int, lanes: int, share: int, forward: int, batch_bytes: int, too_much: int
+) -> None:
+    sizes = LaneSizes(lanes=lanes, share=share, context_length=forward, contexts_per_forward=1, pool_batches=pool)
+    fit = [n for n in range(2, pool) if n * share >= 2 * forward and (pool - n) * batch_bytes >= too_much]
+    assert largest_pool(sizes, batch_bytes=batch_bytes, too_much=too_much) == max(fit, default=None)
 
 
 def test_a_limit_of_the_process_counts() -> None:

@@ -121,7 +121,7 @@ def test_what_gives_no_law_is_refused_with_the_reason(what: str, tmp_path: Path)
     (line,) = str(caught.value).splitlines()
     assert line.startswith(f"budget.zipf_from={path}: ")
     assert reason in line
-    assert "Give that of a finished run" in line or "Choose another" in line
+    assert "Give the directory of a finished run" in line or "Choose another" in line
 
 
 def test_numbers_beside_it_are_refused_and_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One point of a sweep while it is checked: its composed values, and what is wrong with them."""
+"""One point of a sweep: a draft while it is checked, then the run to make."""
 
 import re
 from collections.abc import Collection
@@ -14,15 +14,23 @@ from sae_train.config.ranges import ranges
 from sae_train.errors import ConfigError
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One run to make: the arguments typed for it, and their configuration."""
+
+    overrides: list[str]
+    config: RunConfig
+
+
 @dataclass(kw_only=True, slots=True)
-class Draft:
-    """A point that is being checked."""
+class DraftPoint:
+    """A point that is being checked. `Library.draft` creates it; `Library.check` turns it into a RunConfig."""
 
     values: DictConfig
     choices: dict[str, str]
     problems: list[str]
     bad: set[str]
-    """Keys whose arguments were refused, so that their values say nothing."""
+    """Keys whose arguments were refused. Their values are stand-ins."""
 
     @property
     def reads_tensors(self) -> bool:
@@ -36,12 +44,12 @@ class Draft:
                 self.values[key] = None
 
     def take_law(self) -> None:
-        """Set exponent and shift to what the run that budget.zipf_from names has found."""
+        """Set exponent and shift of the budget to the fit of the run that budget.zipf_from names."""
         if "budget.zipf_from" in self.bad or "zipf_from" not in self.values.budget:
             return
         try:
             budget = cast(dict[str, Any], OmegaConf.to_container(self.values.budget, resolve=True))
-        except OmegaConfBaseException:  # said when the values are built
+        except OmegaConfBaseException:  # reported when the values are built
             return
         run, given = budget["zipf_from"], [key for key in ("exponent", "shift") if budget[key] is not None]
         if run is None:
@@ -57,6 +65,7 @@ class Draft:
             self.values.budget.exponent, self.values.budget.shift = law
 
     def refuse(self, key: str, problem: str) -> None:
+        """Add a problem, and mark its key as bad."""
         self.problems.append(problem)
         self.bad.add(key)
 
@@ -70,7 +79,7 @@ def flat(config: DictConfig) -> dict[str, Any]:
 
 
 def build(config: DictConfig) -> RunConfig:
-    """Return the composed configuration as typed values; their own checks run here."""
+    """Return the composed configuration as a RunConfig. Its own checks run here."""
     try:
         run = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -80,7 +89,7 @@ def build(config: DictConfig) -> RunConfig:
 
 
 def reason(error: Exception) -> str:
-    """Return the message of Hydra or OmegaConf on one line. A YAML of the user's or an `${...}` causes such errors."""
+    """Return the message of Hydra or OmegaConf on one line. A user's YAML or an `${...}` causes such errors."""
     causes = [e for e in (error, error.__cause__) if e is not None]
     key = next((str(e.full_key) for e in causes if isinstance(e, OmegaConfBaseException) and e.full_key), None)
     said = " ".join(dict.fromkeys(" ".join(_NOISE.sub("", str(e)).split()) for e in causes))
@@ -88,4 +97,4 @@ def reason(error: Exception) -> str:
 
 
 _NOISE = re.compile(r"\n\s*full_key:.*|\nTo append to your config.*|\nConfig search path:.*", re.DOTALL)
-"""What those messages add that does not help, or (`+key`) misleads."""
+"""Parts of these messages that do not help, or (`+key`) mislead."""

@@ -1,4 +1,4 @@
-"""Text files: which ones a path names, and their bytes."""
+"""Text files: the files that a path names, and their bytes."""
 
 import gzip
 import lzma
@@ -9,26 +9,24 @@ from pathlib import Path
 from sae_train.errors import DataError, suggest
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
-
-
 _WIDE = {
     b"\xff\xfe\x00\x00": "utf-32",
     b"\x00\x00\xfe\xff": "utf-32",
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
-"""Marks with which files that are not in UTF-8 begin; the longer ones first."""
+"""First bytes of files that are not in UTF-8, the longer marks first."""
 
 
 def text_files(path: Path, *, key: str) -> list[Path]:
-    """Return the text files that `path` is or holds, in sorted order; a directory's hidden ones are left out.
+    """Return `path` itself, or the text files of a directory in sorted order, without hidden ones.
 
     Args:
         path: a file or a directory.
         key: the setting that named it, for messages.
 
     Raises:
-        DataError: there are none, or it is a kind of file that is not read.
+        DataError: there are none, or the file has a suffix that is not read.
     """
     kinds = ", ".join(SUFFIXES)
     if path.is_dir():
@@ -48,12 +46,12 @@ def text_files(path: Path, *, key: str) -> list[Path]:
 
 
 def _is_hidden(path: Path) -> bool:
-    """Return whether a file or a folder on its way begins with a dot: `.ipynb_checkpoints`, macOS's `._a.jsonl`."""
+    """Return whether a part of a path begins with a dot: `.ipynb_checkpoints`, macOS's `._a.jsonl`."""
     return any(part.startswith(".") for part in path.parts)
 
 
 def read_bytes(path: Path) -> bytes | mmap.mmap:
-    """Return a file's bytes, unpacked and in UTF-8; uncompressed files in UTF-8 are mapped rather than read.
+    """Return a file's bytes, unpacked and in UTF-8. Uncompressed files in UTF-8 are mapped, not read.
 
     Raises:
         DataError: it cannot be read or unpacked.

@@ -1,6 +1,6 @@
 """Rows of datasets: from the hub, from parquet files, from directories that `datasets` saved.
 
-The only file that imports `datasets`, which maps tables into memory: a row's bytes are read where they lie.
+This is the only file that imports `datasets`, which maps tables into memory. A row's bytes are read from that mapping.
 """
 
 import os
@@ -24,8 +24,8 @@ _SAVED = ("dataset_info.json", "state.json")
 _SAVED_SPLITS = "dataset_dict.json"
 
 
-class TableRows(Documents):
-    """One column of a map-style dataset."""
+class DatasetRows(Documents):
+    """One column of a map-style dataset, as documents. The functions below open it."""
 
     is_exact = True
 
@@ -34,7 +34,7 @@ class TableRows(Documents):
         rows: the dataset.
         data: names the column.
         source: file or hub id, for messages.
-        phases: told how many rows were measured.
+        phases: shows how many rows were measured.
 
         Raises:
             DataError: there is no such column, or it holds no text.
@@ -68,16 +68,16 @@ class TableRows(Documents):
         return bytes(self._buffer(index)[start:stop])
 
     def _buffer(self, index: int) -> memoryview:
-        """Return the bytes of one row where they lie, without a copy."""
+        """Return a view of the bytes of one row."""
         scalar = self._rows[index : index + 1][self._column][0]
         return memoryview(scalar.as_buffer()) if scalar.is_valid else memoryview(b"")
 
 
 def open_parquet(file: Path, data: DataConfig, phases: Phases) -> Documents:
-    """Return the rows of a parquet file; columns beside the text are not read.
+    """Return the rows of a parquet file. Only the column with the text is read.
 
     Raises:
-        DataError: it is not readable, or the cache into which `datasets` unpacks it is not writable.
+        DataError: the file is not readable, or the cache into which `datasets` unpacks it is not writable.
     """
     import datasets
     import pyarrow.parquet
@@ -97,7 +97,7 @@ def open_parquet(file: Path, data: DataConfig, phases: Phases) -> Documents:
             columns=[column],
             features=datasets.Features({column: datasets.Value("large_string")}),  # else it looks at all columns
         )
-        return TableRows(rows, data, source=str(file), phases=phases)
+        return DatasetRows(rows, data, source=str(file), phases=phases)
     except (OSError, ValueError, KeyError, pyarrow.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
         _refuse_cache(error)
         raise DataError(f"{file}: not a readable parquet file ({str(error).splitlines()[0][:160]}).") from error
@@ -108,11 +108,11 @@ def is_saved(path: Path) -> bool:
     return (path / _SAVED_SPLITS).is_file() or all((path / name).is_file() for name in _SAVED)
 
 
-def open_saved(path: Path, data: DataConfig, split: str, phases: Phases) -> TableRows:
+def open_saved(path: Path, data: DataConfig, split: str, phases: Phases) -> DatasetRows:
     """Return the rows of one split of a directory that `datasets.save_to_disk` wrote.
 
     Raises:
-        DataError: it is not readable, or has no such split.
+        DataError: the directory is not readable, or has no such split.
     """
     import datasets
 
@@ -126,27 +126,27 @@ def open_saved(path: Path, data: DataConfig, split: str, phases: Phases) -> Tabl
             raise DataError(f"data.split={split}: {path} has no such split.{suggest(split, saved)} Choose it with "
                             "data=huggingface data.split=NAME.")  # fmt: skip
         saved = saved[split]
-    return TableRows(saved, data, source=str(path), phases=phases)
+    return DatasetRows(saved, data, source=str(path), phases=phases)
 
 
 def saved_splits(path: Path) -> list[str]:
-    """Return the names of the splits of a saved directory; none where it holds a single dataset."""
+    """Return the names of the splits of a saved directory, or an empty list where it holds a single dataset."""
     import datasets
 
     return list(datasets.load_from_disk(str(path))) if (path / _SAVED_SPLITS).is_file() else []
 
 
-def open_hub(data: DataConfig, split: str, phases: Phases) -> TableRows:
+def open_hub(data: DataConfig, split: str, phases: Phases) -> DatasetRows:
     """Return the rows of one split of a hub dataset.
 
     Raises:
-        DataError: it cannot be loaded.
+        DataError: the dataset cannot be loaded.
     """
     import datasets
 
     try:
         rows = datasets.load_dataset(data.id, data.subset, split=split)
-        return TableRows(rows, data, source=data.id, phases=phases)
+        return DatasetRows(rows, data, source=data.id, phases=phases)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         _refuse_cache(error)
         raise _hub_data_error(data, error, split=split) from error
@@ -156,7 +156,7 @@ def check_hub(data: DataConfig) -> None:
     """Refuse a hub dataset, configuration or column that does not exist, without fetching the data.
 
     Raises:
-        DataError: see above.
+        DataError: names the setting to correct.
     """
     import datasets
 
@@ -173,7 +173,7 @@ def check_column(data: DataConfig, columns: list[str], *, source: str) -> None:
     """Refuse a text column that is not among `columns`.
 
     Raises:
-        DataError: see above.
+        DataError: suggests a column.
     """
     if data.text_column not in columns:
         raise DataError(f"data.text_column={data.text_column}: {source} has no such column."
@@ -181,10 +181,10 @@ def check_column(data: DataConfig, columns: list[str], *, source: str) -> None:
 
 
 def check_text(data: DataConfig, kind: pyarrow.DataType, *, source: str) -> None:
-    """Refuse a column that is not of text.
+    """Refuse a column that does not hold text.
 
     Raises:
-        DataError: see above.
+        DataError: names the column's type.
     """
     while isinstance(kind, pyarrow.DictionaryType):
         kind = kind.value_type
@@ -193,7 +193,7 @@ def check_text(data: DataConfig, kind: pyarrow.DataType, *, source: str) -> None
 
 
 def _refuse_cache(error: BaseException) -> None:
-    """Raise a DataError that names the cache, where `error` says that it cannot be written."""
+    """Raise a DataError that names the cache, if `error` comes from a failure to write it."""
     import datasets
 
     cause: BaseException | None = error
@@ -206,7 +206,7 @@ def _refuse_cache(error: BaseException) -> None:
 
 
 def _below(path: Path, cache: Path) -> bool:
-    """Return whether `path` lies in the cache, or is one of the directories that it would have to be made in."""
+    """Return whether `path` lies in the cache, or is one of its parent directories."""
     return cache in path.parents or path == cache or path in cache.parents
 
 

@@ -1,7 +1,7 @@
-"""What was typed, checked before anything is composed or loaded: signs, names, and settings that nothing would read.
+"""Checks of typed overrides: signs, names, types, and settings that nothing would read.
 
-Plain strings in, problems out; every finding is one sentence or two in the style of errors.py, and all of them
-are reported together.
+Each function takes plain strings and returns problems as messages. All problems are reported together. The checks of
+values are in config/ (see its docstring for the home of each check).
 """
 
 import difflib
@@ -16,10 +16,10 @@ from sae_train.errors import suggest
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Typed:
-    """One `key=value` of the command line, as it holds for one run."""
+    """One `key=value` of the command line, as it holds for one run. `Library` creates it; the checks here read it."""
 
     sign: str
-    """What stood before the key: nothing, '+', '++' or '~'."""
+    """The sign before the key: nothing, '+', '++' or '~'."""
     key: str
     value: str
     is_group: bool
@@ -39,7 +39,7 @@ NOT_BUILT_KEYS = {
     "objective": "other objectives than reconstruction are not built yet. Remove it.",
     "sweep": "sweeps kept in a file are not built yet. Type the values with -m, as in `-m k=16,32`.",
 }
-"""Keys and groups that the design promises and this version lacks."""
+"""Keys and groups that are planned and not built yet."""
 
 _LAYOUTS = "not built yet: it is for several SAEs in one run. Choose parallel=data, features or mesh."
 
@@ -47,14 +47,14 @@ NOT_BUILT_CHOICES = {
     "harvest": {"store": "the activation store is not built yet. Choose harvest=live or harvest=tensors."},
     "parallel": {"saes": _LAYOUTS},
 }
-"""Choices that the design promises and this version lacks."""
+"""Choices that are planned and not built yet."""
 
 UNUSED_HYDRA = ("hydra/sweeper", "hydra.sweeper", "hydra.sweep", "hydra.run", "hydra.mode")
-"""Settings of Hydra's own runner: this program composes with Hydra and makes the runs itself."""
+"""Settings of Hydra's own runner, which is not used."""
 
 
-def refused(entry: Typed, choices: Callable[[str], Sequence[str]]) -> str | None:
-    """Return the problem that can be seen without composing: not built yet, or a choice that does not exist."""
+def refused_choice(entry: Typed, choices: Callable[[str], Sequence[str]]) -> str | None:
+    """Return the problem of a choice or key that is not built yet, or of a choice that does not exist."""
     problem = not_built(entry)
     if problem is None and entry.is_group and not entry.sign:
         problem = check_choice(entry, choices(entry.key))
@@ -62,7 +62,7 @@ def refused(entry: Typed, choices: Callable[[str], Sequence[str]]) -> str | None
 
 
 def signed(entry: Typed, *, known: Iterable[str]) -> str:
-    """Return the problem of `+key`, `++key` and `~key`: nothing is added or deleted here."""
+    """Return the problem of `+key`, `++key` or `~key`: overrides add and delete no keys."""
     if entry.sign == "~":
         return f"{entry.text}: '~' cannot remove keys here, every one is needed. Remove it."
     if entry.key in known:
@@ -72,7 +72,7 @@ def signed(entry: Typed, *, known: Iterable[str]) -> str:
 
 
 def check_repeats(typed: Sequence[Typed]) -> list[str]:
-    """Return a problem for every key that was given more than once."""
+    """Return a problem for each key that is given more than once."""
     keys = [entry.key for entry in typed]
     return [
         f"{' '.join(e.text for e in typed if e.key == key)}: {key} is given {keys.count(key)} times. Keep one."
@@ -82,7 +82,7 @@ def check_repeats(typed: Sequence[Typed]) -> list[str]:
 
 
 def not_built(entry: Typed) -> str | None:
-    """Return the problem if this names something that is promised and not there yet."""
+    """Return the problem of a key or choice that is promised and not built yet."""
     root = entry.key.partition(".")[0]
     for key in (entry.key, root):
         if key in NOT_BUILT_KEYS:
@@ -96,7 +96,7 @@ def not_built(entry: Typed) -> str | None:
 
 
 def check_choice(entry: Typed, choices: Sequence[str]) -> str | None:
-    """Return the problem if a group has no such choice."""
+    """Return the problem of a choice that its group does not have."""
     if entry.value in choices or (entry.key == "experiment" and entry.value == "null"):
         return None
     if not choices:
@@ -110,8 +110,10 @@ def check_choice(entry: Typed, choices: Sequence[str]) -> str | None:
 def unknown_key(entry: Typed, *, known: Iterable[str], choice: str | None, homes: Sequence[str]) -> str:
     """Return the problem of a key that this run does not have.
 
-    `choice` is what the key's group is set to (None: there is no such group); `homes` are the choices of
-    that group under which the key exists.
+    Args:
+        known: all keys and groups of this run.
+        choice: the choice of the key's group; None where there is no such group.
+        homes: the choices of that group under which the key exists.
     """
     group, _, field = entry.key.partition(".")
     if homes:
@@ -123,7 +125,10 @@ def unknown_key(entry: Typed, *, known: Iterable[str], choice: str | None, homes
 
 
 def suggest_key(word: str, known: Iterable[str]) -> str:
-    """Like `suggest`, for dotted keys: the last part alone finds its key, and a group lists its own."""
+    """Return a suggestion as `suggest` does, for dotted keys.
+
+    A last part alone finds its key. Where nothing is near, the keys of the group are listed.
+    """
     names = sorted(set(known) - set(NAMES_OF_CHOICES))
     group, dot, last = word.rpartition(".")
     inside = [name for name in names if name.startswith(f"{group}.")] if dot else []
@@ -141,7 +146,7 @@ WORDS = {int: "a whole number", float: "a finite number", bool: "true or false",
 
 
 def wrong_type(entry: Typed, expected: Sequence[type]) -> str:
-    """Return the problem of a value that is none of the `expected` types."""
+    """Return the problem of a value that has none of the `expected` types."""
     hint = ""
     if int in expected:
         try:
@@ -164,10 +169,10 @@ def several_values(text: str) -> str:
 
 
 def unreadable(argument: str, groups: Mapping[str, Sequence[str]], *, is_readable: Callable[[str], bool]) -> str:
-    """Return the problem of an argument that is no `key=value`.
+    """Return the problem of an argument that is not of the form `key=value`.
 
     Args:
-        is_readable: whether an argument, as a shell hands it over, is one.
+        is_readable: whether Hydra reads an argument, without a shell's quotes, as `key=value`.
     """
     if "=" not in argument:
         return _bare_word(argument, groups)
@@ -191,78 +196,6 @@ def _bare_word(word: str, groups: Mapping[str, Sequence[str]]) -> str:
     return f"{word}: not of the form key=value.{hint}"
 
 
-def never_read(
-    typed: Sequence[Typed], *, tensors: bool, choices: Mapping[str, str], values: Mapping[str, object]
-) -> list[str]:
-    """Return a problem for every setting that exists but that this run would never read.
-
-    `tensors`: whether activations are read from files; `choices`: what each group is set to; `values`: the composed
-    values by dotted key, without those that were refused.
-    """
-    found = [problem for entry in typed if (problem := _never_read(entry, tensors=tensors, choices=choices))]
-    found += [
-        f"{entry.text}: n_features={values['n_features']} is the width already, so this would change nothing. Keep one."
-        for entry in typed
-        if entry.key == "expansion" and values.get("n_features") is not None
-    ]
-    found += [
-        f"{entry.text}: {why} {other}={value}, so this would change nothing. Remove it, or "
-        f"{'lower' if value else 'raise'} {other}."
-        for entry in typed
-        for key, other, value, why in READ_UNLESS
-        if entry.key == key and values.get(other) == value
-    ]
-    return found
-
-
-def _never_read(entry: Typed, *, tensors: bool, choices: Mapping[str, str]) -> str | None:
-    if tensors and entry.group in ("model", "layer", "data") and entry.key not in ("data.seed", "data.repeat"):
-        return (
-            f"{entry.text}: harvest=tensors reads no language model and no text, so this would change nothing. "
-            "Remove it."
-        )
-    for (group, choice), (fields, advice) in FIXED_BY_CHOICE.items():
-        if entry.group == group and choices.get(group) == choice and entry.key.partition(".")[2] in fields:
-            return f"{entry.text}: {advice}"
-    if entry.key in NAMES_OF_CHOICES:
-        return f"{entry.text}: says which choice this is and does not change it. Write {entry.group}={entry.value}."
-    return None
-
-
-FIXED_BY_CHOICE = {
-    ("model", "bundled"): (
-        ("id", "revision"),
-        "model=bundled is the language model inside the package. Add model=huggingface for one of your own.",
-    ),
-    ("data", "bundled"): (
-        ("id", "subset", "split", "held_out_split", "text_column"),
-        "data=bundled is the corpus inside the package. Add data=files for text of your own, or data=huggingface "
-        "for a dataset of the hub.",
-    ),
-    ("data", "files"): (
-        ("subset", "split"),
-        "data=files has no subsets or splits, so this would change nothing. Remove it; data.held_out_split=PATH "
-        "names held-out text.",
-    ),
-}
-"""Fields of a group that a choice fixes or does not have, and what to do instead."""
-
-_LAW = "says which features are underused, and only dead ones count at"
-
-_FALL = "says how p falls, and it never does at"
-
-READ_UNLESS = (
-    ("aux_loss.exponent", "aux_loss.tau", 0, _LAW),
-    ("aux_loss.shift", "aux_loss.tau", 0, _LAW),
-    ("sparsifier.revival", "optimizer.decay_tokens", 0, "acts while the learning rate decays, and it never does at"),
-    ("sparsifier.start", "sparsifier.end", 1, _FALL),
-    ("sparsifier.changes", "sparsifier.end", 1, _FALL),
-    ("sparsifier.end", "sparsifier.start", 1, _FALL),
-    ("sparsifier.changes", "sparsifier.start", 1, _FALL),
-)
-"""Fields that nothing reads where another has a value: key, that other, the value, and why. aux_loss.hard may be given:
-at tau 0 every weight is hard."""
-
 NAMES_OF_CHOICES = (
     "aux_loss.name",
     "budget.name",
@@ -275,7 +208,7 @@ NAMES_OF_CHOICES = (
     "sparsifier.name",
     "tracking.name",
 )
-"""Keys by which a saved configuration tells what its groups were set to."""
+"""Keys under which a saved configuration holds the choice of each group."""
 
 REQUIRED = {
     "model.id": "a Hub id such as Qwen/Qwen3-0.6B, or a local directory in Hugging Face layout",
@@ -283,10 +216,10 @@ REQUIRED = {
     "harvest.path": "a directory of *.safetensors files, each with a tensor 'activations' [n, d_model]",
     "layer.path": "a dotted name of model.named_modules(), such as transformer.h.3.ln_2",
 }
-"""What to give for the keys that have no value until they are typed."""
+"""Description of a value for each key that has none until it is typed."""
 
 
 def missing(key: str, *, choice: str | None) -> str:
-    """Return the problem of a key without a value; `choice` is what its group is set to."""
+    """Return the problem of a key without a value; `choice` is the choice of its group."""
     where = f" with {key.partition('.')[0]}={choice}" if choice else ""
     return f"{key} is required{where}: {REQUIRED.get(key, 'it has no default')}. Add {key}=..."

@@ -1,4 +1,4 @@
-"""Documents and what is wrong with some of them: met one by one, all of them at once where the text is small."""
+"""Documents and the flaws of some of them. Small texts are inspected whole, larger ones document by document."""
 
 import hashlib
 
@@ -10,8 +10,8 @@ from sae_train.errors import DataError
 from sae_train.harvest.documents import FLAWS, SCANNED_BYTES, SCANNED_DOCUMENTS, Document, Documents, Flaw
 from sae_train.phases import Phases
 
-LOOKED_AT, LOOKED_AT_BYTES = 100, 16 * 1024 * 1024
-"""Of a text too large to be read whole so many documents, spread evenly, up to so many bytes; some must hold text."""
+SAMPLED_DOCUMENTS, SAMPLED_BYTES = 100, 16 * 1024 * 1024
+"""Documents of a large text that are inspected when it is opened, spread evenly, and their bytes at most."""
 _WORDS = {
     Flaw.EMPTY: "empty or null (left out)",
     Flaw.REPAIRED: "with bytes or characters that are not UTF-8 (replaced by U+FFFD)",
@@ -19,27 +19,28 @@ _WORDS = {
 }
 
 
-class Checked:
-    """Documents with a table of their flaws. The corpus has one for what is trained on, one for held-out files.
+class InspectedDocuments:
+    """Documents with a table of their flaws. `Corpus` creates one for training, and one for held-out files.
 
     Attributes:
         documents: the texts.
-        is_scanned: whether all were met when this was made.
-        flaw_N: uint8 [documents], a `Flaw` for each, as far as it was met.
-        hash_N: uint64 [documents], of their texts; 0 for those that were not met when this was made.
+        is_scanned: whether all documents were inspected when this was created.
+        sampled: indices of the documents that were inspected then.
+        flaw_N: uint8 [documents], the `Flaw` of each document that was inspected so far.
+        hash_N: uint64 [documents], hashes of the texts; 0 for documents outside `sampled`.
     """
 
     def __init__(self, documents: Documents, *, source: str, strict: bool, phases: Phases) -> None:
-        """Meet all documents, or of a large text a few.
+        """Inspect all documents, or a few of a large text.
 
         Args:
             documents: the texts.
             source: the setting that named them, for messages.
             strict: whether a flaw is an error.
-            phases: told how many were met.
+            phases: shows the progress.
 
         Raises:
-            DataError: none of those that were met holds text: a wrong column, more likely than bad data.
+            DataError: none of the inspected documents holds text. The likely cause is a wrong column.
         """
         self.documents, self._source, self._strict, self._reason = documents, source, strict, ""
         n_bytes, n = documents.n_bytes, len(documents)
@@ -48,52 +49,56 @@ class Checked:
         if documents.is_exact:
             self.flaw_N[n_bytes == 0] = Flaw.EMPTY
         self.hash_N = np.zeros(n, dtype=np.uint64)
-        self.met = list(range(n)) if self.is_scanned else _a_few(n_bytes)
-        with phases.of("reading text", total=len(self.met), unit="document"):
-            for index in self.met:
-                self.hash_N[index] = self.meet(index)
+        self.sampled = list(range(n)) if self.is_scanned else _a_few(n_bytes)
+        with phases.of("reading text", total=len(self.sampled), unit="document"):
+            for index in self.sampled:
+                self.hash_N[index] = self.inspect(index)
                 phases.advance(1)
         if strict and bool((self.flaw_N == Flaw.EMPTY).any()):
-            self.meet(int((self.flaw_N == Flaw.EMPTY).nonzero()[0]))  # raises
+            self.inspect(int((self.flaw_N == Flaw.EMPTY).nonzero()[0]))  # raises
         self._refuse_no_text()
 
     def __len__(self) -> int:
         return len(self.documents)
 
-    def meet(self, index: int) -> int:
-        """Read a document whole; note what is wrong with it and return its hash.
+    def inspect(self, index: int) -> int:
+        """Read a whole document, record its flaw and return its hash.
 
         Raises:
-            DataError: something is, and data.strict=true.
+            DataError: it has a flaw, and data.strict=true.
         """
         document = self.documents.read(index)
         if document.flaw != Flaw.NONE:
-            self._note(index, document)
+            self._record(index, document)
         return int.from_bytes(hashlib.blake2b(document.data, digest_size=8).digest(), "big")
 
     def has_text(self, index: int | slice = slice(None)) -> Tensor:
-        """Return whether documents hold any text, as far as they were met: bool, of one or [documents]."""
+        """Return bool, for one document or [documents]: false for those that were found to hold no text."""
         flaw = self.flaw_N[index]
         return (flaw != Flaw.EMPTY) & (flaw != Flaw.UNUSABLE)
 
     def counts(self, flaw_N: Tensor | None = None) -> dict[str, int]:
-        """Return how many documents there are, and how many of each flaw.
+        """Return the number of documents, and the number with each flaw.
 
         Args:
-            flaw_N: what all ranks met; None: what this one did.
+            flaw_N: flaws that all ranks found; None: those that this rank found.
         """
         flaw_N = self.flaw_N if flaw_N is None else flaw_N
         return {"documents": len(self)} | {name: int((flaw_N == flaw).sum()) for flaw, name in FLAWS.items()}
 
     def notice(self, flaw_N: Tensor | None = None) -> str:
-        """Return a line that says what is wrong with some documents; nothing where nothing is. Arguments as above."""
+        """Return a line about the flaws of documents, or '' where there are none.
+
+        Args:
+            flaw_N: flaws that all ranks found; None: those that this rank found.
+        """
         counts = self.counts(flaw_N)
         found = [f"{counts[FLAWS[flaw]]:,} {words}" for flaw, words in _WORDS.items() if counts[FLAWS[flaw]]]
         first = f" The first: {self._reason}" if self._reason else ""
-        met = "" if self.is_scanned else " (those that were met)"
+        met = "" if self.is_scanned else " (those that were read)"
         return f"{self._source}: of {len(self):,} documents{met} {', '.join(found)}.{first}" if found else ""
 
-    def _note(self, index: int, document: Document) -> None:
+    def _record(self, index: int, document: Document) -> None:
         if self._strict:
             reason = document.reason.rstrip(".")
             raise DataError(f"{reason}. data.strict=true takes no such document; false counts it and goes on.")
@@ -102,14 +107,14 @@ class Checked:
             self._reason = self._reason or document.reason
 
     def _refuse_no_text(self) -> None:
-        if bool((self.flaw_N[self.met] == Flaw.UNUSABLE).any()) and not bool(self.has_text()[self.met].any()):
+        if bool((self.flaw_N[self.sampled] == Flaw.UNUSABLE).any()) and not bool(self.has_text()[self.sampled].any()):
             raise DataError(self._reason)
         if not bool(self.has_text().any()):
             raise DataError(f"{self._source}: holds no text.")
 
 
 def _a_few(n_bytes: Tensor) -> list[int]:
-    """Return the indices of the documents that are met when a text too large to be read whole is opened."""
-    spread = sorted({number * len(n_bytes) // LOOKED_AT for number in range(LOOKED_AT)})
-    within = int((n_bytes[spread].cumsum(0) <= LOOKED_AT_BYTES).sum())
+    """Return the indices of the documents of a large text that are inspected when it is opened."""
+    spread = sorted({number * len(n_bytes) // SAMPLED_DOCUMENTS for number in range(SAMPLED_DOCUMENTS)})
+    within = int((n_bytes[spread].cumsum(0) <= SAMPLED_BYTES).sum())
     return spread[: max(1, within)]

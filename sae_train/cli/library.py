@@ -1,0 +1,281 @@
+"""The configurations in reach, and the composition of one point from them.
+
+Hydra composes the YAML of `conf/`; the dataclasses of config/ are its schemas (schemas.py). Hydra alone accepts
+`+typo=1` and stops at the first error. Here every argument is first compared with the composed keys, and all problems
+come in one message.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, cast, get_args, get_type_hints
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from sae_train.cli import launcher
+from sae_train.cli.never_read import never_read
+from sae_train.cli.overrides import (
+    REQUIRED,
+    Typed,
+    check_repeats,
+    empty,
+    missing,
+    refused_choice,
+    several_values,
+    signed,
+    unknown_key,
+    unreadable,
+    wrong_type,
+)
+from sae_train.cli.point import DraftPoint, build, flat, reason
+from sae_train.cli.quoting import typed_values
+from sae_train.cli.schemas import DIALS, holds_text, register_schemas
+from sae_train.config import RunConfig
+from sae_train.config.launcher import GROUP, SlurmLauncher
+from sae_train.config.ranges import Range, ranges
+from sae_train.errors import ConfigError
+
+CONFIG_MODULE = "sae_train.conf"
+CONFIG_NAME = "train"
+VERSION_BASE = "1.3"
+
+
+@contextmanager
+def opened(*, config_dir: str | None = None, config_name: str = CONFIG_NAME) -> Iterator["Library"]:
+    """Open the configurations in reach: the package's, then the ones of `config_dir`."""
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir={config_dir}: no such directory.")
+    register_schemas()
+    with initialize_config_module(CONFIG_MODULE, version_base=VERSION_BASE):
+        yield Library(config_dir=config_dir, config_name=config_name)
+
+
+class Library:
+    """The groups and choices in reach, and their composition. `opened()` creates it; compose.py uses it."""
+
+    def __init__(self, *, config_dir: str | None, config_name: str) -> None:
+        self._search = [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"] if config_dir else []
+        self._config_name = config_name
+        self._parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        self._composed: dict[tuple[str, ...], tuple[DictConfig, dict[str, str]]] = {}
+        self._choices: dict[str, list[str]] = {}
+        found = {*self._options("", ObjectType.GROUP), "experiment"} - {"hydra", "schema"}
+        self.groups = sorted(found - set(DIALS))  # a folder `runs` in --config-dir is no group
+
+    def _options(self, group: str, kind: ObjectType) -> list[str]:
+        loader = GlobalHydra.instance().config_loader()
+        return loader.get_group_options(group, kind, config_name=self._config_name, overrides=self._search)
+
+    def choices(self, group: str) -> list[str]:
+        """Return the choices of a group. A choice in a folder of the group is `folder/name`."""
+        if group not in self._choices:
+            folders = self._options(group, ObjectType.GROUP)
+            inner = [f"{folder}/{choice}" for folder in folders for choice in self.choices(f"{group}/{folder}")]
+            self._choices[group] = self._options(group, ObjectType.CONFIG) + inner
+        return self._choices[group]
+
+    def read(self, arguments: list[str], *, sweep: bool) -> tuple[list[Override], dict[str, str]]:
+        """Return the arguments that can be used, parsed, and the problem of each other one by its key."""
+        overrides, refused = list[Override](), dict[str, str]()
+        for argument in arguments:
+            key = argument.partition("=")[0].lstrip("+~").strip()
+            try:
+                (override,) = self._parser.parse_overrides([argument])
+            except HydraException:
+                groups = {group: self.choices(group) for group in self.groups}
+                problem = unreadable(argument, groups, is_readable=self._is_readable)
+            else:
+                if not override.is_sweep_override() or (sweep and override.is_discrete_sweep()):
+                    overrides.append(override)
+                    continue
+                problem = f"{argument}: a sweep needs its values one by one, as in k=16,32."
+                if not sweep:
+                    problem = several_values(argument)
+            refused[key] = f"{refused[key]}\n{problem}" if key in refused else problem
+        return overrides, refused
+
+    def _is_readable(self, argument: str) -> bool:
+        """Return whether Hydra's parser takes an argument as one value."""
+        try:
+            (override,) = self._parser.parse_overrides([argument])
+        except HydraException:
+            return False
+        return not override.is_sweep_override()
+
+    @staticmethod
+    def split(overrides: list[Override]) -> tuple[list[Override], list[Override]]:
+        """Return the overrides of the launcher, and the others."""
+        said = [launcher.is_launching(override.key_or_group) for override in overrides]
+        parts = list(zip(overrides, said, strict=True))
+        return [o for o, launches in parts if launches], [o for o, launches in parts if not launches]
+
+    def launcher(self, overrides: list[Override], *, sweep: bool) -> tuple[SlurmLauncher | None, list[str]]:
+        """Return the launcher of a sweep, None for runs in this process, and the problems of its overrides."""
+        typed = [self._typed(override) for override in overrides]
+        swept = [f"{text_of(o)}: one launcher submits the whole sweep." for o in overrides if o.is_sweep_override()]
+        choice, problems = launcher.check_launcher(typed, self.choices(GROUP), sweep=sweep)
+        problems += swept + check_repeats(typed)
+        if problems or choice == launcher.HERE:
+            return None, problems
+        values = [
+            (e, typed_value(o) if launcher.takes_text(e.key, o.value()) else o.value())
+            for e, o in zip(typed, overrides, strict=True)
+            if e.key != GROUP
+        ]
+        return launcher.read_launcher(self.launcher_values(choice), values)
+
+    def launcher_values(self, choice: str) -> dict[str, Any]:
+        """Return the values of a launcher's YAML."""
+        said = [*self._search, f"{GROUP}={choice}"]
+        composed = compose(self._config_name, said, return_hydra_config=True)
+        return cast(dict[str, Any], OmegaConf.to_container(composed.hydra.launcher))
+
+    def expand(self, overrides: list[Override]) -> list[list[Override]]:
+        """Return the points of a sweep, the last of the swept keys changing fastest."""
+        columns = [
+            self._parser.parse_overrides([f"{o.get_key_element()}={value}" for value in self._swept(o)])
+            if o.is_sweep_override()
+            else [o]
+            for o in overrides
+        ]
+        return [list(point) for point in itertools.product(*columns)]
+
+    def _swept(self, override: Override) -> list[str]:
+        """Return the values of a sweep, each as text to parse.
+
+        A value for a key that holds text stays as it was typed. Hydra would return 1000.0 for 1e3.
+        """
+        values = list(override.sweep_string_iterator())
+        text = text_of(override).partition("=")[2].strip()
+        if "(" in text.removeprefix("choice(") or not holds_text(override.get_key_element()):
+            return values
+        typed = typed_values(text)
+        return typed if len(typed) == len(values) else values
+
+    def check(self, point: list[Override], *, refused: Collection[str] = ()) -> tuple[RunConfig | None, list[str]]:
+        """Return the run's configuration, or None and its problems.
+
+        Cross-field checks run even where some arguments are wrong. Their problems are left out where they concern a
+        default that stands in for a wrong value.
+
+        Args:
+            refused: keys of arguments that `read` refused.
+        """
+        draft = self.draft(point, refused=refused)
+        for key in [key for key, value in flat(draft.values).items() if value == "???"]:
+            group = key.partition(".")[0]
+            if not {key, group} & draft.bad and (not draft.reads_tensors or group == "harvest"):
+                draft.refuse(key, missing(key, choice=draft.choices.get(group)))
+            if key in REQUIRED:
+                OmegaConf.update(draft.values, key, "?")  # so that the other checks can run
+        try:
+            run = build(draft.values)
+        except ConfigError as error:
+            return None, draft.problems + [p for p in str(error).splitlines() if not _mentions(p, draft.bad)]
+        return (None if draft.problems else run), draft.problems
+
+    def draft(self, point: list[Override], *, refused: Collection[str] = ()) -> DraftPoint:
+        """Return a draft: the composed values of the usable arguments, and the problems of the others. See `check`."""
+        entries = [self._typed(override) for override in point]
+        problems, bad, selections = check_repeats(entries), set(refused), list[str]()
+        for override, entry in zip(point, entries, strict=True):
+            if problem := refused_choice(entry, self.choices):
+                problems.append(problem)
+                bad.add(entry.key)
+            elif not entry.sign and (entry.is_group or override.is_hydra_override()):
+                selections.append(text_of(override))
+        values, choices = self._compose(selections)
+        draft = DraftPoint(values=values, choices=choices, problems=problems, bad=bad)
+        for override, entry in zip(point, entries, strict=True):
+            if entry.sign:
+                draft.refuse(entry.key, signed(entry, known=[*flat(values), *self.groups]))
+            elif not (entry.is_group or override.is_hydra_override() or entry.key in bad or entry.group in bad):
+                self._apply(draft, entry, override)
+        draft.leave_out_replaced(typed={entry.key for entry in entries})
+        draft.take_law()
+        used = [entry for entry in entries if not bad & {entry.key, entry.group}]
+        known = {key: value for key, value in flat(draft.values).items() if key not in bad}
+        problems += never_read(used, tensors=draft.reads_tensors, choices=choices, values=known)
+        return draft
+
+    def _typed(self, override: Override) -> Typed:
+        signed, _, value = text_of(override).partition("=")
+        key = signed.lstrip("+~")
+        return Typed(sign=signed.removesuffix(key), key=key, value=value, is_group=key in self.groups)
+
+    def _compose(self, selections: list[str]) -> tuple[DictConfig, dict[str, str]]:
+        """Return a copy of the values that these choices compose to, and the choice of each group."""
+        key = tuple(selections)
+        if key not in self._composed:
+            try:
+                composed = compose(self._config_name, [*self._search, *selections], return_hydra_config=True)
+            except (HydraException, YAMLError) as error:
+                raise ConfigError(reason(error)) from error
+            choices = {str(group): str(choice) for group, choice in composed.hydra.runtime.choices.items()}
+            OmegaConf.set_struct(composed, False)
+            del composed["hydra"]
+            self._composed[key] = composed, choices
+        values, choices = self._composed[key]
+        return deepcopy(values), choices
+
+    def _apply(self, draft: DraftPoint, entry: Typed, override: Override) -> None:
+        """Set one value of a draft, or add the problem to the draft."""
+        value, keys = override.value(), flat(draft.values)
+        if entry.key not in keys:
+            known, choice = [*keys, *self.groups], draft.choices.get(entry.group)
+            homes = [] if choice is None else self._homes(entry.key)
+            draft.refuse(entry.key, unknown_key(entry, known=known, choice=choice, homes=homes))
+            return
+        parent, _, field = entry.key.rpartition(".")
+        owner = cast(type, OmegaConf.get_type(draft.values, parent or None))
+        hint, its_range = get_type_hints(owner)[field], ranges(owner).get(field, Range())
+        expected = get_args(hint) or (hint,)
+        if its_range.null_with:  # this program makes it null, so the message does not offer null
+            expected = tuple(kind for kind in expected if kind is not type(None))
+        if str in expected:
+            value = typed_value(override)
+        try:
+            OmegaConf.update(draft.values, entry.key, value)
+        except OmegaConfBaseException:
+            draft.refuse(entry.key, wrong_type(entry, expected))
+            return
+        if value == "":
+            draft.refuse(entry.key, empty(entry, optional=type(None) in expected))
+        if float in expected and (isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))):
+            draft.refuse(entry.key, wrong_type(entry, expected))
+
+    def _homes(self, key: str) -> list[str]:
+        """Return the choices of the key's group under which the key exists."""
+        group = key.partition(".")[0]
+        return [choice for choice in self.choices(group) if key in flat(self._compose([f"{group}={choice}"])[0])]
+
+
+def text_of(override: Override) -> str:
+    """Return an override as it was typed."""
+    assert override.input_line is not None
+    return override.input_line
+
+
+def typed_value(override: Override) -> Any:
+    """Return the value for a setting that may hold text: numbers and truth values as they were typed."""
+    value, text = override.value(), text_of(override).partition("=")[2].strip()
+    return (
+        text if isinstance(value, bool | int | float) and "(" not in text else value
+    )  # "(": of a function of Hydra's grammar
+
+
+def _mentions(problem: str, keys: set[str]) -> bool:
+    """Return whether a message names one of the keys."""
+    return any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", problem) for key in keys)
