@@ -155,5 +155,5 @@ def test_the_plan_names_both_ways_out_of_ranks_that_do_not_divide_the_lanes() ->
 def test_a_schedule_that_is_longer_than_the_run_is_said_in_the_plan() -> None:
     config = planned_config("bundled", tokens=640)
     config = replace(config, optimizer=replace(config.optimizer, decay_tokens=1280, warmup_tokens=640))
-    (note,) = plan_of(config, check_stream(config.source, n_ranks=1), n_ranks=1).notes
+    (note,) = plan_of(config, check_stream(config.source, n_ranks=1), n_ranks=1).notices
     assert note.startswith("optimizer.decay_tokens=1280: longer than the run of tokens=640")

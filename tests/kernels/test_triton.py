@@ -19,6 +19,7 @@ from sae_train.harvest.build import check_stream
 from sae_train.kernels import backend, products
 from sae_train.ranks.interface import Solo
 from sae_train.sae.dictionary import PARAMETRISATIONS, Dictionary
+from sae_train.training import memory
 from sae_train.training.optimizer import Adam
 from sae_train.training.provenance import resolve_precision
 from sae_train.training.run import plan_of
