@@ -58,15 +58,15 @@ class Watched:
         stream = build_stream(config.source, ranks=ranks, facts=facts)
         stream.start()
         precision = resolve_precision(config.precision, stored=None, device=device)
-        self.trainer = build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+        self.trainer = build_trainer(config.source, [config.sae], plan, stream=stream, precision=precision, ranks=ranks)
         self.steps = plan.steps
         self.seconds: list[float] = []
         self.is_dense: list[bool] = []
         encode = self.trainer.learners[0].sparsifier.encode
 
-        def noted(*parts: object, **rest: object) -> object:
-            found = encode(*parts, **rest)
-            self.is_dense.append(isinstance(found[0], DenseCode))
+        def noted(*parts: object) -> object:
+            found = encode(*parts)
+            self.is_dense.append(isinstance(found.code, DenseCode))
             return found
 
         self.trainer.learners[0].sparsifier.encode = noted

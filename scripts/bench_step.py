@@ -93,7 +93,7 @@ def build(point: dict[str, Any], scratch: Path) -> Trainer:
     stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
     precision = resolve_precision(config.precision, stored=None, device=ranks.device)
-    trainer = build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+    trainer = build_trainer(config.source, [config.sae], plan, stream=stream, precision=precision, ranks=ranks)
     trainer.learners[0].is_screened = trainer.learners[0].is_screened and not point["unscreened"]
     return trainer
 

@@ -6,6 +6,7 @@ from typing import get_args, get_type_hints
 from hydra.core.config_store import ConfigStore
 
 from sae_train import config as schema
+from sae_train.config.sparsifier_registry import SPARSIFIERS
 
 SCHEMAS: dict[str, type] = {
     "run": schema.RunConfig,
@@ -15,15 +16,7 @@ SCHEMAS: dict[str, type] = {
     "harvest/tensors": schema.TensorsHarvestConfig,
     "layer/block": schema.BlockLayerConfig,
     "layer/module": schema.ModuleLayerConfig,
-    "sparsifier/topk": schema.TopKConfig,
-    "sparsifier/gradient": schema.GradientConfig,
-    "sparsifier/mutual_choice": schema.MutualChoiceConfig,
-    "sparsifier/feature_choice": schema.FeatureChoiceConfig,
-    "sparsifier/jumprelu": schema.JumpReLUConfig,
-    "sparsifier/gated": schema.GatedConfig,
-    "sparsifier/relu": schema.ReLUConfig,
-    "sparsifier/p_anneal": schema.PAnnealConfig,
-    "sparsifier/temporal_mask": schema.TemporalMaskConfig,
+    **{f"sparsifier/{name}": entry.config for name, entry in SPARSIFIERS.items()},
     "budget/pooled": schema.PooledBudgetConfig,
     "budget/uniform": schema.UniformBudgetConfig,
     "budget/zipf": schema.ZipfBudgetConfig,

@@ -27,7 +27,6 @@ from sae_train.config.source import SourceConfig
 from sae_train.config.sparsifiers import (
     FeatureChoiceConfig,
     GatedConfig,
-    GradientConfig,
     PAnnealConfig,
     PenalisedConfig,
     ReLUConfig,
@@ -179,7 +178,7 @@ class RunConfig(Settings):
     @property
     def reads_gradients(self) -> bool:
         """Whether each activation comes with its gradient of the language model's loss."""
-        return isinstance(self.sparsifier, GradientConfig) and self.sparsifier.beta > 0
+        return self.sae.reads_gradients
 
     @property
     def sparsity(self) -> str:

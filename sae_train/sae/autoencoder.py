@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sae_train import kernels
 from sae_train.ranks.interface import Solo
 from sae_train.sae.code import SparseCode
-from sae_train.sae.dictionary import Dictionary
+from sae_train.sae.trainable import TrainableAutoencoder
 
 CHUNK_BYTES = 64 * 2**20
 """Pre-activations that are computed together."""
@@ -57,7 +57,7 @@ class SparseAutoencoder(nn.Module):
     @classmethod
     def fold(
         cls,
-        dictionary: Dictionary,
+        trained: TrainableAutoencoder,
         *,
         centre_D: Tensor,
         scale: float,
@@ -70,9 +70,9 @@ class SparseAutoencoder(nn.Module):
         Codes come out in raw units, so the encoder's weights stay and the biases take centre and scale. Computed in
         float64, then cast to fp32. `encoder` takes the place of the dictionary's own W_enc [F, D] and b_enc [F].
         """
-        W_enc, b_enc = (dictionary.W_enc, dictionary.b_enc) if encoder is None else encoder
+        W_enc, b_enc = (trained.W_enc, trained.b_enc) if encoder is None else encoder
         W_enc, b_enc, W_dec, b_dec = (
-            parameter.detach().double() for parameter in (W_enc, b_enc, dictionary.W_dec, dictionary.b_dec)
+            parameter.detach().double() for parameter in (W_enc, b_enc, trained.W_dec, trained.b_dec)
         )
         centre_D = centre_D.to(W_dec)
         norm_F = W_dec.norm(dim=1)

@@ -9,7 +9,7 @@ over all of them.
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from sae_train.kernels.radix import kth_largest
 from sae_train.phases import SILENT, Phases
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.autoencoder import CHUNK_BYTES, SparseAutoencoder
-from sae_train.sae.step_info import Moment
 
 SAMPLE_MARGIN = 1.25
 """How many times the kept affinities are gathered before the exact cut; too few only costs another pass."""
@@ -42,56 +41,46 @@ class Calibration(NamedTuple):
     where L0 was too far from k. None for the others."""
 
 
-class Selector(Protocol):
-    """What calibration asks of a sparsifier."""
-
-    inference: str
-
-    def k_at(self, moment: Moment) -> float: ...
-
-    def shares(self, moment: Moment) -> Tensor | None: ...
-
-
 @torch.no_grad()
 def calibrate(
     sae: SparseAutoencoder,
     raw_ND: Tensor,
     *,
-    sparsifier: Selector,
-    moment: Moment,
+    k: float | None,
+    batch_tokens: int,
     n_features: int,
     ranks: Ranks,
+    share_F: Tensor | None = None,
     learned_F: Tensor | None = None,
-    is_steered: bool = True,
     phases: Phases = SILENT,
 ) -> Calibration:
     """Return thresholds for `sae` from held-out activations that no exported figure is computed on. Collective.
 
     Args:
-        sae: the folded autoencoder with this rank's features; its own thresholds are not read.
+        sae: the folded autoencoder with this rank's features. Its own thresholds are not read.
         raw_ND: the whole calibration half, in raw units, the same on every rank.
-        sparsifier: whose selection the thresholds stand in for.
-        moment: where in the run; tells k, the budgets and the batch size.
-        n_features: of the whole dictionary.
-        ranks: the grid; those of a row hold the other features.
-        is_steered: whether there is a k at all; without one L0 is what it is.
-        learned_F: thresholds of this rank's features that training itself used, in raw units, +inf for a feature that
-            is never to fire; None where it selects.
-        phases: told of each pass over the tokens.
+        k: mean number of active features a token that is aimed at; None leaves L0 as it is (`learned_F` only).
+        batch_tokens: tokens of a batch in training, whose selection the thresholds stand in for.
+        n_features: features of the whole dictionary.
+        ranks: the grid of ranks. Those of a row hold the other features.
+        share_F: share of a batch's tokens on which each feature of the whole dictionary may fire; None without budgets
+            per feature.
+        learned_F: thresholds of this rank's features that training used, in raw units, +inf for a feature that must
+            never fire; None where training selects.
+        phases: the progress display, which shows each pass over the tokens.
     """
     if len(raw_ND) == 0:
         raise ValueError("no tokens to calibrate thresholds on")
-    k, shares_F = sparsifier.k_at(moment), sparsifier.shares(moment)
-    row = ranks.features
-    passes = _Passes(sae, phases)
+    row, passes = ranks.features, _Passes(sae, phases)
     if learned_F is not None:
-        aim = k if is_steered else None
-        return _corrected(passes, raw_ND, k=aim, learned_F=learned_F, n_features=n_features, row=row)
-    if sparsifier.inference == "topk":
+        return _corrected(passes, raw_ND, k=k, learned_F=learned_F, n_features=n_features, row=row)
+    if k is None:
+        raise ValueError("k is None: a sparsifier that selects has a k")
+    if sae.inference == "topk":
         return _without_threshold(passes, raw_ND, k=round(k), row=row)
-    if shares_F is None:
-        return _one_threshold(passes, raw_ND, k=k, batch_tokens=moment.batch_tokens, n_features=n_features, row=row)
-    return _threshold_each(passes, raw_ND, k=k, shares_F=shares_F, batch_tokens=moment.batch_tokens, row=row)
+    if share_F is None:
+        return _one_threshold(passes, raw_ND, k=k, batch_tokens=batch_tokens, n_features=n_features, row=row)
+    return _threshold_each(passes, raw_ND, k=k, share_F=share_F, batch_tokens=batch_tokens, row=row)
 
 
 class _Passes:
@@ -203,7 +192,7 @@ def _positive(pre_NF: Tensor) -> Tensor:
 
 
 def _threshold_each(
-    passes: _Passes, raw_ND: Tensor, *, k: float, shares_F: Tensor, batch_tokens: int, row: Ranks
+    passes: _Passes, raw_ND: Tensor, *, k: float, share_F: Tensor, batch_tokens: int, row: Ranks
 ) -> Calibration:
     """Set each feature's threshold at the affinity that as many held-out tokens reach as its budget has matches.
 
@@ -211,21 +200,21 @@ def _threshold_each(
     the sum over many features stays unbiased where a cut below the c-th would add up to a match a feature and half.
     """
     n_tokens = len(raw_ND)
-    own_F = shares_F[slice(*row.slice(len(shares_F)))]
+    own_F = share_F[slice(*row.slice(len(share_F)))]
     thresholds, total = [], torch.zeros((), dtype=torch.float64, device=raw_ND.device)
     for columns, pre_FN in passes.columns(raw_ND):
         matches_F = _expected_matches(pre_FN > 0, own_F[columns].to(pre_FN.device), batch_tokens)
         thresholds.append(_reached_by(pre_FN, matches_F))
         total += matches_F.sum()
-    used_share = float(row.sum(total)) / (float(shares_F.sum()) * n_tokens)
+    used_share = float(row.sum(total)) / (float(share_F.sum()) * n_tokens)
     return Calibration(torch.cat(thresholds).float(), k * used_share, used_share)
 
 
-def _expected_matches(positive_FN: Tensor, shares_F: Tensor, batch_tokens: int) -> Tensor:
+def _expected_matches(positive_FN: Tensor, share_F: Tensor, batch_tokens: int) -> Tensor:
     """Return how many matches training's selection gives each feature on these tokens, its rounding averaged [F]."""
-    matches_F = torch.zeros_like(shares_F)
+    matches_F = torch.zeros_like(share_F)
     for batch_FN in torch.split(positive_FN, batch_tokens, dim=1):
-        budget_F, there_F = shares_F * batch_FN.shape[1], batch_FN.sum(1).double()
+        budget_F, there_F = share_F * batch_FN.shape[1], batch_FN.sum(1).double()
         down_F = budget_F.floor()
         up_share_F = budget_F - down_F
         matches_F += (1 - up_share_F) * torch.minimum(down_F, there_F)

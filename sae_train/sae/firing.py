@@ -1,4 +1,4 @@
-"""Which features fire how often: counters over the global batch, of the features that a rank holds."""
+"""Counters of firings over the global batch, for the features that a rank holds."""
 
 import torch
 from torch import Tensor
@@ -12,11 +12,15 @@ class Firing:
     """Counters of firings over all ranks' tokens; a feature fires on a token where its code is above 0.
 
     Attributes:
-        since_F: int64, tokens since the feature last fired (or since the start).
-        density_F: float64, share of tokens on which it fires, averaged with a half-life in tokens and free of the
-            pull to 0 that a moving average has at its start.
+        since_F: int64, tokens since a feature last fired, or since the start.
+        density_F: float64, moving average of the share of tokens on which a feature fires. Its bias towards 0 at the
+            start is corrected.
         interval_F: int64, firings since `reset_interval`.
         interval_tokens: tokens since `reset_interval`.
+
+    Args:
+        n_features: features of this rank.
+        half_life_tokens: half-life of the moving average.
     """
 
     def __init__(self, n_features: int, *, half_life_tokens: float, device: torch.device | str) -> None:
@@ -38,7 +42,7 @@ class Firing:
         self.interval_tokens += n_tokens
 
     def dead_F(self, window: int) -> Tensor:
-        """[F] bool: which features fired on none of the last `window` tokens."""
+        """Return a mask [F] of the features that fired on none of the last `window` tokens."""
         return self.since_F >= window
 
     def reset_interval(self) -> None:

@@ -1,45 +1,62 @@
-"""The reconstruction loss, and the auxiliary losses that keep features in use.
+"""The reconstruction loss of a code, over all features or over nested prefixes of them.
 
-Every loss is a sum over the tokens that this rank holds, divided by a figure of the global batch: summed over the
-ranks that hold other tokens (`ranks.data`) it is the loss.
+A loss is a sum over the tokens of this rank, divided by a number of the global batch. Summed over the ranks that hold
+other tokens (`ranks.data`) it is the loss of the batch.
 """
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sae_train import kernels
-from sae_train.config import AuxKConfig, AuxZipfConfig, NoAuxLossConfig, RunConfig
 from sae_train.kernels.function import applied
 from sae_train.ranks.interface import Ranks
-from sae_train.sae.code import SparseCode
-from sae_train.sae.dictionary import Dictionary
-from sae_train.sae.firing import Firing
-from sae_train.sae.step_info import Moment
-from sae_train.sae.zipf_budget import default_shift, zipf_mass
-
-RERANKED_A_WINDOW = 8
-"""How often in a dead window aux_zipf ranks the features anew."""
+from sae_train.sae.code import Code
+from sae_train.sae.nesting import decode_prefixes
+from sae_train.sae.trainable import TrainableAutoencoder
 
 
-class Missed(NamedTuple):
-    """The errors of a reconstruction, without a graph."""
+class Errors(NamedTuple):
+    """The errors of a reconstruction, without a graph. G is the number of prefixes; without nesting there is no G."""
 
     error: Tensor
-    """x - (x_hat + bias) [..., N, D]."""
+    """[G, N, D] x - x_hat, where x_hat includes the bias."""
     norm: Tensor
-    """[..., N] of the rows of `error`."""
+    """[G, N] norm of each token's error."""
 
 
 @torch.no_grad()
-def missed(x_ND: Tensor, x_hat: Tensor, bias_D: Tensor | None = None) -> Missed:
-    """Return the errors of reconstructions x_hat + bias, x_hat being [N, D] or [G, N, D]."""
+def errors_of(x_ND: Tensor, x_hat: Tensor, bias_D: Tensor | None = None) -> Errors:
+    """Return the errors of the reconstructions x_hat + bias, where x_hat is [N, D] or [G, N, D].
+
+    Example: x [[3, 4]] and x_hat [[0, 0]] without a bias give error [[3, 4]] and norm [5].
+    """
     error = x_ND - x_hat
     if bias_D is not None:
         error -= bias_D
-    return Missed(error, torch.linalg.vector_norm(error, dim=-1))
+    return Errors(error, torch.linalg.vector_norm(error, dim=-1))
+
+
+def reconstruct(
+    sae: TrainableAutoencoder, x_ND: Tensor, code: Code, *, sizes: tuple[int, ...], n_tokens: int, ranks: Ranks
+) -> tuple[Errors, Tensor]:
+    """Return the errors of the reconstruction from all features, and the loss, a scalar.
+
+    The loss is the sum of `reconstruction_loss` over the prefixes.
+
+    Args:
+        sae: the features of this rank.
+        x_ND: normalised activations.
+        code: the code that is decoded.
+        sizes: features of each prefix, as `prefix_sizes` returns them: (F,) without nesting.
+        n_tokens: tokens of the global batch.
+        ranks: the grid of ranks.
+    """
+    has_one = len(sizes) == 1
+    x_hat = sae.decode(code, ranks=ranks, bias=False) if has_one else decode_prefixes(sae, code, sizes, ranks=ranks)
+    errors = errors_of(x_ND, x_hat, sae.b_dec)
+    of_all = errors if has_one else Errors(*(each[-1] for each in errors))
+    return of_all, squared_error(x_hat, errors, sae.b_dec) / n_tokens
 
 
 def reconstruction_loss(x_ND: Tensor, x_hat_ND: Tensor, *, n_tokens: int) -> Tensor:
@@ -53,12 +70,18 @@ def reconstruction_loss(x_ND: Tensor, x_hat_ND: Tensor, *, n_tokens: int) -> Ten
         x_hat_ND: their reconstruction, or several [G, N, D], each of which is a summand.
         n_tokens: of the global batch.
     """
-    return squared_error(x_hat_ND, missed(x_ND, x_hat_ND)) / n_tokens
+    return squared_error(x_hat_ND, errors_of(x_ND, x_hat_ND)) / n_tokens
 
 
-def squared_error(x_hat: Tensor, missed: Missed, bias_D: Tensor | None = None) -> Tensor:
-    """Return the sum of squares of what x_hat + bias has missed; differentiable in x_hat and the bias."""
-    return applied(_SquaredError, x_hat, *missed, bias_D)
+def squared_error(x_hat: Tensor, errors: Errors, bias_D: Tensor | None = None) -> Tensor:
+    """Return the sum of squares of the errors, a scalar, differentiable in x_hat and the bias.
+
+    Args:
+        x_hat: [N, D] or [G, N, D], with its graph.
+        errors: `errors_of` x_hat + bias.
+        bias_D: the bias, with its graph; None where x_hat includes it.
+    """
+    return applied(_SquaredError, x_hat, *errors, bias_D)
 
 
 class _SquaredError(torch.autograd.Function):
@@ -76,156 +99,3 @@ class _SquaredError(torch.autograd.Function):
             return error * (-2 * grads[0]), None, None, None
         grad = error * (-2 * grads[0])
         return grad, None, None, grad.flatten(0, -2).sum(0)
-
-
-class AuxLoss:
-    """Features that fire too rarely model the residual of the rest, so that they find a use.
-
-    Dead features have underuse 1 and all others 0: the loss of Gao et al. 2024 (arXiv 2406.04093, A.2), scaled down
-    while fewer features than slots are dead. Gradients reach both encoder and decoder.
-    """
-
-    def __init__(self, *, weight: float, d_model: int, n_features: int, dead_window: int) -> None:
-        self.weight = weight
-        self.n_features = n_features
-        self.slots = max(1, min(512, d_model // 2))
-        self.dead_window = dead_window
-
-    def underuse(self, firing: Firing, *, moment: Moment, ranks: Ranks) -> Tensor:
-        """[F] in [0, 1], float64: how much each of this rank's features takes part."""
-        return firing.dead_F(self.dead_window).double()
-
-    def __call__(
-        self,
-        dictionary: Dictionary,
-        x_ND: Tensor,
-        pre_NF: kernels.PreActivations,
-        residual_ND: Tensor,
-        *,
-        firing: Firing,
-        moment: Moment,
-        ranks: Ranks,
-    ) -> Tensor:
-        """Return this rank's tokens' weighted share of the loss, a scalar; 0 where no feature is underused.
-
-        Args:
-            dictionary: whose W_enc, b_enc and W_dec the loss trains.
-            x_ND: normalised activations.
-            pre_NF: their pre-activations.
-            residual_ND: x - x_hat; no gradient flows into it.
-            firing: counters of the steps before this one.
-            moment: where in the run.
-            ranks: the residual's variance is over all of them.
-        """
-        underuse_F = self.underuse(firing, moment=moment, ranks=ranks).to(x_ND.dtype)
-        taking_part_F = underuse_F > 0
-        n_taking_part = ranks.features.sum(taking_part_F.sum())
-        if x_ND.device.type == "cpu" and not int(n_taking_part):
-            return x_ND.new_zeros(())
-        residual_ND = residual_ND.detach()
-        matches = kernels.select_rows(
-            pre_NF,
-            k=self.slots,
-            capacity=len(x_ND) * min(self.slots, dictionary.n_features),
-            n_features=self.n_features,
-            allowed_F=taking_part_F,
-            ranks=ranks,
-        )
-        code = SparseCode(**matches._asdict(), shape=(len(x_ND),), n_features=dictionary.n_features)
-        code = dictionary.attach(x_ND, code)
-        code = replace(code, value=code.value * underuse_F[code.feature.long()])
-        x_hat_ND = dictionary.decode(code, ranks=ranks, bias=False)
-        error = squared_error(x_hat_ND, missed(residual_ND, x_hat_ND))
-        variance = _total_variance(residual_ND, ranks.data)
-        scale = (n_taking_part / self.slots).clamp(max=1)
-        factor = torch.where(variance > 0, self.weight * scale / torch.where(variance > 0, variance, 1), 0)
-        return factor.to(x_ND.dtype) * error
-
-    def state(self) -> dict[str, Tensor]:
-        """Return what a resumed run must know, one entry a feature, of this rank's features."""
-        return {}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state()`."""
-
-
-class AuxZipfLoss(AuxLoss):
-    """Underuse by degrees, against the density that Zipf's law gives a feature's rank.
-
-    Our reconstruction of arXiv 2411.02124's aux_zipf_loss, whose formula is not public. With tau = 0 and hard weights
-    only dead features take part, and the loss is AuxLoss's bit for bit.
-    """
-
-    def __init__(
-        self,
-        *,
-        weight: float,
-        d_model: int,
-        dead_window: int,
-        tau: float,
-        hard: bool,
-        law_F: Tensor,
-    ) -> None:
-        super().__init__(weight=weight, d_model=d_model, n_features=len(law_F), dead_window=dead_window)
-        self.tau, self.hard, self._law_F = tau, hard, law_F
-        self._rerank_every = max(1, dead_window // RERANKED_A_WINDOW)
-        self._expected_F: Tensor | None = None
-
-    def underuse(self, firing: Firing, *, moment: Moment, ranks: Ranks) -> Tensor:
-        dead_F = super().underuse(firing, moment=moment, ranks=ranks)
-        if self.tau == 0:
-            return dead_F
-        expected_F = self._expected(firing, moment=moment, ranks=ranks)
-        missing_F = (1 - firing.density_F / (self.tau * expected_F)).clamp(0, 1)
-        underuse_F = torch.maximum(dead_F, missing_F)
-        return (underuse_F > 0).double() if self.hard else underuse_F
-
-    def _expected(self, firing: Firing, *, moment: Moment, ranks: Ranks) -> Tensor:
-        """[F] float64: the density that the law gives the rank of each of this rank's features.
-
-        Features are ranked by density over all ranks, the lower feature first where two are equal. Ranks move slowly,
-        and their order is the one thing here that every rank's features decide, so it is renewed now and then.
-        """
-        before = moment.tokens - moment.batch_tokens
-        if self._expected_F is None or before // self._rerank_every != moment.tokens // self._rerank_every:
-            density_F = ranks.features.gather_slices(firing.density_F, self.n_features)
-            law_F = self._law_F.to(density_F.device, non_blocking=True)
-            expected_F = torch.empty_like(law_F)
-            expected_F[density_F.sort(descending=True, stable=True).indices] = law_F
-            lo, hi = ranks.features.slice(self.n_features)
-            self._expected_F = expected_F[lo:hi].clone()
-        return self._expected_F
-
-    def state(self) -> dict[str, Tensor]:
-        return {} if self._expected_F is None else {"expected": self._expected_F}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        if "expected" in state:
-            self._expected_F = state["expected"].to(self._law_F.dtype)
-
-
-def build_aux_loss(config: RunConfig, *, d_model: int, n_features: int, dead_window: int) -> AuxLoss | None:
-    """Return the auxiliary loss that `config.aux_loss` names; None for `aux_loss=none`."""
-    match config.aux_loss:
-        case NoAuxLossConfig():
-            return None
-        case AuxKConfig(weight=weight):
-            return AuxLoss(weight=weight, d_model=d_model, n_features=n_features, dead_window=dead_window)
-        case AuxZipfConfig() as aux:
-            shift = default_shift(n_features) if aux.shift is None else aux.shift
-            mass_F = zipf_mass(n_features, exponent=aux.exponent, shift=shift)
-            return AuxZipfLoss(
-                weight=aux.weight,
-                d_model=d_model,
-                dead_window=dead_window,
-                tau=aux.tau,
-                hard=aux.hard,
-                law_F=(config.usual_k * mass_F).clamp(max=1),
-            )
-    raise TypeError(f"no auxiliary loss is built from {type(config.aux_loss).__name__}")
-
-
-def _total_variance(rows_ND: Tensor, ranks: Ranks) -> Tensor:
-    """Return the sum over all ranks' rows of the squared distance from their mean, a scalar."""
-    total = ranks.sum(torch.cat([rows_ND.sum(0), rows_ND.new_full((1,), len(rows_ND))]))
-    return ranks.sum((rows_ND - total[:-1] / total[-1]).square().sum())

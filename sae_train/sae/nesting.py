@@ -13,8 +13,7 @@ from sae_train.config import MatryoshkaConfig, NestingConfig
 from sae_train.errors import ConfigError
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, DenseCode
-from sae_train.sae.dictionary import Dictionary, sum_of_shares
-from sae_train.sae.losses import Missed, missed, squared_error
+from sae_train.sae.trainable import TrainableAutoencoder, sum_of_shares
 
 SEARCHED = 4096
 """How far from the given n_features one that all prefixes divide is looked for."""
@@ -47,28 +46,7 @@ def _sizes(shares: list[float], n_features: int) -> tuple[int, ...] | None:
     return tuple(sizes) if whole and sizes[0] > 0 else None
 
 
-def reconstruct(
-    dictionary: Dictionary, x_ND: Tensor, code: Code, *, sizes: tuple[int, ...], n_tokens: int, ranks: Ranks
-) -> tuple[Missed, Tensor]:
-    """Return what the reconstruction from all features misses [N, D], and the loss.
-
-    That is the sum of `reconstruction_loss` over prefixes, a scalar.
-
-    Args:
-        sizes: of the prefixes, as `prefix_sizes` gives them.
-        n_tokens: of the global batch.
-    """
-    has_one = len(sizes) == 1
-    if has_one:
-        x_hat = dictionary.decode(code, ranks=ranks, bias=False)
-    else:
-        x_hat = decode_prefixes(dictionary, code, sizes, ranks=ranks)
-    errors = missed(x_ND, x_hat, dictionary.b_dec)
-    of_all = errors if has_one else Missed(*(each[-1] for each in errors))
-    return of_all, squared_error(x_hat, errors, dictionary.b_dec) / n_tokens
-
-
-def decode_prefixes(dictionary: Dictionary, code: Code, sizes: tuple[int, ...], *, ranks: Ranks) -> Tensor:
+def decode_prefixes(sae: TrainableAutoencoder, code: Code, sizes: tuple[int, ...], *, ranks: Ranks) -> Tensor:
     """Return the reconstructions from the first sizes[g] features [G, N, D] without the bias; differentiable.
 
     A token's matches are sorted by feature, so those of one group of features between two prefixes stand together: a
@@ -83,7 +61,7 @@ def decode_prefixes(dictionary: Dictionary, code: Code, sizes: tuple[int, ...], 
     ends = torch.tensor([min(max(size, lo), hi) - lo for size in sizes[:-1]], dtype=torch.int32)
     if isinstance(code, DenseCode):
         between = pairwise([0, *ends.tolist(), hi - lo])
-        own = [code.value[:, a:b] @ dictionary.W_dec[a:b] for a, b in between]
+        own = [code.value[:, a:b] @ sae.W_dec[a:b] for a, b in between]
         rows = torch.stack(own, dim=1)
         return _prefixes(rows, ranks)
     group_M = torch.bucketize(code.feature, ends.to(code.feature.device), right=True, out_int32=True)
@@ -92,7 +70,7 @@ def decode_prefixes(dictionary: Dictionary, code: Code, sizes: tuple[int, ...], 
     bounds = torch.arange(n_tokens * n_groups + 1, dtype=torch.int32, device=bag_M.device)
     start = torch.searchsorted(torch.where(used_M, bag_M, n_tokens * n_groups), bounds, out_int32=True)
     places = code.feature, torch.where(used_M, bag_M, 0), start
-    rows = dictionary.bags(code, dictionary.W_dec, *places)
+    rows = sae.bags(code, sae.W_dec, *places)
     return _prefixes(rows.view(n_tokens, n_groups, -1), ranks)
 
 

@@ -1,41 +1,39 @@
-"""Sparsifiers: how pre-activations become a code. One module a family, one line here each."""
+"""Sparsifiers: how pre-activations become a code. One module a family; `base.py` describes the interface.
 
-from sae_train.config import RunConfig
+To add one, write a module with a subclass of `Allocator` or `Penalised`, a config class in `config/sparsifiers.py`, its
+values in `conf/sparsifier/NAME.yaml`, and a line in `config/sparsifier_registry.py`. Property tests pick it up.
+"""
+
+import importlib
+
+from sae_train.config import SaeConfig
+from sae_train.config.sparsifier_registry import SPARSIFIERS
 from sae_train.errors import ConfigError, suggest
+from sae_train.ranks.interface import Ranks
+from sae_train.sae.sizes import SaeSizes
 from sae_train.sparsifiers.base import Sparsifier
-from sae_train.sparsifiers.feature_choice import FeatureChoice
-from sae_train.sparsifiers.gated import Gated
-from sae_train.sparsifiers.gradient import Gradient
-from sae_train.sparsifiers.jumprelu import JumpReLU
-from sae_train.sparsifiers.l1 import PAnneal, ReLU
-from sae_train.sparsifiers.mutual_choice import MutualChoice
-from sae_train.sparsifiers.temporal_mask import TemporalMask
-from sae_train.sparsifiers.topk import TopK
-
-SPARSIFIERS: dict[str, type[Sparsifier]] = {
-    "topk": TopK,
-    "gradient": Gradient,
-    "mutual_choice": MutualChoice,
-    "batch_topk": MutualChoice,
-    "feature_choice": FeatureChoice,
-    "jumprelu": JumpReLU,
-    "gated": Gated,
-    "relu": ReLU,
-    "p_anneal": PAnneal,
-    "temporal_mask": TemporalMask,
-}
 
 
-def build_sparsifier(config: RunConfig, *, n_features: int) -> Sparsifier:
+def sparsifier_class(name: str) -> type[Sparsifier]:
+    """Return the class of a sparsifier.
+
+    Raises:
+        ConfigError: no sparsifier has that name.
+    """
+    if name not in SPARSIFIERS:
+        raise ConfigError(f"sparsifier={name}: no such sparsifier.{suggest(name, SPARSIFIERS)}")
+    module, _, class_name = SPARSIFIERS[name].implementation.partition(":")
+    found: type[Sparsifier] = getattr(importlib.import_module(module), class_name)
+    return found
+
+
+def build_sparsifier(config: SaeConfig, sizes: SaeSizes, *, ranks: Ranks) -> Sparsifier:
     """Return the sparsifier that `config.sparsifier` names.
 
     Raises:
-        ConfigError: no sparsifier of that name, or its budget does not fit the dictionary; the message says what does.
+        ConfigError: no sparsifier has that name, or its budget does not fit the sizes. The message says what does.
     """
-    name = config.sparsifier.name
-    if name not in SPARSIFIERS:
-        raise ConfigError(f"sparsifier={name}: no such sparsifier.{suggest(name, SPARSIFIERS)}")
-    return SPARSIFIERS[name](config, n_features=n_features)
+    return sparsifier_class(config.sparsifier.name)(config, sizes, ranks)
 
 
-__all__ = ["SPARSIFIERS", "Sparsifier", "build_sparsifier"]
+__all__ = ["SPARSIFIERS", "Sparsifier", "build_sparsifier", "sparsifier_class"]

@@ -1,231 +1,168 @@
-"""What every sparsifier is: how the pre-activations of a batch become a code."""
+"""The interface of a sparsifier: how the pre-activations of a batch become a code.
+
+The learner creates one sparsifier an SAE and calls its members in this order:
+
+| when          | member               | overridden by                                               |
+|---------------|----------------------|-------------------------------------------------------------|
+| the plan      | `problems`           | allocators, feature_choice                                  |
+|               | `matrices_held`      | gradient, penalised ones (measured memory of a step)        |
+| once, before  | `extra_parameters`   | jumprelu, gated                                             |
+|               | `has_unit_norms`     | relu (norms may be free)                                    |
+|               | `reads_all`          | allocators (not), gradient                                  |
+| each step     | `before_step`        | penalised ones                                              |
+|               | `encode`             | all                                                         |
+|               | `after_step`         | allocators                                                  |
+| each row      | `figures`            | penalised ones, temporal_mask                               |
+|               | `k_at`               | none: a service to the learner                              |
+|               | `collapse_advice`    | penalised ones, jumprelu                                    |
+| an export     | `export`             | topk, feature_choice, penalised ones, gated                 |
+| a checkpoint  | `state`, `load_state`| feature_choice, penalised ones, p_anneal, temporal_mask     |
+"""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
-from sae_train.config import AllocatorConfig, RunConfig
+from sae_train.config import SaeConfig
 from sae_train.errors import raise_all
-from sae_train.kernels import Matches, PreActivations
 from sae_train.ranks.interface import Ranks
-from sae_train.sae.code import Code, SparseCode
-from sae_train.sae.dictionary import Dictionary
+from sae_train.sae.code import Code
 from sae_train.sae.firing import Firing
-from sae_train.sae.step_info import Moment
+from sae_train.sae.sizes import SaeSizes
+from sae_train.sae.state import State
+from sae_train.sae.step_info import StepInfo, StepInputs
+from sae_train.sae.trainable import ExtraParameter, TrainableAutoencoder
+from sae_train.sparsifiers.k_schedule import KSchedule
 
-SILENT_SHARE, SILENT_GAPS = 4, 20
-"""A feature is silent that has not fired for a quarter of what makes it dead, and for twenty times the mean gap between
-an allocator's firings of a feature: where those are few most features are silent for so long now and then."""
+
+class Encoding(NamedTuple):
+    """The result of a step's `encode`."""
+
+    code: Code
+    """The differentiable code of this rank's tokens and features. Firing counters and L0 are counted on it."""
+    decoded: Code
+    """The part of `code` that is decoded. It is `code` itself unless the method drops features for a step."""
+    penalty: Tensor | None = None
+    """This rank's share of a loss that belongs to the method, a scalar."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """The rule by which the exported autoencoder encodes, on normalised activations."""
+
+    inference: str = "threshold"
+    """'threshold' or 'topk'."""
+    k: float | None
+    """Mean number of active features a token that thresholds aim at; None where a coefficient takes its place."""
+    W_enc: Tensor
+    """[F, D] encoder rows."""
+    b_enc: Tensor
+    """[F] encoder biases."""
+    threshold_F: Tensor | None = None
+    """[F] thresholds that training has learned, +inf for a feature that must never fire. None where it selects."""
+    share_F: Tensor | None = None
+    """Share of a batch's tokens on which each feature of the whole dictionary may fire, float64. None where all may."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """JSON values of this method that summary.json and sae.json hold."""
 
 
 class Sparsifier(ABC):
-    """Decides which features of a token fire; their mean number a token is k, over all that the ranks hold together.
+    """Decides which features of a token fire: k of them on average, over all tokens of the batch on all ranks.
 
-    Attributes:
-        inference: rule of the exported autoencoder, 'threshold' or 'topk'.
-        cure: what else may help where no feature fires any more, for a message.
-        reads_all: whether it reads every pre-activation; near ones of a bf16 product do not serve it.
+    `build_sparsifier` creates it. See the module's table for its members and their callers.
+
+    Args:
+        config: settings of the SAE.
+        sizes: sizes of the SAE and of its batches.
+        ranks: the grid of ranks, which decides device and features of this sparsifier's own tensors.
     """
 
-    inference: str
-    cure = ""
+    matrices_held: ClassVar[int] = 2
+    """Matrices [N, F] that a step holds at most, measured by tests/training/test_memory.py and rounded up."""
+    has_unit_norms = True
+    """Whether decoder rows are kept at unit norm."""
     reads_all = True
+    """Whether it reads every pre-activation. Otherwise those of a bf16 product may find candidates for it."""
 
-    def __init__(self, config: RunConfig, *, n_features: int) -> None:
-        budget = config.budget
-        self.n_features = n_features
-        self.k = config.usual_k
-        self.start_k = self.k if budget.start_k is None else budget.start_k
-        self.anneal = budget.anneal if budget.start_k is not None else 0.0
-        raise_all(self.problems(config))
+    def __init__(self, config: SaeConfig, sizes: SaeSizes, ranks: Ranks) -> None:
+        raise_all(self.problems(config, sizes))
+        self.n_features = sizes.n_features
+        self._k = KSchedule.of(config)
 
-    def problems(self, config: RunConfig) -> list[str]:
-        """Return what is wrong now that the dictionary's width is known."""
+    @classmethod
+    def problems(cls, config: SaeConfig, sizes: SaeSizes) -> list[str]:
+        """Return the contradictions between settings that show once the sizes are decided."""
+        schedule = KSchedule.of(config)
+        if schedule is None:
+            return []
+        values = {"k": schedule.k} | ({} if schedule.start_k == schedule.k else {"budget.start_k": schedule.start_k})
         return [
-            f"{key}={value:g}: above n_features={self.n_features}. Lower it or raise n_features."
-            for key, value in (("k", self.k), ("budget.start_k", self.start_k))
-            if value > self.n_features and (key == "k" or value != self.k)
+            f"{key}={value:g}: above n_features={sizes.n_features}. Lower it or raise n_features."
+            for key, value in values.items()
+            if value > sizes.n_features
         ]
 
-    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:  # noqa: B027 (most learn none)
-        """Give the dictionary the parameters [F] that this sparsifier learns, a value for each of its features.
+    def extra_parameters(self) -> dict[str, ExtraParameter]:
+        """Return the parameters [F] that this method trains beyond encoder and decoder, by name.
 
-        Args:
-            dead_window: tokens without firing after which a feature is dead.
+        A sparsifier reads them by `sae.get_parameter(name)`.
         """
-
-    def prepare(self, dictionary: Dictionary, *, halted: Tensor) -> None:  # noqa: B027 (most do nothing)
-        """Do what is to be done to the dictionary before a step's pre-activations are computed.
-
-        Args:
-            halted: scalar bool on the device; where true nothing may change any more.
-        """
-
-    def revive(  # noqa: B027 (most need no help)
-        self, dictionary: Dictionary, *, firing: Firing, lost_rate: float, halted: Tensor
-    ) -> None:
-        """Help silent features after a step.
-
-        Args:
-            dictionary: whose parameters may be moved, with no graph.
-            firing: counters of the steps up to this one, of this rank's features.
-            lost_rate: what the learning rate has lost to its decay.
-            halted: scalar bool on the device; where true nothing may change any more.
-        """
-
-    def heed(self, slope_NF: Tensor) -> None:
-        """Take how fast the language model's loss changes with each feature of each token into the next `encode`.
-
-        Called where the configuration asks for gradients, and only there.
-
-        Args:
-            slope_NF: `Dictionary.slopes` of this rank's tokens and features; may be written to.
-        """
-        raise TypeError(f"{type(self).__name__} does not ask for gradients")
-
-    def is_settling(self, moment: Moment) -> bool:
-        """Return whether no feature may have fired yet without this being the end."""
-        return False
-
-    def rates(self) -> dict[str, float]:
-        """Return the learning rates of these parameters by name, as a share of the others'."""
         return {}
 
-    def k_at(self, moment: Moment) -> float:
-        """Return the mean number of matches a token at this moment: from start_k linearly to k."""
-        ramp = self.anneal * moment.total_tokens
-        if moment.tokens >= ramp:
-            return self.k
-        return self.start_k + (self.k - self.start_k) * moment.tokens / ramp
+    def before_step(self, sae: TrainableAutoencoder, *, halted: Tensor) -> None:  # noqa: B027 (most do nothing)
+        """Change parameters before a step's pre-activations are computed.
+
+        Args:
+            sae: parameters that may be changed, without a graph.
+            halted: scalar bool on the device. Where it is true nothing may change.
+        """
 
     @abstractmethod
-    def encode(
-        self,
-        dictionary: Dictionary,
-        x_ND: Tensor,
-        pre_NF: PreActivations,
-        *,
-        moment: Moment,
-        firing: Firing,
-        ranks: Ranks,
-    ) -> tuple[Code, Tensor | None]:
-        """Return the differentiable code of this rank's tokens and features, and its share of a penalty, if any.
+    def encode(self, sae: TrainableAutoencoder, inputs: StepInputs) -> Encoding:
+        """Return the code of this rank's tokens and features, and the method's own loss.
 
         Args:
-            dictionary: what the gradients are for.
-            x_ND: normalised activations that this rank holds; every rank holds equally many tokens.
-            pre_NF: their pre-activations, detached; near ones only where `reads_all` is false.
-            moment: where in the run.
-            firing: counters of the steps before this one, of this rank's features.
-            ranks: who holds the batch's other tokens, and the other features.
+            sae: parameters that the gradients belong to.
+            inputs: the step's tensors.
         """
 
-    def kept(self, code: Code) -> Code:
-        """Return what of a step's code, as `encode` gave it, reconstructs: all, unless features are left out of it."""
-        return code
-
-    def observe(  # noqa: B027 (most do not look)
-        self, dictionary: Dictionary, code: Code, error_ND: Tensor, *, moment: Moment, ranks: Ranks
+    def after_step(  # noqa: B027 (most do nothing)
+        self, sae: TrainableAutoencoder, *, info: StepInfo, firing: Firing, halted: Tensor
     ) -> None:
-        """Take notice of how a step's code reconstructs, before anything is updated.
+        """Change parameters after the optimizer's step.
 
         Args:
-            code: as `encode` gave it.
-            error_ND: x - x_hat of what was `kept` of it, detached.
+            sae: parameters that may be changed, without a graph.
+            info: position of the step that ends.
+            firing: counters of this rank's features, with the step that ends.
+            halted: scalar bool on the device. Where it is true nothing may change.
         """
 
-    def shares(self, moment: Moment) -> Tensor | None:
-        """Return the share of a batch's tokens that each feature may fire on [F] float64, None where any may."""
-        return None
+    def k_at(self, info: StepInfo) -> float | None:
+        """Return the mean number of matches a token at a step; None where a coefficient takes the place of k."""
+        return None if self._k is None else self._k.at(info)
 
-    def thresholds(self, dictionary: Dictionary) -> Tensor | None:
-        """Return the thresholds [F] that training itself has learned; None where it has none."""
-        return None
-
-    def encoder(self, dictionary: Dictionary) -> tuple[Tensor, Tensor]:
-        """Return the encoder of the exported autoencoder: W_enc [F, D], b_enc [F]."""
-        return dictionary.W_enc, dictionary.b_enc
-
-    def figures(self, moment: Moment) -> dict[str, float]:
-        """Return what a row of metrics says of this sparsifier alone, of the next step; it may wait for the device."""
+    def figures(self, info: StepInfo) -> dict[str, float]:
+        """Return the figures of this method for a row of metrics, of the next step. May wait for the device."""
         return {}
 
-    def notes(self) -> dict[str, Any]:
-        """Return what summary.json and sae.json say of this sparsifier alone, beside the figures: JSON values."""
-        return {}
+    def collapse_advice(self, info: StepInfo) -> str | None:
+        """Return a continuation of "Lower optimizer.lr" for the message that no feature fires.
 
-    def state(self) -> dict[str, Tensor]:
-        """Return what a resumed run must know, the same on every rank, for a checkpoint."""
-        return {}
-
-    def feature_state(self) -> dict[str, Tensor]:
-        """Return what a resumed run must know of this rank's features, tensors [F, ...], for a checkpoint."""
-        return {}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state()` and `feature_state()` together."""
-        assert not state, "a sparsifier with a state of its own loads it"
-
-
-class Allocator(Sparsifier):
-    """Chooses the matches of a batch, at most k x tokens of them; a batch is what all ranks hold together.
-
-    Attributes:
-        capacity: slots of every code of the run.
-    """
-
-    capacity: int
-
-    def __init__(self, config: RunConfig, *, n_features: int) -> None:
-        super().__init__(config, n_features=n_features)
-        self.capacity = self.slots(max(self.k, self.start_k), config.batch_tokens)
-        assert isinstance(config.sparsifier, AllocatorConfig)
-        self._revival = config.sparsifier.revival
-        self.reads_all = False
-
-    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
-        self._silent_tokens = max(dead_window // SILENT_SHARE, round(SILENT_GAPS * self.n_features / self.k))
-
-    def problems(self, config: RunConfig) -> list[str]:
-        found, least = super().problems(config), min(self.k, self.start_k)
-        if self.slots(least, config.batch_tokens) < 1:
-            found.append(f"k={least:g}: leaves a batch of batch_tokens={config.batch_tokens} without a match. Raise k.")
-        return found
-
-    def slots(self, k: float, n_tokens: int) -> int:
-        """Return how many matches `n_tokens` tokens may have at `k`."""
-        return round(k * n_tokens)
-
-    def encode(
-        self,
-        dictionary: Dictionary,
-        x_ND: Tensor,
-        pre_NF: PreActivations,
-        *,
-        moment: Moment,
-        firing: Firing,
-        ranks: Ranks,
-    ) -> tuple[Code, Tensor | None]:
-        chosen = self.select(pre_NF, moment=moment, firing=firing, ranks=ranks)
-        return dictionary.attach(x_ND, chosen), None
-
-    @torch.no_grad()
-    def revive(self, dictionary: Dictionary, *, firing: Firing, lost_rate: float, halted: Tensor) -> None:
-        """Raise the bias of every silent feature by what Adam's largest step has lost, until it fires again.
-
-        Ours. At the full rate the auxiliary loss brings features back. As the rate decays the cut rises above the
-        affinities of many that fired often enough before, and no gradient is quick enough any more: most features that
-        end dead die then.
+        None means that this is no error: the method may silence all features at this point of the run.
         """
-        silent_F = firing.dead_F(self._silent_tokens) & ~halted
-        dictionary.b_enc.add_(silent_F.to(dictionary.b_enc.dtype), alpha=self._revival * lost_rate)
+        return ""
 
-    @abstractmethod
-    def select(self, pre_NF: PreActivations, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
-        """Return the code of this rank's tokens and features, its values detached; the choice is over all ranks'."""
+    def export(self, sae: TrainableAutoencoder, info: StepInfo) -> Export:
+        """Return the rule of the exported autoencoder, as of the step that comes next."""
+        return Export(k=self.k_at(info), W_enc=sae.W_enc, b_enc=sae.b_enc)
 
-    def code(self, matches: Matches, pre_NF: PreActivations) -> SparseCode:
-        """Return matches as a code."""
-        return SparseCode(**matches._asdict(), shape=(pre_NF.shape[0],), n_features=pre_NF.shape[1])
+    def state(self) -> State:
+        """Return the tensors that a resumed run must restore."""
+        return State({}, {})
+
+    def load_state(self, state: State) -> None:
+        """Continue from a `state()` of these features."""
+        assert state == State({}, {}), "a sparsifier with a state of its own loads it"

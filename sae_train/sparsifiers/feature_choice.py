@@ -6,43 +6,48 @@ are our reconstruction (with no such phase, feature j has rank j, and the law is
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sae_train import kernels
-from sae_train.config import FeatureChoiceConfig, RunConfig, ZipfBudgetConfig
+from sae_train.config import FeatureChoiceConfig, SaeConfig, ZipfBudgetConfig
 from sae_train.config.budget import LARGEST_EXPONENT, LEAST_R2
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import SparseCode
-from sae_train.sae.firing import Firing
 from sae_train.sae.random import keyed_uniform
-from sae_train.sae.step_info import Moment
+from sae_train.sae.sizes import SaeSizes
+from sae_train.sae.state import State
+from sae_train.sae.step_info import StepInfo, StepInputs
+from sae_train.sae.trainable import TrainableAutoencoder
 from sae_train.sae.zipf_budget import law_of, round_systematically, water_fill, zipf_mass
 from sae_train.sae.zipf_fit import ZipfFit, fit_zipf
+from sae_train.sparsifiers.base import Export
+from sae_train.sparsifiers.k_schedule import KSchedule
 from sae_train.sparsifiers.mutual_choice import MutualChoice
 
 
 class FeatureChoice(MutualChoice):
-    """Mutual Choice for the share `after` of the tokens, then one budget a feature; they sum to the batch's budget."""
+    """Mutual Choice for the share `after` of the tokens, then one budget a feature. They sum to the batch's budget."""
 
-    def __init__(self, config: RunConfig, *, n_features: int) -> None:
+    def __init__(self, config: SaeConfig, sizes: SaeSizes, ranks: Ranks) -> None:
+        super().__init__(config, sizes, ranks)
         self._zipf = config.budget if isinstance(config.budget, ZipfBudgetConfig) else None
         self._after = config.sparsifier.after if isinstance(config.sparsifier, FeatureChoiceConfig) else 0.0
-        self._rank_F = torch.arange(n_features) if self._after == 0 else None
+        self._rank_F = torch.arange(sizes.n_features) if self._after == 0 else None
         self._fit: ZipfFit | None = None
         self._split: tuple[int, Tensor] | None = None
-        super().__init__(config, n_features=n_features)
-        self._batch_tokens = config.batch_tokens
 
-    def problems(self, config: RunConfig) -> list[str]:
-        found = super().problems(config)
-        if found or self._zipf is None:
+    @classmethod
+    def problems(cls, config: SaeConfig, sizes: SaeSizes) -> list[str]:
+        found, schedule = super().problems(config, sizes), KSchedule.of(config)
+        if found or schedule is None or not isinstance(config.budget, ZipfBudgetConfig):
             return found
-        n_features, n_tokens = self.n_features, config.batch_tokens
-        cap, floor = self._zipf.cap, self._zipf.floor
-        least, most = min(self.k, self.start_k), max(self.k, self.start_k)
+        n_features, n_tokens = sizes.n_features, sizes.batch_tokens
+        cap, floor = config.budget.cap, config.budget.floor
+        least, most = schedule.least, schedule.most
         if cap is not None and cap * n_features < most:
             found.append(
                 f"budget.cap={cap:g}: {n_features} features that fire on at most that share of the tokens cannot reach "
@@ -56,32 +61,35 @@ class FeatureChoice(MutualChoice):
             )
         return found
 
-    def select(self, pre_NF: kernels.PreActivations, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
-        if self._rank_F is None and moment.tokens >= self._after * moment.total_tokens:
-            density_F = ranks.features.gather_slices(firing.density_F, self.n_features)
+    def select(self, inputs: StepInputs) -> SparseCode:
+        info, ranks = inputs.info, inputs.ranks
+        if self._rank_F is None and info.tokens >= self._after * info.total_tokens:
+            density_F = ranks.features.gather_slices(inputs.firing.density_F, self.n_features)
             self._rank_F = _ranks_by_density(density_F)
             if self._zipf is not None and self._zipf.is_open:
                 self._fit = _common_fit(density_F, ranks)
         if self._rank_F is None:
-            return super().select(pre_NF, moment=moment, firing=firing, ranks=ranks)
-        budget = self.slots(self.k_at(moment), moment.batch_tokens)
+            return super().select(inputs)
+        budget = self.budget(info)
         budget_F = round_systematically(
-            self._matches(budget, moment.batch_tokens),
+            self._matches(budget, info.batch_tokens),
             total=budget,
-            u=keyed_uniform(moment.seed, "feature_choice", moment.step),
+            u=keyed_uniform(info.seed, "feature_choice", info.step),
         )
         lo, hi = ranks.features.slice(self.n_features)
-        matches = kernels.select_columns(pre_NF, budget_F=budget_F[lo:hi], capacity=self.capacity, ranks=ranks)
-        return self.code(matches, pre_NF)
+        matches = kernels.select_columns(inputs.pre_NF, budget_F=budget_F[lo:hi], capacity=self.capacity, ranks=ranks)
+        return self.code(matches, inputs)
 
-    def shares(self, moment: Moment) -> Tensor | None:
-        """Return each feature's budget over the batch's tokens, before rounding; None in the Mutual Choice phase."""
+    def export(self, sae: TrainableAutoencoder, info: StepInfo) -> Export:
+        return replace(super().export(sae, info), share_F=self.shares(info), notes=self._notes())
+
+    def shares(self, info: StepInfo) -> Tensor | None:
+        """Return each feature's budget over the batch's tokens [F], float64; None in the Mutual Choice phase."""
         if self._rank_F is None:
             return None
-        budget = self.slots(self.k_at(moment), moment.batch_tokens)
-        return self._matches(budget, moment.batch_tokens) / moment.batch_tokens
+        return self._matches(self.budget(info), info.batch_tokens) / info.batch_tokens
 
-    def notes(self) -> dict[str, Any]:
+    def _notes(self) -> dict[str, Any]:
         """Return the law of the budgets, and how well it fits where Mutual Choice's densities gave it."""
         if self._zipf is None or self._rank_F is None:
             return {}
@@ -89,15 +97,16 @@ class FeatureChoice(MutualChoice):
         fitted = {} if self._fit is None else {"r2": self._fit.r2}
         return {"budget_law": {"exponent": exponent, "shift": shift} | fitted}
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> State:
         ranked = {} if self._rank_F is None else {"rank": self._rank_F}
-        return ranked if self._fit is None else ranked | {"fit": torch.tensor(self._fit, dtype=torch.float64)}
+        fitted = {} if self._fit is None else {"fit": torch.tensor(self._fit, dtype=torch.float64)}
+        return State(ranked | fitted, {})
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        if "rank" in state:
-            self._rank_F = state["rank"].cpu()
-        if "fit" in state:
-            self._fit = ZipfFit(*state["fit"].tolist())
+    def load_state(self, state: State) -> None:
+        if "rank" in state.shared:
+            self._rank_F = state.shared["rank"].cpu()
+        if "fit" in state.shared:
+            self._fit = ZipfFit(*state.shared["fit"].tolist())
 
     def _matches(self, budget: int, n_tokens: int) -> Tensor:
         """Return each feature's real-valued budget [F]; they sum to `budget`."""

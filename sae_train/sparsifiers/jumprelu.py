@@ -9,62 +9,66 @@ tokens rather than billions), and the steering of the price.
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_train import kernels
-from sae_train.config import JumpReLUConfig, RunConfig
+from sae_train.config import JumpReLUConfig, SaeConfig
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, SparseCode
-from sae_train.sae.dictionary import Dictionary
-from sae_train.sae.step_info import Moment
-from sae_train.sparsifiers.penalised import Penalised
+from sae_train.sae.sizes import SaeSizes
+from sae_train.sae.step_info import StepInfo, StepInputs
+from sae_train.sae.trainable import ExtraParameter, TrainableAutoencoder
+from sae_train.sparsifiers.penalised import Penalised, Valued
 from sae_train.sparsifiers.straight_through import jump_relu, reach, step
 
 FARTHEST = 20.0
-"""Where the logarithms of thresholds are held if L0 cannot be reached: beyond it exponentials would end as 0."""
+"""Largest absolute logarithm of a threshold. Where L0 cannot be reached, exponentials would end as 0 beyond it."""
 STEEPNESS = 4.0
-"""c of the penalty tanh for activations of mean norm sqrt(d_model), as in the update; ours have mean square 1."""
+"""c of the penalty tanh for activations of mean norm sqrt(d_model), as in the update. Ours have mean square 1."""
 
 
 class JumpReLU(Penalised):
-    """The price is of a match (`l0`), or of tanh(c value) (`tanh`)."""
+    """The price is of a match (`l0`), or of tanh(c value) (`tanh`).
 
+    Parameter: `log_threshold` [F].
+    """
+
+    matrices_held = 10
     has_thresholds = True
     first_price = 3e-4
-    cure = " or sparsifier.threshold"
 
-    def __init__(self, config: RunConfig, *, n_features: int) -> None:
+    def __init__(self, config: SaeConfig, sizes: SaeSizes, ranks: Ranks) -> None:
+        super().__init__(config, sizes, ranks)
         assert isinstance(config.sparsifier, JumpReLUConfig)
-        self._settings = config.sparsifier
-        super().__init__(config, n_features=n_features)
+        self._settings, given = config.sparsifier, config.sparsifier.steepness
+        self._steepness = STEEPNESS * math.sqrt(sizes.d_model) if given is None else given
 
-    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
-        super().equip(dictionary, dead_window=dead_window)
-        start_F = torch.full_like(dictionary.b_enc, math.log(self._settings.threshold))
-        dictionary.log_threshold = nn.Parameter(start_F)
-        given = self._settings.steepness
-        self._steepness = STEEPNESS * math.sqrt(dictionary.d_model) if given is None else given
+    def extra_parameters(self) -> dict[str, ExtraParameter]:
+        settings = self._settings
+        return {"log_threshold": ExtraParameter(math.log(settings.threshold), rate=settings.threshold_rate)}
 
-    def rates(self) -> dict[str, float]:
-        return {"log_threshold": self._settings.threshold_rate}
-
-    def thresholds(self, dictionary: Dictionary) -> Tensor:
-        threshold_F: Tensor = dictionary.log_threshold.exp()
+    def thresholds(self, sae: TrainableAutoencoder) -> Tensor:
+        threshold_F: Tensor = sae.get_parameter("log_threshold").exp()
         return threshold_F
 
-    def bounds(self, dictionary: Dictionary) -> Tensor:
-        return self.thresholds(dictionary).detach() - reach(self._settings.bandwidth)
+    def bounds(self, sae: TrainableAutoencoder) -> Tensor:
+        return self.thresholds(sae).detach() - reach(self._settings.bandwidth)
 
-    def nudge(self, dictionary: Dictionary, amount: Tensor) -> None:
-        dictionary.log_threshold.add_(amount.to(dictionary.log_threshold.dtype)).clamp_(-FARTHEST, FARTHEST)
+    def nudge(self, sae: TrainableAutoencoder, amount: Tensor) -> None:
+        log_threshold = sae.get_parameter("log_threshold")
+        log_threshold.add_(amount.to(log_threshold.dtype)).clamp_(-FARTHEST, FARTHEST)
 
-    def values(self, dictionary: Dictionary, code: Code, *, moment: Moment, ranks: Ranks) -> tuple[Tensor, Tensor]:
-        threshold, bandwidth = self.thresholds(dictionary), self._settings.bandwidth
-        if isinstance(code, SparseCode):
-            threshold = kernels.of_features(threshold, code.feature, code.token, code.start)
+    def values(self, sae: TrainableAutoencoder, pre: Code, inputs: StepInputs) -> Valued:
+        threshold, bandwidth = self.thresholds(sae), self._settings.bandwidth
+        if isinstance(pre, SparseCode):
+            threshold = kernels.of_features(threshold, pre.feature, pre.token, pre.start)
         else:
-            threshold = threshold.expand_as(code.value)
-        value = jump_relu(code.value, threshold, bandwidth=bandwidth)
+            threshold = threshold.expand_as(pre.value)
+        value = jump_relu(pre.value, threshold, bandwidth=bandwidth)
         if self._settings.penalty == "tanh":
-            return value, torch.tanh(self._steepness * value).sum()
-        return value, step(code.value, threshold, bandwidth=bandwidth).sum()
+            return Valued(value, torch.tanh(self._steepness * value).sum())
+        return Valued(value, step(pre.value, threshold, bandwidth=bandwidth).sum())
+
+    def collapse_advice(self, info: StepInfo) -> str | None:
+        advice = super().collapse_advice(info)
+        return None if advice is None else f"{advice} or sparsifier.threshold"

@@ -13,57 +13,56 @@ import torch
 from torch import Tensor
 
 from sae_train import kernels
-from sae_train.config import PAnnealConfig, ReLUConfig, RunConfig
+from sae_train.config import PAnnealConfig, ReLUConfig, SaeConfig
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, SparseCode
-from sae_train.sae.dictionary import Dictionary
-from sae_train.sae.step_info import Moment
-from sae_train.sparsifiers.penalised import Penalised
+from sae_train.sae.sizes import SaeSizes
+from sae_train.sae.state import State
+from sae_train.sae.step_info import StepInputs
+from sae_train.sae.trainable import TrainableAutoencoder
+from sae_train.sparsifiers.penalised import Penalised, Valued
 
 LEAST = 1e-3
 """Value, as a share of the activations' root mean square norm, below which p_anneal's gradient stays what it is."""
 
 
 class ReLU(Penalised):
-    """A feature fires where its pre-activation is positive; the price is of the sum of contributions' norms."""
+    """A feature fires where its pre-activation is positive. The price is of the sum of contributions' norms."""
 
+    matrices_held = 6
     first_price = 0.02
 
-    def __init__(self, config: RunConfig, *, n_features: int) -> None:
-        self._free = isinstance(config.sparsifier, ReLUConfig) and config.sparsifier.norms == "free"
-        super().__init__(config, n_features=n_features)
+    def __init__(self, config: SaeConfig, sizes: SaeSizes, ranks: Ranks) -> None:
+        super().__init__(config, sizes, ranks)
+        norms_are_free = isinstance(config.sparsifier, ReLUConfig) and config.sparsifier.norms == "free"
+        self.has_unit_norms = not norms_are_free
 
-    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
-        super().equip(dictionary, dead_window=dead_window)
-        dictionary.has_unit_norms = not self._free
+    def thresholds(self, sae: TrainableAutoencoder) -> Tensor:
+        return torch.zeros_like(sae.b_enc)
 
-    def thresholds(self, dictionary: Dictionary) -> Tensor:
-        return torch.zeros_like(dictionary.b_enc)
+    def nudge(self, sae: TrainableAutoencoder, amount: Tensor) -> None:
+        sae.b_enc.sub_(amount.to(sae.b_enc.dtype))
 
-    def nudge(self, dictionary: Dictionary, amount: Tensor) -> None:
-        dictionary.b_enc.sub_(amount.to(dictionary.b_enc.dtype))
-
-    def values(self, dictionary: Dictionary, code: Code, *, moment: Moment, ranks: Ranks) -> tuple[Tensor, Tensor]:
-        value = code.value.relu()
-        if not self._free:
-            return value, value.sum()
-        norm = dictionary.W_dec.norm(dim=1)
-        if isinstance(code, SparseCode):
-            norm = kernels.of_features(norm, code.feature, code.token, code.start)
-        return value, (value * norm).sum()
+    def values(self, sae: TrainableAutoencoder, pre: Code, inputs: StepInputs) -> Valued:
+        value = pre.value.relu()
+        if self.has_unit_norms:
+            return Valued(value, value.sum())
+        norm = sae.W_dec.norm(dim=1)
+        if isinstance(pre, SparseCode):
+            norm = kernels.of_features(norm, pre.feature, pre.token, pre.start)
+        return Valued(value, (value * norm).sum())
 
 
 class PAnneal(ReLU):
-    """A ReLU autoencoder of unit norms; the price is of the sum of values to the power p."""
+    """A ReLU autoencoder of unit norms. The price is of the sum of values to the power p."""
 
-    def __init__(self, config: RunConfig, *, n_features: int) -> None:
+    matrices_held = 12
+
+    def __init__(self, config: SaeConfig, sizes: SaeSizes, ranks: Ranks) -> None:
+        super().__init__(config, sizes, ranks)
         assert isinstance(config.sparsifier, PAnnealConfig)
         self._settings = config.sparsifier
-        super().__init__(config, n_features=n_features)
-
-    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
-        super().equip(dictionary, dead_window=dead_window)
-        self._factor = torch.ones((), dtype=torch.float64, device=dictionary.b_enc.device)
+        self._factor = torch.ones((), dtype=torch.float64, device=ranks.device)
 
     def p_at(self, tokens: int, total_tokens: int) -> float:
         """Return p after so many tokens: from 1 to `end` in `changes` equal steps, the first at `start`."""
@@ -74,28 +73,29 @@ class PAnneal(ReLU):
         made = min(changes, 1 + math.floor(done * changes))
         return 1 + (self._settings.end - 1) * made / changes
 
-    def values(self, dictionary: Dictionary, code: Code, *, moment: Moment, ranks: Ranks) -> tuple[Tensor, Tensor]:
-        value, _ = super().values(dictionary, code, moment=moment, ranks=ranks)
-        p = self.p_at(moment.tokens, moment.total_tokens)
-        before = self.p_at(max(0, moment.tokens - moment.batch_tokens), moment.total_tokens)
+    def values(self, sae: TrainableAutoencoder, pre: Code, inputs: StepInputs) -> Valued:
+        value, info = super().values(sae, pre, inputs).value, inputs.info
+        p = self.p_at(info.tokens, info.total_tokens)
+        before = self.p_at(max(0, info.tokens - info.batch_tokens), info.total_tokens)
         if p != before:
             with torch.no_grad():
-                was, now = ranks.sum(torch.stack([_power(value, before), _power(value, p)]).double())
+                powers = torch.stack([_power(value, before), _power(value, p)]).double()
+                was, now = inputs.ranks.sum(powers)
                 self._factor = torch.where(now > 0, self._factor * was / torch.where(now > 0, now, 1), self._factor)
-        return value, self._factor.to(value.dtype) * _power(value, p)
+        return Valued(value, self._factor.to(value.dtype) * _power(value, p))
 
-    def state(self) -> dict[str, Tensor]:
-        return super().state() | {"factor": self._factor}
+    def state(self) -> State:
+        return State(super().state().shared | {"factor": self._factor}, {})
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self._factor = state["factor"].to(self._factor.device)
+    def load_state(self, state: State) -> None:
+        self._factor = state.shared["factor"].to(self._factor.device)
         super().load_state(state)
 
 
 def _power(value: Tensor, p: float) -> Tensor:
-    """Return the sum of the positive values to the power p, continued by its tangent below `LEAST`.
+    """Return the sum of the positive values to the power p, continued by its tangent below `LEAST`, a scalar.
 
-    The power's own gradient has no bound near 0: there rounding would decide what is learned.
+    The power's own gradient is unbounded near 0, where rounding would decide what is learned.
     """
     value = value.relu()
     least = torch.full_like(value, LEAST)

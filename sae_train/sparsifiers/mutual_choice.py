@@ -1,28 +1,23 @@
 """Mutual Choice: the batch keeps its k x tokens largest affinities, wherever they are.
 
-Ayonrinde 2024 (arXiv 2411.02124); the same selector is BatchTopK (Bussmann et al. 2024, arXiv 2412.06410).
+Ayonrinde 2024 (arXiv 2411.02124). The same selector is BatchTopK (Bussmann et al. 2024, arXiv 2412.06410).
 """
 
 from sae_train import kernels
-from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import SparseCode
-from sae_train.sae.firing import Firing
-from sae_train.sae.step_info import Moment
-from sae_train.sparsifiers.base import Allocator
+from sae_train.sae.step_info import StepInputs
+from sae_train.sparsifiers.allocator import Allocator
 
 
 class MutualChoice(Allocator):
-    """One budget for the batch; neither tokens nor features have one of their own."""
+    """One budget for the batch. Neither tokens nor features have a budget of their own."""
 
-    inference = "threshold"
-
-    def select(self, pre_NF: kernels.PreActivations, *, moment: Moment, firing: Firing, ranks: Ranks) -> SparseCode:
-        budget = self.slots(self.k_at(moment), moment.batch_tokens)
+    def select(self, inputs: StepInputs) -> SparseCode:
         matches = kernels.select_batch(
-            pre_NF,
-            budget=budget,
+            inputs.pre_NF,
+            budget=self.budget(inputs.info),
             capacity=self.capacity,
             n_features=self.n_features,
-            ranks=ranks,
+            ranks=inputs.ranks,
         )
-        return self.code(matches, pre_NF)
+        return self.code(matches, inputs)

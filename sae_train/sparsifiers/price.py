@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo
 
 AT_ONCE = 1.0
 """Power of L0 over its aim by which the price answers at once."""
@@ -49,40 +49,40 @@ class Price:
         self.nudge = torch.zeros((), dtype=torch.float64, device=device)
         self.size = torch.zeros((), dtype=torch.float64, device=device)
 
-    def now(self, moment: Moment) -> Tensor:
+    def now(self, info: StepInfo) -> Tensor:
         """Return the price of a step, from the steps before it, a scalar in float64."""
         if self._fixed is not None:
-            rise = 1.0 - self._left(moment)
+            rise = 1.0 - self._left(info)
             return torch.full_like(self._log_price, self._fixed * rise)
         return (self._log_price + AT_ONCE * self._deviation).exp()
 
-    def look(self, l0: Tensor, *, size: Tensor, k: float, moment: Moment) -> None:
-        """Take notice of a step's L0.
+    def update(self, l0: Tensor, *, size: Tensor, k: float | None, info: StepInfo) -> None:
+        """Move the price and the next nudge by a step's L0.
 
         Args:
             l0: mean over the batch of all ranks, scalar.
             size: mean value of what fires, scalar; not a number if nothing does.
-            k: what it is to be at this moment.
-            moment: where in the run that step was.
+            k: what it is to be at this step.
+            info: where in the run that step was.
         """
         self.size = torch.where(size.isfinite(), size, self.size)
-        if self._fixed is not None:
+        if k is None:  # the price is fixed
             return
         log_l0 = l0.double().clamp_min(LEAST).log()
-        if moment.step == 0:
+        if info.step == 0:
             self._log_first = log_l0.clamp_min(math.log(k))
-        left = self._left(moment)
+        left = self._left(info)
         aim = math.log(k) + left * (self._log_first - math.log(k))
         self._deviation = (log_l0 - aim).clamp(-WORST, WORST)
-        pace = max(moment.learning_rate, SLOWEST * moment.batch_tokens / moment.total_tokens)
+        pace = max(info.learning_rate, SLOWEST * info.batch_tokens / info.total_tokens)
         wanted = NUDGE * self._deviation
         allowed = wanted.clamp(-pace, pace)
         self.nudge = wanted if left > 0 else allowed
         self._log_price = (self._log_price + IN_TIME * allowed).clamp(self._first - FARTHEST, self._first + FARTHEST)
 
-    def _left(self, moment: Moment) -> float:
+    def _left(self, info: StepInfo) -> float:
         """Return which share of the time to settle is left."""
-        done = moment.tokens / moment.total_tokens
+        done = info.tokens / info.total_tokens
         return max(0.0, 1 - done / self._settle) if self._settle > 0 else 0.0
 
     def state(self) -> dict[str, Tensor]:

@@ -26,15 +26,18 @@ import torch
 from torch import Tensor
 
 from sae_train import kernels
-from sae_train.config import RunConfig, TemporalMaskConfig
+from sae_train.config import SaeConfig, TemporalMaskConfig
 from sae_train.config.sparsifiers import MASKED_FROM
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.code import Code, SparseCode
-from sae_train.sae.dictionary import Dictionary
-from sae_train.sae.firing import Firing
 from sae_train.sae.random import keyed_generator
-from sae_train.sae.step_info import Moment
+from sae_train.sae.sizes import SaeSizes
+from sae_train.sae.state import State
+from sae_train.sae.step_info import StepInfo, StepInputs
+from sae_train.sae.trainable import TrainableAutoencoder
+from sae_train.sparsifiers.base import Encoding
 from sae_train.sparsifiers.l1 import ReLU
+from sae_train.sparsifiers.penalised import Valued
 
 MOST = 0.9
 """Largest probability of being masked: whatever its importance, a feature learns in a tenth of the steps."""
@@ -43,22 +46,22 @@ HALF_LIFE, HALF_LIVES = 140_000, 8
 
 
 class TemporalMask(ReLU):
-    """A ReLU autoencoder of unit norms, of whose features some are left out of each step.
+    """A ReLU autoencoder of unit norms. Each step leaves out some of its features.
 
     Attributes:
-        averages_F3: float64, of each of this rank's features: mean value, share of tokens on which it fires, and
-            contribution, averaged with a half-life in tokens and free of the pull to 0 at the start.
-        masked_F: float64, probability that each is masked in the next step.
+        averages_F3: float64, three moving averages of each of this rank's features: value, share of tokens on which it
+            fires, and contribution. Their half-life is in tokens, and their bias towards 0 at the start is corrected.
+        masked_F: float64, probability that each feature is masked in the next step.
     """
 
-    def __init__(self, config: RunConfig, *, n_features: int) -> None:
+    matrices_held = 8
+
+    def __init__(self, config: SaeConfig, sizes: SaeSizes, ranks: Ranks) -> None:
+        super().__init__(config, sizes, ranks)
         assert isinstance(config.sparsifier, TemporalMaskConfig)
         self._mask = config.sparsifier
-        super().__init__(config, n_features=n_features)
-
-    def equip(self, dictionary: Dictionary, *, dead_window: int) -> None:
-        super().equip(dictionary, dead_window=dead_window)
-        self.averages_F3 = torch.zeros(dictionary.n_features, 3, dtype=torch.float64, device=dictionary.b_enc.device)
+        lo, hi = ranks.features.slice(sizes.n_features)
+        self.averages_F3 = torch.zeros(hi - lo, 3, dtype=torch.float64, device=ranks.device)
         self.masked_F = torch.zeros_like(self.averages_F3[:, 0])
         self._masked_share = self.masked_F.new_zeros(())
         self._left_F: Tensor | None = None
@@ -70,49 +73,40 @@ class TemporalMask(ReLU):
             return 0.0
         return self._mask.strength * (min(1.0, since / ramp) if ramp > 0 else 1.0)
 
-    def encode(
-        self,
-        dictionary: Dictionary,
-        x_ND: Tensor,
-        pre_NF: kernels.PreActivations,
-        *,
-        moment: Moment,
-        firing: Firing,
-        ranks: Ranks,
-    ) -> tuple[Code, Tensor | None]:
-        self._left_F = self._draw(moment, ranks)
-        return super().encode(dictionary, x_ND, pre_NF, moment=moment, firing=firing, ranks=ranks)
+    def encode(self, sae: TrainableAutoencoder, inputs: StepInputs) -> Encoding:
+        self._left_F = self._draw(inputs.info, inputs.ranks)
+        encoding = super().encode(sae, inputs)
+        self._update_averages(sae, encoding.code, inputs)
+        if self._left_F is None:
+            return encoding
+        return encoding._replace(decoded=_of(encoding.code, self._left_F))
 
-    def values(self, dictionary: Dictionary, code: Code, *, moment: Moment, ranks: Ranks) -> tuple[Tensor, Tensor]:
-        value, priced = super().values(dictionary, code, moment=moment, ranks=ranks)
+    def values(self, sae: TrainableAutoencoder, pre: Code, inputs: StepInputs) -> Valued:
+        valued = super().values(sae, pre, inputs)
+        code = replace(pre, value=valued.value)
         if self._left_F is not None:
-            priced = self.kept(replace(code, value=value)).value.sum()
-        return value, priced
-
-    def kept(self, code: Code) -> Code:
-        return code if self._left_F is None else _of(code, self._left_F)
-
-    def exported_values(self, code: Code, value: Tensor) -> Tensor:
-        if not self._mask.export_mask:
-            return value
-        return _of(replace(code, value=value), self.masked_F <= MASKED_FROM).value
+            valued = valued._replace(priced=_of(code, self._left_F).value.sum())
+        if self._mask.export_mask:
+            valued = valued._replace(exported=_of(code, self.masked_F <= MASKED_FROM).value)
+        return valued
 
     @torch.no_grad()
-    def observe(self, dictionary: Dictionary, code: Code, error_ND: Tensor, *, moment: Moment, ranks: Ranks) -> None:
+    def _update_averages(self, sae: TrainableAutoencoder, code: Code, inputs: StepInputs) -> None:
+        """Update averages and probabilities from a step's code with all its features, which is decoded for that."""
+        info, ranks = inputs.info, inputs.ranks
         code = replace(code, value=code.value.detach())
-        if self._left_F is not None:
-            error_ND = error_ND - dictionary.decode(_of(code, ~self._left_F), ranks=ranks, bias=False)
-        means_F3 = ranks.data.sum(_sums(dictionary, code, error_ND)) / moment.batch_tokens
-        done, half_life = moment.tokens + moment.batch_tokens, self._mask.half_life
+        error_ND = inputs.x_ND - sae.decode(code, ranks=ranks)
+        means_F3 = ranks.data.sum(_sums(sae, code, error_ND)) / info.batch_tokens
+        done, half_life = info.tokens + info.batch_tokens, self._mask.half_life
         if half_life is None:
-            half_life = min(HALF_LIFE, max(1, moment.total_tokens // HALF_LIVES))
-        lost, lost_of_all = (1 - 0.5 ** (tokens / half_life) for tokens in (moment.batch_tokens, done))
+            half_life = min(HALF_LIFE, max(1, info.total_tokens // HALF_LIVES))
+        lost, lost_of_all = (1 - 0.5 ** (tokens / half_life) for tokens in (info.batch_tokens, done))
         self.averages_F3 = self.averages_F3.lerp(means_F3, lost / lost_of_all)
-        self.masked_F = self._probabilities(self.strength_at(done, moment.total_tokens), ranks)
+        self.masked_F = self._probabilities(self.strength_at(done, info.total_tokens), ranks)
         self._masked_share = ranks.features.sum(self.masked_F.sum()) / self.n_features
 
     def _probabilities(self, strength: float, ranks: Ranks) -> Tensor:
-        """[F]: with which probability each of this rank's features is masked; the threshold is over all ranks'."""
+        """Return the probability [F] that each of this rank's features is masked. The threshold is over all ranks."""
         importance_F = self.averages_F3.clamp(min=0).prod(1).pow(1 / 3)
         total, squares = ranks.features.sum(torch.stack([importance_F.sum(), importance_F.square().sum()]))
         mean = total / self.n_features
@@ -121,31 +115,31 @@ class TemporalMask(ReLU):
         below_F = (threshold - importance_F).clamp(min=0) / torch.where(threshold > 0, threshold, 1)
         return (1 - torch.exp(-strength * below_F)).clamp(max=MOST)
 
-    def _draw(self, moment: Moment, ranks: Ranks) -> Tensor | None:
-        """Return which of this rank's features are left in the step [F] bool; None where none can be masked."""
-        if self.strength_at(moment.tokens, moment.total_tokens) == 0:
+    def _draw(self, info: StepInfo, ranks: Ranks) -> Tensor | None:
+        """Return a mask [F] of this rank's features that stay in the step; None where none can be left out."""
+        if self.strength_at(info.tokens, info.total_tokens) == 0:
             return None
-        generator = keyed_generator(moment.seed, "temporal_mask", moment.step)
+        generator = keyed_generator(info.seed, "temporal_mask", info.step)
         drawn = torch.rand(self.n_features, generator=generator, dtype=torch.float64)
         lo, hi = ranks.features.slice(self.n_features)
         return drawn[lo:hi].to(self.masked_F.device, non_blocking=True) >= self.masked_F
 
-    def thresholds(self, dictionary: Dictionary) -> Tensor:
+    def thresholds(self, sae: TrainableAutoencoder) -> Tensor:
         """Return 0, or +inf for a feature that `export_mask` leaves out [F]."""
-        threshold_F = super().thresholds(dictionary)
+        threshold_F = super().thresholds(sae)
         if not self._mask.export_mask:
             return threshold_F
         return torch.where(self.masked_F > MASKED_FROM, torch.inf, threshold_F)
 
-    def figures(self, moment: Moment) -> dict[str, float]:
-        return super().figures(moment) | {"train/masked_share": float(self._masked_share)}
+    def figures(self, info: StepInfo) -> dict[str, float]:
+        return super().figures(info) | {"train/masked_share": float(self._masked_share)}
 
-    def feature_state(self) -> dict[str, Tensor]:
-        return {"averages": self.averages_F3, "masked": self.masked_F}
+    def state(self) -> State:
+        return State(super().state().shared, {"averages": self.averages_F3, "masked": self.masked_F})
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: State) -> None:
         device = self.masked_F.device
-        self.averages_F3, self.masked_F = (state[name].to(device) for name in ("averages", "masked"))
+        self.averages_F3, self.masked_F = (state.features[name].to(device) for name in ("averages", "masked"))
         super().load_state(state)
 
 
@@ -155,13 +149,13 @@ def _of(code: Code, allowed_F: Tensor) -> Code:
     return replace(code, value=torch.where(allowed, code.value, 0))
 
 
-def _sums(dictionary: Dictionary, code: Code, error_ND: Tensor) -> Tensor:
+def _sums(sae: TrainableAutoencoder, code: Code, error_ND: Tensor) -> Tensor:
     """Return sums over this rank's tokens of values, firings and contributions [F, 3] float64, at the code's cost."""
     if isinstance(code, SparseCode):
-        along = kernels.row_products(error_ND, dictionary.W_dec, code.feature, code.token, code.start).double()
+        along = kernels.row_products(error_ND, sae.W_dec, code.feature, code.token, code.start).double()
         value = code.value.double()
         each = torch.stack([value, (value > 0).double(), value * along + value.square() / 2], dim=1)
-        return kernels.sums_by_feature(each, code.feature, n_features=dictionary.n_features)
-    value_NF, along_NF = code.value, error_ND @ dictionary.W_dec.t()
+        return kernels.sums_by_feature(each, code.feature, n_features=sae.n_features)
+    value_NF, along_NF = code.value, error_ND @ sae.W_dec.t()
     each_NF = value_NF, value_NF > 0, value_NF * along_NF + value_NF.square() / 2
     return torch.stack([each.sum(0, dtype=torch.float64) for each in each_NF], dim=1)

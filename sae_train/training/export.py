@@ -41,32 +41,31 @@ def exported(trainer: Trainer, learner: Learner, phases: Phases = SILENT) -> tup
 
 def _exported(trainer: Trainer, learner: Learner, phases: Phases) -> tuple[SparseAutoencoder, dict[str, Any]]:
     stream, ranks, n_features = trainer.stream, trainer.ranks, learner.plan.n_features
-    info, is_steered = learner.step_info(trainer.n_done), learner.config.k is not None
+    rule = learner.sparsifier.export(learner.dictionary, learner.step_info(trainer.n_done))
     sae = SparseAutoencoder.fold(
         learner.dictionary,
         centre_D=stream.scaling.centre_D,
         scale=stream.scaling.scale,
-        k=learner.sparsifier.k_at(info),
-        inference=learner.sparsifier.inference,
-        encoder=learner.sparsifier.encoder(learner.dictionary),
+        k=0.0 if rule.k is None else rule.k,  # set below where there is none
+        inference=rule.inference,
+        encoder=(rule.W_enc, rule.b_enc),
     )
     max_tokens = trainer.source.held_out_tokens
     with _of_half(phases, "reading activations for thresholds", stream, "calibration", max_tokens=max_tokens):
         raw_ND = calibration_half(stream, max_tokens=max_tokens, phases=phases, ranks=ranks)
-    learned_F = learner.sparsifier.thresholds(learner.dictionary)
     calibration = calibrate(
         sae,
         raw_ND,
-        sparsifier=learner.sparsifier,
-        moment=info,
+        k=rule.k,
+        batch_tokens=learner.plan.batch_tokens,
         n_features=n_features,
         ranks=ranks,
-        is_steered=is_steered,
-        learned_F=None if learned_F is None else learned_F.detach().double() * stream.scaling.scale,
+        share_F=rule.share_F,
+        learned_F=None if rule.threshold_F is None else rule.threshold_F.double() * stream.scaling.scale,
         phases=phases,
     )
     del raw_ND
-    if not is_steered:
+    if rule.k is None:
         sae.k = calibration.target_l0
     sae.threshold.data.copy_(calibration.threshold_F)
     phases.meet()
@@ -88,7 +87,7 @@ def _exported(trainer: Trainer, learner: Learner, phases: Phases) -> tuple[Spars
     figures |= {"target_l0": calibration.target_l0, "used_share": calibration.used_share}
     if calibration.correction is not None:
         figures["correction"] = calibration.correction
-    return sae, figures | learner.sparsifier.notes()
+    return sae, figures | rule.notes
 
 
 def _of_half(phases: Phases, name: str, stream: Stream, half: Half, *, max_tokens: int) -> AbstractContextManager[None]:

@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from sae_train import kernels
-from sae_train.config import RunConfig
+from sae_train.config import SaeConfig
 from sae_train.errors import StoppedByNumbers
 from sae_train.ranks.interface import Ranks
+from sae_train.sae.aux_loss import build_aux_loss
 from sae_train.sae.code import Code
-from sae_train.sae.dictionary import PARAMETRISATIONS, REPLICATED
 from sae_train.sae.firing import Firing
-from sae_train.sae.losses import Missed, build_aux_loss
-from sae_train.sae.nesting import prefix_sizes, reconstruct
+from sae_train.sae.losses import Errors, reconstruct
+from sae_train.sae.nesting import prefix_sizes
 from sae_train.sae.state import State, joined
-from sae_train.sae.step_info import Moment
+from sae_train.sae.step_info import StepInfo, StepInputs
+from sae_train.sae.trainable import PARAMETRISATIONS, REPLICATED
 from sae_train.sparsifiers import build_sparsifier
 from sae_train.training.batch import RowBatch
 from sae_train.training.metrics import Totals, firing_row
@@ -41,10 +42,12 @@ class Learner:
         is_near: whether pre-activations come from a bf16 product that only finds candidates.
     """
 
-    def __init__(self, name: str, config: RunConfig, plan: SaePlan, *, precision: str, ranks: Ranks) -> None:
+    def __init__(self, name: str, config: SaeConfig, plan: SaePlan, *, precision: str, ranks: Ranks) -> None:
         dtype = torch.float64 if precision == "float64" else torch.float32
         self.name, self.config, self.plan, self.ranks, self.precision = name, config, plan, ranks, precision
         self.features = ranks.features.slice(plan.n_features)
+        self.sparsifier = build_sparsifier(config, plan.sizes, ranks=ranks)
+        extra = self.sparsifier.extra_parameters()
         self.dictionary = PARAMETRISATIONS[config.parametrisation.name].initial(
             d_model=plan.d_model,
             n_features=plan.n_features,
@@ -53,30 +56,31 @@ class Learner:
             device=ranks.device,
             features=self.features,
             precision=precision,
+            has_unit_norms=self.sparsifier.has_unit_norms,
+            extra=extra,
         )
-        self.sparsifier = build_sparsifier(config, n_features=plan.n_features)
-        self.sparsifier.equip(self.dictionary, dead_window=plan.dead_window)
         self.prefixes = prefix_sizes(config.nesting, n_features=plan.n_features)
-        self.aux_loss = build_aux_loss(
-            config, d_model=plan.d_model, n_features=plan.n_features, dead_window=plan.dead_window
-        )
+        self.aux_loss = build_aux_loss(config, plan.sizes)
         half_life = max(1, min(LONGEST_HALF_LIFE, plan.total_tokens // 8))
         self.firing = Firing(self.dictionary.n_features, half_life_tokens=half_life, device=ranks.device)
-        self.optimizer = Adam(self.dictionary, config.optimizer, rates=self.sparsifier.rates())
+        rates = {name: each.rate for name, each in extra.items()}
+        self.optimizer = Adam(self.dictionary, config.optimizer, rates=rates)
         self.totals = Totals(d_model=plan.d_model, ranks=ranks)
         self.halt = Halt(ranks.device)
         self._pre_NF: Tensor | None = None  # the largest thing that a step makes: kept from step to step
         self.is_near = precision == "bf16" and not self.sparsifier.reads_all and not kernels.writes_fp32(ranks.device)
 
-    def step_info(self, step: int) -> Moment:
+    def step_info(self, step: int) -> StepInfo:
         """Return the place of a step, counted from 0, in this SAE's schedules."""
         tokens = step * self.plan.batch_tokens
-        return Moment(
+        rate = self._learning_rate(tokens)
+        return StepInfo(
             step=step,
             tokens=tokens,
             total_tokens=self.plan.total_tokens,
             batch_tokens=self.plan.batch_tokens,
-            learning_rate=self._learning_rate(tokens),
+            learning_rate=rate,
+            lost_rate=self._learning_rate(tokens, decays=False) - rate,
             seed=self.config.seed,
         )
 
@@ -87,30 +91,32 @@ class Learner:
         what Feature Choice works out where its phases change.
         """
         info, x_ND, dictionary, sparsifier = self.step_info(step), batch.x_ND, self.dictionary, self.sparsifier
-        sparsifier.prepare(dictionary, halted=self.halt.flag)
-        pre_NF = self._pre_activations(x_ND)
-        if batch.gradient_ND is not None:
-            sparsifier.heed(dictionary.slopes(batch.gradient_ND))
-        shared: dict[str, Any] = {"moment": info, "ranks": self.ranks}
-        code, penalty = sparsifier.encode(dictionary, x_ND, pre_NF, firing=self.firing, **shared)
-        missed, loss = self.reconstruct(x_ND, code)
-        sparsifier.observe(dictionary, code, missed.error, **shared)
+        sparsifier.before_step(dictionary, halted=self.halt.flag)
+        inputs = StepInputs(
+            x_ND=x_ND,
+            pre_NF=self._pre_activations(x_ND),
+            slope_NF=None if batch.gradient_ND is None else dictionary.slopes(batch.gradient_ND),
+            info=info,
+            firing=self.firing,
+            ranks=self.ranks,
+        )
+        code, decoded, penalty = sparsifier.encode(dictionary, inputs)
+        errors, loss = self.reconstruct(x_ND, decoded)
         aux, total = None, loss
         if self.aux_loss is not None:
-            aux = self.aux_loss(dictionary, x_ND, pre_NF, missed.error, firing=self.firing, **shared)
+            aux = self.aux_loss(dictionary, inputs, errors.error)
         for part in (aux, penalty):
             total = total if part is None else total + part
         total.backward()
         grad_norm = self._update(info, loss=loss.detach(), norm_N=batch.norm_N)
         self.firing.update(code, n_tokens=info.batch_tokens, ranks=self.ranks)
-        lost = self._learning_rate(info.tokens, decays=False) - info.learning_rate
-        sparsifier.revive(dictionary, firing=self.firing, lost_rate=lost, halted=self.halt.flag)
-        self._add_to_totals(batch, info, code=code, missed=missed, loss=loss, aux=aux, grad_norm=grad_norm)
+        sparsifier.after_step(dictionary, info=info, firing=self.firing, halted=self.halt.flag)
+        self._add_to_totals(batch, info, code=code, errors=errors, loss=loss, aux=aux, grad_norm=grad_norm)
 
-    def reconstruct(self, x_ND: Tensor, code: Code) -> tuple[Missed, Tensor]:
+    def reconstruct(self, x_ND: Tensor, code: Code) -> tuple[Errors, Tensor]:
         """Return the error of the reconstruction from all features, and the loss."""
-        kept, n_tokens = self.sparsifier.kept(code), self.plan.batch_tokens
-        return reconstruct(self.dictionary, x_ND, kept, sizes=self.prefixes, n_tokens=n_tokens, ranks=self.ranks)
+        sizes, n_tokens = self.prefixes, self.plan.batch_tokens
+        return reconstruct(self.dictionary, x_ND, code, sizes=sizes, n_tokens=n_tokens, ranks=self.ranks)
 
     def row(self, *, step: int, interval: int) -> dict[str, Any]:
         """Return the figures of the steps since the last row, and start the next interval. Collective.
@@ -150,9 +156,9 @@ class Learner:
             {
                 "dictionary": _split(own),
                 "optimizer": _split(self.optimizer.state()),
-                "sparsifier": State(self.sparsifier.state(), self.sparsifier.feature_state()),
+                "sparsifier": self.sparsifier.state(),
                 "firing": self.firing.state(),
-                "aux_loss": State({}, {} if self.aux_loss is None else self.aux_loss.state()),
+                "aux_loss": State({}, {}) if self.aux_loss is None else self.aux_loss.state(),
                 "totals": self.totals.state(),
             }
         )
@@ -165,10 +171,10 @@ class Learner:
                 self.dictionary.get_parameter(name).copy_(value)
         self.dictionary.moved()
         self.optimizer.load_state(_merged(state.part("optimizer")))
-        self.sparsifier.load_state(_merged(state.part("sparsifier")))
+        self.sparsifier.load_state(state.part("sparsifier"))
         self.firing.load_state(state.part("firing"))
         if self.aux_loss is not None:
-            self.aux_loss.load_state(state.part("aux_loss").features)
+            self.aux_loss.load_state(state.part("aux_loss"))
         self.totals.load_state(state.part("totals"))
 
     def _pre_activations(self, x_ND: Tensor) -> kernels.PreActivations:
@@ -178,7 +184,7 @@ class Learner:
         find = self.dictionary.near_pre_activations if self.is_near else self.dictionary.pre_activations
         return find(x_ND, out=self._pre_NF)
 
-    def _update(self, info: Moment, *, loss: Tensor, norm_N: Tensor) -> Tensor:
+    def _update(self, info: StepInfo, *, loss: Tensor, norm_N: Tensor) -> Tensor:
         """Sum gradients over ranks, project, clip, step, renormalise; return the gradient's norm.
 
         Args:
@@ -201,10 +207,10 @@ class Learner:
     def _add_to_totals(
         self,
         batch: RowBatch,
-        info: Moment,
+        info: StepInfo,
         *,
         code: Code,
-        missed: Missed,
+        errors: Errors,
         loss: Tensor,
         aux: Tensor | None,
         grad_norm: Tensor,
@@ -213,21 +219,22 @@ class Learner:
         self.totals.add(
             sum_D=batch.sum_D,
             norm_N=batch.norm_N,
-            missed_N=missed.norm[batch.own],
+            missed_N=errors.norm[batch.own],
             l0_N=columns.sum(code.l0())[batch.own].long(),
             code=code,
             loss=loss / columns.size,
             aux=None if aux is None else aux / columns.size,
             grad_norm=grad_norm,
-            budget=0.0 if self.config.k is None else self.sparsifier.k_at(info) * n_own,
+            budget=(self.sparsifier.k_at(info) or 0.0) * n_own,
         )
 
-    def _check_sane(self, row: dict[str, Any], info: Moment, *, interval: int) -> None:
+    def _check_sane(self, row: dict[str, Any], info: StepInfo, *, interval: int) -> None:
         """Raise StoppedByNumbers if the interval's figures show that the SAE has collapsed or diverged."""
         when, lower = f"{interval:,} tokens before step {info.step}", f"optimizer.lr (now {self.plan.peak_lr:.1e})"
-        if row["train/l0"] == 0 and not self.sparsifier.is_settling(info):
+        advice = self.sparsifier.collapse_advice(info)
+        if row["train/l0"] == 0 and advice is not None:
             raise StoppedByNumbers(
-                f"no feature fired in the {when}: the dictionary has collapsed. Lower {lower}{self.sparsifier.cure}, "
+                f"no feature fired in the {when}: the dictionary has collapsed. Lower {lower}{advice}, "
                 "and check the activations."
             )
         if row["train/fvu"] > DIVERGED:

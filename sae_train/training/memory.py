@@ -19,12 +19,8 @@ from sae_train.errors import ConfigError, UserError
 from sae_train.harvest.build import StreamFacts
 from sae_train.kernels import backend
 from sae_train.ranks.launcher_env import this_process
+from sae_train.sparsifiers import sparsifier_class
 
-HELD = {"relu": 6, "temporal_mask": 8, "jumprelu": 10, "gated": 10, "p_anneal": 12}
-HELD_OTHERWISE, HELD_WITH_SLOPES = 2, 4
-"""Matrices as large as a batch's pre-activations that a step holds at most: by sparsifier, where it may begin dense
-(temporal_mask: and decode twice); by any other; and where it reads gradients. Of fp32 steps on a CPU, as
-measured by tests/training/test_memory.py, rounded up."""
 NAMED = 0.02
 """Share of all from which on a holding is named in messages."""
 SIGNS = (
@@ -78,7 +74,7 @@ def holdings(
     element, batch_tokens = source.element_size, source.batch_tokens
     width = "n_features" if sae.n_features else "expansion"
     pre_activations = batch_tokens * n_features // n_ranks  # a row's tokens times a column's features
-    held = HELD_WITH_SLOPES if source.reads_gradients else HELD.get(sae.sparsifier.name, HELD_OTHERWISE)
+    held = sparsifier_class(sae.sparsifier.name).matrices_held
     step, logits = held * element * pre_activations, facts.logit_bytes
     if not facts.prefetch:
         step, logits = (step, 0) if step >= logits else (0, logits)

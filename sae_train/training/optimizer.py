@@ -8,7 +8,7 @@ from torch import Tensor
 from sae_train import kernels
 from sae_train.config import OptimizerConfig
 from sae_train.ranks.interface import Ranks
-from sae_train.sae.dictionary import REPLICATED, Dictionary
+from sae_train.sae.trainable import REPLICATED, TrainableAutoencoder
 
 
 class Adam:
@@ -21,7 +21,7 @@ class Adam:
         rates: of parameters by name, as a share of each step's learning rate; 1 for those that are not named.
     """
 
-    def __init__(self, dictionary: Dictionary, config: OptimizerConfig, *, rates: dict[str, float]) -> None:
+    def __init__(self, dictionary: TrainableAutoencoder, config: OptimizerConfig, *, rates: dict[str, float]) -> None:
         self._dictionary, self._named = dictionary, dict(dictionary.named_parameters())
         self._config = config
         self._rates = {name: rates.get(name, 1.0) for name in self._named}

@@ -8,6 +8,7 @@ from sae_train.config import CheckpointConfig, LaneSizes, OptimizerConfig, Paral
 from sae_train.errors import raise_all
 from sae_train.harvest.build import StreamFacts
 from sae_train.ranks.layout import feature_columns
+from sae_train.sae.sizes import SaeSizes
 from sae_train.training.memory import Holding, check_memory, copies_in_host_memory, holdings
 from sae_train.training.operations import HeldOutCost, held_out_cost, step_operations
 from sae_train.training.schedule import DECAY_SHARE, WARMUP_SHARE, peak_learning_rate
@@ -35,6 +36,16 @@ class SaePlan:
     peak_lr: float
     warmup_tokens: int
     decay_tokens: int
+
+    @property
+    def sizes(self) -> SaeSizes:
+        """The sizes that sparsifiers and losses read."""
+        return SaeSizes(
+            d_model=self.d_model,
+            n_features=self.n_features,
+            batch_tokens=self.batch_tokens,
+            dead_window=self.dead_window,
+        )
 
     @property
     def parameters(self) -> int:

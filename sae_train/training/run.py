@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from sae_train.config import RunConfig, as_dict, identity, identity_digest
-from sae_train.errors import Preempted
+from sae_train.errors import Preempted, raise_all
 from sae_train.harvest.build import Stream, StreamFacts, build_stream, check_stream
 from sae_train.phases import Phases
 from sae_train.ranks.distributed import find_ranks
 from sae_train.ranks.interface import Ranks
 from sae_train.ranks.launcher_env import this_process
 from sae_train.sae.nesting import prefix_sizes
-from sae_train.sparsifiers import build_sparsifier
+from sae_train.sparsifiers import sparsifier_class
 from sae_train.training import signals
 from sae_train.training.checkpoint import Saver
 from sae_train.training.claiming import abandoned_if_refused, claim_on_first
@@ -90,7 +90,7 @@ def plan_of(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
     plan = make_plan(
         config.source, config.sae, facts, checkpoint=config.checkpoint, parallel=config.parallel, n_ranks=n_ranks
     )
-    build_sparsifier(config, n_features=plan.sae.n_features)  # refuses infeasible budgets
+    raise_all(sparsifier_class(config.sparsifier.name).problems(config.sae, plan.sae.sizes))
     prefix_sizes(config.nesting, n_features=plan.sae.n_features)  # and prefixes that are not whole
     return plan
 
@@ -137,7 +137,9 @@ def _train(
                 if ranks.is_first:
                     entered(directory.path)
                 stream = _stream(config, facts, agreement, phases=phases, ranks=ranks, stack=stack)
-                trainer = build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+                trainer = build_trainer(
+                    config.source, [config.sae], plan, stream=stream, precision=precision, ranks=ranks
+                )
                 parts = Parts(
                     plan=plan,
                     facts=facts,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sae_train.config import RunConfig, SourceConfig
+from sae_train.config import SaeConfig, SourceConfig
 from sae_train.harvest.batch import Batch
 from sae_train.harvest.build import Stream
 from sae_train.ranks.interface import Ranks
@@ -130,16 +130,27 @@ class Trainer:
         self.n_done = int(state["trainer/n_done"])
 
 
-def build_trainer(config: RunConfig, plan: Plan, *, stream: Stream, precision: str, ranks: Ranks) -> Trainer:
+def build_trainer(
+    source: SourceConfig, saes: Sequence[SaeConfig], plan: Plan, *, stream: Stream, precision: str, ranks: Ranks
+) -> Trainer:
     """Return the trainer of a run, its SAEs as drawn from their seeds.
 
     Args:
-        config: the run's settings.
-        plan: its numbers.
-        stream: what it learns from; it need not have begun.
+        source: settings of the stream.
+        saes: settings of each SAE.
+        plan: the run's numbers.
+        stream: source of the batches; it need not have begun.
         precision: of matrix products, with 'auto' resolved.
         ranks: arranged in the grid of the plan.
     """
-    name = sae_name(config.sae, site=plan.sae.site, n_features=plan.sae.n_features)
-    learner = Learner(name, config, plan.sae, precision=precision, ranks=ranks)
-    return Trainer([learner], stream, source=config.source, plan=plan, ranks=ranks)
+    learners = [
+        Learner(
+            sae_name(sae, site=plan.sae.site, n_features=plan.sae.n_features),
+            sae,
+            plan.sae,
+            precision=precision,
+            ranks=ranks,
+        )
+        for sae in saes
+    ]
+    return Trainer(learners, stream, source=source, plan=plan, ranks=ranks)

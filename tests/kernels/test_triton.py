@@ -18,7 +18,7 @@ from sae_train import kernels
 from sae_train.harvest.build import check_stream
 from sae_train.kernels import backend, products
 from sae_train.ranks.interface import Solo
-from sae_train.sae.dictionary import PARAMETRISATIONS, Dictionary
+from sae_train.sae.trainable import PARAMETRISATIONS, TrainableAutoencoder
 from sae_train.training import memory
 from sae_train.training.optimizer import Adam
 from sae_train.training.provenance import resolve_precision
@@ -206,7 +206,7 @@ def test_offsets_may_pass_two_to_the_31() -> None:
     assert triton_products.row_products(ones, rows, index, start).tolist() == [2.0 * width, 3.0 * width]
 
 
-def twins(parametrisation: str, d: int, *, clipped: bool) -> tuple[list[Dictionary], list[Adam]]:
+def twins(parametrisation: str, d: int, *, clipped: bool) -> tuple[list[TrainableAutoencoder], list[Adam]]:
     """Return two dictionaries that are equal, with the plain optimizer and the fused one."""
     kind, start = PARAMETRISATIONS[parametrisation], {"d_model": d, "n_features": 3, "seed": 0}
     both = [kind.initial(**start, dtype=torch.float32, device=DEVICE) for _ in range(2)]
@@ -314,7 +314,7 @@ def test_free_norms_and_float64_are_plain_adams(interpreted: None) -> None:
     for dtype, unit, expected in (
         (torch.float32, True, SphereAdam), (torch.float32, False, Adam), (torch.float64, True, Adam)
     ):  # fmt: skip
-        dictionary = Dictionary.initial(d_model=3, n_features=5, seed=0, dtype=dtype, device=DEVICE)
+        dictionary = TrainableAutoencoder.initial(d_model=3, n_features=5, seed=0, dtype=dtype, device=DEVICE)
         dictionary.has_unit_norms = unit
         assert type(build_optimizer(dictionary, schema_of(), rates={})) is expected
 

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from tools.sae_parts import sizes_of
 from tools.small_runs import CPU, run_config, schema_of
 from torch import Tensor
 
 from sae_train.ranks.interface import Solo
-from sae_train.sae.dictionary import Dictionary
+from sae_train.sae.trainable import TrainableAutoencoder
+from sae_train.sae.aux_loss import build_aux_loss
 from sae_train.sae.firing import Firing
-from sae_train.sae.losses import build_aux_loss, reconstruction_loss
-from sae_train.sae.step_info import Moment
+from sae_train.sae.losses import reconstruction_loss
+from sae_train.sae.step_info import StepInfo, StepInputs
 from sae_train.sparsifiers import build_sparsifier
 from sae_train.training.optimizer import Adam
 
@@ -51,16 +53,16 @@ def learning_rate(step: int) -> float:
     return PEAK * min(1, (step + 1) / (0.05 * STEPS), (STEPS - step) / (0.33 * STEPS))
 
 
-def train(*, seed: int = 0, **choices: object) -> Dictionary:
+def train(*, seed: int = 0, **choices: object) -> TrainableAutoencoder:
     config = run_config(k=K, batch_tokens=BATCH, tokens=BATCH * STEPS, **choices)
-    dictionary = Dictionary.initial(d_model=D, n_features=F, seed=seed, dtype=torch.float32, device=CPU)
-    sparsifier = build_sparsifier(config, n_features=F)
+    dictionary = TrainableAutoencoder.initial(d_model=D, n_features=F, seed=seed, dtype=torch.float32, device=CPU)
     window = BATCH * STEPS // 8
-    aux = build_aux_loss(config, d_model=D, n_features=F, dead_window=window)
+    sizes = sizes_of(config, n_features=F, d_model=D, dead_window=window)
+    sparsifier, aux = build_sparsifier(config.sae, sizes, ranks=Solo()), build_aux_loss(config.sae, sizes)
     firing = Firing(F, half_life_tokens=window, device=CPU)
     optimizer = Adam(dictionary, schema_of(clip=1.0), rates={})
     for step, x in enumerate(stream(seed=seed)):
-        moment = Moment(
+        info = StepInfo(
             step=step,
             tokens=step * BATCH,
             total_tokens=STEPS * BATCH,
@@ -69,11 +71,13 @@ def train(*, seed: int = 0, **choices: object) -> Dictionary:
             seed=seed,
         )
         pre = dictionary.pre_activations(x)
-        code = dictionary.attach(x, sparsifier.select(pre, moment=moment, firing=firing, ranks=Solo()))
+        inputs = StepInputs(x_ND=x, pre_NF=pre, info=info, firing=firing, ranks=Solo())
+        code = sparsifier.encode(dictionary, inputs).code
         x_hat = dictionary.decode(code, ranks=Solo())
         loss = reconstruction_loss(x, x_hat, n_tokens=BATCH)
         if aux is not None:
-            loss = loss + aux(dictionary, x, pre, x - x_hat, firing=firing, moment=moment, ranks=Solo())
+            loss = loss + aux(dictionary, inputs, x - x_hat)
+        optimizer.zero_grad()
         loss.backward()
         norm = optimizer.gradient_norm(Solo())
         optimizer.step(lr=learning_rate(step), norm=norm, halted=torch.tensor(False))
@@ -81,7 +85,7 @@ def train(*, seed: int = 0, **choices: object) -> Dictionary:
     return dictionary
 
 
-def recovery(dictionary: Dictionary) -> Tensor:
+def recovery(dictionary: TrainableAutoencoder) -> Tensor:
     """[TRUE] largest cosine of each true direction with a feature's decoder row."""
     return (truth() @ dictionary.W_dec.detach().t()).amax(1)
 

@@ -16,7 +16,7 @@ from tools.tiny_runs import rows_run
 from tools.wandb_server import Server, Takes, refusing
 
 from sae_train.cli.compose import compose_config
-from sae_train.config import RunConfig
+from sae_train.config import RunConfig, as_dict
 from sae_train.evaluation.density import HISTOGRAM_EDGES
 from sae_train.training import signals, tracking
 from sae_train.training.json_process import BLOCKED, LAST_WAIT

@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 from sae_train.sae import autoencoder
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.sae.code import SparseCode
-from sae_train.sae.dictionary import ENCODER_SCALE, Dictionary
+from sae_train.sae.trainable import ENCODER_SCALE, TrainableAutoencoder
 from tools.small_runs import CPU, kept_by_sorting
 
 D, F = 6, 20
 BOTH_RULES = pytest.mark.parametrize("inference", ["threshold", "topk"])
 
 
-def trained(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> Dictionary:
+def trained(*, seed: int = 0, dtype: torch.dtype = torch.float32) -> TrainableAutoencoder:
     """A dictionary whose biases and decoder norms are not what they start as."""
-    dictionary = Dictionary.initial(d_model=D, n_features=F, seed=seed, dtype=dtype, device=CPU)
+    dictionary = TrainableAutoencoder.initial(d_model=D, n_features=F, seed=seed, dtype=dtype, device=CPU)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in dictionary.parameters():
@@ -152,13 +152,13 @@ def test_wrong_widths_are_named() -> None:
 
 def test_dictionary_starts_with_unit_rows_and_the_encoder_as_their_scaled_copy() -> None:
     before = torch.get_rng_state()
-    one = Dictionary.initial(d_model=D, n_features=F, seed=3, dtype=torch.float64, device=CPU)
+    one = TrainableAutoencoder.initial(d_model=D, n_features=F, seed=3, dtype=torch.float64, device=CPU)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.allclose(one.W_dec.norm(dim=1), torch.ones(F, dtype=torch.float64))
     assert torch.equal(one.W_enc, ENCODER_SCALE * one.W_dec)
     assert not one.b_enc.any()
     assert not one.b_dec.any()
-    other = Dictionary.initial(d_model=D, n_features=F, seed=4, dtype=torch.float64, device=CPU)
+    other = TrainableAutoencoder.initial(d_model=D, n_features=F, seed=4, dtype=torch.float64, device=CPU)
     assert not torch.equal(other.W_dec, one.W_dec)
 
 

@@ -11,14 +11,15 @@ from sae_train.ranks.interface import Solo
 from sae_train.sae import autoencoder, calibration
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.sae.calibration import Calibration
-from sae_train.sae.dictionary import Dictionary
-from sae_train.sae.firing import Firing
-from sae_train.sae.step_info import Moment
-from sae_train.sparsifiers import Sparsifier, build_sparsifier
+from sae_train.sae.step_info import StepInfo
+from sae_train.sae.trainable import TrainableAutoencoder
+from sae_train.sparsifiers import Sparsifier
+from sae_train.sparsifiers.feature_choice import FeatureChoice
+from tools.sae_parts import selected, sparsifier_of
 from tools.small_runs import CPU, kept_by_sorting, run_config
 
 D, F, BATCH = 16, 128, 256
-END = Moment(step=40, tokens=40 * BATCH, total_tokens=40 * BATCH, batch_tokens=BATCH, learning_rate=1e-3, seed=0)
+END = StepInfo(step=40, tokens=40 * BATCH, total_tokens=40 * BATCH, batch_tokens=BATCH, learning_rate=1e-3, seed=0)
 
 
 class Case(NamedTuple):
@@ -47,20 +48,23 @@ def tokens(n: int, *, seed: int) -> Tensor:
 
 def setup(case: Case, *, k: float = 6.0) -> tuple[SparseAutoencoder, Sparsifier]:
     config = run_config(sparsifier=case.name, budget=case.budget, k=k, batch_tokens=BATCH, tokens=END.total_tokens)
-    sparsifier = build_sparsifier(config, n_features=F)
-    dictionary = Dictionary.initial(d_model=D, n_features=F, seed=1, dtype=torch.float32, device=CPU)
+    sparsifier = sparsifier_of(config, n_features=F)
+    dictionary = TrainableAutoencoder.initial(d_model=D, n_features=F, seed=1, dtype=torch.float32, device=CPU)
     sample = tokens(2000, seed=5)
     centre = sample.mean(0)
     scale = float((sample - centre).square().sum(1).mean().sqrt())
     with torch.no_grad():
         dictionary.W_enc.copy_(dictionary.W_dec)  # rows as long as a trained encoder's
         dictionary.b_enc += case.bias
-    sae = SparseAutoencoder.fold(dictionary, centre_D=centre.double(), scale=scale, k=k, inference=sparsifier.inference)
+    inference = sparsifier.export(dictionary, END).inference
+    sae = SparseAutoencoder.fold(dictionary, centre_D=centre.double(), scale=scale, k=k, inference=inference)
     return sae, sparsifier
 
 
 def calibrate(sae: SparseAutoencoder, raw: Tensor, sparsifier: Sparsifier) -> Calibration:
-    return calibration.calibrate(sae, raw, sparsifier=sparsifier, moment=END, n_features=F, ranks=Solo())
+    share_F = sparsifier.shares(END) if isinstance(sparsifier, FeatureChoice) else None
+    k = sparsifier.k_at(END)
+    return calibration.calibrate(sae, raw, k=k, share_F=share_F, batch_tokens=BATCH, n_features=F, ranks=Solo())
 
 
 def l0(sae: SparseAutoencoder, found: Calibration, raw: Tensor) -> Tensor:
@@ -73,10 +77,9 @@ def matches_of_training(sae: SparseAutoencoder, sparsifier: Sparsifier, raw: Ten
     total = 0
     for draw in range(draws):
         for batch in raw.split(BATCH):
-            moment = Moment(step=draw, tokens=0, total_tokens=1, batch_tokens=len(batch), learning_rate=1e-3, seed=draw)
+            info = StepInfo(step=draw, tokens=0, total_tokens=1, batch_tokens=len(batch), learning_rate=1e-3, seed=draw)
             pre = torch.cat(list(sae.pre_activations(batch))).detach()
-            code = sparsifier.select(pre, moment=moment, firing=Firing(F, half_life_tokens=1, device=CPU), ranks=Solo())
-            total += int(code.count)
+            total += int(selected(sparsifier, pre, info).count)
     return total / draws / len(raw)
 
 

@@ -8,22 +8,25 @@ import torch
 from torch import Tensor
 
 from sae_train.ranks.interface import Ranks, Solo
-from sae_train.sae.dictionary import Dictionary
+from sae_train.sae.aux_loss import AuxLoss, build_aux_loss
 from sae_train.sae.firing import Firing
-from sae_train.sae.losses import AuxLoss, build_aux_loss, reconstruction_loss
-from sae_train.sae.step_info import Moment
+from sae_train.sae.losses import reconstruction_loss
+from sae_train.sae.sizes import SaeSizes
+from sae_train.sae.step_info import StepInfo, StepInputs
+from sae_train.sae.trainable import TrainableAutoencoder
 from sae_train.sae.zipf_budget import zipf_mass
 from tools.grid_of_threads import on_ranks
 from tools.small_runs import CPU, run_config
 
 N, D, F, WINDOW = 24, 10, 40, 1000
-START = Moment(step=0, tokens=0, total_tokens=100 * N, batch_tokens=N, learning_rate=1e-3, seed=0)
+SIZES = SaeSizes(d_model=D, n_features=F, batch_tokens=N, dead_window=WINDOW)
+START = StepInfo(step=0, tokens=0, total_tokens=100 * N, batch_tokens=N, learning_rate=1e-3, seed=0)
 
 
 class Setting(NamedTuple):
     """A step whose features 0 to n_dead - 1 are dead."""
 
-    dictionary: Dictionary
+    dictionary: TrainableAutoencoder
     x: Tensor
     pre: Tensor
     residual: Tensor
@@ -32,7 +35,7 @@ class Setting(NamedTuple):
 
 def setting(*, n_dead: int, seed: int = 0) -> Setting:
     generator = torch.Generator().manual_seed(seed)
-    dictionary = Dictionary.initial(d_model=D, n_features=F, seed=seed, dtype=torch.float64, device=CPU)
+    dictionary = TrainableAutoencoder.initial(d_model=D, n_features=F, seed=seed, dtype=torch.float64, device=CPU)
     x, residual = (torch.randn(N, D, generator=generator, dtype=torch.float64) for _ in range(2))
     firing = Firing(F, half_life_tokens=500, device=CPU)
     firing.since_F[:n_dead] = WINDOW
@@ -43,24 +46,28 @@ def setting(*, n_dead: int, seed: int = 0) -> Setting:
 
 def aux_loss(kind: str = "aux_k", **settings: float | bool) -> AuxLoss:
     config = run_config(aux=kind, k=4, **settings)
-    loss = build_aux_loss(config, d_model=D, n_features=F, dead_window=WINDOW)
+    loss = build_aux_loss(config.sae, SIZES)
     assert loss is not None
     return loss
 
 
-def compute(loss: AuxLoss, s: Setting) -> Tensor:
-    return loss(s.dictionary, s.x, s.pre, s.residual, firing=s.firing, moment=START, ranks=Solo())
+def inputs_of(s: Setting, info: StepInfo = START, ranks: Ranks | None = None) -> StepInputs:
+    return StepInputs(x_ND=s.x, pre_NF=s.pre, info=info, firing=s.firing, ranks=ranks or Solo())
 
 
-def by_formula(s: Setting, underuse_F: Tensor, *, slots: int, weight: float = 1 / 32) -> Tensor:
+def compute(loss: AuxLoss, s: Setting, ranks: Ranks | None = None) -> Tensor:
+    return loss(s.dictionary, inputs_of(s, ranks=ranks), s.residual)
+
+
+def by_formula(s: Setting, underuse_F: Tensor, *, k_aux: int, weight: float = 1 / 32) -> Tensor:
     """The loss with dense autograd: top affinities of those that take part, weighted, against the residual."""
     taking_part = underuse_F > 0
     affinity = torch.relu(s.x @ s.dictionary.W_enc.t() + s.dictionary.b_enc) * taking_part
-    floor = affinity.topk(min(slots, F), dim=1).values[:, -1:]
+    floor = affinity.topk(min(k_aux, F), dim=1).values[:, -1:]
     kept = torch.where(affinity >= floor, affinity, 0) * underuse_F
     error = (s.residual - kept @ s.dictionary.W_dec).square().sum()
     variance = (s.residual - s.residual.mean(0)).square().sum()
-    return weight * min(float(taking_part.sum()) / slots, 1) * error / variance
+    return weight * min(float(taking_part.sum()) / k_aux, 1) * error / variance
 
 
 def gradients(loss: Tensor, s: Setting) -> list[Tensor]:
@@ -77,7 +84,7 @@ def test_reconstruction_loss_is_global() -> None:
 def test_aux_k_is_its_formula(n_dead: int) -> None:
     s = setting(n_dead=n_dead)
     loss = compute(aux_loss(), s)
-    expected = by_formula(s, (torch.arange(F) < n_dead).double(), slots=D // 2)
+    expected = by_formula(s, (torch.arange(F) < n_dead).double(), k_aux=D // 2)
     assert torch.allclose(loss, expected)
     for found, dense in zip(gradients(loss, s), gradients(expected, s), strict=True):
         assert torch.allclose(found, dense)
@@ -138,7 +145,7 @@ def test_zipf_loss_is_its_formula(hard: bool) -> None:
     if hard:
         underuse = (underuse > 0).double()
     loss = compute(aux_loss("aux_zipf", tau=0.9, hard=hard), s)
-    expected = by_formula(s, underuse, slots=D // 2)
+    expected = by_formula(s, underuse, k_aux=D // 2)
     assert torch.allclose(loss, expected)
     for found, dense in zip(gradients(loss, s), gradients(expected, s), strict=True):
         assert torch.allclose(found, dense)
@@ -150,8 +157,7 @@ def test_features_are_ranked_anew_eight_times_a_window() -> None:
     other = setting(n_dead=0, seed=1).firing
 
     def at(tokens: int, firing: Firing, which: AuxLoss) -> Tensor:
-        moment = replace(START, tokens=tokens)
-        return which.underuse(firing, moment=moment, ranks=Solo())
+        return which.underuse(inputs_of(s._replace(firing=firing), replace(START, tokens=tokens)))
 
     first = at(0, s.firing, loss)
     held = at(WINDOW // 8 - 2, other, loss)
@@ -171,15 +177,8 @@ def test_shares_of_ranks_sum_to_the_loss() -> None:
     def part(ranks: Ranks) -> tuple[Tensor, list[Tensor]]:
         own = slice(ranks.rank * N // 2, (ranks.rank + 1) * N // 2)
         twin = setting(n_dead=9)
-        loss = aux_loss()(
-            twin.dictionary,
-            twin.x[own],
-            twin.pre[own],
-            twin.residual[own],
-            firing=twin.firing,
-            moment=START,
-            ranks=ranks,
-        )
+        own_part = twin._replace(x=twin.x[own], pre=twin.pre[own], residual=twin.residual[own])
+        loss = compute(aux_loss(), own_part, ranks)
         return loss.detach(), gradients(loss, twin)
 
     parts = on_ranks(2, part)
@@ -188,11 +187,11 @@ def test_shares_of_ranks_sum_to_the_loss() -> None:
         assert torch.allclose(one + other, grad)
 
 
-def test_slots_are_at_most_512() -> None:
-    assert AuxLoss(weight=1.0, d_model=4096, n_features=F, dead_window=1).slots == 512
-    assert AuxLoss(weight=1.0, d_model=768, n_features=F, dead_window=1).slots == 384
-    assert AuxLoss(weight=1.0, d_model=1, n_features=F, dead_window=1).slots == 1
+def test_k_aux_are_at_most_512() -> None:
+    assert AuxLoss(replace(SIZES, d_model=4096), weight=1.0).k_aux == 512
+    assert AuxLoss(replace(SIZES, d_model=768), weight=1.0).k_aux == 384
+    assert AuxLoss(replace(SIZES, d_model=1), weight=1.0).k_aux == 1
 
 
 def test_none_is_none() -> None:
-    assert build_aux_loss(run_config(), d_model=D, n_features=F, dead_window=WINDOW) is None
+    assert build_aux_loss(run_config().sae, SIZES) is None

@@ -11,9 +11,9 @@ from sae_train.config import MatryoshkaConfig, NestingConfig
 from sae_train.errors import ConfigError
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.code import SparseCode
-from sae_train.sae.dictionary import Dictionary
-from sae_train.sae.losses import reconstruction_loss
-from sae_train.sae.nesting import decode_prefixes, prefix_sizes, reconstruct
+from sae_train.sae.losses import reconstruct, reconstruction_loss
+from sae_train.sae.nesting import decode_prefixes, prefix_sizes
+from sae_train.sae.trainable import TrainableAutoencoder
 from tools.command_line import Command, changed
 from tools.grid_of_threads import on_grid
 from tools.small_runs import run_config
@@ -21,8 +21,8 @@ from tools.small_runs import run_config
 D_MODEL, FEATURES = 5, 12
 
 
-def dictionary_of(features: tuple[int, int] | None = None) -> Dictionary:
-    return Dictionary.initial(
+def dictionary_of(features: tuple[int, int] | None = None) -> TrainableAutoencoder:
+    return TrainableAutoencoder.initial(
         d_model=D_MODEL, n_features=FEATURES, seed=1, dtype=torch.float64, device="cpu", features=features
     )
 
@@ -71,11 +71,11 @@ def test_each_prefix_is_a_decode_of_its_own(case: tuple[torch.Tensor, tuple[int,
 
     fast_NF = dense_NF.clone().requires_grad_()
     code = code_of(fast_NF, spare=spare)
-    missed, fast = reconstruct(dictionary, x_ND, code, sizes=sizes, n_tokens=7, ranks=Solo())
+    errors, fast = reconstruct(dictionary, x_ND, code, sizes=sizes, n_tokens=7, ranks=Solo())
     fast.backward()
     torch.testing.assert_close(fast, slow)
-    torch.testing.assert_close(missed.error, x_ND - dense_NF @ dictionary.W_dec - dictionary.b_dec, check_dtype=True)
-    torch.testing.assert_close(missed.norm, missed.error.norm(dim=1))
+    torch.testing.assert_close(errors.error, x_ND - dense_NF @ dictionary.W_dec - dictionary.b_dec, check_dtype=True)
+    torch.testing.assert_close(errors.norm, errors.error.norm(dim=1))
     kept = dense_NF != 0
     assert fast_NF.grad is not None
     assert slow_NF.grad is not None

@@ -7,18 +7,18 @@ import torch
 
 from sae_train.ranks.interface import Solo
 from sae_train.sae.autoencoder import SparseAutoencoder
-from sae_train.sae.dictionary import AlignedDictionary, Dictionary
+from sae_train.sae.trainable import AlignedAutoencoder, TrainableAutoencoder
 from tools import grid_world as world
 from tools.command_line import Command, changed
 
 
-def aligned(n_features: int = 6, d_model: int = 4) -> AlignedDictionary:
-    made = AlignedDictionary.initial(d_model=d_model, n_features=n_features, seed=0, dtype=torch.float64, device="cpu")
-    assert isinstance(made, AlignedDictionary)
+def aligned(n_features: int = 6, d_model: int = 4) -> AlignedAutoencoder:
+    made = AlignedAutoencoder.initial(d_model=d_model, n_features=n_features, seed=0, dtype=torch.float64, device="cpu")
+    assert isinstance(made, AlignedAutoencoder)
     return made
 
 
-def products(dictionary: Dictionary) -> torch.Tensor:
+def products(dictionary: TrainableAutoencoder) -> torch.Tensor:
     return (dictionary.W_enc * dictionary.W_dec).sum(1).detach()
 
 
@@ -36,10 +36,10 @@ def test_gradients_reach_both_parts() -> None:
 
     @torch.no_grad()
     def loss(W_free: torch.Tensor, W_dec: torch.Tensor) -> torch.Tensor:
-        made = AlignedDictionary(W_free.detach(), dictionary.b_enc, W_dec.detach(), dictionary.b_dec)
+        made = AlignedAutoencoder(W_free.detach(), dictionary.b_enc, W_dec.detach(), dictionary.b_dec)
         return (weight * made.W_enc).square().sum() + (weight * made.W_dec).sum()
 
-    made = AlignedDictionary(dictionary.W_free.detach(), dictionary.b_enc, dictionary.W_dec.detach(), dictionary.b_dec)
+    made = AlignedAutoencoder(dictionary.W_free.detach(), dictionary.b_enc, dictionary.W_dec.detach(), dictionary.b_dec)
     ((weight * made.W_enc).square().sum() + (weight * made.W_dec).sum()).backward()
     step = 1e-6
     for name in ("W_free", "W_dec"):

@@ -75,7 +75,11 @@ def test_feature_choice_fires_as_often_as_its_budgets_say(rows: Path) -> None:
     trainer, sae = trained(rows, *FEATURE_CHOICE)
     assert supports.share_within(trainer, sae) >= 0.99
     pairs = fresh_pairs(trainer, sae)
-    budget = trainer.learners[0].sparsifier.shares(trainer.learners[0].step_info(trainer.n_done))
+    budget = (
+        trainer.learners[0]
+        .sparsifier.export(trainer.learners[0].dictionary, trainer.learners[0].step_info(trainer.n_done))
+        .share_F
+    )
     assert budget is not None
     predicted = supports.poisson_jaccard(budget * N, n_tokens=N)
     assert supports.jaccard(pairs) == pytest.approx(predicted, abs=0.03)
@@ -91,7 +95,11 @@ def test_thresholds_that_training_learned_are_kept_up_to_a_correction(rows: Path
     trainer, sae = trained(rows, f"sparsifier={name}")
     pairs = fresh_pairs(trainer, sae)
     assert supports.jaccard(pairs) > 0.85
-    learned = trainer.learners[0].sparsifier.thresholds(trainer.learners[0].dictionary)
+    learned = (
+        trainer.learners[0]
+        .sparsifier.export(trainer.learners[0].dictionary, trainer.learners[0].step_info(trainer.n_done))
+        .threshold_F
+    )
     assert learned is not None
     sae.threshold.copy_(learned.detach().double() * trainer.stream.scaling.scale)
     assert supports.jaccard(fresh_pairs(trainer, sae)) > 0.9999

@@ -9,15 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sae_train.config import RunConfig
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.firing import Firing
-from sae_train.sae.step_info import Moment
+from sae_train.sae.state import State
+from sae_train.sae.step_info import StepInfo
 from sae_train.sae.zipf_budget import zipf_mass
 from sae_train.sae.zipf_fit import BODY, HEAD, MOST_RANKS, fit_zipf
 from sae_train.sparsifiers.feature_choice import FeatureChoice
 from sae_train.training import restore
 from tools import grid_world as world
 from tools.grid_of_threads import on_grid
+from tools.sae_parts import selected, sparsifier_of
 from tools.small_runs import CPU, run_config
 
 F, N = 97, 64
@@ -122,8 +125,8 @@ def test_what_falls_faster_than_any_power_has_its_shift_at_the_end_of_the_search
     assert fit.exponent > 5
 
 
-def moment(step: int) -> Moment:
-    return Moment(
+def info(step: int) -> StepInfo:
+    return StepInfo(
         step=step, tokens=step * N, total_tokens=64 * N, batch_tokens=N, learning_rate=1e-3, seed=0
     )  # fmt: skip
 
@@ -131,7 +134,13 @@ def moment(step: int) -> Moment:
 def phased(**choices: object) -> FeatureChoice:
     """Feature Choice after half of the tokens."""
     budget: dict[str, object] = {"after": 0.5, "budget": "zipf", "exponent": None, "k": 4.0, "n_features": F} | choices
-    return FeatureChoice(run_config(sparsifier="feature_choice", **budget), n_features=F)
+    return made(run_config(sparsifier="feature_choice", **budget))
+
+
+def made(config: RunConfig) -> FeatureChoice:
+    sparsifier = sparsifier_of(config, n_features=F)
+    assert isinstance(sparsifier, FeatureChoice)
+    return sparsifier
 
 
 DENSITY = zipf_mass(F, exponent=0.7, shift=9.0)[torch.randperm(F, generator=torch.Generator().manual_seed(3))]
@@ -144,33 +153,33 @@ def change(sparsifier: FeatureChoice, ranks: Ranks, *, density: Tensor = DENSITY
     firing.density_F = density[lo:hi]
     first, last = ranks.data.slice(N)
     pre = torch.randn(N, F, generator=torch.Generator().manual_seed(0))[first:last, lo:hi]
-    sparsifier.select(pre, moment=moment(32), firing=firing, ranks=ranks)
-    shares = sparsifier.shares(moment(32))
+    selected(sparsifier, pre, info(32), firing=firing, ranks=ranks)
+    shares = sparsifier.shares(info(32))
     assert shares is not None
     return shares
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 1), (1, 3), (2, 2)])
 def test_the_fit_at_the_phase_change_is_the_same_on_every_rank(grid: tuple[int, int]) -> None:
-    made = [phased() for _ in range(grid[0] * grid[1])]
-    shares = on_grid(grid, lambda ranks: change(made[ranks.rank], ranks))
+    each_rank = [phased() for _ in range(grid[0] * grid[1])]
+    shares = on_grid(grid, lambda ranks: change(each_rank[ranks.rank], ranks))
     fit = fit_zipf(DENSITY)
     assert fit is not None
     given = phased(exponent=fit.exponent, shift=fit.shift)
     expected = on_grid((1, 1), lambda ranks: change(given, ranks))[0]
     assert all(torch.equal(share, expected) for share in shares)
-    assert {tuple(each.notes()["budget_law"].items()) for each in made} == {tuple(fit._asdict().items())}
-    assert given.notes() == {"budget_law": {"exponent": fit.exponent, "shift": fit.shift}}
+    assert {tuple(each._notes()["budget_law"].items()) for each in each_rank} == {tuple(fit._asdict().items())}
+    assert given._notes() == {"budget_law": {"exponent": fit.exponent, "shift": fit.shift}}
     assert not torch.equal(expected, on_grid((1, 1), lambda ranks: change(phased(exponent=1.0), ranks))[0])
 
 
 def test_what_was_fitted_goes_through_a_checkpoint() -> None:
     begun, resumed = phased(), phased()
-    assert begun.notes() == begun.state() == {}
+    assert begun._notes() == begun.state().shared == {}
     (shares,) = on_grid((1, 1), lambda ranks: change(begun, ranks))
-    resumed.load_state({name: value.clone() for name, value in begun.state().items()})
-    assert resumed.notes() == begun.notes()
-    again = resumed.shares(moment(32))
+    resumed.load_state(State({name: value.clone() for name, value in begun.state().shared.items()}, {}))
+    assert resumed._notes() == begun._notes()
+    again = resumed.shares(info(32))
     assert again is not None
     assert torch.equal(again, shares)
 
@@ -187,7 +196,7 @@ def test_what_was_fitted_goes_through_a_checkpoint() -> None:
 def test_what_is_given_is_not_fitted(choices: dict[str, float], law: dict[str, float]) -> None:
     sparsifier = phased(**choices)
     on_grid((1, 1), lambda ranks: change(sparsifier, ranks))
-    assert sparsifier.notes() == {"budget_law": law}
+    assert sparsifier._notes() == {"budget_law": law}
 
 
 def test_a_run_goes_on_bit_for_bit_from_before_at_and_after_the_change(tmp_path: Path) -> None:
@@ -209,12 +218,12 @@ def test_densities_without_a_law_leave_the_default() -> None:
     for density in (torch.zeros(F, dtype=torch.float64), torch.full((F,), 0.1, dtype=torch.float64)):
         sparsifier = phased()
         on_grid((1, 1), lambda ranks, s=sparsifier, d=density: change(s, ranks, density=d))
-        assert sparsifier.notes() == {"budget_law": {"exponent": 1.0, "shift": 0.004 * F}}
+        assert sparsifier._notes() == {"budget_law": {"exponent": 1.0, "shift": 0.004 * F}}
 
 
 def test_uniform_budgets_fit_nothing() -> None:
     config = run_config(sparsifier="feature_choice", after=0.5)
-    sparsifier = FeatureChoice(replace(config, n_features=F), n_features=F)
+    sparsifier = made(replace(config, n_features=F))
     on_grid((1, 1), lambda ranks: change(sparsifier, ranks))
-    assert sparsifier.notes() == {}
-    assert set(sparsifier.state()) == {"rank"}
+    assert sparsifier._notes() == {}
+    assert set(sparsifier.state().shared) == {"rank"}

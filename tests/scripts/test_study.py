@@ -13,7 +13,7 @@ import synthetic_dictionary as synthetic
 
 from sae_train.cli.compose import compose_config
 from sae_train.sae.nesting import prefix_sizes
-from sae_train.sparsifiers import build_sparsifier
+from tools.sae_parts import sparsifier_of
 
 N = 20_000
 
@@ -113,5 +113,5 @@ def test_every_method_of_the_study_can_be_run(method: str) -> None:
     config = compose_config([*study_sparsifiers.KNOWN[method], "k=16", "n_features=1024", "tokens=300000"])
     for n_features in {int(dials["n_features"]) for dials in study_sparsifiers.SOURCES.values()}:
         assert prefix_sizes(config.nesting, n_features=n_features)
-        assert build_sparsifier(config, n_features=n_features)
+        assert sparsifier_of(config, n_features=n_features)
     assert (method in study_sparsifiers.METHODS) != (method in study_sparsifiers.OPEN)

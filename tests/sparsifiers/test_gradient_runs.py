@@ -24,13 +24,11 @@ from sae_train.harvest.sites import read_model_config
 from sae_train.harvest.tensors import TensorStream
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.code import SparseCode
-from sae_train.sae.firing import Firing
-from sae_train.sae.step_info import Moment
-from sae_train.sparsifiers import build_sparsifier
-from sae_train.sparsifiers.base import Allocator
+from sae_train.sae.step_info import StepInfo
 from sae_train.training.run import plan_of
 from tools import grid_world as world
 from tools.grid_of_threads import LOADING, on_grid, on_ranks
+from tools.sae_parts import selected, sparsifier_of
 from tools.small_runs import CPU, kept_by_sorting, run_config
 from tools.tiny_models import live_config, save_model, sentences, tensors_config
 
@@ -156,9 +154,9 @@ def test_pools_take_twice_the_room(live: Callable[..., RunConfig], monkeypatch: 
     plans = [plan_of(live(sparsifier=name), facts, n_ranks=1)
              for name, facts in (("topk", plain), ("gradient", doubled))]  # fmt: skip
     assert plans[1].checkpoint_bytes - plans[0].checkpoint_bytes == plain.pool_bytes
-    assert plans[1].flops > 2 * plans[0].flops
+    assert plans[1].operations > 2 * plans[0].operations
     enough = plans[1].memory_bytes - 3 * doubled.pool_batch_bytes
-    monkeypatch.setattr("sae_train.training.plan.available_bytes", lambda: enough)
+    monkeypatch.setattr("sae_train.training.memory.available_bytes", lambda: enough)
     plan_of(live(sparsifier="topk"), plain, n_ranks=1)
     with pytest.raises(UserError, match=r"harvest.pool_batches=8: with pools of .* Largest that fits: 5\. "):
         plan_of(live(), doubled, n_ranks=1)
@@ -259,20 +257,17 @@ def test_gradients_that_are_all_zero_are_refused(tmp_path: Path) -> None:
         stream_of(tensors_config(folder, sparsifier="gradient"))
 
 
-def moment(n_tokens: int) -> Moment:
-    return Moment(step=0, tokens=0, total_tokens=4096, batch_tokens=n_tokens, learning_rate=1e-3, seed=0)
+def info(n_tokens: int) -> StepInfo:
+    return StepInfo(step=0, tokens=0, total_tokens=4096, batch_tokens=n_tokens, learning_rate=1e-3, seed=0)
 
 
 def chosen(pre_NF: Tensor, slope_NF: Tensor | None, *, beta: float, k: float = 4.0, ranks: Ranks | None = None,
            n_tokens: int | None = None, n_features: int | None = None) -> SparseCode:  # fmt: skip
     """Return the code that is kept of pre-activations, given slopes."""
     config = run_config(sparsifier="gradient", beta=beta, k=k, batch_tokens=n_tokens or len(pre_NF))
-    sparsifier = build_sparsifier(config, n_features=n_features or pre_NF.shape[1])
-    assert isinstance(sparsifier, Allocator)
-    if slope_NF is not None:
-        sparsifier.heed(slope_NF.clone())
-    firing = Firing(pre_NF.shape[1], half_life_tokens=1000, device=CPU)
-    return sparsifier.select(pre_NF, moment=moment(n_tokens or len(pre_NF)), firing=firing, ranks=ranks or Solo())
+    sparsifier = sparsifier_of(config, n_features=n_features or pre_NF.shape[1])
+    own = None if slope_NF is None else slope_NF.clone()  # the sparsifier may overwrite it
+    return selected(sparsifier, pre_NF, info(n_tokens or len(pre_NF)), ranks=ranks, slope_NF=own)
 
 
 def drawn(seed: int) -> Tensor:
@@ -300,10 +295,8 @@ def test_without_effect_it_is_topk(slopes: str) -> None:
     pre_NF[5] = -pre_NF[5].abs()  # and slots that nothing fills
     assert pre_NF[0, 0] != 0
     given = {"beta is zero": drawn(1).float(), "all zero": torch.zeros(N, F), "none": None}[slopes]
-    topk = build_sparsifier(run_config(sparsifier="topk", k=4, batch_tokens=N), n_features=F)
-    assert isinstance(topk, Allocator)
-    firing = Firing(F, half_life_tokens=1000, device=CPU)
-    expected = topk.select(pre_NF, moment=moment(N), firing=firing, ranks=Solo())
+    topk = sparsifier_of(run_config(sparsifier="topk", k=4, batch_tokens=N), n_features=F)
+    expected = selected(topk, pre_NF, info(N))
     code = chosen(pre_NF, given, beta=0.0 if slopes == "beta is zero" else 1.0)
     for name in ("value", "feature", "token", "start"):
         assert torch.equal(getattr(code, name), getattr(expected, name)), name

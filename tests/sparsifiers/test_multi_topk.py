@@ -8,17 +8,17 @@ from sae_train.cli.compose import compose_config
 from sae_train.errors import ConfigError
 from sae_train.ranks.interface import Solo
 from sae_train.sae.code import SparseCode
-from sae_train.sae.dictionary import Dictionary
 from sae_train.sae.firing import Firing
-from sae_train.sae.step_info import Moment
-from sae_train.sparsifiers import build_sparsifier
+from sae_train.sae.step_info import StepInfo, StepInputs
+from sae_train.sae.trainable import TrainableAutoencoder
+from tools.sae_parts import sparsifier_of
 from tools.small_runs import CPU, run_config
 
 N, D, F = 24, 6, 20
 
 
-def dictionary_of(seed: int = 1) -> Dictionary:
-    dictionary = Dictionary.initial(d_model=D, n_features=F, seed=seed, dtype=torch.float64, device="cpu")
+def dictionary_of(seed: int = 1) -> TrainableAutoencoder:
+    dictionary = TrainableAutoencoder.initial(d_model=D, n_features=F, seed=seed, dtype=torch.float64, device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in (dictionary.b_enc, dictionary.b_dec):
@@ -27,19 +27,21 @@ def dictionary_of(seed: int = 1) -> Dictionary:
 
 
 def encoded(
-    dictionary: Dictionary, x_ND: Tensor, *, tokens: int = 0, **settings: object
+    dictionary: TrainableAutoencoder, x_ND: Tensor, *, tokens: int = 0, **settings: object
 ) -> tuple[SparseCode, Tensor | None]:
     config = run_config(sparsifier="topk", batch_tokens=N, tokens=100 * N, **settings)
-    sparsifier = build_sparsifier(config, n_features=F)
-    moment = Moment(step=0, tokens=tokens, total_tokens=100 * N, batch_tokens=N, learning_rate=1e-3, seed=0)
+    sparsifier = sparsifier_of(config, n_features=F)
+    info = StepInfo(step=0, tokens=tokens, total_tokens=100 * N, batch_tokens=N, learning_rate=1e-3, seed=0)
     pre_NF = dictionary.pre_activations(x_ND)
     firing = Firing(F, half_life_tokens=1000, device=CPU)
-    code, penalty = sparsifier.encode(dictionary, x_ND, pre_NF, moment=moment, firing=firing, ranks=Solo())
+    inputs = StepInputs(x_ND=x_ND, pre_NF=pre_NF, info=info, firing=firing, ranks=Solo())
+    code, decoded, penalty = sparsifier.encode(dictionary, inputs)
+    assert decoded is code
     assert isinstance(code, SparseCode)
     return code, penalty
 
 
-def slow(dictionary: Dictionary, x_ND: Tensor, *, k: int, sizes: tuple[int, ...]) -> Tensor:
+def slow(dictionary: TrainableAutoencoder, x_ND: Tensor, *, k: int, sizes: tuple[int, ...]) -> Tensor:
     pre_NF = x_ND @ dictionary.W_enc.t() + dictionary.b_enc
     rank_NF = pre_NF.detach().argsort(dim=1, descending=True).argsort(dim=1)
     code_NF = torch.where((rank_NF < k) & (pre_NF > 0), pre_NF, 0)

@@ -1,5 +1,6 @@
 """Penalised sparsifiers: their papers' gradients, one function with its zeros or without, and L0 that comes to k."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from sae_train.ranks.interface import Solo
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.sae.calibration import calibrate
 from sae_train.sae.code import DenseCode, SparseCode
-from sae_train.sae.step_info import Moment
-from sae_train.sparsifiers import SPARSIFIERS, penalised
+from sae_train.sae.step_info import StepInfo
+from sae_train.sparsifiers import SPARSIFIERS, penalised, sparsifier_class
 from sae_train.sparsifiers.gated import Gated
 from sae_train.sparsifiers.jumprelu import JumpReLU
 from sae_train.sparsifiers.l1 import PAnneal, ReLU
@@ -28,6 +29,7 @@ from sae_train.training.export import exported
 from sae_train.training.trainer import Trainer
 from tools import grid_world as world
 from tools.command_line import Command
+from tools.sae_parts import encoded, inputs_of
 from tools.small_runs import CPU
 
 NESTED = ["nesting=matryoshka", "nesting.prefixes=[0.25,0.5,1.0]"]
@@ -43,7 +45,7 @@ KINDS = {
     "relu, unit norms": ["sparsifier=relu", "sparsifier.norms=unit", "parametrisation=aligned"],
     "p_anneal": ["sparsifier=p_anneal"],
 }
-PENALISED = [name for name, kind in SPARSIFIERS.items() if issubclass(kind, penalised.Penalised)]
+PENALISED = [name for name in SPARSIFIERS if issubclass(sparsifier_class(name), penalised.Penalised)]
 
 
 @pytest.fixture(scope="module")
@@ -114,15 +116,8 @@ def test_with_its_zeros_or_without_is_one_function(
         shake(trainer)
         batch = trainer.stream.batch(0).x_ND
         dictionary = trainer.learners[0].dictionary
-        pre = dictionary.pre_activations(batch)
-        code, penalty = trainer.learners[0].sparsifier.encode(
-            dictionary,
-            batch,
-            pre,
-            moment=trainer.learners[0].step_info(trainer.n_done),
-            firing=trainer.learners[0].firing,
-            ranks=Solo(),
-        )
+        code, decoded, penalty = encoded(trainer, batch)
+        assert decoded is code
         assert type(code) is expected
         assert penalty is not None
         _, loss = trainer.learners[0].reconstruct(batch, code)
@@ -160,10 +155,10 @@ def world_close(a: Tensor, b: Tensor) -> bool:
 def test_nothing_moves_after_a_halt(rows: Path) -> None:
     trainer = trainer_of(rows, "sparsifier=jumprelu", "sparsifier.threshold=5")
     learn(trainer, 2)
-    assert float(trainer.learners[0].sparsifier.state()["nudge"]) != 0
+    assert float(trainer.learners[0].sparsifier.state().shared["nudge"]) != 0
     before = {name: p.detach().clone() for name, p in trainer.learners[0].dictionary.named_parameters()}
     for halted in (True, False):
-        trainer.learners[0].sparsifier.prepare(trainer.learners[0].dictionary, halted=torch.tensor(halted))
+        trainer.learners[0].sparsifier.before_step(trainer.learners[0].dictionary, halted=torch.tensor(halted))
         same = [torch.equal(p, before[name]) for name, p in trainer.learners[0].dictionary.named_parameters()]
         assert all(same) == halted
 
@@ -179,8 +174,8 @@ def test_price_and_thresholds_stay_finite_where_l0_cannot_be_reached(rows: Path,
     assert bool((threshold_F.isfinite() & (threshold_F > 0)).all())
     price = Price(3e-4, settle=0.0, device=CPU)
     for number in range(3000):
-        when = Moment(step=number, tokens=number, total_tokens=3000, batch_tokens=1, learning_rate=1.0, seed=0)
-        price.look(torch.tensor(1e-9 if far < 0 else 1e9), size=torch.ones(()), k=32, moment=when)
+        when = StepInfo(step=number, tokens=number, total_tokens=3000, batch_tokens=1, learning_rate=1.0, seed=0)
+        price.update(torch.tensor(1e-9 if far < 0 else 1e9), size=torch.ones(()), k=32, info=when)
     assert 0 < float(price.now(when)) < math.inf
 
 
@@ -189,7 +184,9 @@ def test_no_feature_above_its_threshold_is_a_step_like_any_other(rows: Path) -> 
     learn(trainer, 3)
     assert trainer.rows()[0]["train/l0"] == 0
     assert all(bool(p.isfinite().all()) for p in trainer.learners[0].dictionary.parameters())
-    assert bool((trainer.learners[0].dictionary.log_threshold < math.log(9) - 0.5).all())  # they come down
+    assert bool(
+        (trainer.learners[0].dictionary.get_parameter("log_threshold") < math.log(9) - 0.5).all()
+    )  # they come down
 
 
 @pytest.mark.parametrize(
@@ -225,10 +222,10 @@ class Plant:
     def __init__(self, *, slope: float, right_price: float) -> None:
         self.slope, self.right, self.log_threshold = slope, math.log(right_price), 0.0
 
-    def step(self, price: Price, moment: Moment) -> Tensor:
+    def step(self, price: Price, info: StepInfo) -> Tensor:
         self.log_threshold += float(price.nudge)
         l0 = torch.tensor(200 * math.exp(-self.slope * self.log_threshold))
-        self.log_threshold += moment.learning_rate * math.tanh(math.log(float(price.now(moment))) - self.right)
+        self.log_threshold += info.learning_rate * math.tanh(math.log(float(price.now(info))) - self.right)
         return l0
 
 
@@ -239,16 +236,16 @@ def test_the_price_holds_l0_through_a_change_of_learning_rate(slope: float, righ
     found = []
     for number in range(total):
         lr = 3e-3 if number < total // 2 else 3e-4
-        moment = Moment(step=number, tokens=number, total_tokens=total, batch_tokens=1, learning_rate=lr, seed=0)
-        l0 = plant.step(price, moment)
-        price.look(l0, size=torch.ones(()), k=32, moment=moment)
+        info = StepInfo(step=number, tokens=number, total_tokens=total, batch_tokens=1, learning_rate=lr, seed=0)
+        l0 = plant.step(price, info)
+        price.update(l0, size=torch.ones(()), k=32, info=info)
         found.append(float(l0))
         if number == total // 3:  # a resumed run
             again = Price(3e-4, settle=0.1, device=CPU)
             again.load_state(price.state())
             price = again
     assert all(abs(l0 / 32 - 1) < 0.05 for l0 in found[total // 5 :])
-    assert abs(math.log(float(price.now(moment)) / right_price)) < 1
+    assert abs(math.log(float(price.now(info)) / right_price)) < 1
 
 
 @pytest.mark.parametrize("name", PENALISED)
@@ -271,19 +268,11 @@ def test_a_gated_feature_is_exported_as_the_jumprelu_feature_that_it_is(rows: Pa
     learn(trainer, 30)
     gated, dictionary, scaling = trainer.learners[0].sparsifier, trainer.learners[0].dictionary, trainer.stream.scaling
     x = trainer.stream.batch(30).x_ND
-    pre = dictionary.pre_activations(x)
-    code, _ = gated.encode(
-        dictionary,
-        x,
-        pre,
-        moment=trainer.learners[0].step_info(trainer.n_done),
-        firing=trainer.learners[0].firing,
-        ranks=Solo(),
-    )
+    code = encoded(trainer, x).code
     trained = code.value if isinstance(code, DenseCode) else code.dense()
-    W_enc, b_enc = gated.encoder(dictionary)
+    rule = gated.export(dictionary, trainer.learners[0].step_info(trainer.n_done))
+    W_enc, b_enc, learned = rule.W_enc, rule.b_enc, rule.threshold_F
     magnitude = x @ W_enc.t() + b_enc
-    learned = gated.thresholds(dictionary)
     assert learned is not None
     assert bool((learned > 0).any())
     assert bool((learned == 0).any())
@@ -304,7 +293,8 @@ def test_a_gates_own_reconstruction_trains_no_decoder(rows: Path) -> None:
     gated = trainer.learners[0].sparsifier
     assert isinstance(gated, Gated)
     pre = DenseCode(value=dictionary.attach_dense(x, dictionary.pre_activations(x)))
-    loss = gated.extra_loss(dictionary, x, pre, n_tokens=len(x), ranks=Solo())
+    loss = gated.values(dictionary, pre, inputs_of(trainer, x)).extra_loss
+    assert loss is not None
     x_hat = pre.value.relu() @ dictionary.W_dec + dictionary.b_dec
     torch.testing.assert_close(loss, (x - x_hat).square().sum() / len(x))
     loss.backward()
@@ -323,9 +313,10 @@ def test_p_falls_in_equal_steps_and_the_penalty_stays(rows: Path) -> None:
     value = torch.rand(50, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 0.3
     priced = []
     for number in (19, 20, 21, 40, 41):
-        when = Moment(step=number, tokens=number * 64, total_tokens=6400, batch_tokens=64, learning_rate=1e-3, seed=0)
+        when = StepInfo(step=number, tokens=number * 64, total_tokens=6400, batch_tokens=64, learning_rate=1e-3, seed=0)
         code = DenseCode(value=value.clone().requires_grad_())
-        _, one = sparsifier.values(trainer.learners[0].dictionary, code, moment=when, ranks=Solo())
+        inputs = dataclasses.replace(inputs_of(trainer, trainer.stream.batch(0).x_ND), info=when)
+        one = sparsifier.values(trainer.learners[0].dictionary, code, inputs).priced
         one.backward()
         assert code.value.grad is not None
         assert bool(code.value.grad.isfinite().all())
@@ -345,7 +336,7 @@ def test_l1_weighs_values_with_their_rows_norms(rows: Path, norms: str) -> None:
     pre = DenseCode(value=dictionary.pre_activations(x))
     relu = trainer.learners[0].sparsifier
     assert isinstance(relu, ReLU)
-    value, priced = relu.values(dictionary, pre, moment=trainer.learners[0].step_info(trainer.n_done), ranks=Solo())
+    value, priced, *_ = relu.values(dictionary, pre, inputs_of(trainer, x))
     torch.testing.assert_close(priced, (pre.value.relu() * (norm_F if norms == "free" else ones)).sum())
     sae, _ = exported(trainer, trainer.learners[0])
     torch.testing.assert_close(sae.W_dec.norm(dim=1), ones.float())
@@ -368,15 +359,7 @@ def test_one_factor_brings_l0_to_k_unless_it_would_be_another_sae(rows: Path, ti
     )
     raw = torch.cat([batch.raw_ND for batch in trainer.stream.held_out.batches("calibration", max_tokens=10**6)])
     learned = times * scaling.scale * sparsifier.thresholds(trainer.learners[0].dictionary).detach().double()
-    found = calibrate(
-        sae,
-        raw,
-        sparsifier=sparsifier,
-        moment=trainer.learners[0].step_info(trainer.n_done),
-        n_features=128,
-        ranks=Solo(),
-        learned_F=learned,
-    )
+    found = calibrate(sae, raw, k=5, batch_tokens=world.N, n_features=128, ranks=Solo(), learned_F=learned)
     assert found.correction is not None
     factor = found.correction.get("factor", 1.0)
     torch.testing.assert_close(found.threshold_F, (factor * learned).float())
@@ -412,10 +395,7 @@ def small_sae(learned: list[float]) -> tuple[SparseAutoencoder, Tensor, Tensor]:
 )
 def test_a_correction_meets_its_target_or_is_none(learned: list[float], k: float, said: str) -> None:
     sae, rows, learned_F = small_sae(learned)
-    config = compose_config(["sparsifier=jumprelu", f"k={k}", "n_features=4"])
-    sparsifier = JumpReLU(config, n_features=4)
-    when = Moment(step=9, tokens=90, total_tokens=90, batch_tokens=10, learning_rate=0.0, seed=0)
-    found = calibrate(sae, rows, sparsifier=sparsifier, moment=when, n_features=4, ranks=Solo(), learned_F=learned_F)
+    found = calibrate(sae, rows, k=k, batch_tokens=10, n_features=4, ranks=Solo(), learned_F=learned_F)
     assert list(found.correction or {}) == ([said] if said else [])
     assert bool(found.threshold_F.isfinite().all())
     sae.threshold.copy_(found.threshold_F)
@@ -449,12 +429,15 @@ def test_what_dead_features_lack_to_fire_is_learned(rows: Path, kind: str) -> No
     )
     assert isinstance(sparsifier, penalised.Penalised)
     trainer.learners[0].firing.since_F[:40] = trainer.plan.sae.dead_window
-    pre = dictionary.pre_activations(x)
-    loss = sparsifier.revival(dictionary, x, n_tokens=2 * len(x), firing=trainer.learners[0].firing)
-    lacks = (dictionary.log_threshold.exp() if kind == "jumprelu" else 0) - pre
+    inputs = inputs_of(trainer, x)
+    inputs = dataclasses.replace(inputs, info=dataclasses.replace(inputs.info, batch_tokens=2 * len(x)))
+    pre, loss = inputs.pre_NF, sparsifier._revival(dictionary, inputs)
+    lacks = (dictionary.get_parameter("log_threshold").exp() if kind == "jumprelu" else 0) - pre
     torch.testing.assert_close(loss, 1e-3 * lacks[:, :40].sum() / (2 * len(x)))
     loss.backward()
-    learned = [dictionary.W_enc, dictionary.b_enc] + ([dictionary.log_threshold] if kind == "jumprelu" else [])
+    learned = [dictionary.W_enc, dictionary.b_enc] + (
+        [dictionary.get_parameter("log_threshold")] if kind == "jumprelu" else []
+    )
     for parameter in learned:
         assert parameter.grad is not None
         assert bool(parameter.grad[:40].any())
@@ -553,7 +536,7 @@ def test_the_verdict_names_the_coefficient(rows: Path, tmp_path: Path, command: 
         ("jumprelu", "sparsifier.penalty=l1", "Choose l0 or tanh"),
         ("jumprelu", "sparsifier.steepness=3", "never reads it"),
         ("jumprelu", "sparsifier.bandwidth=0", "must be positive"),
-        ("jumprelu", "sparsifier.threshold=-1", "must be positive"),
+        ("jumprelu", "sparsifier.threshold=-1", "must be above 0 and at most 10"),
         ("jumprelu", "sparsifier.settle=2", "a share of the tokens"),
         ("jumprelu", "budget=zipf", "only feature_choice"),
         ("relu", "sparsifier.norms=none", "Choose free or unit"),
@@ -564,7 +547,7 @@ def test_the_verdict_names_the_coefficient(rows: Path, tmp_path: Path, command: 
         ("gated", "budget=uniform", "only feature_choice"),
         ("gated", "aux_loss=aux_k", "Choose aux_loss=none or aux_zipf"),
         ("relu", "parametrisation=aligned", "Add sparsifier.norms=unit"),
-        ("jumprelu", "sparsifier.threshold=1e30", "Give at most 10"),
+        ("jumprelu", "sparsifier.threshold=1e30", "must be above 0 and at most 10"),
     ],
 )
 def test_what_means_nothing_is_refused(name: str, typed: str, said: str) -> None:

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from sae_train.ranks.interface import Solo
-from sae_train.sparsifiers import SPARSIFIERS
-from sae_train.sparsifiers.base import Allocator
+from sae_train.sparsifiers import SPARSIFIERS, sparsifier_class
+from sae_train.sparsifiers.allocator import Allocator
 from sae_train.training.trainer import Trainer
 from tools import grid_world as world
 
 BURIED = slice(0, 32)
 LONG = 10**6
 """Tokens without firing that make a feature silent in any of these runs."""
-ALLOCATORS = sorted(name for name, kind in SPARSIFIERS.items() if issubclass(kind, Allocator))
+ALLOCATORS = sorted(name for name in SPARSIFIERS if issubclass(sparsifier_class(name), Allocator))
 
 
 @pytest.fixture(scope="module")

@@ -11,20 +11,24 @@ from torch import Tensor
 
 from sae_train.config import RunConfig
 from sae_train.errors import ConfigError
-from sae_train.ranks.interface import Ranks, Solo
-from sae_train.sae.code import SparseCode
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.firing import Firing
 from sae_train.sae.random import keyed_uniform
-from sae_train.sae.step_info import Moment
+from sae_train.sae.state import State
+from sae_train.sae.step_info import StepInfo
 from sae_train.sae.zipf_budget import round_systematically, water_fill, zipf_mass
-from sae_train.sparsifiers import SPARSIFIERS, Sparsifier, build_sparsifier
-from sae_train.sparsifiers.base import Allocator
+from sae_train.sparsifiers import SPARSIFIERS, sparsifier_class
+from sae_train.sparsifiers.allocator import Allocator
+from sae_train.sparsifiers.feature_choice import FeatureChoice
 from tools.grid_of_threads import on_ranks
+from tools.sae_parts import selected, sparsifier_of
 from tools.small_runs import CPU, kept_by_sorting, run_config
 
 SMALL = settings(deadline=None, max_examples=25)
 EVERY = [
-    (name, "pooled") for name, kind in SPARSIFIERS.items() if issubclass(kind, Allocator) and name != "feature_choice"
+    (name, "pooled")
+    for name in SPARSIFIERS
+    if issubclass(sparsifier_class(name), Allocator) and name != "feature_choice"
 ]
 EVERY += [("feature_choice", "uniform"), ("feature_choice", "zipf")]
 BY_TOKEN = ("topk", "gradient")
@@ -32,8 +36,8 @@ BY_TOKEN = ("topk", "gradient")
 EVERY_SPARSIFIER = pytest.mark.parametrize(("name", "budget"), EVERY)
 
 
-def moment(step: int = 0, *, batch_tokens: int = 64, steps: int = 64, seed: int = 0) -> Moment:
-    return Moment(
+def info(step: int = 0, *, batch_tokens: int = 64, steps: int = 64, seed: int = 0) -> StepInfo:
+    return StepInfo(
         step=step,
         tokens=step * batch_tokens,
         total_tokens=steps * batch_tokens,
@@ -43,10 +47,10 @@ def moment(step: int = 0, *, batch_tokens: int = 64, steps: int = 64, seed: int 
     )
 
 
-def select(sparsifier: Sparsifier, pre_NF: Tensor, when: Moment, *, ranks: Ranks | None = None) -> SparseCode:
-    firing = Firing(pre_NF.shape[1], half_life_tokens=1000, device=CPU)
-    assert isinstance(sparsifier, Allocator)
-    return sparsifier.select(pre_NF, moment=when, firing=firing, ranks=ranks or Solo())
+def feature_choice_of(config: RunConfig, *, n_features: int) -> FeatureChoice:
+    sparsifier = sparsifier_of(config, n_features=n_features)
+    assert isinstance(sparsifier, FeatureChoice)
+    return sparsifier
 
 
 def affinities(n: int, f: int, *, seed: int = 0, shift: float = 0.0) -> Tensor:
@@ -63,9 +67,9 @@ def test_never_above_k_and_met_where_affinities_are_there(
     if name in BY_TOKEN:
         k = float(round(k))
     config = run_config(sparsifier=name, budget=budget, k=k, batch_tokens=n, tokens=64 * n)
-    sparsifier = build_sparsifier(config, n_features=f)
+    sparsifier = sparsifier_of(config, n_features=f)
     pre = affinities(n, f, seed=n * 100 + f, shift=shift)
-    code = select(sparsifier, pre, moment(3, batch_tokens=n))
+    code = selected(sparsifier, pre, info(3, batch_tokens=n))
     assert len(code.value) == sparsifier.capacity == round(k * n)
     assert int(code.count) <= sparsifier.capacity
     dense = code.dense()
@@ -79,8 +83,8 @@ def test_never_above_k_and_met_where_affinities_are_there(
 
 @EVERY_SPARSIFIER
 def test_no_positive_affinity_no_match(name: str, budget: str) -> None:
-    sparsifier = build_sparsifier(run_config(sparsifier=name, budget=budget), n_features=32)
-    code = select(sparsifier, -affinities(64, 32).abs(), moment())
+    sparsifier = sparsifier_of(run_config(sparsifier=name, budget=budget), n_features=32)
+    code = selected(sparsifier, -affinities(64, 32).abs(), info())
     assert int(code.count) == 0
     assert not code.value.any()
 
@@ -90,12 +94,12 @@ def test_same_pairs_on_two_ranks_and_no_global_randomness(name: str, budget: str
     config = run_config(sparsifier=name, budget=budget, k=5)
     pre = affinities(64, 48, seed=9).mul(3).round()  # many ties
     before = torch.get_rng_state()
-    whole = select(build_sparsifier(config, n_features=48), pre, moment(7)).dense()
+    whole = selected(sparsifier_of(config, n_features=48), pre, info(7)).dense()
     assert torch.equal(torch.get_rng_state(), before)
 
     def part(ranks: Ranks) -> Tensor:
         own = pre[ranks.rank * 32 : ranks.rank * 32 + 32]
-        return select(build_sparsifier(config, n_features=48), own, moment(7), ranks=ranks).dense()
+        return selected(sparsifier_of(config, n_features=48), own, info(7), ranks=ranks).dense()
 
     assert torch.equal(torch.cat(on_ranks(2, part)), whole)
 
@@ -103,19 +107,19 @@ def test_same_pairs_on_two_ranks_and_no_global_randomness(name: str, budget: str
 @EVERY_SPARSIFIER
 def test_one_capacity_while_k_anneals(name: str, budget: str) -> None:
     config = run_config(sparsifier=name, budget=budget, k=4, start_k=12, anneal=0.5)
-    sparsifier = build_sparsifier(config, n_features=40)
+    sparsifier = sparsifier_of(config, n_features=40)
     pre = affinities(64, 40, shift=9.0)
     counts = []
     for step in (0, 16, 32, 63):
-        code = select(sparsifier, pre, moment(step))
+        code = selected(sparsifier, pre, info(step))
         assert len(code.value) == sparsifier.capacity == 12 * 64
         counts.append(int(code.count) / 64)
     assert counts == [12, 8, 4, 4]
 
 
 def test_start_below_k_rises() -> None:
-    sparsifier = build_sparsifier(run_config(k=8, start_k=2, anneal=1.0), n_features=40)
-    assert [sparsifier.k_at(moment(step)) for step in (0, 32, 64)] == [2, 5, 8]
+    sparsifier = sparsifier_of(run_config(k=8, start_k=2, anneal=1.0), n_features=40)
+    assert [sparsifier.k_at(info(step)) for step in (0, 32, 64)] == [2, 5, 8]
     assert sparsifier.capacity == 8 * 64
 
 
@@ -123,20 +127,20 @@ def test_start_below_k_rises() -> None:
 @pytest.mark.parametrize(("start_k", "k"), [(3, 5), (5, 3)])
 def test_every_token_keeps_the_same_number_where_k_is_fractional_on_its_way(name: str, start_k: int, k: int) -> None:
     config = run_config(sparsifier=name, k=k, start_k=start_k, anneal=0.5)
-    sparsifier = build_sparsifier(config, n_features=40)
+    sparsifier = sparsifier_of(config, n_features=40)
     pre = affinities(64, 40, shift=9.0)
     by_k = {3.375: 3, 3.625: 4, 4.375: 4, 4.625: 5}
     for current, kept in by_k.items():
-        when = moment(int(32 * (current - start_k) / (k - start_k)))
+        when = info(int(32 * (current - start_k) / (k - start_k)))
         assert sparsifier.k_at(when) == current
-        assert select(sparsifier, pre, when).start.diff().tolist() == [kept] * 64
+        assert selected(sparsifier, pre, when).start.diff().tolist() == [kept] * 64
 
 
 def test_mutual_choice_of_one_token_is_topk() -> None:
-    pre, one = affinities(1, 50), moment(batch_tokens=1)
+    pre, one = affinities(1, 50), info(batch_tokens=1)
     codes = [
-        select(build_sparsifier(run_config(sparsifier=name, k=6, batch_tokens=1), n_features=50), pre, one)
-        for name in ("topk", "mutual_choice", "batch_topk")
+        selected(sparsifier_of(run_config(sparsifier=name, k=6, batch_tokens=1), n_features=50), pre, one)
+        for name in ("topk", "mutual_choice")
     ]
     for code in codes[1:]:
         assert torch.equal(code.dense(), codes[0].dense())
@@ -144,10 +148,10 @@ def test_mutual_choice_of_one_token_is_topk() -> None:
 
 def test_uniform_feature_choice_is_topk_of_the_transpose() -> None:
     pre = affinities(64, 32, seed=4)
-    columns = build_sparsifier(run_config(sparsifier="feature_choice", k=4), n_features=32)  # 8 a feature
-    rows = build_sparsifier(run_config(sparsifier="topk", k=8, batch_tokens=32), n_features=64)
-    by_columns = select(columns, pre, moment())
-    by_rows = select(rows, pre.t().contiguous(), moment(batch_tokens=32))
+    columns = sparsifier_of(run_config(sparsifier="feature_choice", k=4), n_features=32)  # 8 a feature
+    rows = sparsifier_of(run_config(sparsifier="topk", k=8, batch_tokens=32), n_features=64)
+    by_columns = selected(columns, pre, info())
+    by_rows = selected(rows, pre.t().contiguous(), info(batch_tokens=32))
     assert torch.equal(by_columns.dense(), by_rows.dense().t())
 
 
@@ -155,8 +159,8 @@ def test_selection_follows_a_permutation_of_tokens() -> None:
     pre = affinities(64, 32, seed=5)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     for name, budget in EVERY:
-        sparsifier = build_sparsifier(run_config(sparsifier=name, budget=budget), n_features=32)
-        plain, moved = select(sparsifier, pre, moment()).dense(), select(sparsifier, pre[order], moment()).dense()
+        sparsifier = sparsifier_of(run_config(sparsifier=name, budget=budget), n_features=32)
+        plain, moved = selected(sparsifier, pre, info()).dense(), selected(sparsifier, pre[order], info()).dense()
         assert torch.equal(plain[order], moved), name
 
 
@@ -218,11 +222,11 @@ def test_rounded_sum_is_exact_at_the_ends_of_u(f: int) -> None:
 
 def test_rounding_is_right_on_average() -> None:
     config = run_config(sparsifier="feature_choice", budget="zipf", k=2, batch_tokens=64)
-    sparsifier = build_sparsifier(config, n_features=100)
+    sparsifier = feature_choice_of(config, n_features=100)
     pre = affinities(64, 100, shift=9.0)
-    shares = sparsifier.shares(moment())
+    shares = sparsifier.shares(info())
     assert shares is not None
-    counts = torch.stack([select(sparsifier, pre, moment(step)).firing_counts() for step in range(64)])
+    counts = torch.stack([selected(sparsifier, pre, info(step)).firing_counts() for step in range(64)])
     assert bool((counts.sum(1) == 128).all())
     assert bool(((counts - shares * 64).abs() < 1).all())
     assert float((counts.double().mean(0) - shares * 64).abs().max()) < 0.2
@@ -230,10 +234,10 @@ def test_rounding_is_right_on_average() -> None:
 
 
 def test_columns_keep_their_largest() -> None:
-    sparsifier = build_sparsifier(run_config(sparsifier="feature_choice", budget="zipf", k=3), n_features=40)
+    sparsifier = sparsifier_of(run_config(sparsifier="feature_choice", budget="zipf", k=3), n_features=40)
     pre = affinities(64, 40, seed=2)
-    code = select(sparsifier, pre, moment(5))
-    counts = select(sparsifier, affinities(64, 40, shift=9.0), moment(5)).firing_counts()
+    code = selected(sparsifier, pre, info(5))
+    counts = selected(sparsifier, affinities(64, 40, shift=9.0), info(5)).firing_counts()
     expected = kept_by_sorting(pre, group="column", budgets=counts.tolist())
     assert {(t, f) for t, f in (code.dense() > 0).nonzero().tolist()} == expected
 
@@ -242,7 +246,7 @@ def test_columns_keep_their_largest() -> None:
 def test_default_cap_and_floor(n_features: int) -> None:
     k, n = 8.0, 512
     config = run_config(sparsifier="feature_choice", budget="zipf", k=k, batch_tokens=n, shift=0.0, exponent=6.0)
-    shares = build_sparsifier(config, n_features=n_features).shares(moment(batch_tokens=n))
+    shares = feature_choice_of(config, n_features=n_features).shares(info(batch_tokens=n))
     assert shares is not None
     assert shares.dtype == torch.float64
     assert float(shares.sum()) == pytest.approx(k)
@@ -252,39 +256,39 @@ def test_default_cap_and_floor(n_features: int) -> None:
 
 def test_default_shift_is_a_share_of_the_width() -> None:
     wide = {"sparsifier": "feature_choice", "budget": "zipf", "k": 8, "batch_tokens": 4096, "tokens": 10**6}
-    default = build_sparsifier(run_config(**wide), n_features=1000).shares(moment(batch_tokens=4096))
-    given_shift = build_sparsifier(run_config(**wide, shift=4.0), n_features=1000).shares(moment(batch_tokens=4096))
+    default = feature_choice_of(run_config(**wide), n_features=1000).shares(info(batch_tokens=4096))
+    given_shift = feature_choice_of(run_config(**wide, shift=4.0), n_features=1000).shares(info(batch_tokens=4096))
     assert default is not None
     assert given_shift is not None
     assert torch.equal(default, given_shift)
 
 
-def phased() -> tuple[RunConfig, Sparsifier]:
+def phased() -> tuple[RunConfig, FeatureChoice]:
     config = run_config(sparsifier="feature_choice", budget="zipf", after=0.5, k=4)
-    return config, build_sparsifier(config, n_features=32)
+    return config, feature_choice_of(config, n_features=32)
 
 
 def test_mutual_choice_phase_then_ranks_by_density() -> None:
     config, sparsifier = phased()
-    mutual = build_sparsifier(run_config(k=4), n_features=32)
+    mutual = sparsifier_of(run_config(k=4), n_features=32)
     pre = affinities(64, 32, seed=3)
-    assert sparsifier.shares(moment(31)) is None
-    assert sparsifier.state() == {}
-    assert torch.equal(select(sparsifier, pre, moment(31)).dense(), select(mutual, pre, moment(31)).dense())
+    assert sparsifier.shares(info(31)) is None
+    assert sparsifier.state().shared == {}
+    assert torch.equal(selected(sparsifier, pre, info(31)).dense(), selected(mutual, pre, info(31)).dense())
     firing = Firing(32, half_life_tokens=100, device=CPU)
     firing.density_F = torch.linspace(0, 1, 32, dtype=torch.float64)
     firing.density_F[3:6] = 2.0  # a tie: the lower feature ranks first
-    sparsifier.select(pre, moment=moment(32), firing=firing, ranks=Solo())
-    shares = sparsifier.shares(moment(32))
-    by_rank = build_sparsifier(replace(config, sparsifier=replace(config.sparsifier, after=0.0)), n_features=32)
-    shares_by_rank = by_rank.shares(moment(32))
+    selected(sparsifier, pre, info(32), firing=firing)
+    shares = sparsifier.shares(info(32))
+    by_rank = feature_choice_of(replace(config, sparsifier=replace(config.sparsifier, after=0.0)), n_features=32)
+    shares_by_rank = by_rank.shares(info(32))
     assert shares is not None
     assert shares_by_rank is not None
     order = [3, 4, 5, *range(31, 5, -1), 2, 1, 0]
     assert torch.equal(shares[order], shares_by_rank)
     firing.density_F = firing.density_F.flip(0)
-    sparsifier.select(pre, moment=moment(33), firing=firing, ranks=Solo())
-    assert torch.equal(sparsifier.shares(moment(33)), shares), "ranks stay"
+    selected(sparsifier, pre, info(33), firing=firing)
+    assert torch.equal(sparsifier.shares(info(33)), shares), "ranks stay"
 
 
 def test_frozen_ranks_go_through_a_checkpoint() -> None:
@@ -292,20 +296,20 @@ def test_frozen_ranks_go_through_a_checkpoint() -> None:
     firing = Firing(32, half_life_tokens=100, device=CPU)
     firing.density_F = torch.rand(32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pre = affinities(64, 32, seed=3)
-    sparsifier.select(pre, moment=moment(32), firing=firing, ranks=Solo())
-    resumed = build_sparsifier(config, n_features=32)
-    resumed.load_state({name: value.clone() for name, value in sparsifier.state().items()})
-    codes = [select(each, pre, moment(40)).dense() for each in (sparsifier, resumed)]
+    selected(sparsifier, pre, info(32), firing=firing)
+    resumed = sparsifier_of(config, n_features=32)
+    resumed.load_state(State({name: value.clone() for name, value in sparsifier.state().shared.items()}, {}))
+    codes = [selected(each, pre, info(40)).dense() for each in (sparsifier, resumed)]
     assert torch.equal(*codes)
 
 
 def test_before_the_change_it_is_mutual_choice() -> None:
     config = run_config(sparsifier="feature_choice", after=0.99, k=4)
-    sparsifier, mutual = build_sparsifier(config, n_features=32), build_sparsifier(run_config(k=4), n_features=32)
+    sparsifier, mutual = feature_choice_of(config, n_features=32), sparsifier_of(run_config(k=4), n_features=32)
     pre = affinities(64, 32, seed=3)
     for step in (0, 63):
-        assert torch.equal(select(sparsifier, pre, moment(step)).dense(), select(mutual, pre, moment(step)).dense())
-    assert sparsifier.shares(moment(63)) is None
+        assert torch.equal(selected(sparsifier, pre, info(step)).dense(), selected(mutual, pre, info(step)).dense())
+    assert sparsifier.shares(info(63)) is None
 
 
 @pytest.mark.parametrize(
@@ -315,10 +319,10 @@ def test_before_the_change_it_is_mutual_choice() -> None:
 def test_infeasible_cap_or_floor_names_what_works(settings_: dict[str, float], wrong: str) -> None:
     budget = {"sparsifier": "feature_choice", "budget": "zipf", "k": 4}
     with pytest.raises(ConfigError, match=f"budget.{wrong}=") as caught:
-        build_sparsifier(run_config(**budget, **settings_), n_features=32)
+        sparsifier_of(run_config(**budget, **settings_), n_features=32)
     nearest = float(str(caught.value).split()[-1].rstrip("."))
-    sparsifier = build_sparsifier(run_config(**budget, **settings_ | {wrong: nearest}), n_features=32)
-    assert sparsifier.shares(moment()) is not None
+    sparsifier = feature_choice_of(run_config(**budget, **settings_ | {wrong: nearest}), n_features=32)
+    assert sparsifier.shares(info()) is not None
 
 
 @pytest.mark.parametrize(
@@ -334,4 +338,4 @@ def test_infeasible_cap_or_floor_names_what_works(settings_: dict[str, float], w
 )
 def test_budgets_that_do_not_fit_are_refused(dials: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_sparsifier(run_config(**dials), n_features=32)
+        sparsifier_of(run_config(**dials), n_features=32)

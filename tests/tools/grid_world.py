@@ -17,7 +17,8 @@ from sae_train.harvest.build import build_stream, check_stream
 from sae_train.ranks.distributed import find_ranks, leave
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.code import Code, DenseCode, SparseCode
-from sae_train.sparsifiers.base import Sparsifier
+from sae_train.sparsifiers.allocator import Allocator
+from sae_train.sparsifiers.base import Encoding, Sparsifier
 from sae_train.sparsifiers.gradient import Gradient
 from sae_train.training import checkpoint, restore
 from sae_train.training.run import plan_of
@@ -100,7 +101,7 @@ def build(config: RunConfig, ranks: Ranks, *, start: bool = True) -> Trainer:
     stream = build_stream(config.source, ranks=ranks, facts=facts)
     if start:
         stream.start()
-    return build_trainer(config, plan, stream=stream, precision=config.precision, ranks=ranks)
+    return build_trainer(config.source, [config.sae], plan, stream=stream, precision=config.precision, ranks=ranks)
 
 
 def places(code: Code) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -119,10 +120,11 @@ def watch(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Tensor]]:
     learner, ranks = trainer.learners[0], trainer.ranks
     encode, scores = learner.sparsifier.encode, note_scores(learner.sparsifier)
 
-    def watched(*parts: Any, **rest: Any) -> tuple[Code, torch.Tensor | None]:
-        code, penalty = encode(*parts, **rest)
+    def watched(*parts: Any) -> Encoding:
+        encoding = encode(*parts)
+        code = encoding.code
         token, feature, value = places(code)
-        if learner.sparsifier.thresholds(learner.dictionary) is None:
+        if isinstance(learner.sparsifier, Allocator):
             assert isinstance(code, SparseCode)
             assert len(value) == int(code.count)
         if scores:
@@ -130,7 +132,7 @@ def watch(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Tensor]]:
         token, feature = token + ranks.data.rank * code.n_tokens, feature + learner.features[0]
         index, order = ranks.gather_rows(token * trainer.plan.sae.n_features + feature).sort()
         seen.append((index, ranks.gather_rows(value)[order]))
-        return code, penalty
+        return encoding
 
     learner.sparsifier.encode = watched
     return seen

@@ -13,16 +13,17 @@ from sae_train.harvest.language_model import LanguageModel, Tokenizer
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.sae.calibration import Calibration, calibrate
-from sae_train.sae.dictionary import Dictionary
-from sae_train.sae.step_info import Moment
-from sae_train.sparsifiers import Sparsifier, build_sparsifier
+from sae_train.sae.step_info import StepInfo
+from sae_train.sae.trainable import TrainableAutoencoder
+from sae_train.sparsifiers.base import Export
+from tools.sae_parts import sparsifier_of
 from tools.small_runs import run_config
 from tools.tiny_models import sentences
 
 D, F, BATCH = 32, 97, 64
 
 
-END = Moment(step=9, tokens=9 * BATCH, total_tokens=9 * BATCH, batch_tokens=BATCH, learning_rate=1e-3, seed=0)
+END = StepInfo(step=9, tokens=9 * BATCH, total_tokens=9 * BATCH, batch_tokens=BATCH, learning_rate=1e-3, seed=0)
 
 
 SIZES = [37, 5, 0, 64, 11]
@@ -67,24 +68,25 @@ def tokens(n: int, *, seed: int) -> Tensor:
     return 1 + torch.randn(n, D, generator=torch.Generator().manual_seed(seed))
 
 
-def shard(case: Case, ranks: Ranks) -> tuple[SparseAutoencoder, Sparsifier]:
-    """Return this rank's features, folded, in float64."""
+def shard(case: Case, ranks: Ranks) -> tuple[SparseAutoencoder, Export]:
+    """Return this rank's features, folded, in float64, and the rule that they are exported by."""
     config = run_config(sparsifier=case.sparsifier, budget=case.budget, k=6.0, batch_tokens=BATCH, tokens=END.tokens)
-    sparsifier = build_sparsifier(config, n_features=F)
+    sparsifier = sparsifier_of(config, n_features=F, ranks=ranks)
     generator = torch.Generator().manual_seed(7)
     W_enc, W_dec = torch.randn(2, F, D, generator=generator, dtype=torch.float64)
     b_enc = case.bias + torch.randn(F, generator=generator, dtype=torch.float64)
     b_dec = torch.randn(D, generator=generator, dtype=torch.float64)
     own = slice(*ranks.features.slice(F))
-    dictionary = Dictionary(W_enc[own], b_enc[own], W_dec[own], b_dec)
-    sae = SparseAutoencoder.fold(dictionary, centre_D=torch.ones(D), scale=1.3, k=6.0, inference=sparsifier.inference)
-    return sae.double(), sparsifier
+    dictionary = TrainableAutoencoder(W_enc[own], b_enc[own], W_dec[own], b_dec)
+    rule = sparsifier.export(dictionary, END)
+    sae = SparseAutoencoder.fold(dictionary, centre_D=torch.ones(D), scale=1.3, k=6.0, inference=rule.inference)
+    return sae.double(), rule
 
 
 def calibrated(case: Case, ranks: Ranks) -> tuple[SparseAutoencoder, Calibration]:
-    sae, sparsifier = shard(case, ranks)
+    sae, rule = shard(case, ranks)
     raw = tokens(3 * BATCH + 5, seed=99)
-    found = calibrate(sae, raw, sparsifier=sparsifier, moment=END, n_features=F, ranks=ranks)
+    found = calibrate(sae, raw, k=rule.k, share_F=rule.share_F, batch_tokens=BATCH, n_features=F, ranks=ranks)
     sae.threshold.copy_(found.threshold_F)
     return sae, found
 

@@ -10,6 +10,7 @@ from sae_train.harvest.held_out import Half
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.training.trainer import Trainer
 from tools.grid_world import places
+from tools.sae_parts import encoded
 
 
 class Supports(NamedTuple):
@@ -25,22 +26,12 @@ def compared(trainer: Trainer, sae: SparseAutoencoder, raw_ND: Tensor) -> Iterat
 
     Training sees its normalised activations and the dictionary, the exported autoencoder raw ones and itself.
     """
-    learner, scaling, n_features = trainer.learners[0], trainer.stream.scaling, trainer.plan.sae.n_features
-    moment = learner.step_info(trainer.n_done)
+    scaling, n_features = trainer.stream.scaling, trainer.plan.sae.n_features
     for batch_ND in raw_ND.split(trainer.plan.batch_tokens):
         if len(batch_ND) < trainer.plan.batch_tokens:
             return
-        x_ND = ((batch_ND.double() - scaling.centre_D) / scaling.scale).to(learner.dictionary.W_dec.dtype)
-        pre_NF = learner.dictionary.pre_activations(x_ND)
-        code, _ = learner.sparsifier.encode(
-            learner.dictionary,
-            x_ND,
-            pre_NF,
-            moment=moment,
-            firing=learner.firing,
-            ranks=trainer.ranks,
-        )
-        token, feature, _ = places(code)
+        x_ND = ((batch_ND.double() - scaling.centre_D) / scaling.scale).to(trainer.learners[0].dictionary.W_dec.dtype)
+        token, feature, _ = places(encoded(trainer, x_ND).code)
         training_NF = torch.zeros(len(batch_ND), n_features, dtype=torch.bool)
         training_NF[token, feature] = True
         yield Supports(training_NF, sae.encode(batch_ND) > 0)
@@ -112,7 +103,11 @@ def share_within(trainer: Trainer, sae: SparseAutoencoder) -> float:
     of tokens on which the feature's affinity is positive.
     """
     calibration, fresh = (densities(sae, of_half(trainer, half)) for half in ("calibration", "evaluation"))
-    budget_F = trainer.learners[0].sparsifier.shares(trainer.learners[0].step_info(trainer.n_done))
+    budget_F = (
+        trainer.learners[0]
+        .sparsifier.export(trainer.learners[0].dictionary, trainer.learners[0].step_info(trainer.n_done))
+        .share_F
+    )
     assert budget_F is not None
     error_F = (calibration.error.square() + fresh.error.square()).sqrt()
     missed_F = (fresh.fires - torch.minimum(budget_F, fresh.positive)).abs()

@@ -8,20 +8,22 @@ from hypothesis import strategies as st
 from sae_train.errors import StoppedByNumbers
 from sae_train.kernels import unit_rows
 from sae_train.ranks.interface import Solo
-from sae_train.sae.dictionary import Dictionary
+from sae_train.sae.trainable import TrainableAutoencoder
 from sae_train.training.nonfinite import Halt
 from sae_train.training.optimizer import Adam
 from sae_train.training.schedule import is_due, learning_rate
 from tools.small_runs import schema_of
 
 
-def make(dtype: torch.dtype = torch.float64, clip: float = 0.0, bias_rate: float = 1.0) -> tuple[Dictionary, Adam]:
-    dictionary = Dictionary.initial(d_model=3, n_features=5, seed=0, dtype=dtype, device=torch.device("cpu"))
+def make(
+    dtype: torch.dtype = torch.float64, clip: float = 0.0, bias_rate: float = 1.0
+) -> tuple[TrainableAutoencoder, Adam]:
+    dictionary = TrainableAutoencoder.initial(d_model=3, n_features=5, seed=0, dtype=dtype, device=torch.device("cpu"))
     config = schema_of(clip=clip)
     return dictionary, Adam(dictionary, config, rates={"b_enc": bias_rate})
 
 
-def set_gradients(dictionary: Dictionary, *, seed: int, factor: float = 1.0) -> dict[str, torch.Tensor]:
+def set_gradients(dictionary: TrainableAutoencoder, *, seed: int, factor: float = 1.0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     gradients = {}
     for name, parameter in dictionary.named_parameters():
@@ -31,7 +33,7 @@ def set_gradients(dictionary: Dictionary, *, seed: int, factor: float = 1.0) -> 
 
 
 @torch.no_grad()
-def by_torch(dictionary: Dictionary, optimizer: torch.optim.Adam, *, clip: float) -> None:
+def by_torch(dictionary: TrainableAutoencoder, optimizer: torch.optim.Adam, *, clip: float) -> None:
     """Make a step of torch's own optimizer between an explicit projection and an explicit renormalisation."""
     rows, gradient = dictionary.W_dec, dictionary.W_dec.grad
     assert gradient is not None
@@ -85,7 +87,7 @@ def test_free_norms_are_plain_adams() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_update_runs_without_values_and_mixes_no_devices(dtype: torch.dtype) -> None:
     """On torch's meta device, which stands for a GPU: every read of a value raises there."""
-    dictionary = Dictionary(
+    dictionary = TrainableAutoencoder(
         *(torch.zeros(*shape, dtype=dtype, device="meta") for shape in ((5, 3), (5,), (5, 3), (3,)))
     )
     adam = Adam(dictionary, schema_of(clip=1.0), rates={"b_enc": 0.5})

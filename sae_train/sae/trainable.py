@@ -1,7 +1,8 @@
 """The trainable parameters of a sparse autoencoder, one row a feature."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,31 +23,41 @@ REPLICATED = ("b_dec",)
 """Parameters that every rank holds whole."""
 
 
-class Dictionary(nn.Module):
+class ExtraParameter(NamedTuple):
+    """A parameter [F] that a sparsifier adds to the autoencoder."""
+
+    start: float
+    """Value of every feature at the start."""
+    rate: float = 1.0
+    """Learning rate as a multiple of the other parameters' learning rate."""
+
+
+class TrainableAutoencoder(nn.Module):
     """Encoder and decoder over normalised activations (mean squared norm 1): all features, or one rank's share.
 
+    The learner creates it by `initial`. Sparsifiers and losses compute with it, and the optimizer moves its parameters.
+
     Attributes:
-        W_enc: [F, D] encoder rows, parameters of their own.
-        b_enc: [F].
-        W_dec: [F, D] decoder rows of unit norm, so that an affinity is a match's contribution.
-        b_dec: [D].
-        precision: of the factors of products: bf16, float32 or float64.
+        W_enc: [F, D] encoder rows.
+        b_enc: [F] encoder biases.
+        W_dec: [F, D] decoder rows. While they have unit norm, an affinity is the norm of a match's contribution.
+        b_dec: [D] decoder bias.
+        precision: type of the factors of matrix products: bf16, float32 or float64.
+        has_unit_norms: whether decoder rows are kept at unit norm.
     """
 
-    log_threshold: nn.Parameter
-    """[F], where a sparsifier learns thresholds."""
-    log_magnitude: nn.Parameter
-    """[F], where a gate and a magnitude share the encoder's row: of the magnitude's factor."""
-    b_magnitude: nn.Parameter
-    """[F], with it: the magnitude's bias; b_enc is the gate's."""
-    has_unit_norms = True
-    """Whether decoder rows are kept at unit norm."""
+    W_enc: Tensor
     precision = "float32"
+    has_unit_norms = True
 
     def __init__(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
         super().__init__()
-        self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
+        self._add_encoder(W_enc)
+        self.b_enc = nn.Parameter(b_enc)
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
+
+    def _add_encoder(self, rows_FD: Tensor) -> None:
+        self.W_enc = nn.Parameter(rows_FD)
 
     @classmethod
     def initial(
@@ -59,33 +70,38 @@ class Dictionary(nn.Module):
         device: torch.device | str,
         features: tuple[int, int] | None = None,
         precision: str = "float32",
-    ) -> "Dictionary":
-        """Draw random unit directions, the encoder a scaled copy of the decoder; biases zero.
+        has_unit_norms: bool = True,
+        extra: Mapping[str, ExtraParameter] | None = None,
+    ) -> Self:
+        """Return an autoencoder with random unit decoder rows, encoder rows that are scaled copies, and zero biases.
 
-        Directions are drawn on the CPU by feature from `seed` alone, so any device and any sharding starts alike.
+        Rows are drawn on the CPU by feature from `seed` alone, so every device and every layout starts from the same
+        numbers.
 
         Args:
-            n_features: of the whole dictionary.
-            features: lo, hi of the share to hold; None holds all.
-            precision: see the class; its numbers are of `dtype`.
+            d_model: width of the activations.
+            n_features: features of the whole dictionary.
+            seed: the SAE's seed.
+            dtype: of all parameters.
+            device: of all parameters.
+            features: lo, hi of this rank's features; None holds all.
+            precision: see the class.
+            has_unit_norms: see the class.
+            extra: parameters [F] that the sparsifier adds, by name.
         """
         lo, hi = features or (0, n_features)
-        blocks = range(lo // DRAWN_TOGETHER, -(-hi // DRAWN_TOGETHER))
-        drawn = [
-            torch.randn(DRAWN_TOGETHER, d_model, generator=keyed_generator(seed, "dictionary", block))
-            for block in blocks
-        ]
-        first = lo - blocks.start * DRAWN_TOGETHER
-        rows = torch.cat(drawn)[first : first + hi - lo].to(dtype)
-        rows = (rows / rows.norm(dim=1, keepdim=True)).to(device)
-        zeros = rows.new_zeros
-        made = cls(cls.start(rows), zeros(hi - lo), rows, zeros(d_model))
-        made.precision = precision
+        rows_FD = _random_rows(lo, hi, d_model=d_model, seed=seed).to(dtype)
+        rows_FD = (rows_FD / rows_FD.norm(dim=1, keepdim=True)).to(device)
+        zeros = rows_FD.new_zeros
+        made = cls(cls.start(rows_FD), zeros(hi - lo), rows_FD, zeros(d_model))
+        made.precision, made.has_unit_norms = precision, has_unit_norms
+        for name, parameter in (extra or {}).items():
+            made.register_parameter(name, nn.Parameter(torch.full_like(made.b_enc, parameter.start)))
         return made
 
     @staticmethod
     def start(rows_FD: Tensor) -> Tensor:
-        """Return the encoder's parameter [F, D] at the start, given the decoder's rows."""
+        """Return the encoder's parameter [F, D] at the start, given the decoder's rows [F, D]."""
         return ENCODER_SCALE * rows_FD
 
     @property
@@ -155,7 +171,7 @@ class Dictionary(nn.Module):
         """Drop what was computed from parameters: called after each change of them."""
 
 
-class AlignedDictionary(Dictionary):
+class AlignedAutoencoder(TrainableAutoencoder):
     """A dictionary whose encoder and decoder row of a feature have an inner product of one at every step.
 
     Encoder row = d + (I - d d^T) v with the decoder's unit row d: v is free, 0 at the start, and what of it lies along
@@ -166,10 +182,8 @@ class AlignedDictionary(Dictionary):
         W_free: [F, D] rows v.
     """
 
-    def __init__(self, W_free: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
-        nn.Module.__init__(self)
-        self.W_free, self.b_enc = nn.Parameter(W_free), nn.Parameter(b_enc)
-        self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
+    def _add_encoder(self, rows_FD: Tensor) -> None:
+        self.W_free = nn.Parameter(rows_FD)
         self._made: Tensor | None = None
 
     @staticmethod
@@ -177,7 +191,7 @@ class AlignedDictionary(Dictionary):
         return torch.zeros_like(rows_FD)
 
     @property
-    def W_enc(self) -> Tensor:  # type: ignore[override]  # made of parameters here, a parameter elsewhere
+    def W_enc(self) -> Tensor:  # type: ignore[override]  # computed from parameters here, a parameter elsewhere
         """[F, D] encoder rows, with the graph to W_free and W_dec; computed once between two calls of `moved`."""
         if self._made is None:
             with torch.enable_grad():
@@ -189,7 +203,17 @@ class AlignedDictionary(Dictionary):
         self._made = None
 
 
-PARAMETRISATIONS = {"free": Dictionary, "aligned": AlignedDictionary}
+PARAMETRISATIONS = {"free": TrainableAutoencoder, "aligned": AlignedAutoencoder}
+
+
+def _random_rows(lo: int, hi: int, *, d_model: int, seed: int) -> Tensor:
+    """Return random rows [hi - lo, D] in float32, not yet normalised, that depend on feature number and seed alone."""
+    blocks = range(lo // DRAWN_TOGETHER, -(-hi // DRAWN_TOGETHER))
+    drawn = [
+        torch.randn(DRAWN_TOGETHER, d_model, generator=keyed_generator(seed, "dictionary", block)) for block in blocks
+    ]
+    first = lo - blocks.start * DRAWN_TOGETHER
+    return torch.cat(drawn)[first : first + hi - lo]
 
 
 def sum_of_shares(part_ND: Tensor, ranks: Ranks) -> Tensor:
