@@ -35,7 +35,7 @@ SETTINGS: list[tuple[dict[str, int], str, str, float, str]] = [
 
 def point_of(sizes: dict[str, int], sparsifier: str, aux_loss: str, dead: float) -> dict[str, Any]:
     """Return a setting as bench_step.py measures it."""
-    common = {"precision": "bf16", "override": [], "unscreened": False, "warm_up": 20, "repeats": 15, "threads": 0}
+    common = {"precision": "bf16", "override": [], "warm_up": 20, "repeats": 15, "threads": 0}
     return {**sizes, "sparsifier": sparsifier, "aux_loss": aux_loss, "dead": dead, "train": "", **common}
 
 

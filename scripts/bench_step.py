@@ -9,9 +9,9 @@ trains for --warm-up steps first, on rows of ACTS/train (*.safetensors with a te
 sparse sums of random directions with Zipf frequencies. Then steps are timed by turns with the floor: the fastest matrix
 product of the encoder's shape that torch has here, and a triad over as many bytes as Adam moves (28 a parameter).
 Printed: medians in ms, tokens a second, step over floor, memory at its most (on a CPU the process's, with the rows that
-it made), and the mean ms of each part, timed in steps of their own (encode: the product, or the one in bf16 that
-screens; select: with the exact values of what that let through; decode; aux: the auxiliary loss; backward; update:
-gradients' projection, norm and clipping, Adam, normalisation; rest: counters and sums). --dead makes a share of the
+it made), and the mean ms of each part, timed in steps of their own (encode: the product, in bf16 one that only finds
+candidates; select: with the exact values of candidates; decode; aux: the auxiliary loss; backward; update: gradients'
+projection, norm and clipping, Adam, normalisation; rest: counters and sums). --dead makes a share of the
 features dead, for what an auxiliary loss costs then.
 """
 
@@ -37,6 +37,7 @@ from sae_train import kernels
 from sae_train.cli.compose import compose_config
 from sae_train.harvest.build import build_stream, check_stream
 from sae_train.ranks.interface import Solo
+from sae_train.training import learner as learners
 from sae_train.training.clock import peak_memory_bytes
 from sae_train.training.provenance import resolve_precision
 from sae_train.training.run import plan_of
@@ -93,9 +94,7 @@ def build(point: dict[str, Any], scratch: Path) -> Trainer:
     stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
     precision = resolve_precision(config.precision, stored=None, device=ranks.device)
-    trainer = build_trainer(config.source, [config.sae], plan, stream=stream, precision=precision, ranks=ranks)
-    trainer.learners[0].is_screened = trainer.learners[0].is_screened and not point["unscreened"]
-    return trainer
+    return build_trainer(config.source, [config.sae], plan, stream=stream, precision=precision, ranks=ranks)
 
 
 def timed(act: Callable[[], Any]) -> float:
@@ -114,13 +113,14 @@ def settle() -> None:
 
 def floors(trainer: Trainer) -> tuple[list[Callable[[], Any]], Callable[[], Any]]:
     """Return every way to compute the encoder's product, and a triad of Adam's bytes."""
-    dictionary, n_tokens = trainer.learners[0].dictionary, trainer.plan.batch_tokens
+    learner, n_tokens = trainer.learners[0], trainer.plan.batch_tokens
+    dictionary = learner.dictionary
     x_ND = torch.randn(n_tokens, dictionary.d_model, device=trainer.ranks.device)
     W_FD, b_F = dictionary.W_enc.detach().clone(), dictionary.b_enc.detach().clone()
     out_NF = x_ND.new_empty(n_tokens, dictionary.n_features)
-    products = [lambda: kernels.affine(x_ND, W_FD, b_F, precision=trainer.learners[0].precision, out=out_NF)]
+    products = [lambda: kernels.affine(x_ND, W_FD, b_F, precision=learner.precision, out=out_NF)]
     products.append(lambda: torch.addmm(b_F, x_ND, W_FD.t(), out=out_NF))
-    if trainer.learners[0].precision == "bf16":
+    if learner.precision == "bf16":
         x_bf16, W_bf16 = x_ND.bfloat16(), W_FD.bfloat16()
         out_bf16 = out_NF.bfloat16()
         products.append(lambda: torch.mm(x_bf16, W_bf16.t(), out=out_bf16))
@@ -143,32 +143,35 @@ def parts_noted(trainer: Trainer) -> Iterator[dict[str, float]]:
 
         return inner
 
-    sparsifier = trainer.learners[0].sparsifier
+    learner = trainer.learners[0]
+    sparsifier = learner.sparsifier
     select = "select" if hasattr(sparsifier, "select") else "encode"
-    places = [(trainer, "_pre_activations", "encode"), (sparsifier, select, "select")]
-    places += [(trainer, "_reconstruct", "decode"), (trainer, "_update", "update")]
-    for owner, attribute, name in places:
-        setattr(owner, attribute, noted(name, getattr(owner, attribute)))
-    aux = trainer.learners[0].aux_loss
+    places: list[tuple[Any, str, str]] = [(learner, "_pre_activations", "encode"), (sparsifier, select, "select")]
+    places += [(learners, "reconstruct", "decode"), (learner, "_update", "update")]
+    before = [getattr(owner, attribute) for owner, attribute, _ in places]
+    for (owner, attribute, name), call in zip(places, before, strict=True):
+        setattr(owner, attribute, noted(name, call))
+    aux = learner.aux_loss
     if aux is not None:
-        trainer.learners[0].aux_loss = noted("aux", aux)
+        learner.aux_loss = noted("aux", aux)
     torch.Tensor.backward = noted("backward", backward)
     try:
         yield spent
     finally:
         torch.Tensor.backward = backward
-        trainer.learners[0].aux_loss = aux
-        for owner, attribute, _ in places:
-            delattr(owner, attribute)
+        learner.aux_loss = aux
+        for (owner, attribute, _), call in zip(places, before, strict=True):
+            setattr(owner, attribute, call)
 
 
 def kill_share(trainer: Trainer, share: float) -> None:
     """Make the last features dead: affinities too small for a cut, half of them positive, and counters that say so."""
-    n_dead = round(share * trainer.learners[0].dictionary.n_features)
+    learner = trainer.learners[0]
+    n_dead = round(share * learner.dictionary.n_features)
     if n_dead:
-        trainer.learners[0].dictionary.W_enc.data[-n_dead:] = 1e-3 * trainer.learners[0].dictionary.W_dec.data[-n_dead:]
-        trainer.learners[0].dictionary.b_enc.data[-n_dead:] = 0
-        trainer.learners[0].firing.since_F[-n_dead:] = trainer.plan.sae.dead_window
+        learner.dictionary.W_enc.data[-n_dead:] = 1e-3 * learner.dictionary.W_dec.data[-n_dead:]
+        learner.dictionary.b_enc.data[-n_dead:] = 0
+        learner.firing.since_F[-n_dead:] = trainer.plan.sae.dead_window
 
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:
@@ -242,16 +245,13 @@ def main() -> None:
     parser.add_argument("--dead", type=float, default=0.0)
     parser.add_argument("--train", type=Path)
     parser.add_argument("--override", nargs="*", default=[], help="more settings of sae-train")
-    parser.add_argument(
-        "--unscreened", action="store_true", help="as on a processor without AMX, but for vectors' width"
-    )
     parser.add_argument("--warm-up", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--json", type=Path, help="append every setting's figures as a line")
     args = parser.parse_args()
-    common = {name: getattr(args, name) for name in ("dead", "override", "unscreened", "warm_up", "repeats", "threads")}
+    common = {name: getattr(args, name) for name in ("dead", "override", "warm_up", "repeats", "threads")}
     common["train"] = "" if args.train is None else str(args.train)
     names = (*BASE, "sparsifier", "aux_loss", "precision")
     chosen = {name: getattr(args, name) for name in names}

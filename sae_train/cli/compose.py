@@ -6,12 +6,16 @@ Nothing here starts a run or writes a file.
 from dataclasses import dataclass
 from typing import Any, cast
 
+from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from sae_train.cli.library import CONFIG_NAME, opened, text_of
+from sae_train.cli import launcher
+from sae_train.cli.library import CONFIG_NAME, Library, opened
+from sae_train.cli.overrides import check_repeats
 from sae_train.cli.point import Point
+from sae_train.cli.quoting import text_of, typed_value
 from sae_train.config import RunConfig
-from sae_train.config.launcher import SlurmLauncher
+from sae_train.config.launcher import GROUP, SlurmLauncher
 from sae_train.errors import raise_all
 
 
@@ -43,7 +47,7 @@ def compose_request(
         overrides, refused = library.read(arguments, sweep=sweep)
         problems = list(refused.values())
         sent, overrides = library.split(overrides)
-        where, found = library.launcher(sent, sweep=sweep)
+        where, found = launcher_of(library, sent, sweep=sweep)
         problems += found
         configs = []
         points_typed = library.expand(overrides)
@@ -58,6 +62,22 @@ def compose_request(
         raise_all(list(dict.fromkeys(problems)))
     points = [Point(overrides=[text_of(o) for o in point], config=config) for point, config in configs if config]
     return Request(points=points, launcher=where)
+
+
+def launcher_of(library: Library, overrides: list[Override], *, sweep: bool) -> tuple[SlurmLauncher | None, list[str]]:
+    """Return the launcher of a sweep, None for runs in this process, and the problems of its overrides."""
+    typed = [library.typed(override) for override in overrides]
+    swept = [f"{text_of(o)}: one launcher submits the whole sweep." for o in overrides if o.is_sweep_override()]
+    choice, problems = launcher.check_launcher(typed, library.choices(GROUP), sweep=sweep)
+    problems += swept + check_repeats(typed)
+    if problems or choice == launcher.HERE:
+        return None, problems
+    values = [
+        (e, typed_value(o) if launcher.takes_text(e.key, o.value()) else o.value())
+        for e, o in zip(typed, overrides, strict=True)
+        if e.key != GROUP
+    ]
+    return launcher.read_launcher(library.launcher_values(choice), values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

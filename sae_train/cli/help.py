@@ -22,8 +22,9 @@ sae-train: train sparse autoencoders on the activations of language models.
   sae-train harvest=tensors harvest.path=DIR           activations from anywhere
   sae-train dry_run=true                               the plan, and what is wrong with it
 
-The same command again goes on where a run stopped, and says so when it is finished.
-Exit status: 0 finished, 1 our fault or a lost rank, 2 yours, 3 stopped by the numbers, 75 preempted and saved.
+The same command resumes a run that was stopped. Where the run is finished, it prints a message and ends.
+Exit status: 0 finished, 1 a fault of this program or a lost rank, 2 an error in what was given,
+3 stopped by the numbers, 75 preempted and saved.
 """
 
 FLAGS = """\

@@ -40,10 +40,10 @@ from sae_train.cli.overrides import (
     wrong_type,
 )
 from sae_train.cli.point import DraftPoint, build, flat, reason
-from sae_train.cli.quoting import typed_values
+from sae_train.cli.quoting import text_of, typed_value, typed_values
 from sae_train.cli.schemas import DIALS, holds_text, register_schemas
 from sae_train.config import RunConfig
-from sae_train.config.launcher import GROUP, SlurmLauncher
+from sae_train.config.launcher import GROUP
 from sae_train.config.ranges import Range, ranges
 from sae_train.errors import ConfigError
 
@@ -121,21 +121,6 @@ class Library:
         parts = list(zip(overrides, said, strict=True))
         return [o for o, launches in parts if launches], [o for o, launches in parts if not launches]
 
-    def launcher(self, overrides: list[Override], *, sweep: bool) -> tuple[SlurmLauncher | None, list[str]]:
-        """Return the launcher of a sweep, None for runs in this process, and the problems of its overrides."""
-        typed = [self._typed(override) for override in overrides]
-        swept = [f"{text_of(o)}: one launcher submits the whole sweep." for o in overrides if o.is_sweep_override()]
-        choice, problems = launcher.check_launcher(typed, self.choices(GROUP), sweep=sweep)
-        problems += swept + check_repeats(typed)
-        if problems or choice == launcher.HERE:
-            return None, problems
-        values = [
-            (e, typed_value(o) if launcher.takes_text(e.key, o.value()) else o.value())
-            for e, o in zip(typed, overrides, strict=True)
-            if e.key != GROUP
-        ]
-        return launcher.read_launcher(self.launcher_values(choice), values)
-
     def launcher_values(self, choice: str) -> dict[str, Any]:
         """Return the values of a launcher's YAML."""
         said = [*self._search, f"{GROUP}={choice}"]
@@ -188,7 +173,7 @@ class Library:
 
     def draft(self, point: list[Override], *, refused: Collection[str] = ()) -> DraftPoint:
         """Return a draft: the composed values of the usable arguments, and the problems of the others. See `check`."""
-        entries = [self._typed(override) for override in point]
+        entries = [self.typed(override) for override in point]
         problems, bad, selections = check_repeats(entries), set(refused), list[str]()
         for override, entry in zip(point, entries, strict=True):
             if problem := refused_choice(entry, self.choices):
@@ -210,7 +195,8 @@ class Library:
         problems += never_read(used, tensors=draft.reads_tensors, choices=choices, values=known)
         return draft
 
-    def _typed(self, override: Override) -> Typed:
+    def typed(self, override: Override) -> Typed:
+        """Return an override in plain words, for the checks of overrides.py."""
         signed, _, value = text_of(override).partition("=")
         key = signed.lstrip("+~")
         return Typed(sign=signed.removesuffix(key), key=key, value=value, is_group=key in self.groups)
@@ -260,20 +246,6 @@ class Library:
         """Return the choices of the key's group under which the key exists."""
         group = key.partition(".")[0]
         return [choice for choice in self.choices(group) if key in flat(self._compose([f"{group}={choice}"])[0])]
-
-
-def text_of(override: Override) -> str:
-    """Return an override as it was typed."""
-    assert override.input_line is not None
-    return override.input_line
-
-
-def typed_value(override: Override) -> Any:
-    """Return the value for a setting that may hold text: numbers and truth values as they were typed."""
-    value, text = override.value(), text_of(override).partition("=")[2].strip()
-    return (
-        text if isinstance(value, bool | int | float) and "(" not in text else value
-    )  # "(": of a function of Hydra's grammar
 
 
 def _mentions(problem: str, keys: set[str]) -> bool:

@@ -5,6 +5,10 @@ Hydra's grammar needs quotes around a value with other signs than words and numb
 
 import re
 import shlex
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 _OF_THE_SHELL = set('"$`\\!')
 """Signs that a shell reads inside of double quotes."""
@@ -46,3 +50,17 @@ def typed_values(text: str) -> list[str]:
         else:
             depth += (sign in "([{") - (sign in ")]}")
     return [value.strip() for value in values]
+
+
+def text_of(override: "Override") -> str:
+    """Return an override as it was typed."""
+    assert override.input_line is not None
+    return override.input_line
+
+
+def typed_value(override: "Override") -> Any:
+    """Return the value for a setting that may hold text: numbers and truth values as they were typed."""
+    value, text = override.value(), text_of(override).partition("=")[2].strip()
+    return (
+        text if isinstance(value, bool | int | float) and "(" not in text else value
+    )  # "(": of a function of Hydra's grammar

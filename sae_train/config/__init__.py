@@ -7,12 +7,16 @@ Where settings are checked:
 
 | check | home |
 |---|---|
-| a typed word: unknown key, wrong type, a setting that nothing reads | `cli/overrides.py` |
-| the range of one field | `Range` at the field; `ranges.py` checks them |
+| a typed word: unknown key or choice, wrong type, repeats | `cli/overrides.py` |
+| a typed setting that this run never reads | `cli/never_read.py` |
+| the settings of a launcher | `cli/launcher.py` |
+| the range of one field | `Range` at the field; `ranges.py` checks all |
 | a rule between fields of one group | `conflicts` of the group's class |
 | a rule between groups | `RunConfig.conflicts` |
-| a rule in the width of the activations, memory, disk | `training/plan.py` |
-| a rule in the language model or the text | `harvest/live_checks.py`, `harvest/tensors.py` |
+| the width against k, memory, disk | `training/plan.py` |
+| a budget that cannot be split over features | `sparsifiers/feature_choice.py` |
+| the number of ranks in a layout | `ranks/layout.py` |
+| the language model, text and files | `check_stream` in `harvest/build.py` |
 """
 
 from sae_train.config.auxiliary import AuxKConfig, AuxLossConfig, AuxZipfConfig, NoAuxLossConfig

@@ -24,16 +24,7 @@ from sae_train.config.optimizer import OptimizerConfig
 from sae_train.config.ranges import COUNT, Range, Settings
 from sae_train.config.sae import SaeConfig
 from sae_train.config.source import SourceConfig
-from sae_train.config.sparsifiers import (
-    FeatureChoiceConfig,
-    GatedConfig,
-    PAnnealConfig,
-    PenalisedConfig,
-    ReLUConfig,
-    SparsifierConfig,
-    TemporalMaskConfig,
-    TopKConfig,
-)
+from sae_train.config.sparsifiers import FeatureChoiceConfig, PenalisedConfig, SparsifierConfig
 from sae_train.errors import raise_all
 
 PRECISIONS = ("auto", "bf16", "float32", "float64")
@@ -130,20 +121,17 @@ class RunConfig(Settings):
     def _loss_conflicts(self) -> list[str]:
         """Return the problems of an auxiliary loss or a parametrisation that does not work with the sparsifier."""
         found = []
-        if isinstance(self.sparsifier, TemporalMaskConfig) and not isinstance(self.aux_loss, NoAuxLossConfig):
+        if self.sparsifier.leaves_features_out and not isinstance(self.aux_loss, NoAuxLossConfig):
             found.append(
-                f"aux_loss={self.aux_loss.name}: would teach features of sparsifier=temporal_mask in the very steps "
-                "that leave them out. Choose aux_loss=none."
+                f"aux_loss={self.aux_loss.name}: would teach features of sparsifier={self.sparsifier.name} in the very "
+                "steps that leave them out. Choose aux_loss=none."
             )
-        elif isinstance(self.aux_loss, AuxKConfig) and isinstance(
-            self.sparsifier, GatedConfig | ReLUConfig | PAnnealConfig
-        ):
+        elif self.sparsifier.silences_dead and isinstance(self.aux_loss, AuxKConfig):
             found.append(
                 f"aux_loss=aux_k: a dead feature of sparsifier={self.sparsifier.name} has no positive pre-activation "
                 "for it to work on (a loss of its own revives it). Choose aux_loss=none or aux_zipf."
             )
-        free = isinstance(self.sparsifier, ReLUConfig) and self.sparsifier.norms == "free"
-        if free and self.parametrisation.name == "aligned":
+        if not self.sparsifier.has_unit_norms and self.parametrisation.name == "aligned":
             found.append(
                 "parametrisation=aligned: is made of decoder rows of unit norm, and sparsifier.norms=free leaves them. "
                 "Add sparsifier.norms=unit, or choose parametrisation=free."
@@ -178,7 +166,7 @@ class RunConfig(Settings):
     @property
     def reads_gradients(self) -> bool:
         """Whether each activation comes with its gradient of the language model's loss."""
-        return self.sae.reads_gradients
+        return self.sparsifier.reads_gradients
 
     @property
     def sparsity(self) -> str:
@@ -187,7 +175,7 @@ class RunConfig(Settings):
 
     def _fractional_problems(self) -> list[str]:
         """Return the problem of a k that is no whole number, where every token keeps k features."""
-        if not isinstance(self.sparsifier, TopKConfig):
+        if not self.sparsifier.keeps_whole_k:
             return []
         given = {"k": self.k, "budget.start_k": self.budget.start_k}
         return [
@@ -200,9 +188,11 @@ class RunConfig(Settings):
     def _budget_conflicts(self) -> list[str]:
         """Return the problem of a budget that the sparsifier does not split, or must split."""
         split = not isinstance(self.budget, PooledBudgetConfig)
-        if isinstance(self.sparsifier, FeatureChoiceConfig) and not split:
-            return ["budget=pooled: feature_choice splits its budget over features. Choose budget=uniform or zipf."]
-        if split and not isinstance(self.sparsifier, FeatureChoiceConfig):
+        if self.sparsifier.splits_budget and not split:
+            return [
+                f"budget=pooled: {self.sparsifier.name} splits its budget over features. Choose budget=uniform or zipf."
+            ]
+        if split and not self.sparsifier.splits_budget:
             return [f"budget={self.budget.name}: only feature_choice splits its budget over features, so "
                     f"sparsifier={self.sparsifier.name} would never read it. Remove it or choose "
                     "sparsifier=feature_choice."]  # fmt: skip

@@ -7,7 +7,7 @@ from sae_train.config.budget import BudgetConfig
 from sae_train.config.dictionary import NestingConfig, ParametrisationConfig
 from sae_train.config.harvest import LayerConfig
 from sae_train.config.optimizer import OptimizerConfig
-from sae_train.config.sparsifiers import GradientConfig, PenalisedConfig, SparsifierConfig
+from sae_train.config.sparsifiers import PenalisedConfig, SparsifierConfig
 
 USUAL_K = 32.0
 """The k that rules assume where `sparsifier.coefficient` takes the place of k."""
@@ -45,11 +45,6 @@ class SaeConfig:
             return f"k {self.k:g}"
         assert isinstance(self.sparsifier, PenalisedConfig)
         return f"coefficient {self.sparsifier.coefficient:g}"
-
-    @property
-    def reads_gradients(self) -> bool:
-        """Whether the sparsifier reads the language model's gradient at each activation."""
-        return isinstance(self.sparsifier, GradientConfig) and self.sparsifier.beta > 0
 
     def width_problems(self, n_features: int) -> list[str]:
         """Return a problem for each k above the width of the dictionary.

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from sae_train.config.ranges import SHARE, Range, Settings
 
@@ -14,9 +14,31 @@ MASKED_FROM = 0.5
 
 @dataclass(kw_only=True, slots=True)
 class SparsifierConfig(Settings):
-    """How pre-activations become a code; see the subclasses."""
+    """How pre-activations become a code; see the subclasses.
+
+    The class variables state the properties that `RunConfig` checks against other groups.
+    """
+
+    splits_budget: ClassVar[bool] = False
+    """The budget is split over features (budget=uniform or zipf)."""
+    keeps_whole_k: ClassVar[bool] = False
+    """Every token keeps k features, so k must be a whole number."""
+    leaves_features_out: ClassVar[bool] = False
+    """Some steps leave features out, so no auxiliary loss may train these features in such a step."""
+    silences_dead: ClassVar[bool] = False
+    """A dead feature has no positive pre-activation, so aux_k has nothing to train; a loss of its own revives it."""
 
     name: str
+
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether each activation comes with its gradient of the language model's loss."""
+        return False
+
+    @property
+    def has_unit_norms(self) -> bool:
+        """Whether decoder rows have unit norm in training."""
+        return True
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,6 +53,8 @@ class AllocatorConfig(SparsifierConfig):
 class TopKConfig(AllocatorConfig):
     """Each token keeps its k largest affinities (Gao et al. 2024, arXiv 2406.04093)."""
 
+    keeps_whole_k = True
+
     multi_weight: Annotated[float, Range(at_least=0, advice="Multi-TopK's is 0.125, 0 is off.")]
     """Weight of a second loss, of a reconstruction from 4 k matches a token (Multi-TopK: 0.125). 0 turns it off."""
 
@@ -42,6 +66,10 @@ class GradientConfig(TopKConfig):
     beta: Annotated[float, Range(at_least=0, at_most=1e6, advice="1 is the default, 0 is topk.")]
     """Weight of a feature's effect on the loss, relative to the batch's mean effect. 0 is topk, without gradients."""
 
+    @property
+    def reads_gradients(self) -> bool:
+        return self.beta > 0
+
 
 @dataclass(kw_only=True, slots=True)
 class MutualChoiceConfig(AllocatorConfig):
@@ -51,6 +79,8 @@ class MutualChoiceConfig(AllocatorConfig):
 @dataclass(kw_only=True, slots=True)
 class FeatureChoiceConfig(AllocatorConfig):
     """Each feature keeps its m_j largest affinities of the batch (arXiv 2411.02124)."""
+
+    splits_budget = True
 
     after: Annotated[float, SHARE]
     """Share of the tokens that is first trained as Mutual Choice, below 1."""
@@ -94,18 +124,28 @@ class JumpReLUConfig(PenalisedConfig):
 class GatedConfig(PenalisedConfig):
     """A gate decides whether a feature fires, a magnitude how strongly (arXiv 2404.16014)."""
 
+    silences_dead = True
+
 
 @dataclass(kw_only=True, slots=True)
 class ReLUConfig(PenalisedConfig):
     """A feature fires where its pre-activation is positive; the penalty is on values (L1)."""
 
+    silences_dead = True
+
     norms: Annotated[str, Range(choices=("free", "unit"), noun="norms")]
     """Norms of decoder rows: free, with values weighted by them in the penalty; or unit."""
+
+    @property
+    def has_unit_norms(self) -> bool:
+        return self.norms == "unit"
 
 
 @dataclass(kw_only=True, slots=True)
 class PAnnealConfig(PenalisedConfig):
     """As relu with unit norms; the penalty is on values to the power p, which falls from 1 (arXiv 2408.00113)."""
+
+    silences_dead = True
 
     start: Annotated[float, SHARE]
     """Share of the tokens after which p falls."""
@@ -118,6 +158,8 @@ class PAnnealConfig(PenalisedConfig):
 @dataclass(kw_only=True, slots=True)
 class TemporalMaskConfig(PenalisedConfig):
     """As relu with unit norms; unimportant features are left out of steps at random (ATM, arXiv 2510.08855)."""
+
+    leaves_features_out = True
 
     deviations: Annotated[float, Range(at_least=0)]
     """c: the threshold of importance lies c standard deviations over features above the mean importance."""

@@ -63,7 +63,6 @@ def _check_tensors(source: SourceConfig, *, n_ranks: int) -> StreamFacts:
     return StreamFacts(
         d_model=plan.d_model,
         label="tensors",
-        n_blocks=None,
         pool_bytes=0,
         flops_per_token=0,
         record={"data": source.tensors.path, "rows": plan.n_training},

@@ -41,7 +41,7 @@ class LiveStream(Stream):
     def __init__(self, source: SourceConfig, parts: LiveParts, *, ranks: Ranks, phases: Phases = SILENT) -> None:
         self._source, self._ranks, self._harvest, self._sizes = source, ranks, source.live, source.lane_sizes
         self._dtype, tokenizer = run_dtype(source.precision), parts.tokenizer
-        self._corpus = parts.corpus or self._fetch(tokenizer, phases)
+        self._corpus = self._fetch(tokenizer, phases) if parts.corpus is None else parts.corpus
         phases.meet()
         self.language_model = LanguageModel(source, device=ranks.device, facts=parts.site, phases=phases)
         phases.meet()

@@ -61,7 +61,6 @@ def _facts(source: SourceConfig, parts: LiveParts) -> StreamFacts:
     return StreamFacts(
         d_model=site.d_model,
         label=f"{source.model.name}.{site.label}",
-        n_blocks=site.n_blocks,
         pool_bytes=sizes.pool_batches * batch_bytes + _calibration_bytes(source, site.d_model),
         pool_batch_bytes=batch_bytes,
         prefetch=prefetch,

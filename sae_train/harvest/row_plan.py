@@ -22,9 +22,7 @@ class RowPlan:
     held_out_files: list[FileFacts] | None
     """Files of harvest.held_out. None where the last rows of `files` are held out."""
     n_training: int
-    """Rows 0..n_training-1 of `files` are trained on."""
-    n_held_out: int
-    """Held-out rows: those after the training rows, or all of `held_out_files`."""
+    """Rows 0..n_training-1 of `files` are trained on. Without `held_out_files` the rows after them are held out."""
 
     @property
     def d_model(self) -> int:
@@ -50,16 +48,18 @@ def plan_rows(source: SourceConfig) -> RowPlan:
                             f"than {HELD_OUT_BLOCK}. Give at least {least} rows, or harvest.held_out=DIR.")  # fmt: skip
     else:
         held_out_files = read_headers(harvest.held_out, key="harvest.held_out")
-        n_training, n_held_out = n_rows, sum(file.n_rows for file in held_out_files)
-        _check_held_out(harvest, files[0].d_model, held_out_files[0].d_model, n_held_out)
+        n_training = n_rows
+        _check_held_out(harvest, files, held_out_files)
     if not source.data.repeat and whole_batches(source) > n_training:
         raise DataError(f"data.repeat=false: harvest.path={harvest.path} holds {n_training} rows to train on, and "
                         f"tokens={source.tokens} is {whole_batches(source)} in whole batches. Lower tokens, or set "
                         "data.repeat=true.")  # fmt: skip
-    return RowPlan(files=files, held_out_files=held_out_files, n_training=n_training, n_held_out=n_held_out)
+    return RowPlan(files=files, held_out_files=held_out_files, n_training=n_training)
 
 
-def _check_held_out(harvest: TensorsHarvestConfig, d_model: int, width: int, n_held_out: int) -> None:
+def _check_held_out(harvest: TensorsHarvestConfig, files: list[FileFacts], held_out: list[FileFacts]) -> None:
+    """Refuse held-out files of another width than the training files, or with too few rows."""
+    d_model, width, n_held_out = files[0].d_model, held_out[0].d_model, sum(file.n_rows for file in held_out)
     if width != d_model:
         raise DataError(f"harvest.held_out={harvest.held_out}: {width} columns, but harvest.path has {d_model}. "
                         "Both must come from one site.")  # fmt: skip

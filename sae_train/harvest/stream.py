@@ -35,8 +35,6 @@ class StreamFacts:
     d_model: int
     label: str
     """Source of the activations, for the run's name: 'bundled.residual2', or 'tensors'."""
-    n_blocks: int | None
-    """Blocks of the language model. None without one."""
     pool_bytes: int
     """Memory of all lanes' pools and calibration tokens, over all ranks."""
     flops_per_token: int

@@ -1,8 +1,7 @@
 """Sparse products, exact selection and the decoder's update, in plain tensors.
 
-Everything here costs k rows a token instead of n_features. torch is the reference and the CPU path; files named
-`triton_*` hold the CUDA path of single operations, and `backend.py` chooses between the two. `select_*` take
-pre-activations and return `Matches`. `decode` and `attach` are differentiable products over matches.
+torch is the reference and the CPU path. Files named `triton_*` hold the CUDA path of single operations. `select_*` take
+pre-activations and return `Matches`. `decode` and `attach` are differentiable products that cost k rows a token.
 
 Letters: N tokens of this rank, D d_model, F n_features, M slots of matches, C candidates, R ranks.
 """
@@ -14,7 +13,7 @@ from sae_train.kernels.dense_product import affine, writes_fp32
 from sae_train.kernels.match_products import row_products
 from sae_train.kernels.matches import FeatureOrder, Matches
 from sae_train.kernels.near_product import Near, PreActivations, near
-from sae_train.kernels.selection import select_above, select_batch, select_columns, select_few_above, select_rows
+from sae_train.kernels.selection import select_batch, select_columns, select_rows, select_where
 from sae_train.kernels.unit_rows import adam, along_rows, move_unit_rows
 
 __all__ = [
@@ -32,11 +31,10 @@ __all__ = [
     "near",
     "of_features",
     "row_products",
-    "select_above",
     "select_batch",
     "select_columns",
-    "select_few_above",
     "select_rows",
+    "select_where",
     "sums_by_feature",
     "writes_fp32",
 ]

@@ -7,21 +7,13 @@ from torch import Tensor
 
 from sae_train.kernels.bags import bags_and_totals, rows_to_read, used_slots, zero_unused
 from sae_train.kernels.function import applied
-from sae_train.kernels.matches import FeatureOrder, by_feature
+from sae_train.kernels.matches import FeatureOrder
 
 
 def attach(
-    value_M: Tensor,
-    x_ND: Tensor,
-    W_FD: Tensor,
-    b_F: Tensor,
-    feature_M: Tensor,
-    token_M: Tensor,
-    start_N: Tensor,
-    *,
-    order: FeatureOrder | None = None,
-    precision: str = "float32",
-) -> Tensor:
+    value_M: Tensor, x_ND: Tensor, W_FD: Tensor, b_F: Tensor, feature_M: Tensor, token_M: Tensor, start_N: Tensor, *,
+    order: FeatureOrder | None = None, precision: str = "float32",
+) -> Tensor:  # fmt: skip
     """Return `value_M` [M], which holds x W^T + b at the matches, with the graph of that product for W and b.
 
     >>> x, W, b = torch.tensor([[2.0]]), torch.tensor([[3.0], [4.0]], requires_grad=True), torch.zeros(2)
@@ -32,13 +24,10 @@ def attach(
             [2.]])
 
     Args:
-        value_M: as in `Matches`, like the tensors of features, tokens and starts.
+        value_M: as in `Matches`, like feature_M, token_M and start_N.
         x_ND: the tokens; no gradient reaches them.
         W_FD: one row a feature.
         b_F: bias.
-        feature_M: int32.
-        token_M: int32.
-        start_N: [N+1] int32.
         order: the matches' own, where several products share it.
         precision: bf16 rounds the rows that Triton kernels read; elsewhere it has no effect.
     """
@@ -67,23 +56,17 @@ def of_features(value_F: Tensor, feature_M: Tensor, token_M: Tensor, start_N: Te
     >>> of_features(torch.tensor([5.0, 6.0, 7.0]), feature, token, torch.tensor([0, 2]).int())
     tensor([7., 5.])
     """
-    return applied(_OfFeatures, value_F, feature_M, token_M, start_N)
+    ones_N1, none_F1 = value_F.new_ones(len(start_N) - 1, 1), value_F.new_zeros(len(value_F), 1)
+    value_M = value_F.detach().index_select(0, feature_M)
+    return attach(value_M, ones_N1, none_F1, value_F, feature_M, token_M, start_N)
 
 
 class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        value: Tensor,
-        W_FD: Tensor,
-        b_F: Tensor,
-        x_ND: Tensor,
-        feature: Tensor,
-        token: Tensor,
-        start_N: Tensor,
-        order: FeatureOrder,
-        precision: str,
-    ) -> Tensor:
+        ctx: Any, value: Tensor, W_FD: Tensor, b_F: Tensor, x_ND: Tensor, feature: Tensor, token: Tensor,
+        start_N: Tensor, order: FeatureOrder, precision: str,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x_ND, feature, token, start_N)
         ctx.n_features, ctx.order, ctx.precision = len(W_FD), order, precision
         return value.detach().clone()
@@ -107,19 +90,3 @@ class _AttachDense(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x_ND,) = ctx.saved_tensors
         return None, grads[0].t() @ x_ND, grads[0].sum(0), None
-
-
-class _OfFeatures(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value_F: Tensor, feature: Tensor, token: Tensor, start_N: Tensor) -> Tensor:
-        ctx.save_for_backward(feature, token, start_N)
-        ctx.n_features = len(value_F)
-        return value_F[feature.long()]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        feature, token, start_N = ctx.saved_tensors
-        grad = zero_unused(grads[0], start_N)
-        ones_N1 = grad.new_ones(len(start_N) - 1, 1)
-        order, start_F = by_feature(feature, ctx.n_features)
-        return bags_and_totals(ones_N1, token, grad, start_F, order)[1], None, None, None

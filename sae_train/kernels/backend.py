@@ -72,22 +72,3 @@ def _failure_of_a_kernel(device: torch.device) -> str | None:
         said = next(iter(str(error).splitlines()), "")
         return f"a kernel ended with {type(error).__name__}{f': {said[:160]}' if said else ''}"
     return None
-
-
-def notices(device: torch.device, *, precision: str, asked: str) -> list[str]:
-    """Return the lines that a run prints at its start, one for each thing that its device lacks.
-
-    Args:
-        precision: of the run.
-        asked: the precision as it was typed, or "auto".
-    """
-    lines = []
-    reason = why_not_triton(device) if device.type in DEVICES else None
-    if reason:
-        lines.append(f"no Triton kernels on {device}: {reason}. Plain torch does their work, slower.")
-    if precision == "bf16" and not has_bf16(device):
-        why = "torch emulates them" if device.type == "cuda" else "this processor has no AMX"
-        lines.append(f"no fast bf16 products on {device}: {why}. precision=float32 may be faster.")
-    elif device.type == "cuda" and asked == "auto" and precision == "float32" and not has_bf16(device):
-        lines.append(f"no fast bf16 products on {device}: precision=auto is float32 there, slower.")
-    return lines

@@ -68,11 +68,7 @@ def sums_by_feature(value_MC: Tensor, feature_M: Tensor, *, n_features: int) -> 
     """
     with torch.no_grad():
         order, start_F = by_feature(feature_M, n_features)
-        if uses_triton(value_MC.device):
-            from sae_train.kernels import triton_bags
-
-            return triton_bags.bags(value_MC, order, value_MC.new_ones(len(order)), start_F)[0]
-        return embedding_bag(order, value_MC, start_F, mode="sum", include_last_offset=True)
+        return bags(value_MC, order, value_MC.new_ones(len(order)), start_F)
 
 
 def rows_to_read(rows: Tensor, precision: str) -> Tensor:

@@ -37,14 +37,9 @@ def cut_batch(
     cut = kth_largest(value_C, budget, ranks)
     above, tied = value_C > cut, (value_C == cut) & (value_C > 0)
     left = ties_kept(
-        above.sum(),
-        tied.sum(),
-        lambda: torch.where(tied, index_C, -1),
-        budget=budget,
-        shape=shape,
-        n_features=n_features,
-        ranks=ranks,
-    )
+        above.sum(), tied.sum(), lambda: torch.where(tied, index_C, -1),
+        budget=budget, shape=shape, n_features=n_features, ranks=ranks,
+    )  # fmt: skip
     return above | (tied & (tied.cumsum(0) <= left))
 
 
@@ -59,13 +54,8 @@ def cut_rows(
     tensor([False,  True,  True, False])
 
     Args:
-        index_C: flat index token * F + feature.
-        value_C: of each, fp32 or float64.
-        k: matches of a token over all ranks.
+        k: matches of a token over all ranks; other arguments as in `cut_batch`.
         most: candidates of a token on this rank at most.
-        shape: N, F of this rank.
-        n_features: features of the whole dictionary.
-        ranks: the whole grid.
     """
     n_tokens, width = shape
     token_C = torch.div(index_C, max(1, width), rounding_mode="floor").clamp(max=n_tokens)
@@ -94,11 +84,7 @@ def cut_columns(index_C: Tensor, value_C: Tensor, *, budget_F: Tensor, shape: tu
     tensor([False,  True,  True,  True])
 
     Args:
-        index_C: flat index token * F + feature.
-        value_C: of each, fp32 or float64.
-        budget_F: int64 on the host, matches of each of this rank's features over all ranks.
-        shape: N, F of this rank.
-        ranks: the whole grid.
+        budget_F: int64 on the host, matches of each of this rank's features over all ranks; others as in `cut_batch`.
     """
     n_tokens, width = shape
     device, local_F = index_C.device, budget_F.clamp(max=n_tokens)

@@ -12,15 +12,9 @@ from sae_train.kernels.matches import FeatureOrder
 
 
 def decode(
-    value_M: Tensor,
-    W_FD: Tensor,
-    feature_M: Tensor,
-    token_M: Tensor,
-    start_N: Tensor,
-    *,
-    order: FeatureOrder | None = None,
-    precision: str = "float32",
-) -> Tensor:
+    value_M: Tensor, W_FD: Tensor, feature_M: Tensor, token_M: Tensor, start_N: Tensor, *,
+    order: FeatureOrder | None = None, precision: str = "float32",
+) -> Tensor:  # fmt: skip
     """Return for each token the sum of value * row of W over its matches [N, D]; differentiable in value and W.
 
     The gradient of a value is one dot product. The gradient of a row of W is a weighted sum of token rows.
@@ -32,11 +26,8 @@ def decode(
             [0., 4.]])
 
     Args:
-        value_M: as in `Matches`, like the three other tensors of slots and starts.
+        value_M: as in `Matches`, like feature_M, token_M and start_N.
         W_FD: one row a feature.
-        feature_M: int32.
-        token_M: int32.
-        start_N: [N+1] int32.
         order: the matches' own, where several products share it.
         precision: bf16 rounds the rows that Triton kernels read; elsewhere it has no effect.
     """
@@ -47,15 +38,9 @@ def decode(
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        value: Tensor,
-        W_FD: Tensor,
-        feature: Tensor,
-        token: Tensor,
-        start_N: Tensor,
-        order: FeatureOrder,
-        precision: str,
-    ) -> Tensor:
+        ctx: Any, value: Tensor, W_FD: Tensor, feature: Tensor, token: Tensor, start_N: Tensor,
+        order: FeatureOrder, precision: str,
+    ) -> Tensor:  # fmt: skip
         rows_FD = rows_to_read(W_FD, precision)
         ctx.save_for_backward(value, rows_FD, feature, token, start_N)
         ctx.order, ctx.precision = order, precision

@@ -28,14 +28,16 @@ def affine(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, *, precision: str, out: Tens
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision}: choose {', '.join(PRECISIONS)}")
-    if out is not None and (out.shape, out.dtype) != ((len(x_ND), len(W_FD)), x_ND.dtype):
-        raise ValueError(f"out is {tuple(out.shape)} {out.dtype}, the product {(len(x_ND), len(W_FD))} {x_ND.dtype}")
     with torch.no_grad():
         if precision == "bf16" and x_ND.dtype == torch.float32 and writes_fp32(x_ND.device):
             return torch.mm(x_ND.bfloat16(), W_FD.bfloat16().t(), out_dtype=torch.float32, out=out).add_(b_F)
-        if _uses_onednn(x_ND):
-            return _affine_by_onednn(x_ND, W_FD, b_F, out)
-        return torch.addmm(b_F, x_ND, W_FD.t(), out=out)
+        if not _uses_onednn(x_ND):
+            return torch.addmm(b_F, x_ND, W_FD.t(), out=out)
+        pre_NF = x_ND.new_empty(len(x_ND), len(W_FD)) if out is None else out
+        step = max(16, PIECE_ELEMENTS // max(1, len(W_FD)))
+        for into, rows_ND in zip(pre_NF.split(step), x_ND.split(step), strict=True):
+            into.copy_(torch.ops.mkldnn._linear_pointwise(rows_ND, W_FD, b_F, "none", [], ""))
+        return pre_NF
 
 
 @functools.cache
@@ -51,37 +53,20 @@ def writes_fp32(device: torch.device) -> bool:
 
 
 def _uses_onednn(x_ND: Tensor) -> bool:
-    """Return whether oneDNN computes the product.
+    return x_ND.device.type == "cpu" and x_ND.dtype == torch.float32 and x_ND.numel() > 0 and _prefers_onednn()
+
+
+@functools.cache
+def _prefers_onednn() -> bool:
+    """Return whether oneDNN computes fp32 products here: not on Intel, and only if torch's private operation works.
 
     On AMD processors it takes half the time of MKL, which `torch.addmm` calls. On Intel's it takes 1.2 to 1.8 times as
     long.
     """
-    is_plain = x_ND.device.type == "cpu" and x_ND.dtype == torch.float32 and x_ND.numel() > 0
-    return is_plain and not _is_intel() and torch.backends.mkldnn.is_available() and _onednn_works()
-
-
-@functools.cache
-def _is_intel() -> bool:
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-
-
-@functools.cache
-def _onednn_works() -> bool:
-    """Return whether torch's private operation exists and computes a small product; without it `addmm` is used."""
     a = torch.eye(4)
     try:
+        is_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
         found = torch.ops.mkldnn._linear_pointwise(a, a, a[0], "none", [], "")
-    except (AttributeError, RuntimeError, TypeError):
+    except (AttributeError, OSError, RuntimeError, TypeError):
         return False
-    return torch.equal(found, a + a[0])
-
-
-def _affine_by_onednn(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, out: Tensor | None) -> Tensor:
-    pre_NF = x_ND.new_empty(len(x_ND), len(W_FD)) if out is None else out
-    step = max(16, PIECE_ELEMENTS // max(1, len(W_FD)))
-    for into, rows_ND in zip(pre_NF.split(step), x_ND.split(step), strict=True):
-        into.copy_(torch.ops.mkldnn._linear_pointwise(rows_ND, W_FD, b_F, "none", [], ""))
-    return pre_NF
+    return not is_intel and torch.backends.mkldnn.is_available() and torch.equal(found, a + a[0])

@@ -37,18 +37,20 @@ class FeatureOrder:
     """
 
     def __init__(self) -> None:
-        self._of: tuple[Tensor, int] | None = None
+        self._of: tuple[tuple[int, int, int], Tensor] | None = None
         self._found: tuple[Tensor, Tensor]
 
     def __call__(self, feature_M: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
         """Return `by_feature(feature_M, n_features)`, cached for the memory of `feature_M`."""
-        if self._of is None or not _is_same(self._of[0], feature_M) or self._of[1] != n_features:
-            self._of, self._found = (feature_M, n_features), by_feature(feature_M, n_features)
+        of = len(feature_M), feature_M.data_ptr(), n_features
+        if self._of is None or self._of[0] != of:
+            self._of, self._found = (of, feature_M), by_feature(feature_M, n_features)  # kept, so that it stays there
         return self._found
 
 
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    return len(a) == len(b) and a.data_ptr() == b.data_ptr()
+def fp32(values: Tensor) -> Tensor:
+    """Return values in fp32 where they are bf16."""
+    return values.float() if values.dtype == torch.bfloat16 else values
 
 
 def by_feature(feature_M: Tensor, n_features: int) -> tuple[Tensor, Tensor]:

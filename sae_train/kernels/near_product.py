@@ -35,11 +35,6 @@ class Near(NamedTuple):
     def shape(self) -> torch.Size:
         return self.near_NF.shape
 
-    def columns(self, member_G: Tensor) -> "Near":
-        """Return the pre-activations of some features."""
-        rows_GD, b_G = self.W_FD.index_select(0, member_G), self.b_F.index_select(0, member_G)
-        return Near(self.near_NF.index_select(1, member_G), self.x_ND, rows_GD, b_G)
-
     def exact(self, found: Matches) -> tuple[Tensor, Tensor]:
         """Return the flat index [M] of each candidate and its fp32 pre-activation; N*F and 0 in unused slots."""
         n_tokens, width = self.near_NF.shape

@@ -68,19 +68,15 @@ def _cuts_of_owned(value_RC: Tensor, column_C: Tensor, budget_F: Tensor) -> tupl
     at_cut = (torch.searchsorted(column, each_F) + budget_F - 1).clamp(min=0, max=len(value) - 1)
     cut_F = torch.where(column[at_cut] == each_F, value[at_cut], 0)
     cut_F = torch.where(budget_F > 0, cut_F, torch.inf)
-    cut_C = cut_F[column_C]
-    above_F = _count(value_RC > cut_C, column_C, n_owned).sum(0)
-    return cut_F, _allotted(budget_F - above_F, _count(value_RC == cut_C, column_C, n_owned))
+    cut_C, none_RF = cut_F[column_C], budget_F.new_zeros(n_ranks, n_owned)
+    above_F = none_RF.index_add(1, column_C, (value_RC > cut_C).long()).sum(0)
+    tied_RF = none_RF.index_add(1, column_C, (value_RC == cut_C).long())
+    return cut_F, _allotted(budget_F - above_F, tied_RF)
 
 
 def _allotted(left_G: Tensor, tied_RG: Tensor) -> Tensor:
     """Return how many of its tied values each rank keeps when `left_G` are left: the lower rank's first."""
     return (left_G - (tied_RG.cumsum(0) - tied_RG)).clamp(min=0)
-
-
-def _count(flag_RC: Tensor, column_C: Tensor, n_columns: int) -> Tensor:
-    counts = torch.zeros(len(flag_RC), n_columns, dtype=torch.int64, device=flag_RC.device)
-    return counts.index_add_(1, column_C, flag_RC.long())
 
 
 def _given_back(cut_G: Tensor, left_RG: Tensor, *, receive: list[int], ranks: Ranks) -> tuple[Tensor, Tensor]:

@@ -30,25 +30,20 @@ def kth_largest(values: Tensor, k: int, ranks: Ranks) -> Tensor:
     values = values.reshape(-1)
     if k < 1:
         return values.new_full((), torch.inf)
+    values = torch.where(values > 0, values, 0)
     if ranks.size == 1:
-        return _kth_largest_here(values, k)
+        return values.topk(k, sorted=False).values.min() if k <= len(values) else values.new_zeros(())
     integer, n_bits = INTEGER[values.dtype]
-    bits = torch.where(values > 0, values, 0).view(integer)
+    bits = values.view(integer)
     rank_of_cut = torch.full((), k, dtype=torch.int64, device=values.device)
     key, is_there = _kth_largest_key(bits, bits > 0, rank_of_cut, n_bits=n_bits, ranks=ranks)
     return torch.where(is_there, key.view(values.dtype), 0)
 
 
 def ties_kept(
-    n_above: Tensor,
-    n_tied: Tensor,
-    find_tied: Callable[[], Tensor],
-    *,
-    budget: int,
-    shape: tuple[int, int],
-    n_features: int,
-    ranks: Ranks,
-) -> Tensor:
+    n_above: Tensor, n_tied: Tensor, find_tied: Callable[[], Tensor], *, budget: int, shape: tuple[int, int],
+    n_features: int, ranks: Ranks,
+) -> Tensor:  # fmt: skip
     """Return how many of this rank's entries at the cut are kept; its first in flat order. May exceed their number.
 
     Args:
@@ -86,7 +81,8 @@ def _kth_largest_key(key: Tensor, active: Tensor, k: Tensor, *, n_bits: int, ran
     is_there = torch.ones((), dtype=torch.bool, device=key.device)
     for low in reversed(range(0, n_bits, DIGIT_BITS)):
         digit = ((key >> low) & ((1 << DIGIT_BITS) - 1)).long()
-        from_top = ranks.sum(_histogram(digit, active)).flip(0).cumsum(0)
+        counts = digit.new_zeros(1 << DIGIT_BITS).scatter_add_(0, digit, active.long())
+        from_top = ranks.sum(counts).flip(0).cumsum(0)
         is_there = is_there & (from_top[-1] >= missing)
         skipped = (from_top < missing).sum().clamp(max=(1 << DIGIT_BITS) - 1)
         before = from_top.index_select(0, (skipped - 1).clamp(min=0).view(1)).squeeze(0)  # [scalar] would read it
@@ -95,16 +91,3 @@ def _kth_largest_key(key: Tensor, active: Tensor, k: Tensor, *, n_bits: int, ran
         active = active & (digit == found_digit)
         found = found | (found_digit.to(key.dtype) << low)
     return found, is_there
-
-
-def _kth_largest_here(values: Tensor, k: int) -> Tensor:
-    if k > len(values):
-        return values.new_zeros(())
-    positive = torch.where(values > 0, values, 0)
-    return positive.topk(k, sorted=False).values.min()
-
-
-def _histogram(digit: Tensor, active: Tensor) -> Tensor:
-    """[2^DIGIT_BITS] int64: how many active keys have each digit."""
-    counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64, device=digit.device)
-    return counts.scatter_add_(0, digit, active.long())

@@ -54,11 +54,8 @@ def select_rows(
     (tensor([5., 4.]), [1, 2])
 
     Args:
-        pre_NF: this rank's pre-activations, fp32 or float64, or near ones.
-        k: matches of a token over all ranks.
+        k: matches of a token over all ranks; other arguments as in `select_batch`.
         capacity: slots of the result, at least k x tokens or all of this rank's entries.
-        n_features: features of the whole dictionary.
-        ranks: the whole grid.
         allowed_F: mask of this rank's columns that may be kept; all if None.
     """
     if isinstance(pre_NF, Near):
@@ -84,10 +81,8 @@ def select_columns(pre_NF: PreActivations, *, budget_F: Tensor, capacity: int, r
     (tensor([3., 4., 0.]), [0, 2, 0])
 
     Args:
-        pre_NF: this rank's pre-activations, fp32 or float64, or near ones.
         budget_F: int64 on the host, matches of each of this rank's features over all ranks.
         capacity: slots of the result, at least the sum of `budget_F`.
-        ranks: the whole grid.
     """
     if isinstance(pre_NF, Near):
         shape = pre_NF.shape[0], pre_NF.shape[1]
@@ -100,25 +95,14 @@ def select_columns(pre_NF: PreActivations, *, budget_F: Tensor, capacity: int, r
     return select(pre_NF, budget_F=budget_F, capacity=capacity, ranks=ranks)
 
 
-def select_above(pre_NF: Tensor, threshold_F: Tensor) -> Matches:
-    """Keep the entries above their feature's threshold (strictly), positive or not; waits for the device.
+def select_where(pre_NF: Tensor, keep_NF: Tensor) -> Matches:
+    """Keep the entries where `keep_NF` holds, positive or not, in as many slots; waits for the device.
 
-    The result has as many slots as matches.
-
-    >>> found = select_above(torch.tensor([[1.0, 5.0], [3.0, 0.0]]), torch.tensor([1.0, 4.0]))
+    >>> pre = torch.tensor([[1.0, 5.0], [3.0, 0.0]])
+    >>> found = select_where(pre, pre > torch.tensor([1.0, 4.0]))
     >>> found.value, found.feature.tolist(), found.start.tolist()
     (tensor([5., 3.]), [1, 0], [0, 1, 2])
     """
-    return _select_where(pre_NF, pre_NF > threshold_F)
-
-
-def select_few_above(pre_NF: Tensor, bound_F: Tensor, *, most: float) -> Matches | None:
-    """Return `select_above`, None where it would keep more than `most` entries."""
-    keep_NF = pre_NF > bound_F
-    return None if int(keep_NF.count_nonzero()) > most else _select_where(pre_NF, keep_NF)
-
-
-def _select_where(pre_NF: Tensor, keep_NF: Tensor) -> Matches:
-    index = keep_NF.reshape(-1).nonzero().squeeze(1)
-    value = pre_NF.reshape(-1).index_select(0, index)
-    return pack(index, value, torch.ones_like(index, dtype=torch.bool), shape=(pre_NF.shape[0], pre_NF.shape[1]))
+    index = selection_cpu.flat_nonzero(keep_NF)
+    value, keep = pre_NF.reshape(-1).index_select(0, index), torch.ones_like(index, dtype=torch.bool)
+    return pack(index, value, keep, shape=(pre_NF.shape[0], pre_NF.shape[1]))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d, pad
 
 from sae_train.kernels.cuts import cut_batch, cut_columns, cut_rows
-from sae_train.kernels.matches import Matches, pack
+from sae_train.kernels.matches import Matches, fp32, pack
 from sae_train.kernels.owners import row_slots
 from sae_train.kernels.radix import kth_largest, positive
 from sae_train.ranks.interface import Ranks
@@ -51,8 +51,7 @@ def select_rows(
     slots = row_slots(k, n_features, ranks.features)
     maxima_NG = _maxima(pre_NF)
     index, value = _reaching(pre_NF, maxima_NG, _kth_of_rows(_coarser(maxima_NG, slots / max(1, width)), slots))
-    per_token = torch.div(index, max(1, width), rounding_mode="floor").bincount(minlength=1)
-    most = int(per_token.max())
+    most = int(torch.div(index, max(1, width), rounding_mode="floor").bincount(minlength=1).max())
     keep = cut_rows(index, value, k=k, most=most, shape=shape, n_features=n_features, ranks=ranks)
     return pack(index, value, keep, shape=shape, capacity=capacity)
 
@@ -61,28 +60,23 @@ def select_columns(pre_NF: Tensor, *, budget_F: Tensor, capacity: int, ranks: Ra
     """Keep each column's `budget_F[j]` largest positive entries of all tokens; see selection.select_columns."""
     shape = n_tokens, _ = pre_NF.shape[0], pre_NF.shape[1]
     bound_1F = _column_bounds(_column_maxima(pre_NF), budget_F.clamp(max=n_tokens))
-    index = _flat_nonzero(pre_NF >= positive(bound_1F))
-    value = _fp32(pre_NF.reshape(-1).index_select(0, index))
+    index = flat_nonzero(pre_NF >= positive(bound_1F))
+    value = fp32(pre_NF.reshape(-1).index_select(0, index))
     keep = cut_columns(index, value, budget_F=budget_F, shape=shape, ranks=ranks)
     return pack(index, value, keep, shape=shape, capacity=capacity)
 
 
-def _fp32(values: Tensor) -> Tensor:
-    """Return values in fp32 where they are bf16."""
-    return values.float() if values.dtype == torch.bfloat16 else values
-
-
 def _maxima(pre_NF: Tensor) -> Tensor:
-    """Return the maxima [N, G] of groups of 8 neighbours of each row, the last one perhaps short; not of bf16."""
+    """Return the maxima [N, G] of groups of 8 neighbours of each row, the last one perhaps short; fp32 of bf16 ones."""
     if pre_NF.numel() == 0:
-        return _fp32(pre_NF.new_zeros(len(pre_NF), 0))
+        return fp32(pre_NF.new_zeros(len(pre_NF), 0))
     if pre_NF.dtype == torch.bfloat16:
         return torch.cat([_maxima(rows.float()) for rows in pre_NF.split(ROWS_TOGETHER)])
     whole = pre_NF.shape[1] // GROUP * GROUP
-    parts = [max_pool1d(pre_NF[:, :whole], GROUP)] if whole else []
+    maxima = [max_pool1d(pre_NF[:, :whole], GROUP)] if whole else []
     if whole < pre_NF.shape[1]:
-        parts.append(pre_NF[:, whole:].amax(1, keepdim=True))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        maxima.append(pre_NF[:, whole:].amax(1, keepdim=True))
+    return torch.cat(maxima, dim=1) if len(maxima) > 1 else maxima[0]
 
 
 def _coarser(maxima_NG: Tensor, density: float) -> Tensor:
@@ -102,22 +96,20 @@ def _coarser(maxima_NG: Tensor, density: float) -> Tensor:
 def _reaching(pre_NF: Tensor, maxima_NG: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
     """Return flat index (ascending) and value of the positive entries that reach `bound`, a scalar or [N, 1].
 
-    Args:
-        maxima_NG: of `_maxima`. A group whose maximum is NaN is gathered, too.
+    Groups whose maximum is NaN are gathered, too.
     """
-    width, n_groups = pre_NF.shape[1], maxima_NG.shape[1]
-    bound = positive(bound)
-    group = _flat_nonzero(torch.lt(maxima_NG, bound).logical_not_())
-    if width % GROUP:
-        pre_NF = pad(pre_NF, (0, n_groups * GROUP - width))  # with zeros, which are never kept
-    member_CG = _fp32(pre_NF.reshape(-1, GROUP).index_select(0, group))
+    padding = -pre_NF.shape[1] % GROUP
+    if padding:
+        pre_NF = pad(pre_NF, (0, padding))  # with zeros, which are never kept
+    width, bound = pre_NF.shape[1], positive(bound)
+    group = torch.lt(maxima_NG, bound).logical_not_().view(-1).nonzero().squeeze(1)
     if bound.dim() > 0:
-        token = torch.div(group, max(1, n_groups), rounding_mode="floor")
-        bound = bound.index_select(0, token)
-    inside = _flat_nonzero(member_CG >= bound)
+        bound = bound.index_select(0, torch.div(group, max(1, width // GROUP), rounding_mode="floor"))
+    member_CG = fp32(pre_NF.reshape(-1, GROUP).index_select(0, group))
+    inside = (member_CG >= bound).view(-1).nonzero().squeeze(1)
     index = group.index_select(0, inside >> 3) * GROUP + (inside & (GROUP - 1))
-    if width % GROUP:
-        index -= torch.div(index, n_groups * GROUP, rounding_mode="floor") * (n_groups * GROUP - width)
+    if padding:
+        index -= torch.div(index, width, rounding_mode="floor") * padding
     return index, member_CG.view(-1).index_select(0, inside)
 
 
@@ -158,7 +150,7 @@ def _column_maxima(rows_NF: Tensor) -> Tensor:
     return grouped if n_groups * GROUP == len(rows_NF) else torch.cat([grouped, rows_NF[n_groups * GROUP :]])
 
 
-def _flat_nonzero(flag: Tensor) -> Tensor:
+def flat_nonzero(flag: Tensor) -> Tensor:
     """Return the ascending flat indices where `flag` holds, eight flags at a time, as few of them hold."""
     flat = flag.reshape(-1)
     whole = len(flat) // 8 * 8

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_train.kernels.cuts import cut_batch, cut_columns, cut_rows
-from sae_train.kernels.matches import Matches, pack
+from sae_train.kernels.matches import Matches, fp32, pack
 from sae_train.kernels.owners import row_slots
 from sae_train.ranks.interface import Ranks
 
@@ -40,12 +40,7 @@ class _Entries(NamedTuple):
     def flat(self) -> tuple[Tensor, Tensor]:
         """Return value and index in the row [rows, groups * neighbours]."""
         neighbour = torch.arange(self.value_RGL.shape[2], device=self.value_RGL.device)
-        return _numbers(self.value_RGL).flatten(1), (self.first_RG.unsqueeze(2) + neighbour).flatten(1)
-
-
-def _numbers(values: Tensor) -> Tensor:
-    """Return values in fp32 where they are bf16."""
-    return values.float() if values.dtype == torch.bfloat16 else values
+        return fp32(self.value_RGL).flatten(1), (self.first_RG.unsqueeze(2) + neighbour).flatten(1)
 
 
 def select_batch(pre_NF: Tensor, *, budget: int, capacity: int, n_features: int, ranks: Ranks) -> Matches:
@@ -79,7 +74,7 @@ def select_columns(pre_NF: Tensor, *, budget_F: Tensor, capacity: int, ranks: Ra
         member_M1 = members.to(pre_NF.device, non_blocking=True).unsqueeze(1)
         value_ME, token_ME = _narrowed_columns(pre_NF, maxima_GF, member_M1, most).flat()
         parts.append((value_ME.flatten(), (token_ME * n_features + member_M1).flatten()))
-    value = torch.cat([_numbers(pre_NF.new_zeros(0)), *(value for value, _ in parts)])
+    value = torch.cat([fp32(pre_NF.new_zeros(0)), *(value for value, _ in parts)])
     index = torch.cat([torch.zeros(0, dtype=torch.int64, device=pre_NF.device), *(index for _, index in parts)])
     index, order = torch.where(value > 0, index, n_tokens * n_features).sort()
     value = value[order]

@@ -27,20 +27,9 @@ def along_rows(gradient_FD: Tensor, weight_FD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def move(
-    weight_FD: Tensor,
-    gradient_FD: Tensor,
-    along_F: Tensor,
-    mean_FD: Tensor,
-    square_FD: Tensor,
-    *,
-    step: Tensor,
-    scale: Tensor | None,
-    halted: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
+    weight_FD: Tensor, gradient_FD: Tensor, along_F: Tensor, mean_FD: Tensor, square_FD: Tensor, *, step: Tensor,
+    scale: Tensor | None, halted: Tensor, lr: float, beta1: float, beta2: float, eps: float,
+) -> None:  # fmt: skip
     """Update unit rows and their moments in place, all fp32 and contiguous; `move_unit_rows` has the arguments.
 
     Args:

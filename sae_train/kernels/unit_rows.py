@@ -12,7 +12,7 @@ from torch.optim.adam import adam as torch_adam
 from sae_train.kernels.backend import uses_triton
 
 CHUNK_ELEMENTS = 1 << 17
-"""Numbers of a matrix that pass together on a CPU, so that they stay in its cache from one operation to the next."""
+"""Numbers of a matrix that stay in a CPU's cache from one operation to the next."""
 
 
 @torch.no_grad()
@@ -28,9 +28,9 @@ def along_rows(gradient_FD: Tensor, weight_FD: Tensor) -> tuple[Tensor, Tensor]:
         from sae_train.kernels import triton_adam
 
         return triton_adam.along_rows(gradient_FD, weight_FD)
+    size = max(1, CHUNK_ELEMENTS // max(1, weight_FD.shape[1])) if weight_FD.device.type == "cpu" else len(weight_FD)
     parts = []
-    width = weight_FD.shape[1]
-    for gradient, weight in zip(_chunks(gradient_FD, width), _chunks(weight_FD, width), strict=True):
+    for gradient, weight in zip(gradient_FD.split(size), weight_FD.split(size), strict=True):
         along = (gradient * weight).sum(1)
         rest = torch.addcmul(gradient, weight, along.unsqueeze(1), value=-1)
         parts.append((along, torch.linalg.vector_norm(rest, dim=1).square_()))
@@ -39,20 +39,9 @@ def along_rows(gradient_FD: Tensor, weight_FD: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def move_unit_rows(
-    weight_FD: Tensor,
-    gradient_FD: Tensor,
-    along_F: Tensor,
-    mean_FD: Tensor,
-    square_FD: Tensor,
-    *,
-    step: Tensor,
-    scale: Tensor | None,
-    halted: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
+    weight_FD: Tensor, gradient_FD: Tensor, along_F: Tensor, mean_FD: Tensor, square_FD: Tensor, *, step: Tensor,
+    scale: Tensor | None, halted: Tensor, lr: float, beta1: float, beta2: float, eps: float,
+) -> None:  # fmt: skip
     """Project the gradient, update unit rows and their moments [F, D] by Adam in place, renormalise the rows.
 
     >>> weight, gradient, step = torch.tensor([[1.0, 0.0]]), torch.tensor([[5.0, 2.0]]), torch.tensor(0.0)
@@ -67,15 +56,11 @@ def move_unit_rows(
         weight_FD: rows of unit norm; a row of zeros stays.
         gradient_FD: may be written to.
         along_F: of `along_rows`; this much of each row is taken off its gradient.
-        mean_FD: first moment.
-        square_FD: second moment.
+        mean_FD: first moment, square_FD the second.
         step: count of the steps before this one, a scalar on the device; counted on unless halted.
         scale: divisor of the gradients, a scalar on the device; 1 if None.
         halted: scalar bool on the device; where it is true nothing changes, to the bit.
-        lr: learning rate.
-        beta1: of the first moment.
-        beta2: of the second moment.
-        eps: added to the corrected root of the second moment.
+        lr: learning rate; beta1, beta2 and eps as in the paper.
     """
     settings: Any = {"scale": scale, "halted": halted, "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps}
     if _moves_by_triton(weight_FD):
@@ -84,31 +69,17 @@ def move_unit_rows(
         triton_adam.move(weight_FD, gradient_FD, along_F, mean_FD, square_FD, step=step + 1, **settings)
         step.add_(1 - halted.to(step.dtype))
         return
-    width = weight_FD.shape[1]
-    chunks = (_chunks(each, width) for each in (gradient_FD, weight_FD, along_F))
-    for gradient, weight, along in zip(*chunks, strict=True):
-        gradient.addcmul_(weight, along.unsqueeze(1), value=-1)
+    gradient_FD.addcmul_(weight_FD, along_F.unsqueeze(1), value=-1)
     adam([weight_FD], [gradient_FD], [mean_FD], [square_FD], [step], **settings)
-    for weight in _chunks(weight_FD, width):
-        norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
-        weight.div_(torch.where((norm > 0) & ~halted, norm, 1))
+    norm_F1 = torch.linalg.vector_norm(weight_FD, dim=1, keepdim=True)
+    weight_FD.div_(torch.where((norm_F1 > 0) & ~halted, norm_F1, 1))
 
 
 @torch.no_grad()
 def adam(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    means: list[Tensor],
-    squares: list[Tensor],
-    steps: list[Tensor],
-    *,
-    scale: Tensor | None,
-    halted: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
+    weights: list[Tensor], gradients: list[Tensor], means: list[Tensor], squares: list[Tensor], steps: list[Tensor], *,
+    scale: Tensor | None, halted: Tensor, lr: float, beta1: float, beta2: float, eps: float,
+) -> None:  # fmt: skip
     """Update tensors and their moments in place by torch's fused Adam; `move_unit_rows` has the arguments.
 
     It is the documented function behind `torch.optim.Adam(fused=True)`. The class itself imports torch's compiler,
@@ -136,9 +107,3 @@ def adam(
 def _moves_by_triton(weight_FD: Tensor) -> bool:
     """Return whether Triton moves these rows; its divisions and roots are those of fp32."""
     return uses_triton(weight_FD.device) and weight_FD.dtype == torch.float32
-
-
-def _chunks(rows: Tensor, width: int) -> list[Tensor]:
-    """Return rows, or a number of each, in the chunks that pass together: all at once except on a CPU."""
-    size = max(1, CHUNK_ELEMENTS // max(1, width)) if rows.device.type == "cpu" else max(1, len(rows))
-    return list(rows.split(size))

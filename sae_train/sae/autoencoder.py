@@ -171,7 +171,7 @@ class SparseAutoencoder(nn.Module):
     def _select(self, pre_NF: Tensor) -> kernels.Matches:
         with torch.no_grad():
             if self.inference == "threshold":
-                matches = kernels.select_above(pre_NF, self.threshold)
+                matches = kernels.select_where(pre_NF, pre_NF > self.threshold)
             else:
                 k = min(round(self.k), self.n_features)
                 matches = kernels.select_rows(

@@ -130,9 +130,10 @@ class Penalised(Sparsifier):
         assert isinstance(pre_NF, Tensor), "it reads all pre-activations"
         n_tokens, n_features = pre_NF.shape
         most = n_tokens * n_features / DENSE_FROM
-        matches = kernels.select_few_above(pre_NF, self.bounds(sae), most=most)
-        if matches is None:
+        matters_NF = pre_NF > self.bounds(sae)
+        if int(matters_NF.count_nonzero()) > most:
             return DenseCode(value=sae.attach_dense(x_ND, pre_NF))
+        matches = kernels.select_where(pre_NF, matters_NF)
         places = SparseCode(**matches._asdict(), shape=(n_tokens,), n_features=n_features)
         return sae.attach(x_ND, places)
 

@@ -15,7 +15,6 @@ import sae_train
 from sae_train.errors import CheckpointError, Preempted, StoppedByNumbers
 from sae_train.formats.durable import write_text
 from sae_train.harvest.build import StreamFacts
-from sae_train.kernels import backend
 from sae_train.phases import Phases
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.training import checkpoint_files, restore, resume_notices
@@ -25,7 +24,7 @@ from sae_train.training.export import check_held_out, evaluation_figures, export
 from sae_train.training.learner import Learner
 from sae_train.training.metrics import spread_notice
 from sae_train.training.plan import Plan
-from sae_train.training.provenance import processor
+from sae_train.training.provenance import device_notices, processor
 from sae_train.training.run_directory import RunDirectory
 from sae_train.training.stopping import Stopping
 from sae_train.training.together import on_first, together
@@ -167,7 +166,7 @@ class Session:
         self._on_first(self._open_dashboard)
         if self._ranks.is_first:
             lines += [self._dashboard.notice] if self._dashboard.notice else []
-            lines += backend.notices(self._ranks.device, precision=parts.precision, asked=parts.typed_precision)
+            lines += device_notices(self._ranks.device, precision=parts.precision, asked=parts.typed_precision)
             for line in lines:
                 warn(line)
 

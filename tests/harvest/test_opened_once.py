@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import transformers
 
-from sae_train.cli.main import run_command
+from sae_train.cli.train import run_command
 from sae_train.harvest import corpus, row_plan, sites
 from sae_train.harvest.build import build_stream, check_stream
 from sae_train.ranks.interface import Solo

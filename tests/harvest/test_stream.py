@@ -292,7 +292,7 @@ def refusal(config: RunConfig, *, n_ranks: int = 1) -> str:
 
 def test_facts(config):
     facts = check_stream(config.source, n_ranks=2)
-    assert (facts.d_model, facts.label, facts.n_blocks) == (32, "m.residual1", 3)
+    assert (facts.d_model, facts.label) == (32, "m.residual1")
     assert facts.pool_bytes == 8 * 64 * 32 * 4 + 256 * 32 * 4
     assert facts.flops_per_token > 0
     assert facts.record["module"] == "model.layers.1"

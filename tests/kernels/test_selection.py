@@ -173,7 +173,7 @@ def test_rows_among_allowed_columns(backend: ModuleType, pre: Tensor, k: int, se
 def test_above_is_strict(pre: Tensor, level: float) -> None:
     threshold = torch.full((pre.shape[1],), level, dtype=pre.dtype)
     threshold[::3] = torch.inf
-    matches = kernels.select_above(pre, threshold)
+    matches = kernels.select_where(pre, pre > threshold)
     assert pairs(matches) == {(t, f) for t, f in (pre > threshold).nonzero().tolist()}
     check_layout(matches, pre, capacity=len(matches.value))
 
@@ -189,4 +189,4 @@ def test_kth_largest_positive(pre: Tensor, k: int) -> None:
 @given(flags=st.lists(st.booleans(), min_size=1, max_size=70))
 def test_flat_nonzero(flags: list[bool]) -> None:
     flag = torch.tensor(flags)
-    assert torch.equal(selection_cpu._flat_nonzero(flag), flag.nonzero().squeeze(1))
+    assert torch.equal(selection_cpu.flat_nonzero(flag), flag.nonzero().squeeze(1))

@@ -14,7 +14,7 @@ from sae_train.training.same_on_ranks import check_same_settings, check_same_sou
 from tools.grid_of_threads import on_ranks
 from tools.small_runs import run_config
 
-FACTS = StreamFacts(d_model=16, label="tensors", n_blocks=None, pool_bytes=0, flops_per_token=0, record={})
+FACTS = StreamFacts(d_model=16, label="tensors", pool_bytes=0, flops_per_token=0, record={})
 
 
 def said(*given: dict[str, Any]) -> list[str]:

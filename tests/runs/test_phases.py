@@ -69,7 +69,7 @@ def test_a_harvest_that_is_left_at_any_forward_pass_goes_on_bit_for_bit(model: P
     config = live_config(model, text, harvest={"prefetch": prefetch})
     whole = opened(config)
     whole.start()
-    expected = [whole.batch(step) for step in range(12)]
+    expected = [whole.batch(step).x_ND for step in range(12)]
     whole.close()
     torn = opened(config)
     torn.start()
@@ -79,7 +79,7 @@ def test_a_harvest_that_is_left_at_any_forward_pass_goes_on_bit_for_bit(model: P
         step = len(batches)
         try:
             torn.fill(told_after(n % 7))
-            batches.append(torn.batch(step))
+            batches.append(torn.batch(step).x_ND)
         except Preempted:
             left_in.add(step)
             lanes, replicated = torn.lane_states(), torn.replicated_state()

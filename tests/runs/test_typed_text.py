@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from sae_train.cli.compose import launcher_of
 from sae_train.cli.library import Library, opened
 from sae_train.cli.quoting import pasted, typed_values
 from sae_train.config import RunConfig
@@ -92,7 +93,7 @@ def test_null_quotes_functions_and_numbers_mean_what_they_did(library: Library) 
 def test_text_of_a_launcher_stays_too(library: Library) -> None:
     typed = [f"hydra.launcher.{each}" for each in ("partition=1e3", "extra.qos=1e3", "extra.exclusive=true", "gpus=2")]
     overrides, _ = library.read(["hydra/launcher=slurm", *typed], sweep=True)
-    asked, problems = library.launcher(overrides, sweep=True)
+    asked, problems = launcher_of(library, overrides, sweep=True)
     assert problems == []
     assert asked is not None
     assert (asked.partition, asked.extra, asked.gpus) == ("1e3", {"qos": "1e3", "exclusive": True}, 2)

@@ -68,7 +68,7 @@ def learner_of(rows: Path, case: list[str], *, nesting: str, aux: str, precision
 
 def batch_of(learner: Learner) -> RowBatch:
     x_ND = torch.empty(world.N, world.D, dtype=learner.dictionary.W_dec.dtype, device="meta")
-    gradient_ND = torch.empty_like(x_ND) if learner.config.reads_gradients else None
+    gradient_ND = torch.empty_like(x_ND) if learner.config.sparsifier.reads_gradients else None
     norm_N, sum_D = torch.linalg.vector_norm(x_ND, dim=1), x_ND.sum(0, dtype=torch.float64)
     return RowBatch(x_ND=x_ND, gradient_ND=gradient_ND, own=slice(0, world.N), norm_N=norm_N, sum_D=sum_D)
 
