@@ -38,9 +38,9 @@ from sae_train.cli.compose import compose_config
 from sae_train.harvest.build import build_stream, check_stream
 from sae_train.ranks.interface import Solo
 from sae_train.training import learner as learners
-from sae_train.training.clock import peak_memory_bytes
 from sae_train.training.provenance import resolve_precision
 from sae_train.training.run import plan_of
+from sae_train.training.step_clock import peak_memory_bytes
 from sae_train.training.trainer import Trainer, build_trainer
 
 ADAM_BYTES, TRIAD_BYTES = 28, 12

@@ -20,7 +20,7 @@ from sae_train.sae.trainable import PARAMETRISATIONS, REPLICATED
 from sae_train.sparsifiers import build_sparsifier
 from sae_train.training.batch import RowBatch
 from sae_train.training.metrics import Totals, firing_row
-from sae_train.training.nonfinite import Halt
+from sae_train.training.nonfinite import NonFinite
 from sae_train.training.optimizer import Adam
 from sae_train.training.plan import SaePlan
 from sae_train.training.schedule import learning_rate
@@ -66,7 +66,7 @@ class Learner:
         rates = {name: each.rate for name, each in extra.items()}
         self.optimizer = Adam(self.dictionary, config.optimizer, rates=rates)
         self.totals = Totals(d_model=plan.d_model, ranks=ranks)
-        self.halt = Halt(ranks.device)
+        self.nonfinite = NonFinite(ranks.device)
         self._pre_NF: Tensor | None = None  # the largest thing that a step makes: kept from step to step
         self.is_near = precision == "bf16" and not self.sparsifier.reads_all and not kernels.writes_fp32(ranks.device)
 
@@ -91,7 +91,7 @@ class Learner:
         what Feature Choice works out where its phases change.
         """
         info, x_ND, dictionary, sparsifier = self.step_info(step), batch.x_ND, self.dictionary, self.sparsifier
-        sparsifier.before_step(dictionary, halted=self.halt.flag)
+        sparsifier.before_step(dictionary, halted=self.nonfinite.flag)
         inputs = StepInputs(
             x_ND=x_ND,
             pre_NF=self._pre_activations(x_ND),
@@ -110,7 +110,7 @@ class Learner:
         total.backward()
         grad_norm = self._update(info, loss=loss.detach(), norm_N=batch.norm_N)
         self.firing.update(code, n_tokens=info.batch_tokens, ranks=self.ranks)
-        sparsifier.after_step(dictionary, info=info, firing=self.firing, halted=self.halt.flag)
+        sparsifier.after_step(dictionary, info=info, firing=self.firing, halted=self.nonfinite.flag)
         self._add_to_totals(batch, info, code=code, errors=errors, loss=loss, aux=aux, grad_norm=grad_norm)
 
     def reconstruct(self, x_ND: Tensor, code: Code) -> tuple[Errors, Tensor]:
@@ -142,7 +142,7 @@ class Learner:
 
     def check_finite(self) -> None:
         """Raise StoppedByNumbers on every rank if a loss or gradient was not finite. Collective."""
-        self.halt.check(self.ranks, site=self.plan.site)
+        self.nonfinite.check(self.ranks, site=self.plan.site)
 
     def dead_fraction(self) -> float:
         """Return the share of all features that is dead by training's own counters. Collective."""
@@ -200,8 +200,8 @@ class Learner:
             parameter = getattr(self.dictionary, name)
             parameter.grad = ranks.features.broadcast(parameter.grad, 0)
         norm = self.optimizer.gradient_norm(ranks)
-        self.halt.watch(step=info.step, loss=ranks.data.sum(loss), grad_norm=norm, norm_N=norm_N)
-        self.optimizer.step(lr=info.learning_rate, norm=norm, halted=self.halt.flag)
+        self.nonfinite.watch(step=info.step, loss=ranks.data.sum(loss), grad_norm=norm, norm_N=norm_N)
+        self.optimizer.step(lr=info.learning_rate, norm=norm, halted=self.nonfinite.flag)
         return norm
 
     def _add_to_totals(

@@ -185,7 +185,7 @@ def _environment() -> dict[str, str]:
 
 
 def _identifier(directory: Path) -> str:
-    """Return the run's wandb id: kept beside it, so that a resumed run continues the same curves."""
+    """Return the run's wandb id, kept in its directory so that a resumed run continues the same curves."""
     path = directory / "wandb_id"
     if not path.exists():
         write_text(path, secrets.token_hex(4))

@@ -12,12 +12,12 @@ from sae_train.harvest.build import Stream
 from sae_train.ranks.interface import Ranks
 from sae_train.training.batch import gathered
 from sae_train.training.checkpoint_files import Contents, SaeContents
-from sae_train.training.clock import Clock
 from sae_train.training.learner import Learner
 from sae_train.training.names import sae_name
 from sae_train.training.plan import Plan
 from sae_train.training.restore import Checkpoint
 from sae_train.training.schedule import is_due
+from sae_train.training.step_clock import StepClock
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,12 +51,17 @@ class Trainer:
     ) -> None:
         self.learners, self.stream, self.source, self.plan, self.ranks = list(learners), stream, source, plan, ranks
         self.n_done = 0
-        self._clock = Clock()
+        self._clock = StepClock()
 
     @property
     def tokens(self) -> int:
         """Tokens trained on so far, over all ranks."""
         return self.n_done * self.plan.batch_tokens
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the plan's last step is made."""
+        return self.n_done == self.plan.steps
 
     def fit(self, events: Events) -> None:
         """Train to the end of the plan.
@@ -64,22 +69,16 @@ class Trainer:
         Raises:
             StoppedByNumbers: see `Learner.row`.
         """
-        while self.n_done < self.plan.steps:
+        while not self.is_done:
             events.stop()
-            before = self.tokens
-            self._clock.start(self.plan.batch_tokens)
-            events.fill()
-            batch = self.stream.batch(self.n_done)
-            self._clock.harvested()
-            self.step(batch)
+            self.step(self._harvest(events))
             self._clock.stop()
             events.advance(self.plan.batch_tokens)
-            last = self.n_done == self.plan.steps
-            if last or is_due(self.source.log_every, before=before, after=self.tokens):
+            if self._is_due(self.source.log_every):
                 events.log(self.rows())
-            if not last and is_due(self.source.evaluate_every, before=before, after=self.tokens):
+            if self._is_due(self.source.evaluate_every) and not self.is_done:
                 events.evaluate()
-            if last or is_due(self.plan.checkpoint_every, before=before, after=self.tokens):
+            if self._is_due(self.plan.checkpoint_every):
                 self.check_finite()
                 events.checkpoint()
 
@@ -102,7 +101,7 @@ class Trainer:
         """
         interval = self.source.log_every
         own = [learner.row(step=self.n_done, interval=interval) for learner in self.learners]
-        shared = self.stream.figures() | self._clock.row(beside=self.stream.beside_seconds())
+        shared = self.stream.figures() | self._clock.row(harvested_in_background=self.stream.beside_seconds())
         place = {"step": self.n_done, "tokens": self.tokens}
         return [{"sae": learner.name} | place | row | shared for learner, row in zip(self.learners, own, strict=True)]
 
@@ -128,6 +127,18 @@ class Trainer:
         stream = {name.removeprefix("stream/"): value for name, value in state.items() if name.startswith("stream/")}
         self.stream.restore(stream, checkpoint.lane_state)
         self.n_done = int(state["trainer/n_done"])
+
+    def _harvest(self, events: Events) -> Batch:
+        """Return this rank's tokens of the next step, and time the wait for them."""
+        self._clock.start(self.plan.batch_tokens)
+        events.fill()
+        batch = self.stream.batch(self.n_done)
+        self._clock.harvested()
+        return batch
+
+    def _is_due(self, every: int) -> bool:
+        """Return whether the step that was made last passed a multiple of `every` tokens, or was the run's last."""
+        return self.is_done or is_due(every, before=self.tokens - self.plan.batch_tokens, after=self.tokens)
 
 
 def build_trainer(

@@ -94,7 +94,7 @@ def test_no_bias_rises_after_a_halt(rows: Path) -> None:
     trainer = trainer_of(rows)
     learn(trainer, 2)
     trainer.learners[0].firing.since_F.fill_(LONG)
-    trainer.learners[0].halt.flag.fill_(True)
+    trainer.learners[0].nonfinite.flag.fill_(True)
     trainer.n_done = trainer.plan.steps - 4
     before = trainer.learners[0].dictionary.b_enc.detach().clone()
     learn(trainer, 3)
