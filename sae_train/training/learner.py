@@ -37,7 +37,7 @@ class Learner:
     A rank holds the features of its column of the grid of ranks.
 
     Attributes:
-        name: of the SAE, in checkpoints, metrics and summaries.
+        name: the SAE's name in checkpoints, metrics and summaries.
         features: lo, hi of the features that this rank holds.
         is_near: whether pre-activations come from a bf16 product that only finds candidates.
     """
@@ -71,7 +71,7 @@ class Learner:
         self.is_near = precision == "bf16" and not self.sparsifier.reads_all and not kernels.writes_fp32(ranks.device)
 
     def step_info(self, step: int) -> StepInfo:
-        """Return the place of a step, counted from 0, in this SAE's schedules."""
+        """Return the position of a step, counted from 0, in this SAE's schedules."""
         tokens = step * self.plan.batch_tokens
         rate = self._learning_rate(tokens)
         return StepInfo(
@@ -87,8 +87,8 @@ class Learner:
     def step(self, batch: RowBatch, *, step: int) -> None:
         """Learn from one batch; `step` counts from 0.
 
-        Nothing is read back to the host, but for the number of pairs that matter to a penalised sparsifier, and for
-        what Feature Choice works out where its phases change.
+        Nothing is read back to the host, but for the number of pairs of a penalised sparsifier, and for the densities
+        that Feature Choice fits where its phases change.
         """
         info, x_ND, dictionary, sparsifier = self.step_info(step), batch.x_ND, self.dictionary, self.sparsifier
         sparsifier.before_step(dictionary, halted=self.nonfinite.flag)

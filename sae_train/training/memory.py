@@ -22,7 +22,7 @@ from sae_train.ranks.launcher_env import this_process
 from sae_train.sparsifiers import sparsifier_class
 
 NAMED = 0.02
-"""Share of all from which on a holding is named in messages."""
+"""Share of a rank's memory above which a message names a holding."""
 SIGNS = (
     "can't allocate memory",
     "not enough memory",
@@ -31,7 +31,7 @@ SIGNS = (
     "bad_alloc",
     "could not create a primitive",
 )
-"""What torch's RuntimeErrors say where memory has run out: its CPU allocator's, CUDA's, cuBLAS's, C++'s, oneDNN's."""
+"""Texts of torch's RuntimeErrors where memory has run out: of its CPU allocator, CUDA, cuBLAS, C++ and oneDNN."""
 _CONTROL_GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -141,7 +141,7 @@ def check_memory(
 
 
 def available_bytes() -> int:
-    """Return the memory that this rank may take: of its GPU, else its share of the machine's, or of a lower limit.
+    """Return the memory that this rank may take: its GPU's, else its part of the machine's or of a lower limit.
 
     Limits: of the process (`ulimit -v`), and of the control group that a container or a job was put into, where it is
     mounted at the root.
@@ -161,7 +161,7 @@ def available_bytes() -> int:
 
 
 def largest(holdings: tuple[Holding, ...]) -> str:
-    """Return a sentence with the largest holdings and their sizes, and one with what shrinks them."""
+    """Return a sentence with the largest holdings and their sizes, and one with the settings that shrink them."""
     least = NAMED * sum(each.n_bytes for each in holdings)
     found = sorted((each for each in holdings if each.n_bytes), key=lambda each: -each.n_bytes)
     found = [each for each in found if each.n_bytes > least]
@@ -189,7 +189,7 @@ def gigabytes(n_bytes: float) -> str:
 
 @contextmanager
 def named_when_it_runs_out(holdings: tuple[Holding, ...]) -> Iterator[None]:
-    """Turn what Python and torch raise where memory runs out into a message that names the largest holdings.
+    """Turn errors of Python and torch about memory into a message that names the largest holdings.
 
     Raises:
         OutOfMemory: in place of those errors.

@@ -27,7 +27,7 @@ LONGEST_BELOW = {
 PARTS = ("config", "identity", "plan", "source")
 """Mappings that every config.yaml holds."""
 SEEN_WITHIN = 60.0
-"""Seconds in which a network file system shows one machine what another wrote."""
+"""Seconds after which a network file system shows one machine the files that another wrote."""
 
 
 class RunDirectory:
@@ -51,7 +51,7 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     def result(self) -> dict[str, Any] | None:
-        """Return summary.json of a finished run; None unless it and every SAE it names are there and whole."""
+        """Return summary.json of a finished run. None unless it and every SAE that it names are there and whole."""
         with explained(self.path, what="read"):
             if not self.summary.is_file():
                 return None
@@ -117,7 +117,7 @@ class RunDirectory:
         check_length(self.path, below=max(LONGEST_BELOW.values()))
 
     def is_seen(self, *, within: float = SEEN_WITHIN) -> bool:
-        """Return whether this process sees config.yaml, which another one wrote; gives a network time to show it."""
+        """Return whether this process sees config.yaml, waiting for a network file system to show it."""
         deadline = time.monotonic() + within
         while True:
             with suppress(OSError):
@@ -128,7 +128,7 @@ class RunDirectory:
             time.sleep(0.5)
 
     def _is_anothers(self) -> bool:
-        """Return whether something that no run left is there; names with a dot are a killed run's lock and partials."""
+        """Return whether the path holds foreign files. Names with a dot are a killed run's lock and partial files."""
         with explained(self.path, what="read"):
             if not self.path.exists():
                 return False

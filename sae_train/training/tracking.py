@@ -1,4 +1,4 @@
-"""Where rows go: `metrics.jsonl` always, Weights & Biases when asked, by way of a process of its own."""
+"""Destinations of the rows of metrics: `metrics.jsonl` always, Weights & Biases by way of a process of its own."""
 
 import json
 import math
@@ -19,27 +19,27 @@ from sae_train.training.json_process import JsonProcess, NoAnswer
 
 WORKER = Path(__file__).with_name("wandb_worker.py")
 ANSWER_SECONDS = 15.0
-"""How long wandb's server may take to answer at the start. The error that wandb then gives says more than a kill."""
+"""Seconds that wandb's server may take to answer at the start. wandb's own error then says more than a kill."""
 FIRST_SECONDS = 18.0
-"""How long the first try to start wandb may take."""
+"""Seconds of the first try to start wandb, at most."""
 START_SECONDS = 28.0
-"""How long both tries may take: as asked for, and offline. What is over of 30 s is for killing them."""
+"""Seconds of both tries, online and offline, at most. Two more are left to kill them within 30 s."""
 FINISH_SECONDS = 20.0
-"""How long wandb's server may take for the last rows."""
+"""Seconds that wandb's server may take for the last rows."""
 END_SECONDS, HURRIED_SECONDS = 24.0, 5.0
-"""How long wandb's process may take to end: after a run, and where a scheduler waits for the run to leave."""
+"""Seconds that wandb's process may take to end: after a run, and where a scheduler waits for the run to leave."""
 TRUE = ("1", "true", "yes", "y", "on", "t")
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a row, appended and flushed whole."""
+    """`metrics.jsonl`: one JSON object a row, appended and flushed whole. The session writes it on the first rank."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.n_rows = 0
 
     def keep_first(self, n_rows: int) -> None:
-        """Drop what a killed run wrote after its last checkpoint, so that no row stands twice or in half."""
+        """Drop the rows that a killed run wrote after its last checkpoint, so that no row stands twice or in half."""
         with explained(self.path, what="read"):
             text = self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
         whole = [line for line in text.splitlines(keepends=True)[:n_rows] if line.endswith("\n")]
@@ -47,7 +47,7 @@ class MetricsFile:
         self.n_rows = len(whole)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Append one row; a number that JSON cannot hold becomes null."""
+        """Append one row. A number that JSON cannot hold becomes null."""
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
@@ -57,7 +57,7 @@ class MetricsFile:
 
 
 class Dashboard:
-    """No dashboard; the twin of `Wandb` for tracking=none and for ranks after the first."""
+    """A dashboard that shows nothing: the twin of `Wandb` for tracking=none and for ranks after the first."""
 
     notice = ""
 
@@ -68,7 +68,7 @@ class Dashboard:
         """Send the final figures and finish. No row comes after them, and the verdict is printed next."""
 
     def close(self) -> None:
-        """Finish, if that is still to do."""
+        """Finish, unless `summarise` did."""
 
 
 class Wandb(Dashboard):
@@ -122,7 +122,7 @@ class Wandb(Dashboard):
             warn(f"wandb may lack rows ({problem}); metrics.jsonl has all. Sync with: {self._sync_command(own=True)}")
 
     def _start(self, tracking: WandbConfig, settings: dict[str, Any], directory: Path) -> tuple[dict[str, Any], str]:
-        """Start wandb as the environment asks, else offline; return its answer and why the first try failed."""
+        """Start wandb as the environment says, else offline. Return its answer, and why the first try failed."""
         begun = time.monotonic()
         request = {"argv": sys.argv, "pid": os.getpid(), "edges": HISTOGRAM_EDGES.tolist()}
         request |= {"finish_seconds": FINISH_SECONDS, "deadline": begun + ANSWER_SECONDS}
@@ -161,13 +161,13 @@ class Wandb(Dashboard):
             process.end()
 
     def _offline(self) -> list[str]:
-        """Return the directories of this run that hold rows for `wandb sync`, the oldest first."""
+        """Return the directories of this run with rows for `wandb sync`, oldest first."""
         found = [path.parent for path in self._folder.glob("offline-run-*/*.wandb")]
         paths = [str(path) for path in sorted(found) if not list(path.glob("*.wandb.synced"))]
         return paths if self._is_online or self._own in ("", *paths) else [*paths, self._own]
 
     def _sync_command(self, *, own: bool = False) -> str:
-        """Return the command for every directory that waits, if any; `own` adds the one of an online run."""
+        """Return the command that syncs every waiting directory, or "". `own` adds the directory of an online run."""
         paths, flags = self._offline(), ""
         if own and self._is_online:
             paths, flags = [*paths, self._own], " --include-online"
@@ -179,7 +179,7 @@ def _is_told_to_stop() -> bool:
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment of wandb's process: no service of another program, and the run's program, not its own."""
+    """Return the environment of wandb's process: the run's program as the program, and no other program's service."""
     shared = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
     return {"WANDB_PROGRAM": sys.argv[0], **shared}
 

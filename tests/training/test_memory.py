@@ -42,7 +42,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def peak_bytes(trainer: Trainer) -> int:
-    """Return how many bytes the next step holds at most beside what is there before it."""
+    """Return the largest number of bytes that the next step holds in addition to those before it."""
     batch = trainer.stream.batch(trainer.n_done)
     trainer.learners[0]._pre_NF = None  # kept from the step before; made anew, it counts
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
