@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tools.sae_parts import sizes_of
-from tools.small_runs import CPU, run_config
+from tools.small_runs import CPU, run_config, schema_of
 from torch import Tensor
 
 from sae_train.ranks.interface import Solo
