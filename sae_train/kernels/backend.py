@@ -34,13 +34,10 @@ def has_bf16(device: torch.device) -> bool:
 @cache
 def has_amx() -> bool:
     """Return whether this processor multiplies bf16 tiles (AMX)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", None)  # torch 2.11 has none
-    if capabilities is not None:
-        return bool(capabilities().get("amx_bf16", False))
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
+    if hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    flags = Path("/proc/cpuinfo")  # torch 2.11
+    return flags.exists() and "amx_bf16" in flags.read_text(encoding="ascii", errors="replace")
 
 
 @lru_cache

@@ -20,11 +20,7 @@ def bags(rows_SD: Tensor, index_M: Tensor, weight_M: Tensor, start_B: Tensor) ->
     tensor([[2., 3.],
             [0., 4.]])
 
-    Args:
-        rows_SD: fp32, float64, or bf16 where Triton runs; the sums of bf16 rows are fp32.
-        index_M: rows, int32 or int64.
-        weight_M: fp32 or float64.
-        start_B: [B + 1], of the index's type; slots from start[B] on are not read.
+    Rows are fp32 or float64, or bf16 where Triton runs, with fp32 sums. Slots from start[B] on are not read.
     """
     if uses_triton(rows_SD.device):
         from sae_train.kernels import triton_bags
@@ -63,8 +59,6 @@ def sums_by_feature(value_MC: Tensor, feature_M: Tensor, *, n_features: int) -> 
 
     Args:
         value_MC: C values a match, 0 in unused slots.
-        feature_M: the matches' features.
-        n_features: F.
     """
     with torch.no_grad():
         order, start_F = by_feature(feature_M, n_features)

@@ -113,12 +113,7 @@ def cut_columns(index_C: Tensor, value_C: Tensor, *, budget_F: Tensor, shape: tu
 def _up_to(value_C: Tensor, group_C: Tensor, start_G: Tensor, cut_G: Tensor, left_G: Tensor) -> Tensor:
     """Return which entries are above their group's cut, or among the first left_G[g] of the group that equal it.
 
-    Args:
-        value_C: entries sorted by group.
-        group_C: of each; the last group's entries may be followed by others, of value 0.
-        start_G: where each group begins.
-        cut_G: of each group.
-        left_G: of each group.
+    Entries are sorted by group, and group g begins at start_G[g]. Those after the last group have value 0.
     """
     if len(cut_G) == 0:
         return torch.zeros_like(value_C, dtype=torch.bool)

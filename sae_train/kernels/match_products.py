@@ -21,12 +21,7 @@ def row_products(rows_ND: Tensor, W_FD: Tensor, feature_M: Tensor, token_M: Tens
     >>> row_products(rows, W, feature, token, start_N=torch.tensor([0, 2, 3]).int())
     tensor([1., 2., 4.])
 
-    Args:
-        rows_ND: fp32 or float64, or bf16 where Triton runs; products of bf16 rows are fp32.
-        W_FD: one row a feature, of the same type.
-        feature_M: of each match, int32.
-        token_M: of each match, int32.
-        start_N: as in `Matches`.
+    Rows are fp32 or float64, or bf16 where Triton runs; products of bf16 rows are fp32. Slots are as in `Matches`.
     """
     with torch.no_grad():
         if uses_triton(rows_ND.device):

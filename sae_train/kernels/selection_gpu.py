@@ -32,21 +32,20 @@ class _Entries(NamedTuple):
     first_RG: Tensor
     """[rows, groups] int64: index in its row of each group's first entry."""
 
-    @classmethod
-    def of(cls, rows_RW: Tensor) -> "_Entries":
-        """Return all entries of rows."""
-        return cls(rows_RW.unsqueeze(1), torch.zeros(len(rows_RW), 1, dtype=torch.int64, device=rows_RW.device))
-
     def flat(self) -> tuple[Tensor, Tensor]:
         """Return value and index in the row [rows, groups * neighbours]."""
         neighbour = torch.arange(self.value_RGL.shape[2], device=self.value_RGL.device)
         return fp32(self.value_RGL).flatten(1), (self.first_RG.unsqueeze(2) + neighbour).flatten(1)
 
 
+def _all_of(rows_RW: Tensor) -> _Entries:
+    return _Entries(rows_RW.unsqueeze(1), torch.zeros(len(rows_RW), 1, dtype=torch.int64, device=rows_RW.device))
+
+
 def select_batch(pre_NF: Tensor, *, budget: int, capacity: int, n_features: int, ranks: Ranks) -> Matches:
     """Keep the `budget` largest positive entries of the whole grid; see selection.select_batch."""
     shape = pre_NF.shape[0], pre_NF.shape[1]
-    value, index = (each.squeeze(0) for each in _narrowed(_Entries.of(pre_NF.reshape(1, -1)), budget).flat())
+    value, index = (each.squeeze(0) for each in _narrowed(_all_of(pre_NF.reshape(1, -1)), budget).flat())
     keep = cut_batch(index, value, budget=budget, shape=shape, n_features=n_features, ranks=ranks)
     return pack(index, value, keep, shape=shape, capacity=capacity)
 
@@ -59,9 +58,9 @@ def select_rows(
         pre_NF = torch.where(allowed_F, pre_NF, 0)
     shape = pre_NF.shape[0], pre_NF.shape[1]
     slots = min(row_slots(k, n_features, ranks.features), shape[1])
-    value_NE, index_NE = _narrowed(_Entries.of(pre_NF), slots).flat()
-    index_NE = index_NE + torch.arange(shape[0], device=pre_NF.device).unsqueeze(1) * shape[1]
-    index, value, most = index_NE.flatten(), value_NE.flatten(), index_NE.shape[1]
+    value_NE, index_NE = _narrowed(_all_of(pre_NF), slots).flat()
+    index = (index_NE + torch.arange(shape[0], device=pre_NF.device).unsqueeze(1) * shape[1]).flatten()
+    value, most = value_NE.flatten(), value_NE.shape[1]
     keep = cut_rows(index, value, k=k, most=most, shape=shape, n_features=n_features, ranks=ranks)
     return pack(index, value, keep, shape=shape, capacity=capacity)
 
@@ -106,7 +105,7 @@ def _narrowed_columns(pre_NF: Tensor, maxima_GF: Tensor, member_M1: Tensor, k: i
     member_M, n_tokens = member_M1.squeeze(1), len(pre_NF)
     if len(maxima_GF) <= k:
         value_MN = pre_NF.index_select(1, member_M).t()
-        return _narrowed(_Entries.of(torch.nn.functional.pad(value_MN, (0, -n_tokens % SIZES[0]))), k)
+        return _narrowed(_all_of(torch.nn.functional.pad(value_MN, (0, -n_tokens % SIZES[0]))), k)
     group_MK, is_there = _largest_groups(maxima_GF.index_select(1, member_M).t(), k)
     first_MK = group_MK * SIZES[0]
     token_MKS = first_MK.unsqueeze(2) + torch.arange(SIZES[0], device=first_MK.device)

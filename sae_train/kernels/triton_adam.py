@@ -6,8 +6,6 @@ holds one row. The formula is that of torch's fused Adam (arXiv 1412.6980, algor
 root). No GPU has measured the speed.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -19,10 +17,12 @@ def along_rows(gradient_FD: Tensor, weight_FD: Tensor) -> tuple[Tensor, Tensor]:
 
     The projected gradient itself is not written anywhere. For an example see unit_rows.py.
     """
-    n_rows, width = weight_FD.shape
+    (n_rows, width), block = weight_FD.shape, triton.next_power_of_2(weight_FD.shape[1])
     along_F, square_F = weight_FD.new_empty(n_rows), weight_FD.new_empty(n_rows)
     with torch.cuda.device_of(weight_FD):
-        _along_kernel[(n_rows,)](gradient_FD.contiguous(), weight_FD, along_F, square_F, width, **_tiling(width))
+        _along_kernel[(n_rows,)](
+            gradient_FD.contiguous(), weight_FD, along_F, square_F, width, BLOCK=block, num_warps=8
+        )
     return along_F, square_F
 
 
@@ -35,21 +35,16 @@ def move(
     Args:
         step: count on the device, this step included.
     """
-    n_rows, width = weight_FD.shape
+    (n_rows, width), block = weight_FD.shape, triton.next_power_of_2(weight_FD.shape[1])
     unbias_2 = torch.stack([1 - beta1 ** step.double(), (1 - beta2 ** step.double()).sqrt()]).float()
     with torch.cuda.device_of(weight_FD):
         _move_kernel[(n_rows,)](
             weight_FD, gradient_FD.contiguous(), along_F, mean_FD, square_FD,
             unbias_2, unbias_2 if scale is None else scale.float(), halted.int(), lr, width,
             BETA1=beta1, REST1=1 - beta1, BETA2=beta2, REST2=1 - beta2, EPS=eps, SCALED=scale is not None,
-            **_tiling(width),
+            BLOCK=block, num_warps=8,
         )  # fmt: skip
     torch.autograd.graph.increment_version((weight_FD, mean_FD, square_FD))  # as torch's own updates in place do
-
-
-def _tiling(width: int) -> dict[str, Any]:
-    block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": max(1, min(32, block // 256)), "enable_fp_fusion": True}
 
 
 @triton.jit

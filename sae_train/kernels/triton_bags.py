@@ -1,8 +1,8 @@
 """Weighted sums of rows as a Triton kernel: one pass over the rows, sums in a fixed order.
 
-After the kernels of Gao et al. 2024 (arXiv 2406.04093), but nothing is added atomically. A program sums a block of
-columns of one bag, also of the long bag of a feature that fires everywhere. The sizes of tiles are a guess; no GPU has
-measured them. Offsets into matrices are int64, so N*F and F*D may exceed 2^31. Slots are int32, as `start` is.
+After the kernels of Gao et al. 2024 (arXiv 2406.04093), but nothing is added atomically. A program sums one bag, also
+the long one of a feature that fires everywhere. The sizes of tiles are a guess; no GPU has measured them. Offsets into
+matrices are int64, so N*F and F*D may exceed 2^31. Slots are int32, as `start` is.
 """
 
 import torch
@@ -15,8 +15,6 @@ AssemblerError = PTXASError
 """Raised where ptxas does not support the GPU."""
 TILE = 4096
 """Numbers that a program holds of the matched rows at a time."""
-WIDEST_BAG = 512
-"""Columns of a bag that one program sums."""
 
 
 def bags(
@@ -24,14 +22,8 @@ def bags(
 ) -> tuple[Tensor, Tensor]:
     """Return for each bag b the sum [B, D] over slots i from start[b] to start[b + 1] of weight[i] * rows[index[i]].
 
-    The second result is the sum of each bag's weights [B], of the same pass. For an example see bags.py.
-
-    Args:
-        rows_SD: fp32, bf16 (sums are fp32) or float64.
-        index_M: rows, int32 or int64.
-        weight_M: of each slot.
-        start_B: int32 [B + 1], on the device; slots from start[B] on are never read.
-        order_M: slot i stands for order[i]; for itself if None.
+    The second result is the sum of each bag's weights [B], of the same pass. Rows are fp32, bf16 (sums are fp32) or
+    float64. Slot i stands for order[i], where that is given. For an example see bags.py.
     """
     n_bags, width = len(start_B) - 1, rows_SD.shape[1]
     is_double = rows_SD.dtype == torch.float64
@@ -39,28 +31,26 @@ def bags(
     total_B = sum_BD.new_empty(n_bags)
     if n_bags == 0:
         return sum_BD, total_B
-    block = min(triton.next_power_of_2(width), WIDEST_BAG)
-    n_blocks = triton.cdiv(width, block)
+    block = triton.next_power_of_2(width)
     order = index_M if order_M is None else order_M
     matched = (each.contiguous() for each in (rows_SD, index_M, weight_M, order, start_B))
     with torch.cuda.device_of(rows_SD):
-        _bags_kernel[(n_bags * n_blocks,)](
-            *matched, sum_BD, total_B, width, n_blocks,
+        _bags_kernel[(n_bags,)](
+            *matched, sum_BD, total_B, width,
             ORDERED=order_M is not None, ACC=tl.float64 if is_double else tl.float32,
-            ROWS=max(1, min(32, TILE // block)), BLOCK=block, num_warps=4, enable_fp_fusion=True,
+            ROWS=max(1, min(32, TILE // block)), BLOCK=block, num_warps=8 if block > 1024 else 4, enable_fp_fusion=True,
         )  # fmt: skip
     return sum_BD, total_B
 
 
 @triton.jit
 def _bags_kernel(
-    rows, index, weight, order, start, sums, totals, width, n_blocks,
+    rows, index, weight, order, start, sums, totals, width,
     ORDERED: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum one block of columns of one bag, ROWS slots at a time, and the weights."""
-    bag = tl.program_id(0) // n_blocks
-    block = tl.program_id(0) % n_blocks
-    column = block * BLOCK + tl.arange(0, BLOCK)
+    """Sum one bag, ROWS slots at a time, and its weights."""
+    bag = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
     inside = column < width
     last = tl.load(start + bag + 1)
     tile_sum = tl.zeros([ROWS, BLOCK], ACC)
@@ -77,4 +67,4 @@ def _bags_kernel(
         tile_sum += factor[:, None] * tile
         weight_sum += factor
     tl.store(sums + bag.to(tl.int64) * width + column, tl.sum(tile_sum, 0), mask=inside)
-    tl.store(totals + bag, tl.sum(weight_sum, 0), mask=block == 0)
+    tl.store(totals + bag, tl.sum(weight_sum, 0))

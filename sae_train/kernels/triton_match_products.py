@@ -15,13 +15,7 @@ TILE = 4096
 def row_products(rows_ND: Tensor, W_FD: Tensor, feature_M: Tensor, start_N: Tensor) -> Tensor:
     """Return each match's product of its token's row and its feature's row of W [M], 0 in unused slots.
 
-    For an example see match_products.py.
-
-    Args:
-        rows_ND: fp32, bf16 (products are fp32) or float64.
-        W_FD: of the same type.
-        feature_M: int32.
-        start_N: int32 [N + 1], on the device: token i holds slots start[i] to start[i + 1].
+    Rows are fp32, bf16 (products are fp32) or float64. For an example see match_products.py.
     """
     rows_ND, W_FD = rows_ND.contiguous(), W_FD.contiguous()
     n_tokens, width = rows_ND.shape
