@@ -1,6 +1,6 @@
 """Weighted sums of rows: a reconstruction is a bag of decoder rows, a gradient of a weight row a bag of token rows.
 
-The idea is that of Gao et al. 2024 (arXiv 2406.04093). No intermediate of N*k*D numbers is made, and every sum has a
+After Gao et al. 2024 (arXiv 2406.04093). No intermediate of N*k*D numbers is made, and every sum has a
 fixed order.
 """
 

@@ -18,7 +18,7 @@ from sae_train.ranks.interface import Ranks
 def cut_batch(
     index_C: Tensor, value_C: Tensor, *, budget: int, shape: tuple[int, int], n_features: int, ranks: Ranks
 ) -> Tensor:
-    """Return which candidates [C] are among the `budget` largest of the grid.
+    """Return the mask [C] of the candidates that are among the `budget` largest of the grid.
 
     >>> from sae_train.ranks.interface import Solo
     >>> cut_batch(
@@ -46,7 +46,7 @@ def cut_batch(
 def cut_rows(
     index_C: Tensor, value_C: Tensor, *, k: int, most: int, shape: tuple[int, int], n_features: int, ranks: Ranks
 ) -> Tensor:
-    """Return which candidates [C] are among the `k` largest of their token.
+    """Return the mask [C] of the candidates that are among the `k` largest of their token.
 
     >>> from sae_train.ranks.interface import Solo
     >>> index, value = torch.tensor([0, 2, 3, 5]), torch.tensor([1.0, 2.0, 4.0, 4.0])
@@ -76,7 +76,7 @@ def cut_rows(
 
 
 def cut_columns(index_C: Tensor, value_C: Tensor, *, budget_F: Tensor, shape: tuple[int, int], ranks: Ranks) -> Tensor:
-    """Return which candidates [C] are among the `budget_F[j]` largest of their feature.
+    """Return the mask [C] of the candidates that are among the `budget_F[j]` largest of their feature.
 
     >>> from sae_train.ranks.interface import Solo
     >>> index, value = torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -111,7 +111,7 @@ def cut_columns(index_C: Tensor, value_C: Tensor, *, budget_F: Tensor, shape: tu
 
 
 def _up_to(value_C: Tensor, group_C: Tensor, start_G: Tensor, cut_G: Tensor, left_G: Tensor) -> Tensor:
-    """Return which entries are above their group's cut, or among the first left_G[g] of the group that equal it.
+    """Return the mask of entries above their group's cut, or among the first left_G[g] of the group that equal it.
 
     Entries are sorted by group, and group g begins at start_G[g]. Those after the last group have value 0.
     """

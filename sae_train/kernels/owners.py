@@ -13,7 +13,7 @@ from sae_train.ranks.interface import Ranks
 
 
 def row_slots(k: int, n_features: int, ranks: Ranks) -> int:
-    """Return how many values of a token each of a row's `ranks` sends: as many as it could possibly keep."""
+    """Return the number of a token's values that each of a row's `ranks` sends: as many as it could possibly keep."""
     return min(k, -(-n_features // ranks.size))
 
 
@@ -75,7 +75,7 @@ def _cuts_of_owned(value_RC: Tensor, column_C: Tensor, budget_F: Tensor) -> tupl
 
 
 def _allotted(left_G: Tensor, tied_RG: Tensor) -> Tensor:
-    """Return how many of its tied values each rank keeps when `left_G` are left: the lower rank's first."""
+    """Return the number of tied values that each rank keeps when `left_G` are left: the lower rank's first."""
     return (left_G - (tied_RG.cumsum(0) - tied_RG)).clamp(min=0)
 
 

@@ -44,7 +44,7 @@ def ties_kept(
     n_above: Tensor, n_tied: Tensor, find_tied: Callable[[], Tensor], *, budget: int, shape: tuple[int, int],
     n_features: int, ranks: Ranks,
 ) -> Tensor:  # fmt: skip
-    """Return how many of this rank's entries at the cut are kept; its first in flat order. May exceed their number.
+    """Return the number of this rank's entries at the cut that are kept, its first in flat order; it may be too large.
 
     Args:
         n_above: this rank's entries above the cut, a scalar.

@@ -2,7 +2,7 @@
 
 Clipping needs the norm of every gradient before the first weight may move, so there are two passes. `along_rows` reads
 gradient and weight once. `move` reads gradient, weight and moments once and writes weight and moments once. A program
-holds one row. The formula is that of torch's fused Adam (arXiv 1412.6980, algorithm 1; eps is added to the corrected
+holds one row. The formula is torch's fused Adam (arXiv 1412.6980, algorithm 1; eps is added to the corrected
 root). No GPU has measured the speed.
 """
 

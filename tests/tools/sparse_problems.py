@@ -52,8 +52,10 @@ def gradients(loss: Tensor, p: Problem) -> tuple[Tensor, ...]:
 
 
 def with_rounded_rows(p: Problem) -> list[tuple[Tensor, Tensor]]:
-    """Return what products over an fp32 problem come to in bf16, each beside what sums in float64 over rows so rounded
-    come to: the reconstruction, and the gradients of its square and of the cubes of the values."""
+    """Return products of an fp32 problem in bf16, each with the float64 sum over rows that are rounded to bf16.
+
+    They are the reconstruction, and the gradients of its square and of the cubes of the values.
+    """
     value, rows = sparse_reconstruction(p, "bf16")
     found = [rows, *gradients(rows.square().sum() + (value**3).sum(), p)]
     code = torch.zeros(p.mask.shape, dtype=torch.float64, device=rows.device)
