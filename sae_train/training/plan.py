@@ -34,7 +34,7 @@ HELD_OTHERWISE, HELD_WITH_SLOPES = 2, 4
 """Matrices as large as a batch's pre-activations that a step holds at most: by sparsifier, where it may begin dense
 (temporal_mask: and decode twice); by any other; and where it reads gradients. Of fp32 steps on a CPU, as
 measured by tests/training/test_memory.py, rounded up."""
-GRADIENTS = "of the language model's loss come with the activations: rows of the stream are twice as wide"
+GRADIENTS = "of the language model's loss come with the activations: pools take twice the memory"
 """What the plan says where they are harvested."""
 LARGEST_CHECKPOINT_INTERVAL = 50_000_000
 
