@@ -79,9 +79,7 @@ class Totals:
         self.scalars[7] += self._share
         self.scalars[8] += grad_norm.double() * self._share
         self.sum_D += sum_D
-        self.l0_histogram.index_add_(
-            0, l0_N.clamp_max(L0_BINS), torch.ones_like(l0_N)
-        )  # bincount waits
+        self.l0_histogram.index_add_(0, l0_N.clamp_max(L0_BINS), torch.ones_like(l0_N))  # bincount waits
         if len(value) > 0:
             smallest = torch.where(value > 0, value, torch.inf).min().double()
             self.least_kept = torch.minimum(self.least_kept, smallest)
