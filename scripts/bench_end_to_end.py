@@ -20,8 +20,8 @@ from sae_train.cli.compose import compose_config
 from sae_train.harvest.batch import Batch
 from sae_train.harvest.build import build_stream, check_stream
 from sae_train.ranks.interface import Solo
-from sae_train.training.plan import make_plan
 from sae_train.training.provenance import resolve_precision
+from sae_train.training.run import plan_of
 from sae_train.training.trainer import Trainer, build_trainer
 
 
@@ -30,11 +30,11 @@ def build(said: list[str]) -> Trainer:
     config = compose_config(["tracking=none", *said])
     ranks = Solo(torch.device("cpu"))
     facts = check_stream(config.source, n_ranks=1)
-    plan = make_plan(config, facts, n_ranks=1)
+    plan = plan_of(config, facts, n_ranks=1)
     stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
-    precision = resolve_precision(config, stored=None, device=ranks.device)
-    return build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+    precision = resolve_precision(config.precision, stored=None, device=ranks.device)
+    return build_trainer(config.source, [config.sae], plan, stream=stream, precision=precision, ranks=ranks)
 
 
 def timed(act: Callable[[], Any]) -> float:

@@ -23,8 +23,8 @@ from sae_train.cli.compose import compose_config
 from sae_train.harvest.build import build_stream, check_stream
 from sae_train.ranks.interface import Solo
 from sae_train.sae.code import DenseCode
-from sae_train.training.plan import make_plan
 from sae_train.training.provenance import resolve_precision
+from sae_train.training.run import plan_of
 from sae_train.training.trainer import build_trainer
 
 METHODS: dict[str, tuple[list[str], float]] = {
@@ -52,13 +52,13 @@ class Watched:
         said += [f"k={args.k}", f"tokens={args.tokens}", f"batch_tokens={args.batch}"]
         config = compose_config([*said, *overrides])
         facts = check_stream(config.source, n_ranks=1)
-        plan = make_plan(config, facts, n_ranks=1)
+        plan = plan_of(config, facts, n_ranks=1)
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         ranks = Solo(device)
         stream = build_stream(config.source, ranks=ranks, facts=facts)
         stream.start()
-        precision = resolve_precision(config, stored=None, device=device)
-        self.trainer = build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+        precision = resolve_precision(config.precision, stored=None, device=device)
+        self.trainer = build_trainer(config.source, [config.sae], plan, stream=stream, precision=precision, ranks=ranks)
         self.steps = plan.steps
         self.seconds: list[float] = []
         self.is_dense: list[bool] = []

@@ -38,9 +38,9 @@ from sae_train.cli.compose import compose_config
 from sae_train.harvest.build import build_stream, check_stream
 from sae_train.ranks.interface import Solo
 from sae_train.training import learner as learners
-from sae_train.training.clock import peak_memory_bytes
-from sae_train.training.plan import make_plan
 from sae_train.training.provenance import resolve_precision
+from sae_train.training.run import plan_of
+from sae_train.training.step_clock import peak_memory_bytes
 from sae_train.training.trainer import Trainer, build_trainer
 
 ADAM_BYTES, TRIAD_BYTES = 28, 12
@@ -89,12 +89,12 @@ def build(point: dict[str, Any], scratch: Path) -> Trainer:
     ]
     config = compose_config(said + point["override"])
     facts = check_stream(config.source, n_ranks=1)
-    plan = make_plan(config, facts, n_ranks=1)
+    plan = plan_of(config, facts, n_ranks=1)
     ranks = Solo(torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))
     stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
-    precision = resolve_precision(config, stored=None, device=ranks.device)
-    return build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+    precision = resolve_precision(config.precision, stored=None, device=ranks.device)
+    return build_trainer(config.source, [config.sae], plan, stream=stream, precision=precision, ranks=ranks)
 
 
 def timed(act: Callable[[], Any]) -> float:
@@ -171,7 +171,7 @@ def kill_share(trainer: Trainer, share: float) -> None:
     if n_dead:
         learner.dictionary.W_enc.data[-n_dead:] = 1e-3 * learner.dictionary.W_dec.data[-n_dead:]
         learner.dictionary.b_enc.data[-n_dead:] = 0
-        learner.firing.since_F[-n_dead:] = trainer.plan.dead_window
+        learner.firing.since_F[-n_dead:] = trainer.plan.sae.dead_window
 
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:

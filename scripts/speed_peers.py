@@ -69,8 +69,8 @@ def ours(args: argparse.Namespace, batches: OnDemand) -> None:
     from sae_train.cli.compose import compose_config
     from sae_train.harvest.build import build_stream, check_stream
     from sae_train.ranks.interface import Solo
-    from sae_train.training.plan import make_plan
     from sae_train.training.provenance import resolve_precision
+    from sae_train.training.run import plan_of
     from sae_train.training.trainer import build_trainer
 
     said = ["harvest=tensors", f"harvest.path={args.train}", "tracking=none", f"sparsifier={args.method}"]
@@ -78,11 +78,11 @@ def ours(args: argparse.Namespace, batches: OnDemand) -> None:
     config = compose_config([*said, "aux_loss=none", f"precision={'bf16' if args.bf16 else 'float32'}"])
     ranks = Solo(torch.device(device()))
     facts = check_stream(config.source, n_ranks=1)
-    plan = make_plan(config, facts, n_ranks=1)
+    plan = plan_of(config, facts, n_ranks=1)
     stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
-    precision = resolve_precision(config, stored=None, device=ranks.device)
-    trainer = build_trainer(config, plan, stream=stream, precision=precision, ranks=ranks)
+    precision = resolve_precision(config.precision, stored=None, device=ranks.device)
+    trainer = build_trainer(config.source, [config.sae], plan, stream=stream, precision=precision, ranks=ranks)
     for _ in batches:
         trainer.step(stream.batch(trainer.n_done))
 

@@ -14,7 +14,7 @@ Where settings are checked:
 | a rule between fields of one group | `conflicts` of the group's class |
 | a rule between groups | `RunConfig.conflicts` |
 | the width against k, memory, disk | `training/plan.py` |
-| a budget that cannot be split over features | `sparsifiers/feature_choice.py` |
+| a budget that the sizes of the SAE cannot meet | `problems` of the sparsifier |
 | the number of ranks in a layout | `ranks/layout.py` |
 | the language model, text and files | `check_stream` in `harvest/build.py` |
 """

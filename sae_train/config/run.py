@@ -91,25 +91,12 @@ class RunConfig(Settings):
         if 0 < self.tokens < self.batch_tokens:
             found.append(f"tokens={self.tokens}: fewer than one batch of batch_tokens={self.batch_tokens}.")
         if self.n_features is not None:
-            found += self.width_problems(self.n_features)
+            found += self.sae.width_problems(self.n_features)
         if self.name and (problem := name_problem(self.name)):
             found.append(problem)
         if isinstance(self.harvest, LiveHarvestConfig) and not self.harvest.problems() and self.batch_tokens > 0:
             found += lane_problems(self.harvest, batch_tokens=self.batch_tokens)
         return found + self._budget_conflicts() + self._fractional_problems()
-
-    def width_problems(self, n_features: int) -> list[str]:
-        """Return a problem for each k above the width of the dictionary.
-
-        Args:
-            n_features: the width, which the plan computes where only `expansion` is given.
-        """
-        given = "n_features" if self.n_features else f"expansion={self.expansion} times d_model"
-        return [
-            f"{key}={k:g}: larger than {given}={n_features}. Lower {key} or raise {given.split('=')[0]}."
-            for key, k in (("k", self.k), ("budget.start_k", self.budget.start_k))
-            if k is not None and k > n_features
-        ]
 
     def _sparsity_conflicts(self) -> list[str]:
         """Return the problems of a run with both k and a coefficient, or with none of them."""

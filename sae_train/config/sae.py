@@ -45,3 +45,16 @@ class SaeConfig:
             return f"k {self.k:g}"
         assert isinstance(self.sparsifier, PenalisedConfig)
         return f"coefficient {self.sparsifier.coefficient:g}"
+
+    def width_problems(self, n_features: int) -> list[str]:
+        """Return a problem for each k above the width of the dictionary.
+
+        Args:
+            n_features: the width, which the plan computes where only `expansion` is given.
+        """
+        given = "n_features" if self.n_features else f"expansion={self.expansion} times d_model"
+        return [
+            f"{key}={k:g}: larger than {given}={n_features}. Lower {key} or raise {given.split('=')[0]}."
+            for key, k in (("k", self.k), ("budget.start_k", self.budget.start_k))
+            if k is not None and k > n_features
+        ]

@@ -12,13 +12,15 @@ from sae_train.sae.code import SparseCode
 from sae_train.sae.trainable import TrainableAutoencoder
 
 CHUNK_BYTES = 64 * 2**20
-"""Pre-activations that are computed together."""
+"""Bytes of pre-activations that are computed at a time."""
 
 
 class SparseAutoencoder(nn.Module):
     """A finished sparse autoencoder over raw activations, as in its file.
 
-    `pre = x @ W_enc + b_enc`; under inference `threshold` the code is `pre` where `pre > threshold`, else 0; under
+    `sae_train.load` returns one, and an export creates one by `fold`.
+
+    `pre = x @ W_enc + b_enc`; under inference `threshold` the code is `pre` where `pre > threshold`, else 0. Under
     `topk` it is the round(k) largest positive `pre` of a token, ties to the lower feature. `x_hat = f @ W_dec + b_dec`.
 
     Attributes:
@@ -27,9 +29,9 @@ class SparseAutoencoder(nn.Module):
         W_dec: [n_features, d_model], rows of unit norm.
         b_dec: [d_model].
         threshold: [n_features], at least 0; +inf for a feature that never fires; zeros under `topk`.
-        k: mean number of active features a token that it was trained for.
+        k: mean number of active features a token.
         inference: 'threshold' or 'topk'.
-        config: what sae.json holds.
+        config: the content of sae.json.
     """
 
     threshold: Tensor
@@ -65,10 +67,18 @@ class SparseAutoencoder(nn.Module):
         inference: str,
         encoder: tuple[Tensor, Tensor] | None = None,
     ) -> "SparseAutoencoder":
-        """Return the autoencoder on raw activations of a dictionary on (raw - centre) / scale; thresholds are 0.
+        """Return an autoencoder on raw activations from one trained on (raw - centre) / scale. Thresholds are 0.
 
-        Codes come out in raw units, so the encoder's weights stay and the biases take centre and scale. Computed in
-        float64, then cast to fp32. `encoder` takes the place of the dictionary's own W_enc [F, D] and b_enc [F].
+        Codes are in raw units, so the encoder's weights stay and the biases take up centre and scale. It computes in
+        float64 and casts to fp32.
+
+        Args:
+            trained: parameters on normalised activations.
+            centre_D: centre of the normalisation.
+            scale: scale of the normalisation.
+            k: see the class.
+            inference: see the class.
+            encoder: W_enc [F, D] and b_enc [F] that replace those of `trained`.
         """
         W_enc, b_enc = (trained.W_enc, trained.b_enc) if encoder is None else encoder
         W_enc, b_enc, W_dec, b_dec = (
@@ -113,7 +123,7 @@ class SparseAutoencoder(nn.Module):
         return torch.cat(chunks).view(*x.shape[:-1], self.n_features)
 
     def encode_sparse(self, x: Tensor, *, check_finite: bool = True) -> SparseCode:
-        """Return the same codes without the zeros, with as many slots as matches. See `encode`, also for errors."""
+        """Return the codes of `encode` without the zeros, with as many slots as matches. Raises the same errors."""
         parts = (self._select(pre_NF) for pre_NF in self._pre_activations(x, check_finite=check_finite))
         return joined(parts, shape=tuple(x.shape[:-1]), n_features=self.n_features)
 
@@ -132,7 +142,7 @@ class SparseAutoencoder(nn.Module):
         return rows_ND.view(*codes.shape, self.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the reconstruction of `x` [..., d_model]; raises what `encode` does."""
+        """Return the reconstruction of `x` [..., d_model]. Raises the errors of `encode`."""
         return self.decode(self.encode_sparse(x))
 
     def pre_activations(self, x: Tensor) -> Iterator[Tensor]:
@@ -142,7 +152,7 @@ class SparseAutoencoder(nn.Module):
             yield torch.addmm(self.b_enc, rows_ND, self.W_enc)
 
     def _pre_activations(self, x: Tensor, *, check_finite: bool) -> Iterator[Tensor]:
-        """Yield `pre_activations`; `check_finite`: raise a ValueError where those of a token are not finite."""
+        """Yield `pre_activations`. With `check_finite`, raise a ValueError where those of a token are not finite."""
         first = 0
         for pre_NF in self.pre_activations(x):
             if check_finite:
@@ -183,7 +193,7 @@ class SparseAutoencoder(nn.Module):
 
 
 def joined(parts: Iterable[kernels.Matches], *, shape: tuple[int, ...], n_features: int) -> SparseCode:
-    """Return the code of tokens [*shape] from the matches of one stretch of them after another, no slot unused."""
+    """Return the code of tokens [*shape] from the matches of consecutive stretches of tokens, without unused slots."""
     values: list[Tensor] = []
     features: list[Tensor] = []
     tokens: list[Tensor] = []

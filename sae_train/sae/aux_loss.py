@@ -146,7 +146,8 @@ def build_aux_loss(config: SaeConfig, sizes: SaeSizes) -> AuxLoss | None:
         case AuxZipfConfig() as aux:
             shift = default_shift(sizes.n_features) if aux.shift is None else aux.shift
             mass_F = zipf_mass(sizes.n_features, exponent=aux.exponent, shift=shift)
-            law_F = (config.usual_k * mass_F).clamp(max=1)
+            assert config.k is not None, "aux_zipf is refused where a coefficient takes the place of k"
+            law_F = (config.k * mass_F).clamp(max=1)
             return AuxZipfLoss(sizes, weight=aux.weight, tau=aux.tau, hard=aux.hard, law_F=law_F)
     raise TypeError(f"no auxiliary loss is built from {type(config.aux_loss).__name__}")
 

@@ -1,10 +1,10 @@
-"""Thresholds that keep the promise of k: set so that fresh tokens fire as many features as training let them.
+"""Thresholds with which fresh tokens fire as many features as in training: k on average.
 
-Training compares the tokens of a batch; the exported autoencoder sees one token at a time and needs a threshold.
-Mutual Choice gets one for all features, Feature Choice one a feature, TopK needs none; thresholds that training has
-learned get one common factor. Where positive affinities ran out the target is k times the share of the budget that
-training's own selection uses on these tokens. Features may be spread over a row of ranks: every cut and every count is
-over all of them.
+Training compares the tokens of a batch. The exported autoencoder sees one token at a time and needs a threshold.
+Mutual Choice gets one threshold for all features, Feature Choice one a feature, and TopK needs none. Thresholds that
+training has learned get one common factor. Where positive affinities ran out, the target is k times the share of the
+budget that training's selection uses on these tokens. Features may be spread over a row of ranks. Every cut and every
+count is over the whole row.
 """
 
 import math
@@ -20,25 +20,23 @@ from sae_train.ranks.interface import Ranks
 from sae_train.sae.autoencoder import CHUNK_BYTES, SparseAutoencoder
 
 SAMPLE_MARGIN = 1.25
-"""How many times the kept affinities are gathered before the exact cut; too few only costs another pass."""
-
-
+"""Affinities gathered before the exact cut, as a multiple of those kept. Too few only cost another pass."""
 LARGEST_CORRECTION = 0.1
-"""Share of k by which training may have missed it for a factor on the learned thresholds to be called a correction."""
+"""Largest distance of L0 from k, as a share of k, at which learned thresholds are corrected."""
 
 
 class Calibration(NamedTuple):
-    """What calibration found."""
+    """The result of a calibration."""
 
     threshold_F: Tensor
-    """[F] fp32 of the own features, at least 0; +inf for a feature that must never fire."""
+    """[F] fp32 thresholds of this rank's features, at least 0; +inf for a feature that must never fire."""
     target_l0: float
-    """Mean active features a token that the thresholds aim at."""
+    """Mean number of active features a token that the thresholds aim at."""
     used_share: float
-    """Share of the budget that training's own selection uses on these tokens."""
+    """Share of the budget that training's selection uses on these tokens."""
     correction: dict[str, float] | None = None
-    """What brought a penalised sparsifier's L0 to k: the factor on learned thresholds, or one threshold for all; empty
-    where L0 was too far from k. None for the others."""
+    """The correction that brought a penalised sparsifier's L0 to k: {"factor": ...} on learned thresholds, or
+    {"threshold": ...} for all features. Empty where L0 was too far from k. None for allocators."""
 
 
 @torch.no_grad()
@@ -84,7 +82,7 @@ def calibrate(
 
 
 class _Passes:
-    """Passes of an autoencoder's encoder over the calibration half; each is a phase with its own time left."""
+    """Passes of an autoencoder's encoder over the calibration half. Each pass is a phase with its own time left."""
 
     def __init__(self, sae: SparseAutoencoder, phases: Phases) -> None:
         self.sae, self._phases = sae, phases
@@ -134,8 +132,8 @@ def _corrected(
 ) -> Calibration:
     """Bring L0 to k where training has come close: by a factor on learned thresholds, else by one threshold for all.
 
-    Where L0 is far from k the autoencoder would become another one, and is left as training made it. Features that are
-    never to fire (a threshold of +inf) stay so, and L0 comes to k without them.
+    Where L0 is far from k, a correction would make another autoencoder, so thresholds stay as training left them.
+    Features with a threshold of +inf keep it, and L0 comes to k without them.
     """
     n_tokens, device = len(raw_ND), raw_ND.device
     fires = sum(int((pre_NF > learned_F).sum()) for pre_NF in passes.pre_activations(raw_ND))
@@ -163,9 +161,10 @@ def _corrected(
 def _largest(
     passes: _Passes, raw_ND: Tensor, *, most: int, n_features: int, row: Ranks, unit_F: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return this rank's share of at least the `most` largest affinities of all tokens and features (all where fewer).
+    """Return the largest affinities on this rank, and the positive affinities of its features on each token [N].
 
-    Beside it the own features' positives a token [N]. Affinities are measured in `unit_F` where that is given.
+    The affinities of all ranks together hold at least the `most` largest ones, or all where there are fewer. Affinities
+    are divided by `unit_F` where that is given.
     """
 
     def affinities(rows_ND: Tensor) -> Iterator[Tensor]:
@@ -187,7 +186,7 @@ def _largest(
 
 
 def _positive(pre_NF: Tensor) -> Tensor:
-    """[N] int64: positive affinities of each token."""
+    """Return the number of positive affinities of each token [N], int64."""
     return (pre_NF > 0).sum(1, dtype=torch.int32).long()
 
 
@@ -196,8 +195,8 @@ def _threshold_each(
 ) -> Calibration:
     """Set each feature's threshold at the affinity that as many held-out tokens reach as its budget has matches.
 
-    The c-th largest of n affinities is exceeded by a share c / (n + 1) of fresh ones, whatever their distribution, so
-    the sum over many features stays unbiased where a cut below the c-th would add up to a match a feature and half.
+    A share c / (n + 1) of fresh affinities exceeds the c-th largest of n, whatever their distribution. So the sum over
+    many features is unbiased. A cut below the c-th would be off by half a match a feature.
     """
     n_tokens = len(raw_ND)
     own_F = share_F[slice(*row.slice(len(share_F)))]
@@ -211,7 +210,15 @@ def _threshold_each(
 
 
 def _expected_matches(positive_FN: Tensor, share_F: Tensor, batch_tokens: int) -> Tensor:
-    """Return how many matches training's selection gives each feature on these tokens, its rounding averaged [F]."""
+    """Return the mean number of matches that training's selection gives each feature on these tokens [F].
+
+    The mean is over the random rounding of budgets.
+
+    Args:
+        positive_FN: whether each affinity is positive.
+        share_F: budget of each feature as a share of a batch's tokens.
+        batch_tokens: tokens of a batch.
+    """
     matches_F = torch.zeros_like(share_F)
     for batch_FN in torch.split(positive_FN, batch_tokens, dim=1):
         budget_F, there_F = share_F * batch_FN.shape[1], batch_FN.sum(1).double()
@@ -223,7 +230,12 @@ def _expected_matches(positive_FN: Tensor, share_F: Tensor, batch_tokens: int) -
 
 
 def _reached_by(pre_FN: Tensor, matches_F: Tensor) -> Tensor:
-    """Return the affinity that `matches_F` (real) tokens of each row reach; 0 if all positive do, +inf if none is."""
+    """Return the affinity that a (real) number of tokens reaches in each row [F].
+
+    It is 0 where all positive affinities reach it, and +inf where no token is to reach it.
+
+    Example: a row [5, 3, 1] and 1.5 tokens give 4, between the largest and the second largest.
+    """
     most = min(int(matches_F.max()) + 2, pre_FN.shape[1])
     largest = pre_FN.topk(most, dim=1).values.clamp(min=0)
     lower = matches_F.long().clamp(1, most)

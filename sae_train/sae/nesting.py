@@ -1,7 +1,8 @@
 """Nested dictionaries: prefixes reconstruct by themselves (Matryoshka, Bussmann et al. 2025, arXiv 2503.17547).
 
-General features come first, because the smallest prefix has to do with them alone. Selection, codes and the exported
-autoencoder are those of any other run; only the loss differs: the sum over prefixes, unweighted, as in the paper.
+General features come first, because the smallest prefix must reconstruct with them alone. Selection, codes and the
+exported autoencoder do not differ from any other run. Only the loss does: it is the unweighted sum over prefixes, as in
+the paper.
 """
 
 from itertools import pairwise
@@ -16,11 +17,13 @@ from sae_train.sae.code import Code, DenseCode
 from sae_train.sae.trainable import TrainableAutoencoder, sum_of_shares
 
 SEARCHED = 4096
-"""How far from the given n_features one that all prefixes divide is looked for."""
+"""Largest distance from the given n_features at which a message suggests another one."""
 
 
 def prefix_sizes(nesting: NestingConfig, *, n_features: int) -> tuple[int, ...]:
-    """Return how many features each prefix has, ascending, the last all; just the last without nesting.
+    """Return the number of features in each prefix, ascending, the last with all. Without nesting there is one prefix.
+
+    Example: prefixes [0.25, 0.5, 1] of 2048 features give (512, 1024, 2048), nesting=none gives (2048,).
 
     Raises:
         ConfigError: a share of the features is not a whole number of them.
@@ -40,7 +43,7 @@ def prefix_sizes(nesting: NestingConfig, *, n_features: int) -> tuple[int, ...]:
 
 
 def _sizes(shares: list[float], n_features: int) -> tuple[int, ...] | None:
-    """Return the prefixes' sizes; None where one is not whole or empty."""
+    """Return the prefixes' sizes; None where one is not a whole number or is empty."""
     sizes = [round(share * n_features) for share in shares]
     whole = all(abs(size - share * n_features) < 1e-6 * n_features for size, share in zip(sizes, shares, strict=True))
     return tuple(sizes) if whole and sizes[0] > 0 else None
@@ -49,12 +52,15 @@ def _sizes(shares: list[float], n_features: int) -> tuple[int, ...] | None:
 def decode_prefixes(sae: TrainableAutoencoder, code: Code, sizes: tuple[int, ...], *, ranks: Ranks) -> Tensor:
     """Return the reconstructions from the first sizes[g] features [G, N, D] without the bias; differentiable.
 
-    A token's matches are sorted by feature, so those of one group of features between two prefixes stand together: a
-    bag for each token and group costs the matches once, and the running sum over groups makes prefixes of them.
+    A group is the features between two prefixes. A token's matches are sorted by feature, so the matches of a group are
+    consecutive. Each token and group is one bag, which costs the matches once. The running sum over groups gives the
+    prefixes.
 
     Args:
-        sizes: of the prefixes, over all ranks' features.
-        ranks: whose `features` hold the other shares.
+        sae: the features of this rank.
+        code: matches of this rank's features.
+        sizes: features of each prefix, over all ranks.
+        ranks: the grid of ranks. Those of a row hold the other features.
     """
     n_tokens, n_groups = code.n_tokens, len(sizes)
     lo, hi = ranks.features.slice(sizes[-1])
@@ -75,5 +81,5 @@ def decode_prefixes(sae: TrainableAutoencoder, code: Code, sizes: tuple[int, ...
 
 
 def _prefixes(groups_NGD: Tensor, ranks: Ranks) -> Tensor:
-    """Return the running sums over groups, of all ranks' features [G, N, D]."""
+    """Return the running sums over groups [G, N, D], each summed over the ranks of a row."""
     return sum_of_shares(groups_NGD, ranks).cumsum(1).transpose(0, 1)

@@ -14,13 +14,13 @@ from sae_train.sae.code import Code, DenseCode, SparseCode
 from sae_train.sae.random import keyed_generator
 
 ENCODER_SCALE = 0.2
-"""Norm of an encoder row at the start: better than 1 wherever both were tried (docs/quality.md). A guess at the reason:
-at 1 the first reconstructions overshoot, as matched directions overlap, and correcting that silences features."""
+"""Norm of an encoder row at the start. It was better than 1 wherever both were tried. A guess at the reason: at 1 the
+first reconstructions overshoot, because matched directions overlap, and correcting that silences features."""
 
 DRAWN_TOGETHER = 256
-"""Features whose initial directions come from one generator, so that a rank draws little beside its own."""
+"""Features whose initial rows come from one generator, so that a rank draws few rows of other ranks."""
 REPLICATED = ("b_dec",)
-"""Parameters that every rank holds whole."""
+"""Names of the parameters that every rank holds whole."""
 
 
 class ExtraParameter(NamedTuple):
@@ -113,28 +113,33 @@ class TrainableAutoencoder(nn.Module):
         return self.W_dec.shape[1]
 
     def pre_activations(self, x_ND: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Return pre_NF = x W_enc^T + b_enc from fp32 accumulators, without a graph.
+        """Return pre-activations x W_enc^T + b_enc [N, F] from fp32 accumulators, without a graph.
 
         Args:
-            x_ND: normalised activations in the dictionary's dtype.
-            out: where to, [N, F] in the dictionary's dtype.
+            x_ND: normalised activations in the parameters' dtype.
+            out: [N, F] memory for the result, in the parameters' dtype.
         """
         return kernels.affine(x_ND, self.W_enc, self.b_enc, precision=self.precision, out=out)
 
     def near_pre_activations(self, x_ND: Tensor, *, out: Tensor | None = None) -> kernels.Near:
-        """Return pre-activations of a bf16 product, which only find candidates; `out` is [N, F] bf16."""
+        """Return pre-activations of a bf16 product, which only find candidates.
+
+        Args:
+            x_ND: normalised activations in the parameters' dtype.
+            out: [N, F] bf16 memory for the product.
+        """
         return kernels.near(x_ND, self.W_enc, self.b_enc, out=out)
 
     def slopes(self, gradient_ND: Tensor) -> Tensor:
-        """Return slope_NF = g W_dec^T: how fast a loss changes with the value of each feature, without a graph.
+        """Return g W_dec^T [N, F]: the derivative of a loss with respect to each feature's value, without a graph.
 
         Args:
-            gradient_ND: of that loss with respect to the normalised activations, in the dictionary's dtype.
+            gradient_ND: g, the gradient of the loss with respect to normalised activations, in the parameters' dtype.
         """
         return kernels.affine(gradient_ND, self.W_dec, self.b_enc.new_zeros(self.n_features), precision=self.precision)
 
     def attach(self, x_ND: Tensor, code: SparseCode) -> SparseCode:
-        """Return `code` with values that are differentiable in W_enc and b_enc, at the cost of the matches only."""
+        """Return `code` with values that are differentiable in W_enc and b_enc. It costs the matches, not [N, F]."""
         places = code.feature, code.token, code.start
         value = kernels.attach(code.value, x_ND, self.W_enc, self.b_enc, *places, **self._shared(code))
         return replace(code, value=value)
@@ -144,11 +149,13 @@ class TrainableAutoencoder(nn.Module):
         return kernels.attach_dense(pre_NF, x_ND, self.W_enc, self.b_enc)
 
     def decode(self, code: Code, *, ranks: Ranks, bias: bool = True, frozen: bool = False) -> Tensor:
-        """Return the reconstruction x_hat_ND from all features; differentiable in the code's values, W_dec and b_dec.
+        """Return the reconstruction [N, D] from all features, differentiable in the code's values, W_dec and b_dec.
 
         Args:
-            ranks: whose `features` hold the other shares; each rank's gradients are of its own share.
-            frozen: differentiable in the values alone.
+            code: the matches of this rank's features.
+            ranks: the grid of ranks. Those of a row hold the other features. Each rank's gradients are of its own.
+            bias: whether b_dec is added.
+            frozen: whether only the values get a gradient.
         """
         W_dec, b_dec = (self.W_dec.detach(), self.b_dec.detach()) if frozen else (self.W_dec, self.b_dec)
         if isinstance(code, DenseCode):
@@ -160,23 +167,31 @@ class TrainableAutoencoder(nn.Module):
         return rows_ND.add_(b_dec) if bias else rows_ND
 
     def bags(self, code: SparseCode, W_dec: Tensor, feature_M: Tensor, bag_M: Tensor, start_B: Tensor) -> Tensor:
-        """Return what each bag of the code's matches adds up to [B, D], of decoder rows; differentiable."""
+        """Return the sum of value times decoder row over each bag of matches [B, D], differentiable.
+
+        Args:
+            code: matches that supply the values [M].
+            W_dec: [F, D] decoder rows.
+            feature_M: decoder row of each match.
+            bag_M: bag of each match, ascending.
+            start_B: [B+1] first match of each bag.
+        """
         return kernels.decode(code.value, W_dec, feature_M, bag_M, start_B, **self._shared(code))
 
     def _shared(self, code: SparseCode) -> dict[str, Any]:
-        """Return what all products over the matches share."""
+        """Return the keyword arguments that all products over the matches have in common."""
         return {"order": code.order, "precision": self.precision}
 
     def moved(self) -> None:
-        """Drop what was computed from parameters: called after each change of them."""
+        """Drop values computed from parameters. The optimizer calls it after each change of them."""
 
 
 class AlignedAutoencoder(TrainableAutoencoder):
-    """A dictionary whose encoder and decoder row of a feature have an inner product of one at every step.
+    """An autoencoder in which a feature's encoder row and decoder row have an inner product of one at every step.
 
-    Encoder row = d + (I - d d^T) v with the decoder's unit row d: v is free, 0 at the start, and what of it lies along
-    d has no effect. Our construction after the constraint of arXiv 2605.18629, whose own one is not public. Gradients
-    reach d through both paths.
+    The encoder row is d + (I - d d^T) v with the decoder's unit row d. The row v is free and 0 at the start. Its
+    component along d has no effect. Gradients reach d through both terms. The constraint is from arXiv 2605.18629, and
+    its construction is not public. This one is ours.
 
     Attributes:
         W_free: [F, D] rows v.
@@ -217,14 +232,17 @@ def _random_rows(lo: int, hi: int, *, d_model: int, seed: int) -> Tensor:
 
 
 def sum_of_shares(part_ND: Tensor, ranks: Ranks) -> Tensor:
-    """Return the sum of what the ranks of a row reconstruct from their features; differentiable in the own part."""
+    """Return the sum of the partial reconstructions of a row's ranks [N, D], differentiable in this rank's part."""
     if ranks.features.size == 1:
         return part_ND
     return applied(_SumOfShares, part_ND, ranks.features)
 
 
 class _SumOfShares(torch.autograd.Function):
-    """Sum partial reconstructions. Every rank goes on to the same loss, so a part's gradient is the sum's."""
+    """Sum partial reconstructions over the ranks of a row. The backward pass is the identity.
+
+    Every rank computes the same loss from the sum, so the gradient of a part equals the gradient of the sum.
+    """
 
     @staticmethod
     def forward(ctx: Any, part_ND: Tensor, ranks: Ranks) -> Tensor:

@@ -1,7 +1,7 @@
 """Zipf's law fitted to how often features fire: density(rank) ~ (rank + shift)^-exponent (arXiv 2411.02124).
 
-Of the paper it is known that densities follow the law for most ranks and fall below it at the low end, not how it was
-fitted: range, weights and search are ours. All of it runs on the host in float64.
+The paper says that densities follow the law for most ranks and fall below it at the low end. It does not say how it
+fits the law: range, weights and search are ours. Everything runs on the host in float64.
 """
 
 import math
@@ -12,26 +12,27 @@ import torch
 from torch import Tensor
 
 HEAD, BODY = 0.01, 0.8
-"""Ranks that are fitted, as shares of the features that fire: the densest follow no law, the rarest fall below it."""
+"""First and last fitted rank, as shares of the features that fire. The densest features follow no law, and the rarest
+fall below it."""
 LEAST_FEATURES = 8
-"""Fewer say nothing of a law with two numbers."""
+"""Smallest number of densities to which a law of two numbers is fitted."""
 GRID, SECTIONS = 32, 40
-"""Steps of the search over log(1 + shift): where it begins, and how it goes on between two of them."""
+"""Steps of the search over log(1 + shift): of the grid, and of the golden section between two points of it."""
 MOST_RANKS = 4096
-"""Of more, evenly spaced ones stand for all: rows of metrics are frequent, and the fit is on the host."""
+"""Largest number of fitted ranks. Of more ranks evenly spaced ones are fitted, as each row of metrics has a fit."""
 DIGITS = 6
-"""Of what is found: the search's last bits mean nothing, and what is written down gives the same budgets when typed."""
+"""Significant digits of the result. Its last bits mean nothing, and a number that is typed gives the same budgets."""
 
 
 class ZipfFit(NamedTuple):
     """density(rank) ~ (rank + shift)^-exponent, the densest feature having rank 1."""
 
     exponent: float
-    """At least 0."""
+    """Exponent, at least 0."""
     shift: float
-    """In ranks, 0 to n_features."""
+    """Shift in ranks, 0 to n_features."""
     r2: float
-    """1 - residual / total sum of squares of log density, each feature weighing as it fires; over the fitted ranks."""
+    """1 - residual / total sum of squares of log density over the fitted ranks, weighted by density."""
 
 
 def fit_zipf(density_F: Tensor) -> ZipfFit | None:
@@ -41,7 +42,7 @@ def fit_zipf(density_F: Tensor) -> ZipfFit | None:
     A feature weighs as its density: the variance of a log count is one over the count.
 
     Args:
-        density_F: shares of tokens (or counts), at least 0, of all features in any order.
+        density_F: share of tokens (or count) of every feature, at least 0, in any order.
 
     Returns:
         The fit; None where fewer than 8 ranks are left or all are equally dense.
@@ -76,7 +77,7 @@ class _Line:
         self._total = float(self._weight_R @ self._log_R.square())
 
     def __call__(self, shift: float) -> tuple[float, float]:
-        """Return the exponent and the share of the sum of squares that is missed."""
+        """Return the exponent, and the residual share of the sum of squares."""
         x_R = (self._rank_R + shift).log()
         x_R -= self._weight_R @ x_R
         slope = (self._weight_R @ (x_R * self._log_R)) / (self._weight_R @ x_R.square())
@@ -85,7 +86,7 @@ class _Line:
 
 
 def _golden_section(loss: Callable[[float], float], low: float, high: float) -> float:
-    """Return where `loss` is least between `low` and `high`, if it falls and then rises there."""
+    """Return the minimum of `loss` between `low` and `high`, if it falls and then rises there."""
     ratio = (math.sqrt(5) - 1) / 2
     left, right = high - ratio * (high - low), low + ratio * (high - low)
     at_left, at_right = loss(left), loss(right)

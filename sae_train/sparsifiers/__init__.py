@@ -1,4 +1,7 @@
-"""Sparsifiers: how pre-activations become a code. One module a family; `base.py` describes the interface.
+"""Sparsifiers: how pre-activations become a code. One module a family.
+
+`base.py` describes the interface. `allocator.py` computes the budget of a batch, and `feature_choice.py` splits it over
+features. `penalised.py` with `price.py` steers a penalty instead.
 
 To add one, write a module with a subclass of `Allocator` or `Penalised`, a config class in `config/sparsifiers.py`, its
 values in `conf/sparsifier/NAME.yaml`, and a line in `config/sparsifier_registry.py`. Property tests pick it up.

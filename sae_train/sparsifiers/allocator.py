@@ -31,13 +31,13 @@ class Allocator(Sparsifier):
     """
 
     capacity: int
+    schedule: KSchedule
 
     reads_all = False
 
     def __init__(self, config: SaeConfig, sizes: SaeSizes, ranks: Ranks) -> None:
         super().__init__(config, sizes, ranks)
         assert isinstance(config.sparsifier, AllocatorConfig)
-        self.schedule = _schedule(config)
         self.capacity = self.budget_of(self.schedule.most, sizes.batch_tokens)
         self._revival = config.sparsifier.revival
         gap = sizes.n_features / self.schedule.k

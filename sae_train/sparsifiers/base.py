@@ -73,6 +73,10 @@ class Sparsifier(ABC):
 
     `build_sparsifier` creates it. See the module's table for its members and their callers.
 
+    Attributes:
+        n_features: features of the whole dictionary.
+        schedule: number of matches a token over the run; None where a coefficient takes the place of k.
+
     Args:
         config: settings of the SAE.
         sizes: sizes of the SAE and of its batches.
@@ -86,23 +90,20 @@ class Sparsifier(ABC):
     reads_all = True
     """Whether it reads every pre-activation. Otherwise those of a bf16 product may find candidates for it."""
 
+    schedule: KSchedule | None
+
     def __init__(self, config: SaeConfig, sizes: SaeSizes, ranks: Ranks) -> None:
         raise_all(self.problems(config, sizes))
         self.n_features = sizes.n_features
-        self._k = KSchedule.of(config)
+        self.schedule = KSchedule.of(config)
 
     @classmethod
     def problems(cls, config: SaeConfig, sizes: SaeSizes) -> list[str]:
-        """Return the contradictions between settings that show once the sizes are decided."""
-        schedule = KSchedule.of(config)
-        if schedule is None:
-            return []
-        values = {"k": schedule.k} | ({} if schedule.start_k == schedule.k else {"budget.start_k": schedule.start_k})
-        return [
-            f"{key}={value:g}: above n_features={sizes.n_features}. Lower it or raise n_features."
-            for key, value in values.items()
-            if value > sizes.n_features
-        ]
+        """Return the contradictions between settings that show once the sizes are decided.
+
+        `RunConfig.width_problems` has refused a k above n_features before.
+        """
+        return []
 
     def extra_parameters(self) -> dict[str, ExtraParameter]:
         """Return the parameters [F] that this method trains beyond encoder and decoder, by name.
@@ -142,7 +143,7 @@ class Sparsifier(ABC):
 
     def k_at(self, info: StepInfo) -> float | None:
         """Return the mean number of matches a token at a step; None where a coefficient takes the place of k."""
-        return None if self._k is None else self._k.at(info)
+        return None if self.schedule is None else self.schedule.at(info)
 
     def figures(self, info: StepInfo) -> dict[str, float]:
         """Return the figures of this method for a row of metrics, of the next step. May wait for the device."""

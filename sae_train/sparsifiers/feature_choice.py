@@ -1,8 +1,8 @@
 """Feature Choice: each feature keeps its m_j largest affinities of the batch (Ayonrinde 2024, arXiv 2411.02124).
 
-Budgets are equal or follow Zipf's law in the rank of a feature. The paper publishes neither the law's constants nor how
-ranks are bound to features: cap, floor, rounding, and ranks and law frozen from the densities of a Mutual Choice phase
-are our reconstruction (with no such phase, feature j has rank j, and the law is given or a default).
+Budgets are equal or follow Zipf's law in the rank of a feature. The paper publishes neither the law's constants nor the
+assignment of ranks to features. Our reconstruction: cap, floor and rounding, and ranks and law that are frozen from the
+densities of a Mutual Choice phase. Without such a phase feature j has rank j, and the law is given or a default.
 """
 
 import math
@@ -90,7 +90,7 @@ class FeatureChoice(MutualChoice):
         return self._matches(self.budget(info), info.batch_tokens) / info.batch_tokens
 
     def _notes(self) -> dict[str, Any]:
-        """Return the law of the budgets, and how well it fits where Mutual Choice's densities gave it."""
+        """Return the law of the budgets, with r2 where it was fitted to Mutual Choice's densities."""
         if self._zipf is None or self._rank_F is None:
             return {}
         exponent, shift = self._law(self._zipf)
@@ -135,9 +135,9 @@ class FeatureChoice(MutualChoice):
 
 
 def _common_fit(density_F: Tensor, ranks: Ranks) -> ZipfFit | None:
-    """Return the first rank's fit to the densities of all features: budgets must not differ by a rounding.
+    """Return the first rank's fit to the densities of all features, so that budgets do not differ by rounding.
 
-    None where there is no fit, or densities do not follow the law: then budgets follow the default one.
+    None where there is no fit or densities do not follow the law. Then budgets follow the default law.
     """
     fit = fit_zipf(density_F)
     if fit is not None and (fit.r2 < LEAST_R2 or not 0 <= fit.exponent <= LARGEST_EXPONENT):
@@ -148,7 +148,7 @@ def _common_fit(density_F: Tensor, ranks: Ranks) -> ZipfFit | None:
 
 
 def _ranks_by_density(density_F: Tensor) -> Tensor:
-    """Return each feature's rank, the densest first, ties to the lower feature; read by the host, once in a run."""
+    """Return each feature's rank [F], 0 for the densest, ties to the lower feature. The host reads it once in a run."""
     order = density_F.sort(descending=True, stable=True).indices.cpu()
     rank_F = torch.empty_like(order)
     rank_F[order] = torch.arange(len(order))
@@ -156,7 +156,7 @@ def _ranks_by_density(density_F: Tensor) -> Tensor:
 
 
 def _round_up(value: float) -> float:
-    """Round so that the six digits of a message still work when they are typed."""
+    """Return a number rounded up, so that the digits in a message work when they are typed."""
     return float(f"{value * (1 + 1e-5):.5g}")
 
 

@@ -1,10 +1,10 @@
 """ReLU autoencoders whose sparsity is bought: L1, and Lp with p annealed.
 
-`relu`: the price is of the sum of values times the norms of their decoder rows, norms free (Anthropic's April 2024
-update, seen without its equations, and libraries' code), or with unit norms (Towards Monosemanticity, 2023).
-`p_anneal`: the sum of values to the power p, p falling from 1 (Karvonen et al. 2024, arXiv 2408.00113), scaled at each
-change of p so that the penalty stays what it was. Ours: a bound on its gradient near 0, and the steering of the price,
-with a common shift of the biases where others have thresholds.
+`relu`: the price is of the sum of values times the norms of their decoder rows. Norms are free (Anthropic's April 2024
+update, seen without its equations, and libraries' code) or unit (Towards Monosemanticity, 2023).
+`p_anneal`: the price is of the sum of values to the power p, and p falls from 1 (Karvonen et al. 2024, arXiv
+2408.00113). The sum is scaled at each change of p so that the penalty stays equal. Ours: a bound on its gradient near
+0, and the steering of the price, with a common shift of the biases where others have thresholds.
 """
 
 import math
@@ -23,7 +23,7 @@ from sae_train.sae.trainable import TrainableAutoencoder
 from sae_train.sparsifiers.penalised import Penalised, Valued
 
 LEAST = 1e-3
-"""Value, as a share of the activations' root mean square norm, below which p_anneal's gradient stays what it is."""
+"""Value below which p_anneal's gradient is constant, as a share of the activations' root mean square norm."""
 
 
 class ReLU(Penalised):

@@ -1,8 +1,11 @@
-"""The price of a match: what penalised sparsifiers weigh sparsity with, steered so that L0 comes to k.
+"""The price of a match: the weight of a penalised sparsifier's penalty, steered so that L0 comes to k.
 
-Ours. L0 is compared, as a logarithm, with an aim: k, or what falls to k from a larger L0 of the first batch over the
-first part of the run. Two things answer a deviation. The thresholds move together, at any pace in that first part and
-afterwards by the learning rate a step or, in short runs, a little more; and the price changes until that is not needed.
+Ours. The logarithm of L0 is compared with an aim. The aim is k. Where the first batch has a larger L0, the aim falls
+from there to k over the first part of the run. Two controls answer a deviation:
+
+- The thresholds move together. In the first part they may move at any pace, afterwards by the learning rate a step, or
+  a little more in short runs.
+- The price changes until the thresholds need not move.
 """
 
 import math
@@ -13,32 +16,35 @@ from torch import Tensor
 from sae_train.sae.step_info import StepInfo
 
 AT_ONCE = 1.0
-"""Power of L0 over its aim by which the price answers at once."""
+"""Exponent of L0 over its aim in the immediate factor of the price."""
 IN_TIME = 3.0
-"""By how much the price's logarithm grows while thresholds' logarithms are pushed by 1."""
+"""Growth of the price's logarithm for each unit by which thresholds' logarithms move."""
 NUDGE = 0.3
-"""Step of the thresholds' logarithms in answer to a deviation of 1 while the aim moves."""
+"""Step of the thresholds' logarithms at a deviation of 1 while the aim moves."""
 SLOWEST = 3.0
-"""Steps of thresholds' logarithms may add up to this over a run however small the learning rate."""
+"""Sum over the run of the steps that thresholds' logarithms may make, however small the learning rate."""
 FARTHEST = 15.0
-"""How far the price's logarithm may go from where it began, where L0 cannot be reached."""
+"""Largest distance of the price's logarithm from its start, for an L0 that cannot be reached."""
 WORST = 1.0
-"""Largest deviation, as a logarithm, that is answered."""
+"""Largest deviation, as a logarithm; a larger one counts as this."""
 LEAST = 1e-3
-"""L0 below which it counts as this: its logarithm must be finite."""
+"""Smallest L0; a smaller one counts as this, because its logarithm must be finite."""
 
 
 class Price:
-    """One number for the batch of all ranks, on the device; nothing is read back to the host.
+    """The price of the batch of all ranks, a scalar on the device. The host never reads it.
+
+    `Penalised` creates one and updates it once a step.
 
     Attributes:
-        nudge: by how much the logarithms of thresholds are to move before the next step, a scalar.
-        size: mean value of what fired in the last step.
+        nudge: change of the thresholds' logarithms before the next step, a scalar.
+        size: mean value of the matches of the last step, a scalar.
 
     Args:
         first: price at the start.
         settle: share of the run over which the aim moves.
-        fixed: a price that is not steered; it rises from 0 over that share.
+        device: device of the price.
+        fixed: a price that is not steered and rises from 0 over that share; None steers it.
     """
 
     def __init__(self, first: float, *, settle: float, device: torch.device, fixed: float | None = None) -> None:
@@ -50,7 +56,7 @@ class Price:
         self.size = torch.zeros((), dtype=torch.float64, device=device)
 
     def now(self, info: StepInfo) -> Tensor:
-        """Return the price of a step, from the steps before it, a scalar in float64."""
+        """Return the price of a step, which depends on the steps before it, a float64 scalar."""
         if self._fixed is not None:
             rise = 1.0 - self._left(info)
             return torch.full_like(self._log_price, self._fixed * rise)
@@ -60,10 +66,10 @@ class Price:
         """Move the price and the next nudge by a step's L0.
 
         Args:
-            l0: mean over the batch of all ranks, scalar.
-            size: mean value of what fires, scalar; not a number if nothing does.
-            k: what it is to be at this step.
-            info: where in the run that step was.
+            l0: mean number of matches a token over the batch of all ranks, a scalar.
+            size: mean value of the matches, a scalar; NaN without a match.
+            k: the number of matches a token to steer to; None where the price is fixed.
+            info: position of that step.
         """
         self.size = torch.where(size.isfinite(), size, self.size)
         if k is None:  # the price is fixed
@@ -81,12 +87,12 @@ class Price:
         self._log_price = (self._log_price + IN_TIME * allowed).clamp(self._first - FARTHEST, self._first + FARTHEST)
 
     def _left(self, info: StepInfo) -> float:
-        """Return which share of the time to settle is left."""
+        """Return the share of the settling time that is left."""
         done = info.tokens / info.total_tokens
         return max(0.0, 1 - done / self._settle) if self._settle > 0 else 0.0
 
     def state(self) -> dict[str, Tensor]:
-        """Return what a resumed run must know, for a checkpoint."""
+        """Return the tensors that a resumed run must restore."""
         return {
             "log_price": self._log_price,
             "deviation": self._deviation,

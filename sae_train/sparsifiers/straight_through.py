@@ -5,7 +5,7 @@ With H the unit step, a rectangle kernel R(u) = 1 where |u| < 1/2, and bandwidth
     d JumpReLU / d pre = H(pre - t)        d JumpReLU / d t = -(t / e) R((pre - t) / e)
     d H / d pre = 0                        d H / d t        = -(1 / e) R((pre - t) / e)
 
-They hold on pre-activations on both sides of the threshold: a pair just below it has no value, but a gradient.
+They hold for pre-activations on both sides of the threshold. A pair just below it has a gradient, but no value.
 """
 
 from typing import Any
@@ -17,17 +17,23 @@ from sae_train.kernels.function import applied
 
 
 def jump_relu(pre: Tensor, threshold: Tensor, *, bandwidth: float) -> Tensor:
-    """Return `pre` where it is above `threshold`, else 0; differentiable in both, which have one shape."""
+    """Return `pre` where it is above `threshold`, else 0, differentiable in both. The two have one shape.
+
+    Example: pre [0.5, 0.1] and threshold [0.3, 0.3] give [0.5, 0].
+    """
     return applied(_JumpReLU, pre, threshold, bandwidth)
 
 
 def step(pre: Tensor, threshold: Tensor, *, bandwidth: float) -> Tensor:
-    """Return 1 where `pre` is above `threshold`, else 0; differentiable in the threshold alone."""
+    """Return 1 where `pre` is above `threshold`, else 0, differentiable in the threshold alone.
+
+    Example: pre [0.5, 0.1] and threshold [0.3, 0.3] give [1, 0].
+    """
     return applied(_Step, pre, threshold, bandwidth)
 
 
 def reach(bandwidth: float) -> float:
-    """Return how far below the threshold a pair still has a gradient."""
+    """Return the distance below the threshold within which a pair has a gradient."""
     return bandwidth / 2
 
 

@@ -1,23 +1,28 @@
 """Adaptive Temporal Masking: features of little importance so far are left out of a step at random.
 
-Li and Ren 2025 (arXiv 2510.08855), of which an abstract and a summary with two formulas were seen. From those: moving
-averages, a feature, of how strongly and how often it fires and of what it contributes to the reconstruction, combined
-into an importance I; the threshold theta = mu + c sigma with the mean and standard deviation of I over features; the
-probability 1 - exp(-r (theta - I) / theta) of being masked where I is below theta; a reconstruction error and an L1
-penalty. There is no public code. Inferred, by us:
+Li and Ren 2025 (arXiv 2510.08855). We have seen an abstract and a summary with two formulas; there is no public code.
+From those:
 
-- The importance is the geometric mean of the three. Dividing each by its mean over features would change nothing, as
-  the probability depends on ratios of importances alone.
-- The contribution is by how much half the squared error would grow without the feature, f <d, e> + f^2 / 2 for a unit
-  decoder row d and the error e, averaged over tokens, at least 0. Averages are over all tokens, with a half-life.
-- A mask is drawn a step and feature, for all tokens alike, with a probability of at most 0.9. A masked feature has no
-  gradient in that step, of reconstruction or penalty.
-- Averages are of what features do unmasked, and e is the error of the reconstruction from all of them (one more
-  decode): else a feature that is masked often would look unimportant, and be masked for that.
-- Nothing is masked at first; then r rises from 0 to its value.
-- Codes, penalty, steering and export are those of ReLU with unit norms. L0 is steered of the unmasked code, which is
-  exported; with `export_mask` of what that leaves: features that would be masked in more than half of the steps at the
-  end get a threshold of +inf.
+- Each feature has moving averages of its value, of how often it fires and of its contribution to the reconstruction.
+  They combine into an importance I.
+- The threshold is theta = mu + c sigma, with the mean and standard deviation of I over features.
+- A feature with I below theta is masked with probability 1 - exp(-r (theta - I) / theta).
+- The loss is a reconstruction error and an L1 penalty.
+
+Inferred, by us:
+
+- The importance is the geometric mean of the three averages. Dividing each by its mean over features would change
+  nothing, because the probability depends on ratios of importances alone.
+- The contribution is the growth of half the squared error without the feature: f <d, e> + f^2 / 2 for a unit decoder
+  row d and the error e, averaged over tokens, at least 0. Averages are over all tokens, with a half-life.
+- One mask is drawn for each step and feature, and holds for all tokens. Its probability is at most 0.9. A masked
+  feature has no gradient in that step, of reconstruction or penalty.
+- Averages are of the unmasked code, and e is the error of its reconstruction, which costs one more decode. Otherwise a
+  feature that is masked often would look unimportant, and would be masked for that.
+- Nothing is masked at first. Then r rises from 0 to its value.
+- Codes, penalty, steering and export are those of ReLU with unit norms. L0 is steered on the unmasked code, which is
+  exported. With `export_mask`, features that would be masked in more than half of the steps at the end get a threshold
+  of +inf, and L0 is steered on the others.
 """
 
 from dataclasses import replace
@@ -40,9 +45,11 @@ from sae_train.sparsifiers.l1 import ReLU
 from sae_train.sparsifiers.penalised import Valued
 
 MOST = 0.9
-"""Largest probability of being masked: whatever its importance, a feature learns in a tenth of the steps."""
-HALF_LIFE, HALF_LIVES = 140_000, 8
-"""Half-life of the averages in tokens (0.99 a step of 2048 tokens), and how many of them a run has at least."""
+"""Largest probability of being masked, so that every feature learns in a tenth of the steps."""
+HALF_LIFE = 140_000
+"""Half-life of the averages in tokens: a factor of 0.99 a step of 2048 tokens."""
+HALF_LIVES = 8
+"""Smallest number of half-lives in a run. A short run has a shorter half-life."""
 
 
 class TemporalMask(ReLU):
@@ -144,13 +151,13 @@ class TemporalMask(ReLU):
 
 
 def _of(code: Code, allowed_F: Tensor) -> Code:
-    """Return a code of some of the features: the others' values are 0, and so is what gradients reach them."""
+    """Return a code in which the features outside the mask [F] have value 0 and no gradient."""
     allowed = allowed_F[code.feature.long()] if isinstance(code, SparseCode) else allowed_F
     return replace(code, value=torch.where(allowed, code.value, 0))
 
 
 def _sums(sae: TrainableAutoencoder, code: Code, error_ND: Tensor) -> Tensor:
-    """Return sums over this rank's tokens of values, firings and contributions [F, 3] float64, at the code's cost."""
+    """Return the sums of values, firings and contributions over this rank's tokens [F, 3], float64."""
     if isinstance(code, SparseCode):
         along = kernels.row_products(error_ND, sae.W_dec, code.feature, code.token, code.start).double()
         value = code.value.double()

@@ -17,7 +17,8 @@ from sae_train.errors import ConfigError
 from sae_train.formats.durable import explained, write_text
 from sae_train.sweeps.outcome import Outcome, read_outcome
 from sae_train.sweeps.queue import queued
-from sae_train.training.run_directory import RunDirectory, check_length
+from sae_train.training.path_length import check_length
+from sae_train.training.run_directory import RunDirectory
 
 LONGEST_BELOW = 80
 """Bytes that the longest path below a sweep's directory may need, such as logs/1234567_12_0_log.out."""

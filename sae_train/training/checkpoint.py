@@ -34,15 +34,21 @@ class Saver:
     """Begins and publishes a run's checkpoints. The session makes one; all ranks call it at the same places.
 
     Attributes:
-        saved_at: step of the newest published checkpoint, -1 before there is one.
+        saved_at: step of the newest checkpoint that this process has published or loaded, -1 before there is one.
+        found_at: step of the newest checkpoint that was there before, as the first rank sees it; None without one.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig, *, ranks: Ranks, phases: Phases = SILENT) -> None:
+    def __init__(self, directory: Path, config: CheckpointConfig, *, ranks: Ranks) -> None:
         self.saved_at = -1
-        self._directory, self._config, self._ranks, self._phases = directory, config, ranks, phases
+        self.found_at = files.newest_step(directory) if ranks.is_first else None
+        self._directory, self._config, self._ranks = directory, config, ranks
         self._saving: Saving | None = None
 
-    def save(self, contents: Contents, notes: dict[str, Any], *, may_go_on: bool) -> None:
+    def newest(self) -> int | None:
+        """Return the step of the newest checkpoint, None where there is none."""
+        return self.saved_at if self.saved_at >= 0 else self.found_at
+
+    def save(self, contents: Contents, notes: dict[str, Any], *, may_go_on: bool, phases: Phases = SILENT) -> None:
         """Write a checkpoint, or begin to write one in the background.
 
         Args:
@@ -60,7 +66,7 @@ class Saver:
             ranks=self._ranks,
             keep=self._config.keep,
             in_background=beside and may_go_on,
-            phases=self._phases,
+            phases=phases,
         )
         if not (beside and may_go_on):
             self.publish()

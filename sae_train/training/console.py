@@ -1,4 +1,4 @@
-"""What a run says to the person who started it: lines on stdout, a progress bar for each long phase on stderr."""
+"""The console output of a run: lines on stdout, and a progress bar for each long phase on stderr."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from tqdm import tqdm
 TRAINING = "training"
 """The phase whose bar stays on the screen."""
 SECONDS_TO_THE_FIRST, SECONDS_INSIDE, SECONDS_ON_A_TERMINAL, SECONDS_IN_A_FILE = 0.5, 5.0, 0.5, 15.0
-"""When a bar is shown first, when one inside another phase, and how often after that."""
+"""Seconds until a bar is shown, until one inside another phase is, and between two updates after that."""
 ALL_OF_IT = 0.999
 """Share of the budget above which it counts as used up."""
 
@@ -28,10 +28,11 @@ def warn(text: str) -> None:
 
 
 class ProgressBar:
-    """The bar of one phase on stderr: units done, rate, time left; silent on ranks after the first.
+    """The bar of one phase on stderr: units done, rate, time left. Silent on ranks after the first.
 
-    The training shows one at once, another phase once it has lasted half a second, or five if it comes inside another.
-    A terminal shows it as long as the phase lasts, a file gets a line every 15 seconds and one at the end.
+    `Phases` makes one for each phase. Training shows it at once, other phases after half a second, or after five inside
+    another phase. A terminal shows it as long as the phase lasts; a file gets a line every 15 seconds and one at the
+    end.
     """
 
     def __init__(self, name: str, *, total: int, unit: str, done: int, is_nested: bool, is_first: bool) -> None:
@@ -65,7 +66,7 @@ class ProgressBar:
 
 
 def _room() -> dict[str, Any]:
-    """Return tqdm's options for the size of the screen: it shows nothing on one that says it has no lines."""
+    """Return tqdm's options for the size of the screen. tqdm shows nothing on a screen that reports no lines."""
     try:
         size = os.get_terminal_size(sys.stderr.fileno())
     except (OSError, ValueError):
@@ -74,14 +75,18 @@ def _room() -> dict[str, Any]:
 
 
 def figures_text(row: dict[str, Any]) -> str:
-    """Return the figures of a row of metrics that stand behind the bar of the training."""
+    """Return the figures of a row of metrics as text behind the bar of the training."""
     return f"FVU {row['train/fvu']:.3f}, L0 {row['train/l0']:.1f}, dead {row['train/dead_features']}"
 
 
 def verdict(
     *, name: str, figures: dict[str, Any], tokens: int, tokens_per_second: float, sparsity: str, path: str
 ) -> str:
-    """Return the last line of a run: what was trained, how good it is, where it lies."""
+    """Return the last line of a run: its name, its SAE's quality, its speed and its directory.
+
+    Args:
+        sparsity: target of sparsity in words, `SaeConfig.sparsity`.
+    """
     aim = f"target {figures['target_l0']:.4g}" if sparsity.startswith("k") else sparsity
     if figures.get("correction") == {}:
         aim += ", missed: thresholds are exported as training left them"
@@ -94,7 +99,7 @@ def verdict(
 
 
 def verdict_of(summary: dict[str, Any], *, path: Path, sparsity: str) -> str:
-    """Return the verdict line of a finished run: of its summary, its directory and what its config says of sparsity."""
+    """Return the verdict line of a finished run from its summary; see `verdict`."""
     return verdict(
         name=summary["run"],
         figures=next(iter(summary["saes"].values())),

@@ -26,14 +26,14 @@ from sae_train.training.learner import Learner
 from sae_train.training.trainer import Trainer
 
 ENOUGH_TOKENS = 10_000
-"""Held-out tokens that are looked at before training."""
+"""Held-out tokens that are read before training."""
 
 
 def exported(trainer: Trainer, learner: Learner, phases: Phases = SILENT) -> tuple[SparseAutoencoder, dict[str, Any]]:
     """Return an SAE as it would be exported now, and its figures on held-out data; change nothing. Collective.
 
-    The SAE holds this rank's features, the figures are of all. Thresholds are set on the calibration half, every figure
-    comes from the other.
+    The SAE holds this rank's features, and the figures are of all features. Thresholds are set on the calibration half;
+    every figure comes from the evaluation half.
     """
     with trainer.stream.quiet():
         return _exported(trainer, learner, phases)
@@ -110,7 +110,7 @@ def write_export(
     figures: dict[str, Any],
     phases: Phases = SILENT,
 ) -> None:
-    """Write `saes/NAME/`. Collective: every rank brings its features, and learns whether it was written."""
+    """Write `saes/NAME/`. Collective: every rank brings its features, and every rank raises if one cannot write."""
     config, stream, n_features = learner.config, trainer.stream, learner.plan.n_features
     manifest = SaeManifest(
         inference=sae.inference,
@@ -153,7 +153,7 @@ def _activation_source(config: SourceConfig, facts: StreamFacts) -> ActivationSo
 
 
 def check_held_out(stream: Stream, *, ranks: Ranks) -> None:
-    """Refuse a stream whose held-out halves keep nothing: all the training would be for a file that cannot be made.
+    """Refuse a stream with an empty held-out half: no SAE could be exported after the training. Collective.
 
     Raises:
         DataError: nothing of a half passes the filters.
@@ -169,7 +169,7 @@ def check_held_out(stream: Stream, *, ranks: Ranks) -> None:
 
 @torch.no_grad()
 def calibration_half(stream: Stream, *, max_tokens: int, ranks: Ranks, phases: Phases = SILENT) -> Tensor:
-    """Return the calibration half's raw activations [N, d_model], fp32, on every rank all of them in one order."""
+    """Return the calibration half's raw activations [N, d_model], fp32, equal on every rank. Collective."""
     nothing_ND = torch.zeros(0, stream.d_model, device=ranks.device)
     turns = rounds(stream.held_out.batches("calibration", max_tokens=max_tokens), ranks)
     rows = [nothing_ND]

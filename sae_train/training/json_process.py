@@ -1,4 +1,4 @@
-"""A child process that takes and gives JSON lines, and that can neither block nor outlive whoever started it."""
+"""A child process that reads and writes JSON lines, and can neither block nor outlive its parent."""
 
 import json
 import os
@@ -15,9 +15,9 @@ from typing import Any
 LONGEST_QUEUE = 10_000
 """Lines that wait for a child process that does not read; more are dropped."""
 BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""What a terminal or SLURM sends to every process of a job. The parent alone acts on it, and ends the child process."""
+"""Signals that a terminal or SLURM sends to every process of a job. Only the parent acts on them."""
 LOOKS_UP = 0.5
-"""Seconds after which a wait asks whether it is to be given up."""
+"""Seconds between two checks whether a wait is to be given up."""
 LAST_WAIT = 2.0
 """Seconds that a killed process may take to be gone."""
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sae_train import kernels
-from sae_train.config import RunConfig
+from sae_train.config import SaeConfig
 from sae_train.errors import StoppedByNumbers
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.aux_loss import build_aux_loss
@@ -20,9 +20,9 @@ from sae_train.sae.trainable import PARAMETRISATIONS, REPLICATED
 from sae_train.sparsifiers import build_sparsifier
 from sae_train.training.batch import RowBatch
 from sae_train.training.metrics import Totals, firing_row
-from sae_train.training.nonfinite import Halt
+from sae_train.training.nonfinite import NonFinite
 from sae_train.training.optimizer import Adam
-from sae_train.training.plan import Plan
+from sae_train.training.plan import SaePlan
 from sae_train.training.schedule import learning_rate
 
 DIVERGED = 100.0
@@ -37,16 +37,16 @@ class Learner:
     A rank holds the features of its column of the grid of ranks.
 
     Attributes:
-        name: of the SAE, in checkpoints, metrics and summaries.
+        name: the SAE's name in checkpoints, metrics and summaries.
         features: lo, hi of the features that this rank holds.
         is_near: whether pre-activations come from a bf16 product that only finds candidates.
     """
 
-    def __init__(self, name: str, config: RunConfig, plan: Plan, *, precision: str, ranks: Ranks) -> None:
+    def __init__(self, name: str, config: SaeConfig, plan: SaePlan, *, precision: str, ranks: Ranks) -> None:
         dtype = torch.float64 if precision == "float64" else torch.float32
         self.name, self.config, self.plan, self.ranks, self.precision = name, config, plan, ranks, precision
         self.features = ranks.features.slice(plan.n_features)
-        self.sparsifier = build_sparsifier(config.sae, plan.sae_sizes, ranks=ranks)
+        self.sparsifier = build_sparsifier(config, plan.sizes, ranks=ranks)
         extra = self.sparsifier.extra_parameters()
         self.dictionary = PARAMETRISATIONS[config.parametrisation.name].initial(
             d_model=plan.d_model,
@@ -60,18 +60,18 @@ class Learner:
             extra=extra,
         )
         self.prefixes = prefix_sizes(config.nesting, n_features=plan.n_features)
-        self.aux_loss = build_aux_loss(config.sae, plan.sae_sizes)
+        self.aux_loss = build_aux_loss(config, plan.sizes)
         half_life = max(1, min(LONGEST_HALF_LIFE, plan.total_tokens // 8))
         self.firing = Firing(self.dictionary.n_features, half_life_tokens=half_life, device=ranks.device)
         rates = {name: each.rate for name, each in extra.items()}
         self.optimizer = Adam(self.dictionary, config.optimizer, rates=rates)
         self.totals = Totals(d_model=plan.d_model, ranks=ranks)
-        self.halt = Halt(ranks.device)
+        self.nonfinite = NonFinite(ranks.device)
         self._pre_NF: Tensor | None = None  # the largest thing that a step makes: kept from step to step
         self.is_near = precision == "bf16" and not self.sparsifier.reads_all and not kernels.writes_fp32(ranks.device)
 
     def step_info(self, step: int) -> StepInfo:
-        """Return the place of a step, counted from 0, in this SAE's schedules."""
+        """Return the position of a step, counted from 0, in this SAE's schedules."""
         tokens = step * self.plan.batch_tokens
         rate = self._learning_rate(tokens)
         return StepInfo(
@@ -87,11 +87,11 @@ class Learner:
     def step(self, batch: RowBatch, *, step: int) -> None:
         """Learn from one batch; `step` counts from 0.
 
-        Nothing is read back to the host, but for the number of pairs that matter to a penalised sparsifier, and for
-        what Feature Choice works out where its phases change.
+        Nothing is read back to the host, but for the number of pairs of a penalised sparsifier, and for the densities
+        that Feature Choice fits where its phases change.
         """
         info, x_ND, dictionary, sparsifier = self.step_info(step), batch.x_ND, self.dictionary, self.sparsifier
-        sparsifier.before_step(dictionary, halted=self.halt.flag)
+        sparsifier.before_step(dictionary, halted=self.nonfinite.flag)
         inputs = StepInputs(
             x_ND=x_ND,
             pre_NF=self._pre_activations(x_ND),
@@ -110,7 +110,7 @@ class Learner:
         total.backward()
         grad_norm = self._update(info, loss=loss.detach(), norm_N=batch.norm_N)
         self.firing.update(code, n_tokens=info.batch_tokens, ranks=self.ranks)
-        sparsifier.after_step(dictionary, info=info, firing=self.firing, halted=self.halt.flag)
+        sparsifier.after_step(dictionary, info=info, firing=self.firing, halted=self.nonfinite.flag)
         self._add_to_totals(batch, info, code=code, errors=errors, loss=loss, aux=aux, grad_norm=grad_norm)
 
     def reconstruct(self, x_ND: Tensor, code: Code) -> tuple[Errors, Tensor]:
@@ -142,7 +142,7 @@ class Learner:
 
     def check_finite(self) -> None:
         """Raise StoppedByNumbers on every rank if a loss or gradient was not finite. Collective."""
-        self.halt.check(self.ranks, site=self.plan.label)
+        self.nonfinite.check(self.ranks, site=self.plan.site)
 
     def dead_fraction(self) -> float:
         """Return the share of all features that is dead by training's own counters. Collective."""
@@ -200,8 +200,8 @@ class Learner:
             parameter = getattr(self.dictionary, name)
             parameter.grad = ranks.features.broadcast(parameter.grad, 0)
         norm = self.optimizer.gradient_norm(ranks)
-        self.halt.watch(step=info.step, loss=ranks.data.sum(loss), grad_norm=norm, norm_N=norm_N)
-        self.optimizer.step(lr=info.learning_rate, norm=norm, halted=self.halt.flag)
+        self.nonfinite.watch(step=info.step, loss=ranks.data.sum(loss), grad_norm=norm, norm_N=norm_N)
+        self.optimizer.step(lr=info.learning_rate, norm=norm, halted=self.nonfinite.flag)
         return norm
 
     def _add_to_totals(

@@ -1,6 +1,6 @@
-"""What a run holds in memory: how much there is of it, what takes the most, and which settings shrink that.
+"""The memory of a run: how much there is, which tensors take the most, and which settings shrink them.
 
-Refused before the first step where it can be worked out, and said again where memory runs out all the same.
+The plan refuses a run that cannot fit. Where memory runs out all the same, a message names the largest tensors.
 """
 
 import os
@@ -13,12 +13,16 @@ from typing import NoReturn
 
 import torch
 
-from sae_train.config.lanes import FORWARDS_A_POOL, LaneSizes
-from sae_train.errors import UserError
+from sae_train.config import CheckpointConfig, LaneSizes, SaeConfig, SourceConfig
+from sae_train.config.lanes import FORWARDS_A_POOL
+from sae_train.errors import ConfigError, UserError
+from sae_train.harvest.build import StreamFacts
+from sae_train.kernels import backend
 from sae_train.ranks.launcher_env import this_process
+from sae_train.sparsifiers import sparsifier_class
 
 NAMED = 0.02
-"""Share of all from which on a holding is named in messages."""
+"""Share of a rank's memory above which a message names a holding."""
 SIGNS = (
     "can't allocate memory",
     "not enough memory",
@@ -27,7 +31,7 @@ SIGNS = (
     "bad_alloc",
     "could not create a primitive",
 )
-"""What torch's RuntimeErrors say where memory has run out: its CPU allocator's, CUDA's, cuBLAS's, C++'s, oneDNN's."""
+"""Texts of torch's RuntimeErrors where memory has run out: of its CPU allocator, CUDA, cuBLAS, C++ and oneDNN."""
 _CONTROL_GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -37,16 +41,107 @@ class OutOfMemory(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """Tensors that a rank holds together, estimated."""
+    """Tensors that a rank holds together, estimated. `holdings` makes them for the plan."""
 
     what: str
     n_bytes: int
     knobs: tuple[str, ...]
-    """What to do about it."""
+    """Settings that shrink them."""
+
+
+def holdings(
+    source: SourceConfig,
+    sae: SaeConfig,
+    facts: StreamFacts,
+    *,
+    d_model: int,
+    n_features: int,
+    parameters: int,
+    n_ranks: int,
+    columns: int,
+    copies_checkpoints: bool,
+) -> tuple[Holding, ...]:
+    """Return the largest tensors of one rank, estimated.
+
+    A step's matrices as large as its pre-activations, and the logits of a loss whose gradient is harvested, count both
+    where a batch is harvested during a step. Else they follow each other, and the larger counts.
+
+    Args:
+        parameters: weights and biases of the SAE.
+        columns: ranks that share the features of one copy of the dictionary.
+        copies_checkpoints: see `copies_in_host_memory`.
+    """
+    element, batch_tokens = source.element_size, source.batch_tokens
+    width = "n_features" if sae.n_features else "expansion"
+    pre_activations = batch_tokens * n_features // n_ranks  # a row's tokens times a column's features
+    held = sparsifier_class(sae.sparsifier.name).matrices_held
+    step, logits = held * element * pre_activations, facts.logit_bytes
+    if not facts.prefetch:
+        step, logits = (step, 0) if step >= logits else (0, logits)
+    name = f"[{n_features}, {d_model}]"
+    copied = (3 * element * parameters + facts.pool_bytes) // n_ranks if copies_checkpoints else 0
+    rounds = source.precision == "bf16" or (source.precision == "auto" and _has_bf16())
+    return (
+        Holding(f"weights, gradients and two moments, 8 of {name}", 4 * element * parameters // columns,
+                (f"lower {width}", "parallel=features over several ranks")),
+        Holding(f"weights rounded to bf16, 2 of {name}", 4 * n_features * d_model // columns * rounds,
+                (f"lower {width}",)),
+        Holding(f"copies of weights and moments, 6 of {name}, and of pools while a checkpoint is written", copied,
+                ("checkpoint.beside=false",)),
+        Holding(f"pre-activations and what is as large, {held} of [{batch_tokens}, {n_features}]"
+                + (f" over {n_ranks} ranks" if n_ranks > 1 else ""), step,
+                ("lower batch_tokens", f"lower {width}")),
+        Holding("logits of the language model and the way back through them", logits,
+                ("lower harvest.contexts_per_forward",)),
+        Holding("pools", facts.pool_bytes // n_ranks, ("lower harvest.pool_batches", "lower batch_tokens")),
+        Holding("activations harvested ahead", facts.ahead_bytes // n_ranks, ("lower harvest.prefetch",)),
+    )  # fmt: skip
+
+
+def copies_in_host_memory(checkpoint: CheckpointConfig) -> bool:
+    """Return whether a checkpoint's copy takes this rank's memory. A GPU's state is copied to the host's memory."""
+    return bool(checkpoint.beside) and not torch.cuda.is_available()
+
+
+def _has_bf16() -> bool:
+    return backend.has_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def check_memory(
+    held: tuple[Holding, ...],
+    source: SourceConfig,
+    facts: StreamFacts,
+    *,
+    n_features: int,
+    n_ranks: int,
+    pool_copies: int,
+) -> None:
+    """Refuse holdings that cannot fit in this rank's memory, and name the largest pools that would fit.
+
+    Args:
+        pool_copies: how often a rank holds its pools, with the copy for a checkpoint.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    available, needed, sizes = available_bytes(), sum(each.n_bytes for each in held), facts.sizes
+    if needed <= available:
+        return
+    given, way_out = f"n_features={n_features}, batch_tokens={source.batch_tokens}:", ""
+    batch_bytes = pool_copies * facts.pool_batch_bytes // n_ranks
+    fits = sizes and largest_pool(sizes, batch_bytes=batch_bytes, too_much=needed - available)
+    if sizes and fits:
+        pools = gigabytes(facts.pool_bytes // n_ranks)
+        given = f"harvest.pool_batches={sizes.pool_batches}: with pools of {pools} this"
+        way_out = f"Largest that fits: {fits}. "
+    raise ConfigError(
+        f"{given} needs about {gigabytes(needed)} a rank, and there are {gigabytes(available)} for each. "
+        f"{way_out}{largest(held)}"
+    )
 
 
 def available_bytes() -> int:
-    """Return the memory that this rank may take: of its GPU, else its share of the machine's, or of a lower limit.
+    """Return the memory that this rank may take: its GPU's, else its part of the machine's or of a lower limit.
 
     Limits: of the process (`ulimit -v`), and of the control group that a container or a job was put into, where it is
     mounted at the root.
@@ -66,7 +161,7 @@ def available_bytes() -> int:
 
 
 def largest(holdings: tuple[Holding, ...]) -> str:
-    """Return a sentence with the largest holdings and their sizes, and one with what shrinks them."""
+    """Return a sentence with the largest holdings and their sizes, and one with the settings that shrink them."""
     least = NAMED * sum(each.n_bytes for each in holdings)
     found = sorted((each for each in holdings if each.n_bytes), key=lambda each: -each.n_bytes)
     found = [each for each in found if each.n_bytes > least]
@@ -94,7 +189,7 @@ def gigabytes(n_bytes: float) -> str:
 
 @contextmanager
 def named_when_it_runs_out(holdings: tuple[Holding, ...]) -> Iterator[None]:
-    """Turn what Python and torch raise where memory runs out into a message that names the largest holdings.
+    """Turn errors of Python and torch about memory into a message that names the largest holdings.
 
     Raises:
         OutOfMemory: in place of those errors.

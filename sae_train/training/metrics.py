@@ -1,6 +1,6 @@
 """Sums over a log interval, kept on the device and reduced over ranks once a row.
 
-Observing never changes a run: nothing here is read by the training step. The names are docs/metrics.md's.
+Observing never changes a run: the training step reads nothing from here. docs/metrics.md explains each figure.
 """
 
 from typing import Any
@@ -16,11 +16,16 @@ from sae_train.sae.firing import Firing
 from sae_train.sae.state import State
 
 LARGEST_SPREAD = 1.0
-"""Epochs that the fastest lane may be ahead of the slowest before the user is told."""
+"""Epochs that the fastest lane may be ahead of the slowest without a warning."""
 
 
 class Totals:
-    """What the steps since the last row add up to, this rank's share."""
+    """This rank's sums over the steps since the last row of metrics. A `Learner` makes one.
+
+    Args:
+        d_model: width of the activations.
+        ranks: that a row is reduced over.
+    """
 
     NAMES = ("tokens", "error", "square", "loss", "aux", "matches", "budget", "steps", "grad_norm")
 
@@ -50,13 +55,15 @@ class Totals:
         """Add one step.
 
         Args:
-            sum_D: float64, of the activations that this rank harvested.
-            norm_N: of those activations.
-            missed_N: norms of what their reconstructions missed.
-            l0_N: of those tokens.
-            code: of the tokens and features that it holds.
-            loss, aux: its shares; over all ranks they sum to the whole.
-            budget: expected number of matches of its tokens.
+            sum_D: sum of the activations that this rank harvested, float64.
+            norm_N: norms of these activations.
+            missed_N: norms of their reconstruction errors.
+            l0_N: active features of each of these tokens.
+            code: of the tokens and features that this rank holds.
+            loss: this rank's summand of the loss.
+            aux: this rank's summand of the auxiliary loss, None without one.
+            grad_norm: norm of the whole gradient.
+            budget: expected number of matches of the tokens that this rank harvested.
         """
         value = code.value.detach().flatten()
         device_values = [
@@ -72,7 +79,7 @@ class Totals:
         self.scalars[7] += self._share
         self.scalars[8] += grad_norm.double() * self._share
         self.sum_D += sum_D
-        self.l0_histogram.index_add_(0, l0_N.clamp_max(L0_BINS), torch.ones_like(l0_N))  # bincount would ask the device
+        self.l0_histogram.index_add_(0, l0_N.clamp_max(L0_BINS), torch.ones_like(l0_N))  # bincount waits
         if len(value) > 0:
             smallest = torch.where(value > 0, value, torch.inf).min().double()
             self.least_kept = torch.minimum(self.least_kept, smallest)
@@ -126,7 +133,7 @@ def _sum_of_squares(norm_N: Tensor) -> Tensor:
 
 
 def firing_row(firing: Firing, dead_window: int, *, n_features: int, ranks: Ranks) -> dict[str, Any]:
-    """Return the interval's dead features and density figures; firing counts are already over all ranks' tokens."""
+    """Return the interval's dead features and density figures. Collective."""
     dead = int(ranks.features.sum(firing.dead_F(dead_window).sum()))
     n_tokens = max(int(firing.interval_tokens), 1)
     density_F = ranks.features.gather_slices(firing.interval_F, n_features).double() / n_tokens
@@ -137,7 +144,7 @@ def firing_row(firing: Firing, dead_window: int, *, n_features: int, ranks: Rank
 
 
 def spread_notice(row: dict[str, Any]) -> str:
-    """Return a warning about lanes that read their text at very different speeds; empty where none do."""
+    """Return a warning about lanes that read their text at very different speeds, empty where none do."""
     if row.get("data/epoch_spread", 0) <= LARGEST_SPREAD:
         return ""
     return (

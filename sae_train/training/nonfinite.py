@@ -1,6 +1,7 @@
-"""The flag that stops learning when numbers stop being finite, and what it remembers of the batch.
+"""The flag that stops learning once a loss or gradient is not finite, with statistics of the batch.
 
-It lives on the device: steps after a bad one change nothing until the host looks, at the next row or checkpoint.
+The flag lives on the device. Steps after a non-finite one change nothing until the host reads the flag, at the next row
+of metrics or checkpoint.
 """
 
 import math
@@ -14,8 +15,12 @@ from sae_train.ranks.interface import Ranks
 FACTS = ("step", "loss", "grad_norm", "bad_activations", "largest_norm", "tokens")
 
 
-class Halt:
-    """Watches every step; `flag` is true from the first bad one on."""
+class NonFinite:
+    """Watches the loss and gradient norm of every step of one SAE. A `Learner` makes one.
+
+    Attributes:
+        flag: scalar bool on the device, true from the first non-finite step on.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.flag = torch.zeros((), dtype=torch.bool, device=device)
@@ -23,9 +28,16 @@ class Halt:
 
     @torch.no_grad()
     def watch(self, *, step: int, loss: Tensor, grad_norm: Tensor, norm_N: Tensor) -> None:
-        """Look at a step's loss and gradient norm (scalars, over all ranks) and at this rank's activations' norms."""
+        """Set the flag if this step is not finite.
+
+        Args:
+            step: number of the step, from 0.
+            loss: over all ranks, scalar.
+            grad_norm: over all ranks, scalar.
+            norm_N: norms of this rank's activations.
+        """
         if loss.device.type == "cpu" and math.isfinite(float(loss)) and math.isfinite(float(grad_norm)):
-            return  # where the host need not wait to know
+            return  # on a CPU the host reads the values without a wait
         bad = ~(loss.isfinite() & grad_norm.isfinite())
         norm_N = norm_N.double()
         facts = torch.stack([
@@ -40,10 +52,10 @@ class Halt:
         self.flag = self.flag | bad
 
     def check(self, ranks: Ranks, *, site: str) -> None:
-        """Raise on every rank if the flag is set; collective only then, as the flag is the same everywhere.
+        """Raise on every rank if the flag is set. Collective only then: the flag is equal on all ranks.
 
         Raises:
-            StoppedByNumbers: with the step, the site, the loss and what the batch looked like.
+            StoppedByNumbers: with the step, the site, the loss and statistics of the batch.
         """
         if not bool(self.flag):
             return

@@ -1,4 +1,4 @@
-"""What a run holds to when it goes on: the precision it began with, its source, and the program that made it."""
+"""The facts that a resumed run keeps: precision and source; and the program and processor that computed."""
 
 import functools
 import platform
@@ -9,15 +9,19 @@ from typing import Any
 import torch
 
 import sae_train
-from sae_train.config import RunConfig
 from sae_train.errors import CheckpointError
 from sae_train.kernels import backend
 
 
-def resolve_precision(config: RunConfig, *, stored: dict[str, Any] | None, device: torch.device) -> str:
-    """Return the precision of matrix products: as typed, else as this run began, else what the hardware gains from."""
-    if config.precision != "auto":
-        return config.precision
+def resolve_precision(typed: str, *, stored: dict[str, Any] | None, device: torch.device) -> str:
+    """Return the precision of matrix products: as typed, else as this run began, else the fastest on the device.
+
+    Args:
+        typed: the setting, which may be 'auto'.
+        stored: config.yaml of the run, None for a new one.
+    """
+    if typed != "auto":
+        return typed
     if stored is not None:
         return str(stored["config"].get("precision", "float32"))
     return "bf16" if backend.has_bf16(device) else "float32"
@@ -25,7 +29,7 @@ def resolve_precision(config: RunConfig, *, stored: dict[str, Any] | None, devic
 
 @functools.lru_cache
 def processor(device: torch.device) -> str:
-    """Return the name of what computes, on which the order of sums depends: a GPU's, or a CPU's with its vectors."""
+    """Return the name of the GPU, or of the CPU with its vector instructions: the order of sums depends on it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -53,7 +57,7 @@ def check_source(record: dict[str, Any], *, stored: dict[str, Any] | None, path:
 
 
 def provenance(overrides: list[str]) -> dict[str, Any]:
-    """Return what was typed, and which version of this program runs: package version, git commit if any."""
+    """Return the overrides as typed, and the version of this program: package version, git commit if any."""
     source = Path(sae_train.__file__).resolve().parent
     try:
         asked = subprocess.run(

@@ -159,7 +159,7 @@ def _check(path: Path, listed: dict[str, Any], phases: Phases) -> None:
 
 
 def _notes(path: Path) -> dict[str, Any]:
-    """Return what checkpoint.json holds, checked against its own SHA-256."""
+    """Return the entries of checkpoint.json, checked against its own SHA-256."""
     place = path / files.NOTES
     with files.reading(path):
         notes: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))

@@ -7,8 +7,8 @@ def notices(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return a line for each thing that keeps a run from going on bit for bit.
 
     Args:
-        before: 'threads', 'processor' and 'precision', as a checkpoint notes them.
-        now: the facts of this process.
+        before: 'threads', 'processor' and 'precision' of the process that wrote the checkpoint.
+        now: 'threads', 'processor' and 'precision' of this process.
     """
     lines = []
     if before.get("threads") != now["threads"]:

@@ -1,14 +1,18 @@
-"""One run from configuration to verdict: plan, claim the directory, train or resume, export, report."""
+"""One run from its configuration to its verdict. Everything below this module takes the part of the settings it needs.
 
+`run` plans, claims the directory, and trains or resumes; `_train` opens the parts and hands them to a `Session`.
+"""
+
+import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sae_train.config import RunConfig, identity, identity_digest
+from sae_train.config import RunConfig, as_dict, identity, identity_digest
 from sae_train.errors import Preempted, raise_all
-from sae_train.harvest.build import StreamFacts, check_stream
+from sae_train.harvest.build import Stream, StreamFacts, build_stream, check_stream
 from sae_train.phases import Phases
 from sae_train.ranks.distributed import find_ranks
 from sae_train.ranks.interface import Ranks
@@ -16,17 +20,24 @@ from sae_train.ranks.launcher_env import this_process
 from sae_train.sae.nesting import prefix_sizes
 from sae_train.sparsifiers import sparsifier_class
 from sae_train.training import signals
+from sae_train.training.checkpoint import Saver
+from sae_train.training.claiming import abandoned_if_refused, claim_on_first
 from sae_train.training.console import ProgressBar, say, verdict_of, warn
 from sae_train.training.memory import named_when_it_runs_out
 from sae_train.training.names import run_name
-from sae_train.training.plan import Plan, describe, make_plan
+from sae_train.training.plan import Plan, make_plan
+from sae_train.training.plan_text import describe
+from sae_train.training.provenance import check_source, provenance, resolve_precision
 from sae_train.training.run_directory import RunDirectory
-from sae_train.training.same_on_ranks import check_alike
-from sae_train.training.session import Session
+from sae_train.training.same_on_ranks import check_same_settings, check_same_source
+from sae_train.training.session import Parts, Session
+from sae_train.training.stopping import Stopping
+from sae_train.training.tracking import build_dashboard
+from sae_train.training.trainer import build_trainer
 
 
 def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], None]) -> int:
-    """Train what `config` describes, or say that it is done already.
+    """Train the SAE of a configuration, or report that it is trained already.
 
     The ranks stay joined (`ranks.leave`), and from there on all of them leave together after a signal (signals.py).
 
@@ -45,32 +56,43 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
     phases = Phases(show=show, alone=signals.leave_early) if n_ranks == 1 else Phases(show=show)
     phases.advance()
     facts = check_stream(config.source, n_ranks=n_ranks, phases=phases)
-    plan = make_plan(config, facts, n_ranks=n_ranks)
-    raise_all(sparsifier_class(config.sparsifier.name).problems(config.sae, plan.sae_sizes))
-    prefix_sizes(config.nesting, n_features=plan.n_features)  # and prefixes that are not whole
-    name = name_of(config, site=plan.label, n_features=plan.n_features)
+    plan = plan_of(config, facts, n_ranks=n_ranks)
+    name = name_of(config, site=facts.label, n_features=plan.sae.n_features)
     directory = RunDirectory(Path(config.runs).expanduser() / name)
     directory.check_length()
-    directory.check_identity(config)
+    directory.check_identity(identity(config))
     phases.advance()
     if config.dry_run:
         if this_process().rank == 0:
-            say(describe(plan, config, path=str(directory.path)))
+            say(describe(plan, config.source, config.sae, path=str(directory.path)))
         return 0
     ranks = find_ranks()
     signals.listen()
-    check_alike(config, plan, ranks=ranks)
+    check_same_settings(as_dict(config), plan, ranks=ranks)
     ranks = ranks.arranged(columns=plan.columns)
-    # of what is there the first rank's view counts: others may see a moment later what it has written
+    # The first rank's view counts: the others may see a moment later what it has written.
     seen = (directory.result(), directory.stored()) if ranks.is_first else None
     result, stored = ranks.gather_objects(seen)[0]
     if result is None:
-        parts: dict[str, Any] = {"directory": directory, "stored": stored, "overrides": overrides, "entered": entered}
-        _train(config, plan, facts, **parts, ranks=ranks)
+        _train(config, plan, facts, directory, stored=stored, overrides=overrides, entered=entered, ranks=ranks)
     elif ranks.is_first:
         entered(directory.path)
         say(f"already finished: {verdict_of(result, path=directory.path, sparsity=config.sparsity)}")
     return 0
+
+
+def plan_of(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
+    """Return the plan of a run.
+
+    Raises:
+        ConfigError: settings contradict each other once the width of the activations is known, or memory is too small.
+    """
+    plan = make_plan(
+        config.source, config.sae, facts, checkpoint=config.checkpoint, parallel=config.parallel, n_ranks=n_ranks
+    )
+    raise_all(sparsifier_class(config.sparsifier.name).problems(config.sae, plan.sae.sizes))
+    prefix_sizes(config.nesting, n_features=plan.sae.n_features)  # and prefixes that are not whole
+    return plan
 
 
 def name_of(config: RunConfig, *, site: str, n_features: int) -> str:
@@ -81,12 +103,61 @@ def name_of(config: RunConfig, *, site: str, n_features: int) -> str:
     return run_name(config.sae, site=site, n_features=n_features, digest=digest)
 
 
-def _train(config: RunConfig, plan: Plan, facts: StreamFacts, *, ranks: Ranks, **parts: Any) -> None:
-    """Make the run; after a signal leave once it is saved, its files are closed and SLURM knows."""
+def _train(
+    config: RunConfig,
+    plan: Plan,
+    facts: StreamFacts,
+    directory: RunDirectory,
+    *,
+    stored: dict[str, Any] | None,
+    overrides: list[str],
+    entered: Callable[[Path], None],
+    ranks: Ranks,
+) -> None:
+    """Train or resume in a directory. After a signal, leave once the run is saved, its files closed and SLURM told.
+
+    Args:
+        stored: config.yaml of the run that is resumed, None for a new one.
+    """
     agreement = signals.Agreement(ranks)
     try:
         with named_when_it_runs_out(plan.holdings), ExitStack() as stack:
-            Session(config, plan, facts, **parts, agreement=agreement, ranks=ranks, stack=stack).go()
+            saver = Saver(directory.checkpoints, config.checkpoint, ranks=ranks)
+            stopping = Stopping(agreement, newest_saved=saver.newest, ranks=ranks)
+            show = partial(ProgressBar, is_first=ranks.is_first)
+            phases = Phases(show=show, alone=stopping.alone, together=stopping.together)
+            precision = resolve_precision(config.precision, stored=stored, device=ranks.device)
+            plan = plan.as_begun(stored["plan"]) if stored else plan
+            check_source(facts.record, stored=stored, path=directory.path)
+            stack.callback(directory.release)
+            with abandoned_if_refused(directory, ranks=ranks):
+                record = {"plan": plan.resolved(), "source": facts.record, "provenance": provenance(overrides)}
+                resolved = as_dict(dataclasses.replace(config, precision=precision))
+                claim_on_first(directory, resolved, identity=identity(config), record=record, ranks=ranks)
+                if ranks.is_first:
+                    entered(directory.path)
+                stream = _stream(config, facts, agreement, phases=phases, ranks=ranks, stack=stack)
+                trainer = build_trainer(
+                    config.source, [config.sae], plan, stream=stream, precision=precision, ranks=ranks
+                )
+                parts = Parts(
+                    plan=plan,
+                    facts=facts,
+                    directory=directory,
+                    identity=identity_digest(identity(config)),
+                    typed_precision=config.precision,
+                    precision=precision,
+                    trainer=trainer,
+                    saver=saver,
+                    stopping=stopping,
+                    phases=phases,
+                    open_dashboard=lambda: build_dashboard(config.tracking, as_dict(config), directory.path),
+                    stack=stack,
+                )
+                session = Session(parts)
+                session.begin()
+            session.train()
+            session.finish()
     except Preempted:
         if ranks.is_first:
             notice = signals.requeue(agreement.wish | signals.wish())
@@ -94,3 +165,25 @@ def _train(config: RunConfig, plan: Plan, facts: StreamFacts, *, ranks: Ranks, *
                 warn(notice)
         ranks.barrier()  # a rank that leaves before may have the launcher end the first one in the middle of this
         raise
+
+
+def _stream(
+    config: RunConfig,
+    facts: StreamFacts,
+    agreement: signals.Agreement,
+    *,
+    phases: Phases,
+    ranks: Ranks,
+    stack: ExitStack,
+) -> Stream:
+    """Return the run's stream, which `stack` closes.
+
+    Raises:
+        UserError: it cannot be opened, or the ranks see different data under the same name.
+    """
+    phases.meet()
+    stream = build_stream(config.source, ranks=ranks, phases=phases, facts=facts)
+    stack.callback(stream.close)
+    agreement.fills_soon = stream.fills_soon
+    check_same_source(facts.record, stream.fingerprint(), ranks=ranks)
+    return stream

@@ -1,24 +1,23 @@
-"""Refuse ranks that differ in what they were told or in what they see: they would wait for each other for ever."""
+"""Ranks with different settings, or with different data under the same name, are refused before they begin."""
 
 from typing import Any
 
-from sae_train.config import RunConfig, as_dict
 from sae_train.errors import ConfigError, DataError
 from sae_train.ranks.interface import Ranks
 from sae_train.training.plan import Plan
 
 
-def check_alike(config: RunConfig, plan: Plan, *, ranks: Ranks) -> None:
-    """Refuse ranks that were not started alike: they would wait for each other in different places.
+def check_same_settings(settings: dict[str, Any], plan: Plan, *, ranks: Ranks) -> None:
+    """Refuse ranks with different settings: they would wait for each other in different places. Collective.
 
     Raises:
         ConfigError: on every rank.
     """
-    facts = ranks.gather_objects((as_dict(config), plan.columns))
+    facts = ranks.gather_objects((settings, plan.columns))
     for rank, other in enumerate(facts):
         if other[0] == facts[0][0] and other[1] != facts[0][1]:
             raise ConfigError(
-                f"parallel={config.parallel.layout}: rank {rank} would spread the features over {other[1]} ranks, and "
+                f"parallel={plan.layout}: rank {rank} would spread the features over {other[1]} ranks, and "
                 f"rank 0 over {facts[0][1]}: their nodes have different numbers of ranks. Set parallel.feature_ranks."
             )
         if other != facts[0]:
@@ -28,7 +27,7 @@ def check_alike(config: RunConfig, plan: Plan, *, ranks: Ranks) -> None:
 
 
 def check_same_source(record: dict[str, Any], fingerprint: list[int], *, ranks: Ranks) -> None:
-    """Refuse ranks that see other data or another model under the same name: nodes with disks of their own, say.
+    """Refuse ranks that see other data or another model under the same name, on disks of their own say. Collective.
 
     Raises:
         DataError: on every rank.

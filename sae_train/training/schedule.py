@@ -1,4 +1,4 @@
-"""What changes over a run, as functions of the tokens trained on: the learning rate, and when things are due."""
+"""The learning rate, and the times at which things are due, as functions of the tokens trained on."""
 
 import math
 
@@ -13,10 +13,10 @@ ENOUGH_FIRINGS = 4000
 def learning_rate(
     tokens: int, *, peak: float, batch_tokens: int, warmup_tokens: int, decay_tokens: int, total_tokens: int
 ) -> float:
-    """Return the rate of the step that starts after `tokens` tokens.
+    """Return the learning rate of the step that starts after `tokens` tokens.
 
-    Linear from 0 to `peak` over `warmup_tokens` (as of the step's end: no step is wasted on a rate of 0), constant, and
-    linear to 0 over the last `decay_tokens` (as of its start).
+    It rises linearly to `peak` over `warmup_tokens`, stays, and falls linearly to 0 over the last `decay_tokens`. The
+    rise counts tokens at the step's end, so that no step is wasted on a rate of 0. The fall counts them at its start.
     """
     rate = peak
     if tokens + batch_tokens < warmup_tokens:
@@ -30,10 +30,10 @@ def learning_rate(
 def peak_learning_rate(config: OptimizerConfig, *, n_features: int, tokens: int, k: float) -> float:
     """Return `optimizer.lr`, or 1.7e-3 sqrt(2^14 / F) (10^6 / tokens)^0.35 max(1, 4000 / n)^0.35 within [5e-5, 1.5e-2].
 
-    F is n_features and n = tokens k / F how often a feature fires in the run on average: one that fires seldom has few
-    updates to get anywhere, and most stay dead at a lower rate. The root in width is the one that libraries take from
-    Gao et al. 2024 (arXiv 2406.04093); the level is 3e-3 at 820k tokens and 6144 features, where 5e-3 left 10% dead;
-    the power of tokens joins that to the same libraries' 2e-4 for runs of some 300M tokens (docs/quality.md).
+    F is n_features, and n = tokens k / F is the mean number of firings of a feature. A feature that fires seldom gets
+    few updates, and most such features stay dead at a lower rate. The root in width is the rule that libraries take
+    from Gao et al. 2024 (arXiv 2406.04093). The level is 3e-3 at 820k tokens and 6144 features, where 5e-3 left 10%
+    dead. The power of tokens joins it to these libraries' 2e-4 for runs of some 300M tokens (docs/reports/quality.md).
     """
     if config.lr is not None:
         return config.lr

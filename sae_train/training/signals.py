@@ -1,12 +1,15 @@
-"""Stopping on a signal: what a rank was asked, what all ranks agree on, and what SLURM is told afterwards.
+"""Stopping on a signal: the wish of one rank, the agreement of all ranks, and the job's way back into SLURM's queue.
 
-A handler only takes note. It raises nothing, so it may come at any moment, twice or ten times, and leaves nothing half
-done: the ranks agree, finish the step, write one checkpoint and leave with status 75. Long loops between steps ask, too
-(phases.py). SIGTERM is how a scheduler takes a machine back, or how somebody cancels a job: the run is saved, and
-whoever sent the signal decides about the rest.
-SIGUSR1 and SIGUSR2 are what `sbatch --signal` sends before the time is up: the run is saved and the job put back into
-the queue. Where a SIGTERM comes, too, somebody has cancelled the job, or its time was up before it was saved: SLURM is
-asked which. SIGINT stays Python's. Light: imports no torch, so that the handlers are there before anything heavy is.
+A handler only records the signal. It raises nothing, so it may run at any moment, twice or ten times, and leaves
+nothing half done. The ranks agree, finish the step, write one checkpoint and leave with status 75. Long loops between
+steps check for signals, too (phases.py).
+
+A scheduler sends SIGTERM when it takes a machine back, or when somebody cancels a job. The run is saved, and the sender
+decides about the rest. `sbatch --signal` sends SIGUSR1 or SIGUSR2 before the time is up. The run is saved, and the job
+goes back into the queue. Where a SIGTERM follows, somebody has cancelled the job, or its time was up before it was
+saved; SLURM's job record tells which. SIGINT stays Python's.
+
+Light: imports no torch, so that the handlers are there before anything heavy is.
 """
 
 import atexit
@@ -36,17 +39,17 @@ NOTHING_SAVED = "nothing to save yet; the same command starts again."
 NOTHING_NEW = "nothing to save yet; the same command starts again, or goes on from the last checkpoint."
 """Before it is known whether there is a checkpoint."""
 
-_noted = NONE
+_received = NONE
 _alarm: int | None = None
 """Where Python writes the number of each signal while a rank waits for the others; None once they have joined."""
 
 
 def listen(*, joined: bool = True, rank: int = 0) -> None:
-    """Take note of SIGTERM, SIGUSR1 and SIGUSR2 from here on, in place of whoever did before. Main thread only.
+    """Record SIGTERM, SIGUSR1 and SIGUSR2 from here on, in place of earlier handlers. Main thread only.
 
     Args:
-        joined: false for one of several ranks that waits for the others, which no handler interrupts. A thread then
-            ends this process at a SIGTERM, with status 75: there is nothing to save yet.
+        joined: false for one of several ranks that waits for the others, because no handler interrupts that wait. A
+            thread then ends this process at a SIGTERM, with status 75: there is nothing to save yet.
         rank: of this process, for the message.
     """
     if threading.current_thread() is threading.main_thread():
@@ -54,13 +57,13 @@ def listen(*, joined: bool = True, rank: int = 0) -> None:
         atexit.register(_ignore)
         _disarm()
         for number in WISHES:
-            signal.signal(number, _note)
+            signal.signal(number, _receive)
         if not joined:
             _arm(rank)
 
 
 def release() -> None:
-    """Let these signals end this process again: for a rank that has failed and waits for its launcher to end it."""
+    """Restore the default handlers, for a rank that has failed and waits for its launcher to end it."""
     _disarm()
     atexit.unregister(_ignore)
     for number in WISHES:
@@ -68,7 +71,7 @@ def release() -> None:
 
 
 def _arm(rank: int) -> None:
-    """Have a thread watch for SIGTERM: it runs while the main thread waits in C code, where no handler runs."""
+    """Start a thread that watches for SIGTERM while the main thread waits in C code, where no handler runs."""
     global _alarm
     reader, _alarm = os.pipe()
     os.set_blocking(_alarm, False)
@@ -95,30 +98,30 @@ def _leave_at_sigterm(reader: int, rank: int) -> None:
 
 
 def _ignore() -> None:
-    """Let no late signal change the exit status: while it ends, Python brings back the defaults, but not over this."""
+    """Ignore late signals, so that none changes the exit status. Python restores defaults at its end, but not this."""
     for number in WISHES:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _note(number: int, _: FrameType | None) -> None:
-    global _noted
+def _receive(number: int, _: FrameType | None) -> None:
+    global _received
     asked = wish() | WISHES[signal.Signals(number)]
-    _noted = asked * _SHIFT + (signal.SIGTERM if asked & SAVE else number)
+    _received = asked * _SHIFT + (signal.SIGTERM if asked & SAVE else number)
 
 
 def wish() -> int:
-    """Return what this process was asked so far: NONE, REQUEUE, SAVE (and no more) or BOTH."""
-    return _noted // _SHIFT
+    """Return the wish of the signals so far: NONE, REQUEUE, SAVE (and no more) or BOTH."""
+    return _received // _SHIFT
 
 
 class Agreement:
-    """What the ranks were asked, all together; no step waits for it.
+    """The gravest wish of all ranks. No step waits for it. `run.py` makes one, and `Stopping` calls it.
 
-    `poll` begins a reduction and returns what the one before it came to. So every rank hears of a signal at the same
-    step, one step after the first rank noticed it. All ranks call these methods in the same order.
+    `poll` begins a reduction and returns the result of the one before. So a signal takes effect on every rank at the
+    same step, one step after the first rank received it. All ranks call these methods in the same order.
 
-    With it each rank says whether it may have to harvest soon, in the lowest bit, which counts where nobody has a wish:
-    the ranks then meet after a harvest, and none of them has to finish one before it stops.
+    The lowest bit of the reduced number says whether a rank may have to harvest soon. The ranks then meet after that
+    harvest, and none of them has to finish one before it stops.
 
     Attributes:
         wish: the gravest wish that is agreed on: NONE, REQUEUE, SAVE or BOTH.
@@ -131,20 +134,20 @@ class Agreement:
         self._open: Pending | None = None
         self._agreed = NONE
         self.fills_soon: Callable[[], bool] = lambda: False
-        self.may_fill = True  # nobody has said yet
+        self.may_fill = True  # until the first reduction
 
     @property
     def wish(self) -> int:
         return self._agreed // _SHIFT
 
     def poll(self) -> int:
-        """Return what is agreed on, and ask all ranks again. Once a step."""
+        """Return the wish that is agreed on, and start the next reduction. Called once a step. Collective."""
         agreed = self.settle()
-        self._open = self._ranks.begin_max(2 * _noted + self.fills_soon())
+        self._open = self._ranks.begin_max(2 * _received + self.fills_soon())
         return agreed
 
     def settle(self) -> int:
-        """Wait for the open question, if there is one, and return what is agreed on."""
+        """Wait for the open reduction, if there is one, and return the wish that is agreed on. Collective."""
         if self._open is not None:
             pending, self._open = self._open, None
             noted, may_fill = divmod(pending.result(), 2)
@@ -152,17 +155,17 @@ class Agreement:
         return self.wish
 
     def now(self) -> int:
-        """Ask all ranks and wait for the answer. Between long pieces of work, never in a step."""
+        """Return the wish of all ranks as of now; waits for all of them, so never in a step. Collective."""
         self.poll()
         return self.settle()
 
     def preempted(self, *, step: int | None) -> Preempted:
-        """Return the exception that every rank raises. No question to the other ranks may be open.
+        """Return the exception that every rank raises. No reduction may be open.
 
         Args:
             step: the newest step that is saved; None where there is none.
         """
-        return _preempted(max(self._agreed, _noted), step=step)
+        return _preempted(max(self._agreed, _received), step=step)
 
 
 def _preempted(noted: int, *, step: int | None) -> Preempted:
@@ -175,25 +178,27 @@ def _name(noted: int) -> str:
 
 
 def leave_early() -> None:
-    """Leave if this process, which is alone, was told to before it has begun a run; a SLURM job goes back if asked.
+    """Leave if this process, which is alone, received a signal before it began a run. A SLURM job may be requeued.
 
     Raises:
-        Preempted: it was told to stop.
+        Preempted: it received one.
     """
     if wish():
         notice = requeue(wish())
         if notice:
             sys.stderr.write(f"{notice}\n")
-        raise Preempted(f"stopped by {_name(_noted)}: {NOTHING_NEW}")
+        raise Preempted(f"stopped by {_name(_received)}: {NOTHING_NEW}")
 
 
 def requeue(asked: int, environment: Mapping[str, str] = os.environ) -> str | None:
-    """Put this SLURM job back into its queue, if that was asked. The first rank's last act: SLURM then ends the job.
+    """Put this SLURM job back into its queue, if a signal asked for that. SLURM then ends the job.
 
-    After a SIGTERM it is done only where SLURM says that it was the time limit's: `scancel` is final.
+    The first rank calls it last of all. After a SIGTERM the job is requeued only where SLURM's record names the time
+    limit: `scancel` is final.
 
     Returns:
-        What went wrong and what to do, for the user; None if it worked, was not asked, or there is no job.
+        A notice for the user about what went wrong and what to do. None if it worked, was not asked, or there is no
+        job.
     """
     job = job_id(environment)
     if job is None or not asked & REQUEUE:
@@ -210,10 +215,10 @@ def requeue(asked: int, environment: Mapping[str, str] = os.environ) -> str | No
 
 
 def _scontrol(*arguments: str) -> tuple[bool, str]:
-    """Return whether SLURM's tool did as told, and what it said.
+    """Return whether SLURM's tool succeeded, and its output.
 
-    SLURM signals every process of a job, once for the job and once for each step: the tool must not die of the second
-    SIGTERM. It inherits our mask; what comes to this thread meanwhile is delivered afterwards.
+    SLURM signals every process of a job, once for the job and once for each step. The tool must not die of the second
+    SIGTERM, so it inherits a mask. Signals to this thread are delivered afterwards.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, WISHES)
     try:

@@ -1,4 +1,4 @@
-"""Where rows go: `metrics.jsonl` always, Weights & Biases when asked, by way of a process of its own."""
+"""Destinations of the rows of metrics: `metrics.jsonl` always, Weights & Biases by way of a process of its own."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sae_train.config import RunConfig, TrackingConfig, WandbConfig, as_dict
+from sae_train.config import TrackingConfig, WandbConfig
 from sae_train.evaluation.density import HISTOGRAM_EDGES
 from sae_train.formats.durable import explained, write_text
 from sae_train.training import signals
@@ -19,27 +19,27 @@ from sae_train.training.json_process import JsonProcess, NoAnswer
 
 WORKER = Path(__file__).with_name("wandb_worker.py")
 ANSWER_SECONDS = 15.0
-"""How long wandb's server may take to answer at the start. The error that wandb then gives says more than a kill."""
+"""Seconds that wandb's server may take to answer at the start. wandb's own error then says more than a kill."""
 FIRST_SECONDS = 18.0
-"""How long the first try to start wandb may take."""
+"""Seconds of the first try to start wandb, at most."""
 START_SECONDS = 28.0
-"""How long both tries may take: as asked for, and offline. What is over of 30 s is for killing them."""
+"""Seconds of both tries, online and offline, at most. Two more are left to kill them within 30 s."""
 FINISH_SECONDS = 20.0
-"""How long wandb's server may take for the last rows."""
+"""Seconds that wandb's server may take for the last rows."""
 END_SECONDS, HURRIED_SECONDS = 24.0, 5.0
-"""How long wandb's process may take to end: after a run, and where a scheduler waits for the run to leave."""
+"""Seconds that wandb's process may take to end: after a run, and where a scheduler waits for the run to leave."""
 TRUE = ("1", "true", "yes", "y", "on", "t")
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a row, appended and flushed whole."""
+    """`metrics.jsonl`: one JSON object a row, appended and flushed whole. The session writes it on the first rank."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.n_rows = 0
 
     def keep_first(self, n_rows: int) -> None:
-        """Drop what a killed run wrote after its last checkpoint, so that no row stands twice or in half."""
+        """Drop the rows that a killed run wrote after its last checkpoint, so that no row stands twice or in half."""
         with explained(self.path, what="read"):
             text = self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
         whole = [line for line in text.splitlines(keepends=True)[:n_rows] if line.endswith("\n")]
@@ -47,7 +47,7 @@ class MetricsFile:
         self.n_rows = len(whole)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Append one row; a number that JSON cannot hold becomes null."""
+        """Append one row. A number that JSON cannot hold becomes null."""
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
         }
@@ -57,7 +57,7 @@ class MetricsFile:
 
 
 class Dashboard:
-    """No dashboard; the twin of `Wandb` for tracking=none and for ranks after the first."""
+    """A dashboard that shows nothing: the twin of `Wandb` for tracking=none and for ranks after the first."""
 
     notice = ""
 
@@ -68,7 +68,7 @@ class Dashboard:
         """Send the final figures and finish. No row comes after them, and the verdict is printed next."""
 
     def close(self) -> None:
-        """Finish, if that is still to do."""
+        """Finish, unless `summarise` did."""
 
 
 class Wandb(Dashboard):
@@ -78,10 +78,10 @@ class Wandb(Dashboard):
     cannot be sent stays in the run's directory, for `wandb sync`.
     """
 
-    def __init__(self, tracking: WandbConfig, config: RunConfig, directory: Path) -> None:
+    def __init__(self, tracking: WandbConfig, settings: dict[str, Any], directory: Path) -> None:
         self._folder = directory.absolute() / "wandb"
         self._process: JsonProcess | None = None
-        answer, problem = self._start(tracking, config, directory)
+        answer, problem = self._start(tracking, settings, directory)
         mode = answer.get("mode")
         self._is_online = mode == "online"
         self._own: str = answer.get("directory", "")
@@ -121,8 +121,8 @@ class Wandb(Dashboard):
         if problem:
             warn(f"wandb may lack rows ({problem}); metrics.jsonl has all. Sync with: {self._sync_command(own=True)}")
 
-    def _start(self, tracking: WandbConfig, config: RunConfig, directory: Path) -> tuple[dict[str, Any], str]:
-        """Start wandb as the environment asks, else offline; return its answer and why the first try failed."""
+    def _start(self, tracking: WandbConfig, settings: dict[str, Any], directory: Path) -> tuple[dict[str, Any], str]:
+        """Start wandb as the environment says, else offline. Return its answer, and why the first try failed."""
         begun = time.monotonic()
         request = {"argv": sys.argv, "pid": os.getpid(), "edges": HISTOGRAM_EDGES.tolist()}
         request |= {"finish_seconds": FINISH_SECONDS, "deadline": begun + ANSWER_SECONDS}
@@ -136,7 +136,7 @@ class Wandb(Dashboard):
                     "id": _identifier(directory),
                     "resume": "allow",
                     "dir": str(directory.absolute()),
-                    "config": as_dict(config),
+                    "config": settings,
                 }
                 command = [sys.executable, "-P", str(WORKER)]  # -P: no module of this folder hides one of wandb's
                 self._process = JsonProcess(command, environment=_environment() | changes)
@@ -161,13 +161,13 @@ class Wandb(Dashboard):
             process.end()
 
     def _offline(self) -> list[str]:
-        """Return the directories of this run that hold rows for `wandb sync`, the oldest first."""
+        """Return the directories of this run with rows for `wandb sync`, oldest first."""
         found = [path.parent for path in self._folder.glob("offline-run-*/*.wandb")]
         paths = [str(path) for path in sorted(found) if not list(path.glob("*.wandb.synced"))]
         return paths if self._is_online or self._own in ("", *paths) else [*paths, self._own]
 
     def _sync_command(self, *, own: bool = False) -> str:
-        """Return the command for every directory that waits, if any; `own` adds the one of an online run."""
+        """Return the command that syncs every waiting directory, or "". `own` adds the directory of an online run."""
         paths, flags = self._offline(), ""
         if own and self._is_online:
             paths, flags = [*paths, self._own], " --include-online"
@@ -179,13 +179,13 @@ def _is_told_to_stop() -> bool:
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment of wandb's process: no service of another program, and the run's program, not its own."""
+    """Return the environment of wandb's process: the run's program as the program, and no other program's service."""
     shared = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
     return {"WANDB_PROGRAM": sys.argv[0], **shared}
 
 
 def _identifier(directory: Path) -> str:
-    """Return the run's wandb id: kept beside it, so that a resumed run continues the same curves."""
+    """Return the run's wandb id, kept in its directory so that a resumed run continues the same curves."""
     path = directory / "wandb_id"
     if not path.exists():
         write_text(path, secrets.token_hex(4))
@@ -198,9 +198,13 @@ def _is_switched_off() -> bool:
     return asked[0].strip().lower() == "disabled" or asked[1].strip().lower() in TRUE
 
 
-def build_dashboard(config: RunConfig, directory: Path) -> Dashboard:
-    """Return the dashboard that `tracking` names; for the first rank, which alone speaks to one."""
-    tracking: TrackingConfig = config.tracking
+def build_dashboard(tracking: TrackingConfig, settings: dict[str, Any], directory: Path) -> Dashboard:
+    """Return the dashboard that `tracking` names. Only the first rank calls it.
+
+    Args:
+        settings: of the run, which the dashboard shows.
+        directory: of the run.
+    """
     if isinstance(tracking, WandbConfig) and not _is_switched_off():
-        return Wandb(tracking, config, directory)
+        return Wandb(tracking, settings, directory)
     return Dashboard()

@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 
-from sae_train.config import RunConfig, SourceConfig
+from sae_train.config import SaeConfig, SourceConfig
 from sae_train.harvest.batch import Batch
 from sae_train.harvest.build import Stream
 from sae_train.ranks.interface import Ranks
 from sae_train.training.batch import gathered
 from sae_train.training.checkpoint_files import Contents, SaeContents
-from sae_train.training.clock import Clock
 from sae_train.training.learner import Learner
 from sae_train.training.names import sae_name
 from sae_train.training.plan import Plan
 from sae_train.training.restore import Checkpoint
 from sae_train.training.schedule import is_due
+from sae_train.training.step_clock import StepClock
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,12 +51,17 @@ class Trainer:
     ) -> None:
         self.learners, self.stream, self.source, self.plan, self.ranks = list(learners), stream, source, plan, ranks
         self.n_done = 0
-        self._clock = Clock()
+        self._clock = StepClock()
 
     @property
     def tokens(self) -> int:
         """Tokens trained on so far, over all ranks."""
         return self.n_done * self.plan.batch_tokens
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the plan's last step is made."""
+        return self.n_done == self.plan.steps
 
     def fit(self, events: Events) -> None:
         """Train to the end of the plan.
@@ -64,22 +69,16 @@ class Trainer:
         Raises:
             StoppedByNumbers: see `Learner.row`.
         """
-        while self.n_done < self.plan.steps:
+        while not self.is_done:
             events.stop()
-            before = self.tokens
-            self._clock.start(self.plan.batch_tokens)
-            events.fill()
-            batch = self.stream.batch(self.n_done)
-            self._clock.harvested()
-            self.step(batch)
+            self.step(self._harvest(events))
             self._clock.stop()
             events.advance(self.plan.batch_tokens)
-            last = self.n_done == self.plan.steps
-            if last or is_due(self.source.log_every, before=before, after=self.tokens):
+            if self._is_due(self.source.log_every):
                 events.log(self.rows())
-            if not last and is_due(self.source.evaluate_every, before=before, after=self.tokens):
+            if self._is_due(self.source.evaluate_every) and not self.is_done:
                 events.evaluate()
-            if last or is_due(self.plan.checkpoint_every, before=before, after=self.tokens):
+            if self._is_due(self.plan.checkpoint_every):
                 self.check_finite()
                 events.checkpoint()
 
@@ -102,7 +101,7 @@ class Trainer:
         """
         interval = self.source.log_every
         own = [learner.row(step=self.n_done, interval=interval) for learner in self.learners]
-        shared = self.stream.figures() | self._clock.row(beside=self.stream.beside_seconds())
+        shared = self.stream.figures() | self._clock.row(harvested_in_background=self.stream.beside_seconds())
         place = {"step": self.n_done, "tokens": self.tokens}
         return [{"sae": learner.name} | place | row | shared for learner, row in zip(self.learners, own, strict=True)]
 
@@ -129,17 +128,40 @@ class Trainer:
         self.stream.restore(stream, checkpoint.lane_state)
         self.n_done = int(state["trainer/n_done"])
 
+    def _harvest(self, events: Events) -> Batch:
+        """Return this rank's tokens of the next step, and time the wait for them."""
+        self._clock.start(self.plan.batch_tokens)
+        events.fill()
+        batch = self.stream.batch(self.n_done)
+        self._clock.harvested()
+        return batch
 
-def build_trainer(config: RunConfig, plan: Plan, *, stream: Stream, precision: str, ranks: Ranks) -> Trainer:
+    def _is_due(self, every: int) -> bool:
+        """Return whether the step that was made last passed a multiple of `every` tokens, or was the run's last."""
+        return self.is_done or is_due(every, before=self.tokens - self.plan.batch_tokens, after=self.tokens)
+
+
+def build_trainer(
+    source: SourceConfig, saes: Sequence[SaeConfig], plan: Plan, *, stream: Stream, precision: str, ranks: Ranks
+) -> Trainer:
     """Return the trainer of a run, its SAEs as drawn from their seeds.
 
     Args:
-        config: the run's settings.
-        plan: its numbers.
-        stream: what it learns from; it need not have begun.
+        source: settings of the stream.
+        saes: settings of each SAE.
+        plan: the run's numbers.
+        stream: source of the batches; it need not have begun.
         precision: of matrix products, with 'auto' resolved.
         ranks: arranged in the grid of the plan.
     """
-    name = sae_name(config.sae, site=plan.label, n_features=plan.n_features)
-    learner = Learner(name, config, plan, precision=precision, ranks=ranks)
-    return Trainer([learner], stream, source=config.source, plan=plan, ranks=ranks)
+    learners = [
+        Learner(
+            sae_name(sae, site=plan.sae.site, n_features=plan.sae.n_features),
+            sae,
+            plan.sae,
+            precision=precision,
+            ranks=ranks,
+        )
+        for sae in saes
+    ]
+    return Trainer(learners, stream, source=source, plan=plan, ranks=ranks)

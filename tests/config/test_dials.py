@@ -16,7 +16,7 @@ from sae_train.config import LaneSizes, LiveHarvestConfig
 from sae_train.config.lanes import MOST_LANES, USUAL_CONTEXTS, lane_problems, lane_sizes
 from sae_train.errors import ConfigError
 from sae_train.harvest.build import StreamFacts, check_stream
-from sae_train.training.plan import make_plan
+from sae_train.training.run import plan_of
 from tools.tiny_models import planned_config, save_model
 
 BY_RULE = {
@@ -92,7 +92,7 @@ def test_there_is_a_plan_when_one_is_turned(context: int, tmp_path: Path) -> Non
                 own = [text for text in typed if not text.startswith(f"{key}=")]
                 config = compose_config([*own, turned(key, value, factor)])
                 facts = check_stream(config.source, n_ranks=1) if _changes_the_stream(key) else usual
-                assert make_plan(config, facts, n_ranks=1).steps > 0
+                assert plan_of(config, facts, n_ranks=1).steps > 0
 
 
 def _changes_the_stream(key: str) -> bool:
@@ -155,5 +155,5 @@ def test_the_plan_names_both_ways_out_of_ranks_that_do_not_divide_the_lanes() ->
 def test_a_schedule_that_is_longer_than_the_run_is_said_in_the_plan() -> None:
     config = planned_config("bundled", tokens=640)
     config = replace(config, optimizer=replace(config.optimizer, decay_tokens=1280, warmup_tokens=640))
-    (note,) = make_plan(config, check_stream(config.source, n_ranks=1), n_ranks=1).notes
+    (note,) = plan_of(config, check_stream(config.source, n_ranks=1), n_ranks=1).notices
     assert note.startswith("optimizer.decay_tokens=1280: longer than the run of tokens=640")

@@ -129,6 +129,12 @@ def test_imports_run_one_way(path: Path) -> None:
             assert layer_of(other) < layer_of(own), f"{relative(path)} imports {module}"
 
 
+def test_the_settings_of_a_whole_run_end_at_the_run() -> None:
+    """Rooms below the command line and `training/run.py` take a `SourceConfig`, a `SaeConfig` or a smaller part."""
+    users = {relative(path) for path in FILES if re.search(r"\bRunConfig\b", path.read_text(encoding="utf-8"))}
+    assert {path for path in users if not path.startswith(("config/", "cli/"))} == {"training/run.py"}
+
+
 @pytest.mark.parametrize("library", OUTSIDE)
 def test_a_heavy_library_is_imported_where_its_name_says(library: str) -> None:
     users = {relative(p) for p in FILES for module in imports(parsed(p)) if module.partition(".")[0] == library}

@@ -18,9 +18,10 @@ from sae_train.harvest.build import check_stream
 from sae_train.kernels import attaching, backend, decoding, unit_rows
 from sae_train.ranks.interface import Solo
 from sae_train.sae.trainable import PARAMETRISATIONS
-from sae_train.training import plan
+from sae_train.training import memory
 from sae_train.training.optimizer import Adam
 from sae_train.training.provenance import device_notices, resolve_precision
+from sae_train.training.run import plan_of
 from tools import grid_world
 from tools.grid_world import build, config_of, weights, write_activations
 from tools.small_runs import schema_of
@@ -328,15 +329,15 @@ def test_a_gpu_without_bf16_says_so_in_one_line(
     monkeypatch.setattr(backend, "_failure_of_a_kernel", lambda device: None)
     monkeypatch.setattr(torch.version, "hip", None)
     backend.why_not_triton.cache_clear()
-    precision = resolve_precision(config, stored=None, device=device)
+    precision = resolve_precision(config.precision, stored=None, device=device)
     said = {asked: device_notices(device, precision=of, asked=asked) for asked, of in (
         ("auto", precision), ("bf16", "bf16"), ("float32", "float32"),
     )}  # fmt: skip
     backend.why_not_triton.cache_clear()
     assert precision == ("float32" if falls_back else "bf16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(plan, "available_bytes", lambda: 10**12)
-    held = plan.make_plan(config, facts, n_ranks=1).holdings
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10**12)
+    held = plan_of(config, facts, n_ranks=1).holdings
     assert [each.n_bytes > 0 for each in held if "rounded to bf16" in each.what] == [not falls_back]
     if not falls_back:
         assert list(said.values()) == [[], [], []]

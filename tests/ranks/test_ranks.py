@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
+from sae_train.config import as_dict
 from sae_train.errors import ConfigError, DataError
 from sae_train.harvest.build import StreamFacts
 from sae_train.ranks.interface import Ranks
-from sae_train.training.plan import make_plan
-from sae_train.training.same_on_ranks import check_alike, check_same_source
+from sae_train.training.run import plan_of
+from sae_train.training.same_on_ranks import check_same_settings, check_same_source
 from tools.grid_of_threads import on_ranks
 from tools.small_runs import run_config
 
@@ -22,9 +23,9 @@ def said(*given: dict[str, Any]) -> list[str]:
     def one(ranks: Ranks) -> str:
         settings = dict(given[ranks.rank])
         columns = settings.pop("columns", 1)
-        plan = dataclasses.replace(make_plan(run_config(), FACTS, n_ranks=ranks.size), columns=columns)
+        plan = dataclasses.replace(plan_of(run_config(), FACTS, n_ranks=ranks.size), columns=columns)
         try:
-            check_alike(run_config(**settings), plan, ranks=ranks)
+            check_same_settings(as_dict(run_config(**settings)), plan, ranks=ranks)
         except ConfigError as error:
             return str(error)
         return ""

@@ -22,7 +22,8 @@ from sae_train.harvest.language_model import LanguageModel
 from sae_train.harvest.live import LiveStream
 from sae_train.phases import NoBar, Phases
 from sae_train.ranks.interface import Solo
-from sae_train.training.plan import describe, make_plan
+from sae_train.training.plan_text import describe
+from sae_train.training.run import plan_of
 
 F = 97
 
@@ -90,7 +91,7 @@ def test_a_harvest_that_is_left_at_any_forward_pass_goes_on_bit_for_bit(model: P
     torn.close()
     assert len(left_in) >= 3  # in as many refills, each of them several times
     for one, other in zip(batches, expected, strict=True):
-        assert torch.equal(one, other)
+        assert torch.equal(one.x_ND, other.x_ND)
 
 
 def test_calibration_ends_at_the_forward_pass_that_is_told(model: Path, text: Path) -> None:
@@ -200,8 +201,8 @@ def test_held_out_tokens_fill_two_contexts_or_blocks(tmp_path: Path) -> None:
 def test_the_plan_says_what_held_out_data_costs(model: Path, text: Path) -> None:
     def planned(**dials: object) -> str:
         config = live_config(model, text, **{"evaluation_tokens": None, "tokens": 6400, **dials})
-        plan = make_plan(config, check_stream(config.source, n_ranks=1), n_ranks=1)
-        return describe(plan, config, path="here")
+        plan = plan_of(config, check_stream(config.source, n_ranks=1), n_ranks=1)
+        return describe(plan, config.source, config.sae, path="here")
 
     once = planned()
     assert "400 held-out tokens, 1 forward pass of the language model up to the site" in once
@@ -218,6 +219,8 @@ def test_the_plan_says_what_held_out_data_costs(model: Path, text: Path) -> None
 
 def test_the_plan_of_files_names_no_language_model(tmp_path: Path, compose: Callable[..., RunConfig]) -> None:
     config = compose(*rows_run(tmp_path))
-    text = describe(make_plan(config, check_stream(config.source, n_ranks=1), n_ranks=1), config, path="here")
+    text = describe(
+        plan_of(config, check_stream(config.source, n_ranks=1), n_ranks=1), config.source, config.sae, path="here"
+    )
     (line,) = [line for line in text.splitlines() if line.startswith("thresholds")]
     assert line.split(maxsplit=1)[1] == "256 held-out tokens"

@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from tools.sae_parts import sizes_of
-from tools.small_runs import CPU, run_config
 from torch import Tensor
 
 from sae_train.ranks.interface import Solo
-from sae_train.sae.trainable import TrainableAutoencoder
 from sae_train.sae.aux_loss import build_aux_loss
 from sae_train.sae.firing import Firing
 from sae_train.sae.losses import reconstruction_loss
 from sae_train.sae.step_info import StepInfo, StepInputs
+from sae_train.sae.trainable import TrainableAutoencoder
 from sae_train.sparsifiers import build_sparsifier
 from sae_train.training.optimizer import Adam
+from tools.sae_parts import sizes_of
+from tools.small_runs import CPU, run_config, schema_of
 
 D, TRUE, F, K, BATCH, STEPS = 64, 128, 256, 4, 256, 600
 PEAK = 1e-2
@@ -77,7 +77,6 @@ def train(*, seed: int = 0, **choices: object) -> TrainableAutoencoder:
         loss = reconstruction_loss(x, x_hat, n_tokens=BATCH)
         if aux is not None:
             loss = loss + aux(dictionary, inputs, x - x_hat)
-        optimizer.zero_grad()
         loss.backward()
         norm = optimizer.gradient_norm(Solo())
         optimizer.step(lr=learning_rate(step), norm=norm, halted=torch.tensor(False))

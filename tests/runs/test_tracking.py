@@ -16,7 +16,7 @@ from tools.tiny_runs import rows_run
 from tools.wandb_server import Server, Takes, refusing
 
 from sae_train.cli.compose import compose_config
-from sae_train.config import RunConfig
+from sae_train.config import RunConfig, as_dict
 from sae_train.evaluation.density import HISTOGRAM_EDGES
 from sae_train.training import signals, tracking
 from sae_train.training.json_process import BLOCKED, LAST_WAIT
@@ -47,7 +47,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: RunConfig) ->
     def build(**environment: str) -> Dashboard:
         for name, value in ({"HOME": str(tmp_path / "home")} | environment).items():
             monkeypatch.setenv(name, value)
-        built.append(build_dashboard(config, tmp_path / "a run"))
+        built.append(build_dashboard(config.tracking, as_dict(config), tmp_path / "a run"))
         return built[-1]
 
     yield build
@@ -94,7 +94,7 @@ def is_offline(dashboard: Dashboard, folder: Path) -> bool:
 def test_a_start_is_given_up_where_the_run_is_told_to_stop(
     tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(signals, "_noted", signals.SAVE * signals._SHIFT + signal.SIGTERM)
+    monkeypatch.setattr(signals, "_received", signals.SAVE * signals._SHIFT + signal.SIGTERM)
     begun = time.monotonic()
     dashboard = start(WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9")
     assert time.monotonic() - begun < 5
@@ -243,7 +243,7 @@ def test_a_run_that_is_told_to_stop_waits_less_for_wandb(start: Start, monkeypat
     """A scheduler gives it half a minute, and the SLURM job has to be put back in that."""
     dashboard = start()
     os.kill(worker(dashboard), signal.SIGSTOP)
-    monkeypatch.setattr(signals, "_noted", signals.REQUEUE * signals._SHIFT + signal.SIGUSR1)
+    monkeypatch.setattr(signals, "_received", signals.REQUEUE * signals._SHIFT + signal.SIGUSR1)
     begun = time.monotonic()
     dashboard.close()
     assert time.monotonic() - begun < tracking.HURRIED_SECONDS + 4

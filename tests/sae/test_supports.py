@@ -43,7 +43,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(rows: Path, *choices: str) -> tuple[Trainer, SparseAutoencoder]:
-    """Return what a short run leaves, and what it exports."""
+    """Return the trainer of a short run, and the SAE that it exports."""
     config = compose_config([
         "harvest=tensors", f"harvest.path={rows / 'train'}", f"harvest.held_out={rows / 'held_out'}", "tracking=none",
         f"k={K}", f"n_features={F}", f"batch_tokens={N}", f"tokens={N * STEPS}", "harvest.calibration_tokens=4096",

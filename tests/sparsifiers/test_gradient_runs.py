@@ -25,7 +25,7 @@ from sae_train.harvest.tensors import TensorStream
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.code import SparseCode
 from sae_train.sae.step_info import StepInfo
-from sae_train.training.plan import make_plan
+from sae_train.training.run import plan_of
 from tools import grid_world as world
 from tools.grid_of_threads import LOADING, on_grid, on_ranks
 from tools.sae_parts import selected, sparsifier_of
@@ -151,15 +151,15 @@ def test_pools_with_gradients_are_restored_bit_for_bit(live: Callable[..., RunCo
 def test_pools_take_twice_the_room(live: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     plain, doubled = (check_stream(live(sparsifier=name).source, n_ranks=1) for name in ("topk", "gradient"))
     assert (doubled.d_model, doubled.pool_bytes) == (plain.d_model, 2 * plain.pool_bytes)
-    plans = [make_plan(live(sparsifier=name), facts, n_ranks=1)
+    plans = [plan_of(live(sparsifier=name), facts, n_ranks=1)
              for name, facts in (("topk", plain), ("gradient", doubled))]  # fmt: skip
     assert plans[1].checkpoint_bytes - plans[0].checkpoint_bytes == plain.pool_bytes
-    assert plans[1].flops > 2 * plans[0].flops
+    assert plans[1].operations > 2 * plans[0].operations
     enough = plans[1].memory_bytes - 3 * doubled.pool_batch_bytes
-    monkeypatch.setattr("sae_train.training.plan.available_bytes", lambda: enough)
-    make_plan(live(sparsifier="topk"), plain, n_ranks=1)
+    monkeypatch.setattr("sae_train.training.memory.available_bytes", lambda: enough)
+    plan_of(live(sparsifier="topk"), plain, n_ranks=1)
     with pytest.raises(UserError, match=r"harvest.pool_batches=8: with pools of .* Largest that fits: 5\. "):
-        make_plan(live(), doubled, n_ranks=1)
+        plan_of(live(), doubled, n_ranks=1)
 
 
 def test_memory_has_room_for_slopes_or_logits(live: Callable[..., RunConfig]) -> None:
@@ -169,8 +169,8 @@ def test_memory_has_room_for_slopes_or_logits(live: Callable[..., RunConfig]) ->
         harvest = {"contexts_per_forward": contexts}
         config = live(sparsifier=sparsifier, n_features=n_features, harvest=harvest)
         facts = check_stream(config.source, n_ranks=1)
-        plan = make_plan(config, facts, n_ranks=1)
-        return plan.memory_bytes - 4 * 4 * plan.parameters - facts.pool_bytes
+        plan = plan_of(config, facts, n_ranks=1)
+        return plan.memory_bytes - 4 * 4 * plan.sae.parameters - facts.pool_bytes
 
     matrix, vocab = 4 * 64 * 1024, read_model_config(live().model).vocab_size
     assert (memory("topk", 1024), memory("gradient", 1024)) == (2 * matrix, 4 * matrix)

@@ -22,7 +22,7 @@ from sae_train.sparsifiers.allocator import Allocator
 from sae_train.sparsifiers.base import Encoding
 from sae_train.training.batch import RowBatch
 from sae_train.training.learner import Learner
-from sae_train.training.plan import make_plan
+from sae_train.training.run import plan_of
 from tools import grid_world as world
 
 NESTING = {"plain": [], "nested": world.NESTED}
@@ -62,13 +62,13 @@ def learner_of(rows: Path, case: list[str], *, nesting: str, aux: str, precision
         aux_loss=parts_of(rows, f"aux_loss={aux}").aux_loss,
         precision=precision,
     )
-    plan = make_plan(config, facts_of(rows, reads_gradients=config.reads_gradients), n_ranks=1)
-    return Learner("sae", config, plan, precision=precision, ranks=Solo("meta"))
+    plan = plan_of(config, facts_of(rows, reads_gradients=config.reads_gradients), n_ranks=1)
+    return Learner("sae", config.sae, plan.sae, precision=precision, ranks=Solo("meta"))
 
 
 def batch_of(learner: Learner) -> RowBatch:
     x_ND = torch.empty(world.N, world.D, dtype=learner.dictionary.W_dec.dtype, device="meta")
-    gradient_ND = torch.empty_like(x_ND) if learner.config.reads_gradients else None
+    gradient_ND = torch.empty_like(x_ND) if learner.config.sparsifier.reads_gradients else None
     norm_N, sum_D = torch.linalg.vector_norm(x_ND, dim=1), x_ND.sum(0, dtype=torch.float64)
     return RowBatch(x_ND=x_ND, gradient_ND=gradient_ND, own=slice(0, world.N), norm_N=norm_N, sum_D=sum_D)
 

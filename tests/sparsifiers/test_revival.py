@@ -53,8 +53,8 @@ def test_a_silent_bias_rises_by_the_rate_that_is_lost_and_nothing_else_moves(row
         bury(trainer)
         trainer.learners[0].firing.since_F.fill_(LONG)
         trainer.n_done = trainer.plan.steps - 2  # deep in the decay
-        lost = trainer.plan.peak_lr - trainer.learners[0].step_info(trainer.n_done).learning_rate
-        assert lost > 0.9 * trainer.plan.peak_lr
+        lost = trainer.plan.sae.peak_lr - trainer.learners[0].step_info(trainer.n_done).learning_rate
+        assert lost > 0.9 * trainer.plan.sae.peak_lr
         learn(trainer, 1)
     silent_F = with_it.learners[0].firing.since_F > LONG
     assert silent_F[BURIED].all()
@@ -94,7 +94,7 @@ def test_no_bias_rises_after_a_halt(rows: Path) -> None:
     trainer = trainer_of(rows)
     learn(trainer, 2)
     trainer.learners[0].firing.since_F.fill_(LONG)
-    trainer.learners[0].halt.flag.fill_(True)
+    trainer.learners[0].nonfinite.flag.fill_(True)
     trainer.n_done = trainer.plan.steps - 4
     before = trainer.learners[0].dictionary.b_enc.detach().clone()
     learn(trainer, 3)

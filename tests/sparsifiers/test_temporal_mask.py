@@ -73,7 +73,10 @@ def watch(trainer: Trainer) -> list[Tensor]:
 
 
 def slow_sums(trainer: Trainer, x_ND: Tensor) -> Tensor:
-    """Return what each feature does on a batch [F, 3], one ablation of the unmasked reconstruction at a time."""
+    """Return the mean value, firing share and contribution of each feature on a batch [F, 3], by ablation.
+
+    The ablations are of the unmasked reconstruction.
+    """
     dictionary = trainer.learners[0].dictionary
     with torch.no_grad():
         code_NF = (x_ND @ dictionary.W_enc.t() + dictionary.b_enc).relu()

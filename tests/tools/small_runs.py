@@ -2,15 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import yaml
 from torch import Tensor
 
 from sae_train import config as schema
 from sae_train.config import OptimizerConfig, RunConfig
+from sae_train.config.sparsifier_registry import SPARSIFIERS
 
 T = TypeVar("T")
+CONF = Path(__file__).resolve().parents[2] / "conf"
 CPU = torch.device("cpu")
 
 
@@ -82,7 +86,7 @@ def run_config(
         ),
         harvest=schema.HarvestConfig(source="live", calibration_tokens=1024, prefetch=0),
         layer=schema.BlockLayerConfig(kind="residual", index="middle"),
-        sparsifier=sparsifiers.get(sparsifier, lambda: schema.MutualChoiceConfig(name=sparsifier, revival=1.0))(),
+        sparsifier=sparsifiers.get(sparsifier, lambda: defaults_of(sparsifier))(),
         budget=budgets[budget](),
         nesting=nesting,
         parametrisation=schema.ParametrisationConfig(name=parametrisation),
@@ -101,6 +105,14 @@ def run_config(
         parallel=schema.ParallelConfig(layout="data"),
         tracking=schema.TrackingConfig(name="none"),
     )
+
+
+def defaults_of(name: str) -> schema.SparsifierConfig:
+    """Return the settings of a sparsifier as `conf/` has them; of an unknown one, those of mutual_choice."""
+    if name not in SPARSIFIERS:
+        return schema.MutualChoiceConfig(name=name, revival=1.0)
+    values = yaml.safe_load((CONF / "sparsifier" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return SPARSIFIERS[name].config(**{key: value for key, value in values.items() if key != "defaults"})
 
 
 def kept_by_sorting(pre_NF: Tensor, *, group: str, budgets: list[int]) -> set[tuple[int, int]]:

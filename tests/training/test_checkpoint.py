@@ -275,7 +275,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, in_backgrou
 
 
 def saver_of(folder: Path) -> tuple[Saver, Callable[[], None]]:
-    """Return what saves a small run beside the step, and the call that begins a checkpoint of it."""
+    """Return the saver of a small run, which writes in the background, and the call that begins a checkpoint."""
     world.write_activations(folder)
     trainer = world.build(world.config_of(folder, [], precision="float32", steps=4, n_features=64), Solo())
     trainer.step(trainer.stream.batch(0))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sae_train.config import RunConfig, as_dict
+from sae_train.config import RunConfig, as_dict, identity
 from sae_train.errors import CheckpointError, ConfigError
 from sae_train.training.run import name_of
 from sae_train.training.run_directory import RunDirectory
@@ -26,7 +26,7 @@ Compose = Callable[..., RunConfig]
 
 
 def claim(directory: RunDirectory, config: RunConfig) -> None:
-    directory.claim(config, identified_as=config, record={"plan": {}, "source": {}})
+    directory.claim(as_dict(config), identity=identity(config), record={"plan": {}, "source": {}})
 
 
 def test_a_name_changes_with_what_can_change_the_sae_and_with_nothing_else(compose: Compose) -> None:
@@ -54,7 +54,7 @@ def test_a_killed_claim_is_taken_up_again(tmp_path: Path, compose: Compose) -> N
     for left in (".lock", ".config.yaml.partial"):
         (tmp_path / "run" / left).write_text("half")
     directory = RunDirectory(tmp_path / "run")
-    directory.check_identity(compose())
+    directory.check_identity(identity(compose()))
     claim(directory, compose())
     stored = directory.stored()
     assert stored is not None
@@ -63,9 +63,9 @@ def test_a_killed_claim_is_taken_up_again(tmp_path: Path, compose: Compose) -> N
 
 def test_another_identity_is_refused_and_its_keys_are_named(tmp_path: Path, compose: Compose) -> None:
     claim(RunDirectory(tmp_path / "run"), compose())
-    RunDirectory(tmp_path / "run").check_identity(compose("tracking=none"))
+    RunDirectory(tmp_path / "run").check_identity(identity(compose("tracking=none")))
     with pytest.raises(ConfigError, match=r"holds another run: k 32.0 -> 16.0, layer.index 'middle' -> 1\."):
-        RunDirectory(tmp_path / "run").check_identity(compose("k=16", "layer.index=1"))
+        RunDirectory(tmp_path / "run").check_identity(identity(compose("k=16", "layer.index=1")))
 
 
 def test_two_processes_do_not_share_a_directory(tmp_path: Path, compose: Compose) -> None:
@@ -81,12 +81,12 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from sae_train.cli.compose import compose_config
-from sae_train.training.run import name_of
+from sae_train.config import as_dict, identity
 from sae_train.training.run_directory import RunDirectory
 
 config = compose_config([])
 directory = RunDirectory(Path(sys.argv[1]))
-directory.claim(config, identified_as=config, record={"plan": {}, "source": {}})
+directory.claim(as_dict(config), identity=identity(config), record={"plan": {}, "source": {}})
 print("held", flush=True)
 sys.stdin.readline()
 AFTER
@@ -215,17 +215,17 @@ def test_a_config_file_that_is_not_ours_is_refused(tmp_path: Path, compose: Comp
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_bytes(content.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"config\.yaml"):
-        RunDirectory(tmp_path / "run").check_identity(compose())
+        RunDirectory(tmp_path / "run").check_identity(identity(compose()))
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, compose: Compose) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("dear to someone")
     with pytest.raises(ConfigError, match="not a run's directory"):
-        RunDirectory(tmp_path / "run").check_identity(compose())
+        RunDirectory(tmp_path / "run").check_identity(identity(compose()))
     (tmp_path / "file").write_text("")
     with pytest.raises((ConfigError, CheckpointError)):
-        RunDirectory(tmp_path / "file").check_identity(compose())
+        RunDirectory(tmp_path / "file").check_identity(identity(compose()))
 
 
 def test_config_yaml_is_plain_yaml(tmp_path: Path, compose: Compose) -> None:

@@ -19,7 +19,7 @@ from sae_train.harvest.prefetch import Outcome
 from sae_train.ranks.interface import Solo
 from sae_train.sparsifiers import SPARSIFIERS
 from sae_train.training.memory import Holding, OutOfMemory, available_bytes, largest_pool, named_when_it_runs_out
-from sae_train.training.plan import make_plan
+from sae_train.training.run import plan_of
 from sae_train.training.trainer import Trainer
 from tools import grid_world as world
 from tools.command_line import changed
@@ -42,7 +42,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def peak_bytes(trainer: Trainer) -> int:
-    """Return how many bytes the next step holds at most beside what is there before it."""
+    """Return the largest number of bytes that the next step holds in addition to those before it."""
     batch = trainer.stream.batch(trainer.n_done)
     trainer.learners[0]._pre_NF = None  # kept from the step before; made anew, it counts
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
@@ -77,7 +77,7 @@ def test_the_estimate_is_of_a_step_that_begins_dense(rows: Path, case: str, prec
     config = world.config_of(rows, CASES[case], precision=precision, n_features=F)
     trainer = world.build(config, Solo())
     trainer.step(trainer.stream.batch(0))
-    parameters, matrix = 4 * trainer.plan.parameters, 4 * world.N * F
+    parameters, matrix = 4 * trainer.plan.sae.parameters, 4 * world.N * F
     held = (peak_bytes(trainer) - parameters) / matrix
     estimated = (trainer.plan.memory_bytes - 4 * parameters) / matrix
     assert held <= estimated <= held + 2.5
@@ -91,7 +91,7 @@ def test_what_cannot_fit_is_refused_with_the_largest_tensors_and_what_shrinks_th
     config = world.config_of(rows, [], precision="float32", n_features=10_000_000)
     config = replace(config, batch_tokens=2000, tokens=10**8)
     with pytest.raises(ConfigError) as caught:
-        make_plan(config, check_stream(config.source, n_ranks=1), n_ranks=1)
+        plan_of(config, check_stream(config.source, n_ranks=1), n_ranks=1)
     said = str(caught.value)
     assert all(part in said for part in (*NAMES, *KNOBS))
     assert said.index(NAMES[1]) < said.index(NAMES[0])  # the larger first

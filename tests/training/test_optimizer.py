@@ -9,7 +9,7 @@ from sae_train.errors import StoppedByNumbers
 from sae_train.kernels import unit_rows
 from sae_train.ranks.interface import Solo
 from sae_train.sae.trainable import TrainableAutoencoder
-from sae_train.training.nonfinite import Halt
+from sae_train.training.nonfinite import NonFinite
 from sae_train.training.optimizer import Adam
 from sae_train.training.schedule import is_due, learning_rate
 from tools.small_runs import schema_of
@@ -138,7 +138,7 @@ def test_state_carries_over_bit_for_bit() -> None:
 
 
 def test_halt_keeps_the_first_bad_step() -> None:
-    halt, good, bad = Halt(torch.device("cpu")), torch.tensor(1.0), torch.tensor(float("nan"))
+    halt, good, bad = NonFinite(torch.device("cpu")), torch.tensor(1.0), torch.tensor(float("nan"))
     norm_N = torch.ones(4)
     halt.watch(step=1, loss=good, grad_norm=good, norm_N=norm_N)
     halt.check(Solo(), site="here")
