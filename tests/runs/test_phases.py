@@ -7,10 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tools.tiny_runs import rows_run
-from tools.small_runs import CPU
-from tools.held_out_rows import CASES, calibrated, held_out_text
-from tools.tiny_models import live_config, save_model, sentences, tensors_config
 from torch import Tensor
 
 from sae_train.cli.compose import compose_config
@@ -24,6 +20,10 @@ from sae_train.phases import NoBar, Phases
 from sae_train.ranks.interface import Solo
 from sae_train.training.plan_text import describe
 from sae_train.training.run import plan_of
+from tools.held_out_rows import CASES, calibrated, held_out_text
+from tools.small_runs import CPU
+from tools.tiny_models import live_config, save_model, sentences, tensors_config
+from tools.tiny_runs import rows_run
 
 F = 97
 
