@@ -22,7 +22,7 @@ GROUP = 8
 LARGEST_GROUP = 256
 """Entries whose maximum serves for a bound."""
 ROWS_TOGETHER = 128
-"""Rows of bf16 numbers that are converted at once, so that they stay in the cache."""
+"""Rows that are converted or compared at once, so that the results stay in the cache and cause no page faults."""
 
 
 def select_batch(pre_NF: Tensor, *, budget: int, capacity: int, n_features: int, ranks: Ranks) -> Matches:
@@ -58,9 +58,10 @@ def select_rows(
 
 def select_columns(pre_NF: Tensor, *, budget_F: Tensor, capacity: int, ranks: Ranks) -> Matches:
     """Keep each column's `budget_F[j]` largest positive entries of all tokens; see selection.select_columns."""
-    shape = n_tokens, _ = pre_NF.shape[0], pre_NF.shape[1]
+    shape = n_tokens, width = pre_NF.shape[0], pre_NF.shape[1]
     bound_1F = _column_bounds(_column_maxima(pre_NF), budget_F.clamp(max=n_tokens))
-    index = flat_nonzero(pre_NF >= positive(bound_1F))
+    bound_1F, parts = positive(bound_1F), pre_NF.split(ROWS_TOGETHER)
+    index = torch.cat([flat_nonzero(part >= bound_1F) + i * ROWS_TOGETHER * width for i, part in enumerate(parts)])
     value = fp32(pre_NF.reshape(-1).index_select(0, index))
     keep = cut_columns(index, value, budget_F=budget_F, shape=shape, ranks=ranks)
     return pack(index, value, keep, shape=shape, capacity=capacity)
