@@ -101,7 +101,7 @@ class Sparsifier(ABC):
     def problems(cls, config: SaeConfig, sizes: SaeSizes) -> list[str]:
         """Return the contradictions between settings that show once the sizes are decided.
 
-        The plan refuses a k above n_features before it calls this.
+        `SaeConfig.width_problems` has refused a k above n_features before.
         """
         return []
 

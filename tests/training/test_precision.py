@@ -21,9 +21,9 @@ def test_auto_is_bf16_on_a_processor_with_amx(
     world.write_activations(tmp_path)
     config = world.config_of(tmp_path, [], precision="auto")
     monkeypatch.setattr(backend, "has_amx", lambda: amx)
-    assert resolve_precision(config, stored=None, device=CPU) == expected
+    assert resolve_precision(config.precision, stored=None, device=CPU) == expected
     kept = {"config": {"precision": "bf16"}}
-    assert resolve_precision(config, stored=kept, device=CPU) == "bf16", "what a run began with"
+    assert resolve_precision(config.precision, stored=kept, device=CPU) == "bf16", "what a run began with"
 
 
 def test_flags_of_the_processor_decide() -> None:
