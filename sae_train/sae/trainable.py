@@ -82,11 +82,9 @@ class TrainableAutoencoder(nn.Module):
             d_model: width of the activations.
             n_features: features of the whole dictionary.
             seed: the SAE's seed.
-            dtype: of all parameters.
-            device: of all parameters.
+            dtype, device: of all parameters.
             features: lo, hi of this rank's features; None holds all.
-            precision: see the class.
-            has_unit_norms: see the class.
+            precision, has_unit_norms: see the class.
             extra: parameters [F] that the sparsifier adds, by name.
         """
         lo, hi = features or (0, n_features)
@@ -125,8 +123,7 @@ class TrainableAutoencoder(nn.Module):
         """Return pre-activations of a bf16 product, which only find candidates.
 
         Args:
-            x_ND: normalised activations in the parameters' dtype.
-            out: [N, F] bf16 memory for the product.
+            x_ND, out: see `pre_activations`; `out` is bf16.
         """
         return kernels.near(x_ND, self.W_enc, self.b_enc, out=out)
 

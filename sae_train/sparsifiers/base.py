@@ -101,7 +101,7 @@ class Sparsifier(ABC):
     def problems(cls, config: SaeConfig, sizes: SaeSizes) -> list[str]:
         """Return the contradictions between settings that show once the sizes are decided.
 
-        `RunConfig.width_problems` has refused a k above n_features before.
+        `SaeConfig.width_problems` has refused a k above n_features before.
         """
         return []
 

@@ -120,42 +120,10 @@ def _train(
         stored: config.yaml of the run that is resumed, None for a new one.
     """
     agreement = signals.Agreement(ranks)
+    begin = partial(_begun, config, plan, facts, directory, stored=stored, overrides=overrides, entered=entered)
     try:
         with named_when_it_runs_out(plan.holdings), ExitStack() as stack:
-            saver = Saver(directory.checkpoints, config.checkpoint, ranks=ranks)
-            stopping = Stopping(agreement, newest_saved=saver.newest, ranks=ranks)
-            show = partial(ProgressBar, is_first=ranks.is_first)
-            phases = Phases(show=show, alone=stopping.alone, together=stopping.together)
-            precision = resolve_precision(config.precision, stored=stored, device=ranks.device)
-            plan = plan.as_begun(stored["plan"]) if stored else plan
-            check_source(facts.record, stored=stored, path=directory.path)
-            stack.callback(directory.release)
-            with abandoned_if_refused(directory, ranks=ranks):
-                record = {"plan": plan.resolved(), "source": facts.record, "provenance": provenance(overrides)}
-                resolved = as_dict(dataclasses.replace(config, precision=precision))
-                claim_on_first(directory, resolved, identity=identity(config), record=record, ranks=ranks)
-                if ranks.is_first:
-                    entered(directory.path)
-                stream = _stream(config, facts, agreement, phases=phases, ranks=ranks, stack=stack)
-                trainer = build_trainer(
-                    config.source, [config.sae], plan, stream=stream, precision=precision, ranks=ranks
-                )
-                parts = Parts(
-                    plan=plan,
-                    facts=facts,
-                    directory=directory,
-                    identity=identity_digest(identity(config)),
-                    typed_precision=config.precision,
-                    precision=precision,
-                    trainer=trainer,
-                    saver=saver,
-                    stopping=stopping,
-                    phases=phases,
-                    open_dashboard=lambda: build_dashboard(config.tracking, as_dict(config), directory.path),
-                    stack=stack,
-                )
-                session = Session(parts)
-                session.begin()
+            session = begin(agreement=agreement, ranks=ranks, stack=stack)
             session.train()
             session.finish()
     except Preempted:
@@ -165,6 +133,54 @@ def _train(
                 warn(notice)
         ranks.barrier()  # a rank that leaves before may have the launcher end the first one in the middle of this
         raise
+
+
+def _begun(
+    config: RunConfig,
+    plan: Plan,
+    facts: StreamFacts,
+    directory: RunDirectory,
+    *,
+    stored: dict[str, Any] | None,
+    overrides: list[str],
+    entered: Callable[[Path], None],
+    agreement: signals.Agreement,
+    ranks: Ranks,
+    stack: ExitStack,
+) -> Session:
+    """Return the session of a run that holds its directory and has its data and weights. Collective; see `_train`."""
+    precision = resolve_precision(config.precision, stored=stored, device=ranks.device)
+    plan = plan.as_begun(stored["plan"]) if stored else plan
+    check_source(facts.record, stored=stored, path=directory.path)
+    saver = Saver(directory.checkpoints, config.checkpoint, ranks=ranks)
+    stopping = Stopping(agreement, newest_saved=saver.newest, ranks=ranks)
+    show = partial(ProgressBar, is_first=ranks.is_first)
+    phases = Phases(show=show, alone=stopping.alone, together=stopping.together)
+    stack.callback(directory.release)
+    with abandoned_if_refused(directory, ranks=ranks):
+        record = {"plan": plan.resolved(), "source": facts.record, "provenance": provenance(overrides)}
+        resolved = as_dict(dataclasses.replace(config, precision=precision))
+        claim_on_first(directory, resolved, identity=identity(config), record=record, ranks=ranks)
+        if ranks.is_first:
+            entered(directory.path)
+        stream = _stream(config, facts, agreement, phases=phases, ranks=ranks, stack=stack)
+        parts = Parts(
+            plan=plan,
+            facts=facts,
+            directory=directory,
+            identity=identity_digest(identity(config)),
+            typed_precision=config.precision,
+            precision=precision,
+            trainer=build_trainer(config.source, [config.sae], plan, stream=stream, precision=precision, ranks=ranks),
+            saver=saver,
+            stopping=stopping,
+            phases=phases,
+            open_dashboard=lambda: build_dashboard(config.tracking, as_dict(config), directory.path),
+            stack=stack,
+        )
+        session = Session(parts)
+        session.begin()
+    return session
 
 
 def _stream(

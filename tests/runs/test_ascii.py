@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from tools.command_line import Command, changed
 from tools.tiny_runs import rows_run
 

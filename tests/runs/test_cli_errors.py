@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tools.command_line import Command
 
 from sae_train.cli.train import run_command
 from sae_train.config import RunConfig
 from sae_train.errors import DataError, StoppedByNumbers
 from sae_train.sweeps.outcome import VARIABLE, read_outcome
+from tools.command_line import Command
 
 Complaint = Callable[..., list[str]]
 

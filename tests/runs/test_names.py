@@ -5,8 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tools.command_line import Command, changed
-from tools.tiny_runs import rows_run, tiny_run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +17,8 @@ from sae_train.formats.native import find
 from sae_train.sweeps.directory import SweepDirectory
 from sae_train.training.run import name_of
 from sae_train.training.run_directory import LONGEST_BELOW, RunDirectory
+from tools.command_line import Command, changed
+from tools.tiny_runs import rows_run, tiny_run
 
 MOST = os.pathconf("/", "PC_PATH_MAX") - 1
 USUAL = compose_config([])

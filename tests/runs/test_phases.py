@@ -7,10 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tools.tiny_runs import rows_run
-from tools.small_runs import CPU
-from tools.held_out_rows import CASES, calibrated, held_out_text
-from tools.tiny_models import live_config, save_model, sentences, tensors_config
 from torch import Tensor
 
 from sae_train.cli.compose import compose_config
@@ -24,6 +20,10 @@ from sae_train.phases import NoBar, Phases
 from sae_train.ranks.interface import Solo
 from sae_train.training.plan_text import describe
 from sae_train.training.run import plan_of
+from tools.held_out_rows import CASES, calibrated, held_out_text
+from tools.small_runs import CPU
+from tools.tiny_models import live_config, save_model, sentences, tensors_config
+from tools.tiny_runs import rows_run
 
 F = 97
 
@@ -91,7 +91,7 @@ def test_a_harvest_that_is_left_at_any_forward_pass_goes_on_bit_for_bit(model: P
     torn.close()
     assert len(left_in) >= 3  # in as many refills, each of them several times
     for one, other in zip(batches, expected, strict=True):
-        assert torch.equal(one.x_ND, other.x_ND)
+        assert torch.equal(one, other)
 
 
 def test_calibration_ends_at_the_forward_pass_that_is_told(model: Path, text: Path) -> None:

@@ -11,9 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tools.command_line import LAUNCHERS, QUIET, changed
-from tools.tiny_runs import rows_run
-from tools.wandb_server import Server, Takes, refusing
 
 from sae_train.cli.compose import compose_config
 from sae_train.config import RunConfig, as_dict
@@ -21,6 +18,9 @@ from sae_train.evaluation.density import HISTOGRAM_EDGES
 from sae_train.training import signals, tracking
 from sae_train.training.json_process import BLOCKED, LAST_WAIT
 from sae_train.training.tracking import Dashboard, Wandb, build_dashboard
+from tools.command_line import LAUNCHERS, QUIET, changed
+from tools.tiny_runs import rows_run
+from tools.wandb_server import Server, Takes, refusing
 
 KEY = "0123456789abcdef" * 3
 """Well-formed, and issued by no server."""

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tools.command_line import Command, changed
-from tools.tiny_runs import tiny_run
 from safetensors.torch import save_file
 
 import sae_train
 from sae_train.training.restore import load
+from tools.command_line import Command, changed
+from tools.tiny_runs import tiny_run
 
 
 def only_run(folder: Path) -> Path:

@@ -96,7 +96,7 @@ class ThreadRanks(Ranks):
 
 
 def on_grid(grid: tuple[int, int], work: Callable[[Ranks], T]) -> list[T]:
-    """Return what `work` returns on each rank of a grid of (rows, columns), in rank order."""
+    """Return the results of `work` on each rank of a grid of (rows, columns), in rank order."""
     n_rows, n_columns = grid
     if n_rows * n_columns == 1:
         return [work(Solo())]
@@ -138,5 +138,5 @@ def shard(whole_NF: Tensor, ranks: Ranks) -> tuple[Tensor, tuple[int, int]]:
 
 
 def on_ranks(size: int, work: Callable[[Ranks], T]) -> list[T]:
-    """Return what `work` returns on each of `size` ranks that share the tokens out, in rank order."""
+    """Return the results of `work` on each of `size` ranks that share the tokens out, in rank order."""
     return on_grid((size, 1), work)

@@ -55,7 +55,7 @@ SlurmdTimeout=60
 
 
 def reason_to_skip() -> str | None:
-    """Return why there can be no cluster here, or None."""
+    """Return the reason why no cluster can run here, or None."""
     if os.name != "posix" or os.geteuid() != 0:
         return "a SLURM cluster of one's own needs root"
     lacking = [name for name in NEEDED if _found(name) is None]
@@ -119,7 +119,7 @@ class Cluster:
                 daemon.wait()
 
     def ask(self, *command: str, check: bool = True) -> str:
-        """Return what a command of SLURM prints."""
+        """Return the output of a SLURM command."""
         done = subprocess.run(
             command, env={**os.environ, **self.environment}, capture_output=True, text=True, check=False, timeout=60
         )
@@ -142,7 +142,7 @@ class Cluster:
         return done.stdout.strip()
 
     def facts(self, job: str) -> dict[str, str]:
-        """Return what `scontrol show job` says; of the last task for an array."""
+        """Return the fields of `scontrol show job`, of an array those of the last task."""
         words = self.ask("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 

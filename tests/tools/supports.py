@@ -44,7 +44,7 @@ def jaccard(pairs: list[Supports]) -> float:
 
 
 def poisson_jaccard(mean_F: Tensor, *, n_tokens: int) -> float:
-    """Return what Jaccard is expected where training keeps mean_F matches a batch and the export a Poisson count.
+    """Return the expected Jaccard where training keeps mean_F matches a batch and the export a Poisson count.
 
     Both keep a feature's largest affinities, so what they share is the smaller count. Training's is the mean rounded
     down or up.

@@ -32,7 +32,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Answers every request alike; `is_stuck` makes it accept and never answer from then on."""
+    """Answer every request with the same page. Once `is_stuck` is set, accept and never answer."""
 
     daemon_threads = True
     block_on_close = False
