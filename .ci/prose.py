@@ -26,8 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = "37eb130"
 """Subjects of commits up to this one are not checked."""
 LONGEST_SUBJECT = 72
-MERGED_BEFORE = ("1230dad",)
-"""Commits with longer subjects that were merged before this check was."""
 RETURN = re.compile(r"\bReturns?:?\s+(?:what|which|where|how|who|whom|whose|why|when)\b")
 WORDS = re.compile(r"\b(?:alike|the\s+same\s+of|that\s+of|beside\s+it)\b", re.IGNORECASE)
 FOLDERS = ("sae_train", "tests", "scripts", "conf", "slurm", "docs", ".ci")
@@ -114,11 +112,7 @@ def violations_of(name: str, source: str) -> list[Violation]:
 def subject_violations(log: str) -> list[Violation]:
     """Return the violations in a log of `hash subject` lines."""
     commits = [line.partition(" ") for line in log.splitlines()]
-    long = [
-        (commit, subject)
-        for commit, _, subject in commits
-        if len(subject) > LONGEST_SUBJECT and not commit.startswith(MERGED_BEFORE)
-    ]
+    long = [(commit, subject) for commit, _, subject in commits if len(subject) > LONGEST_SUBJECT]
     return [(f"commit {commit}", 0, "subject", f"{len(subject)} characters: {subject}") for commit, subject in long]
 
 
