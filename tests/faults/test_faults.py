@@ -94,6 +94,11 @@ def damage(path: Path, chance: random.Random) -> str:
     return f"{path.name}: a bit of byte {place} of {len(content)} flipped"
 
 
+def files_of(checkpoint: Path) -> list[Path]:
+    """Return the paths of a checkpoint's files, relative to it, in their order."""
+    return sorted(path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file())
+
+
 def test_a_damaged_checkpoint_is_never_taken(tmp_path: Path, whole: Whole) -> None:
     name = checkpoints(whole())[-1]
     original = run_directory(whole()) / "checkpoints" / name
@@ -101,7 +106,7 @@ def test_a_damaged_checkpoint_is_never_taken(tmp_path: Path, whole: Whole) -> No
     shutil.copytree(original, tmp_path / "c" / name)
     intact = everything(tmp_path / "c", name, warn=pytest.fail)
     chance, taken = random.Random(11), []
-    files = sorted(path.name for path in original.iterdir())
+    files = files_of(original)
     for number in range(120):
         file = files[number % len(files)]
         done = damage(tmp_path / "c" / name / file, chance)
@@ -120,7 +125,8 @@ def test_after_damage_the_run_goes_on_from_before_it(tmp_path: Path, whole: Whol
     (run / "summary.json").unlink()
     shutil.rmtree(run / "saes")
     for name in checkpoints(tmp_path)[-3:]:
-        damage(chance.choice(sorted((run / "checkpoints" / name).iterdir())), chance)
+        step = run / "checkpoints" / name
+        damage(step / chance.choice(files_of(step)), chance)
     done = finish(launch(tmp_path, 1, KEEP))
     assert done.status == 0, done.stdout
     assert done.stdout.count("Using the checkpoint before it") == 3

@@ -249,14 +249,13 @@ def test_a_signal_on_one_of_two_ranks(tmp_path: Path, whole: Callable[[int], Pat
 def test_sigint_in_generated_code_ends_with_the_same_status(tmp_path: Path) -> None:
     """Python notes an interrupt of code that was given as text, as imports do it, and ends by SIGINT for it."""
     (tmp_path / "interrupted.py").write_text(
-        "from sae_train.cli import main as cli\n"
+        "from sae_train.cli import process\n"
         "def run(_):\n"
         "    try:\n"
         "        exec('raise KeyboardInterrupt')\n"
         "    except KeyboardInterrupt:\n"
-        "        return cli.INTERRUPTED\n"
-        "cli.run_command = run\n"
-        "cli.train()\n"
+        "        return process.INTERRUPTED\n"
+        "process.run_and_exit(run)\n"
     )
     done = subprocess.run([sys.executable, "-m", "interrupted"], cwd=tmp_path, check=False)
     assert done.returncode == 130
