@@ -14,7 +14,7 @@ class OptimizerConfig(Settings):
 
     name: str
     lr: Annotated[float | None, Range(above=0)]
-    """Peak learning rate. Default: from width, tokens and k, by the rule of `peak_learning_rate`."""
+    """Peak learning rate. Default: from n_features, tokens and k, by the rule in docs/reports/quality.md."""
     beta1: Annotated[float, DECAY_RATE]
     """Decay of the mean of gradients, a step."""
     beta2: Annotated[float, DECAY_RATE]

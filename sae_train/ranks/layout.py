@@ -4,8 +4,6 @@ from sae_train.config import MeshConfig, ParallelConfig
 from sae_train.errors import ConfigError
 from sae_train.ranks.launcher_env import this_process
 
-LAYOUTS = ("data", "features", "mesh")
-
 
 def feature_columns(parallel: ParallelConfig, *, n_ranks: int, n_features: int) -> int:
     """Return the number of ranks that share the features of one copy of the dictionary.

@@ -1,7 +1,7 @@
 """What a checkpoint keeps of a part of one SAE."""
 
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -20,16 +20,6 @@ class State(NamedTuple):
     def part(self, name: str) -> "State":
         """Return the tensors of one part of a `joined` state, without the part's name."""
         return State(_below(name, self.shared), _below(name, self.features))
-
-
-class Stateful(Protocol):
-    """A part of an SAE whose state goes into checkpoints."""
-
-    def state(self) -> State:
-        """Return the state; tensors may be the live ones. Collective."""
-
-    def load_state(self, state: State) -> None:
-        """Continue from a state of these features, from any number of ranks."""
 
 
 def joined(parts: dict[str, State]) -> State:

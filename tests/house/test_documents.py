@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from sae_train.harvest.families import FAMILIES
+
 ROOT = next(path for path in Path(__file__).resolve().parents if (path / "pyproject.toml").exists())
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tests").glob("*.md")])
 
@@ -80,3 +82,16 @@ def test_the_tree_of_the_readme_is_the_package() -> None:
     assert set(tree) == rooms
     named = {f"{room}/{file}" for room, line in tree.items() for file in re.findall(r"\w+\.py", line)}
     assert {name for name in named if not (ROOT / "sae_train" / name).exists()} == set()
+
+
+@pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md"])
+def test_a_document_counts_the_model_types(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert re.findall(r"(\d+) model\s+types", text) == [str(len(FAMILIES))]
+
+
+def test_the_help_of_the_learning_rate_names_a_document() -> None:
+    source = (ROOT / "sae_train" / "config" / "optimizer.py").read_text(encoding="utf-8")
+    named = re.findall(r"docs/[\w/]+\.md", source)
+    assert named
+    assert all((ROOT / name).exists() for name in named)
