@@ -21,8 +21,7 @@ def uses_triton(device: torch.device) -> bool:
 def has_bf16(device: torch.device) -> bool:
     """Return whether a device multiplies bf16 matrices faster than fp32 ones: CUDA from `OLDEST` on, a CPU with AMX.
 
-    It reads hardware flags and measures nothing. Older GPUs emulate bf16. AVX-512 BF16 alone gains a few per cent on
-    AMD processors and loses on Intel's.
+    It reads hardware flags and measures nothing. Older GPUs emulate bf16. AVX-512 BF16 alone gains little, or loses.
     """
     if device.type == "cpu":
         return has_amx() and torch.backends.mkldnn.is_available()

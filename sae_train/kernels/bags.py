@@ -20,7 +20,7 @@ def bags(rows_SD: Tensor, index_M: Tensor, weight_M: Tensor, start_B: Tensor) ->
     tensor([[2., 3.],
             [0., 4.]])
 
-    Rows are fp32 or float64, or bf16 where Triton runs, with fp32 sums. Slots from start[B] on are not read.
+    Rows are fp32 or float64, or bf16 where Triton runs, with fp32 sums. Slots from start[B] on must have weight 0.
     """
     if uses_triton(rows_SD.device):
         from sae_train.kernels import triton_bags

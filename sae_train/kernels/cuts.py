@@ -21,9 +21,8 @@ def cut_batch(
     """Return the mask [C] of the candidates that are among the `budget` largest of the grid.
 
     >>> from sae_train.ranks.interface import Solo
-    >>> cut_batch(
-    ...     torch.tensor([0, 3, 4]), torch.tensor([5.0, 7.0, 5.0]), budget=2, shape=(2, 3), n_features=3, ranks=Solo()
-    ... )
+    >>> index, value = torch.tensor([0, 3, 4]), torch.tensor([5.0, 7.0, 5.0])
+    >>> cut_batch(index, value, budget=2, shape=(2, 3), n_features=3, ranks=Solo())
     tensor([ True,  True, False])
 
     Args:

@@ -54,8 +54,7 @@ def _uses_onednn(x_ND: Tensor) -> bool:
 def _prefers_onednn() -> bool:
     """Return whether oneDNN computes fp32 products here: not on Intel, and only if torch's private operation works.
 
-    On AMD processors it takes half the time of MKL, which `torch.addmm` calls. On Intel's it takes 1.2 to 1.8 times as
-    long.
+    It takes half the time of MKL, which `torch.addmm` calls, on AMD processors, and 1.2 to 1.8 times that on Intel's.
     """
     a = torch.eye(4)
     try:

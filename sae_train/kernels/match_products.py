@@ -21,14 +21,14 @@ def row_products(rows_ND: Tensor, W_FD: Tensor, feature_M: Tensor, token_M: Tens
     >>> row_products(rows, W, feature, token, start_N=torch.tensor([0, 2, 3]).int())
     tensor([1., 2., 4.])
 
-    Rows are fp32 or float64, or bf16 where Triton runs; products of bf16 rows are fp32. Slots are as in `Matches`.
+    Rows are of any float type. Triton's products of bf16 rows are fp32. Slots are as in `Matches`.
     """
     with torch.no_grad():
         if uses_triton(rows_ND.device):
             from sae_train.kernels import triton_match_products
 
             return triton_match_products.row_products(rows_ND, W_FD, feature_M, start_N)
-        if rows_ND.device.type == "cpu":
+        if rows_ND.device.type == "cpu" and rows_ND.dtype in (torch.float32, torch.float64):
             return _sampled(rows_ND.contiguous(), W_FD, feature_M, start_N)
         return zero_unused(_gathered(rows_ND, W_FD, feature_M, token_M), start_N)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_train.kernels import selection_cpu, selection_gpu
 from sae_train.kernels.cuts import cut_batch, cut_columns, cut_rows
-from sae_train.kernels.matches import Matches, pack
+from sae_train.kernels.matches import Matches, no_matches, pack
 from sae_train.kernels.near_product import Near, PreActivations, more_than
 from sae_train.ranks.interface import Ranks
 
@@ -58,6 +58,9 @@ def select_rows(
         capacity: slots of the result, at least k x tokens or all of this rank's entries.
         allowed_F: mask of this rank's columns that may be kept; all if None.
     """
+    if k < 1:
+        like = pre_NF.b_F if isinstance(pre_NF, Near) else pre_NF
+        return no_matches(like, n_tokens=pre_NF.shape[0], capacity=capacity)
     if isinstance(pre_NF, Near):
         shape, more = (pre_NF.shape[0], pre_NF.shape[1]), min(more_than(k), n_features)
         most = min(more, shape[1])

@@ -153,7 +153,7 @@ def _column_maxima(rows_NF: Tensor) -> Tensor:
 
 def flat_nonzero(flag: Tensor) -> Tensor:
     """Return the ascending flat indices where `flag` holds, eight flags at a time, as few of them hold."""
-    flat = flag.reshape(-1)
+    flat = (flag.clone() if flag.storage_offset() % 8 else flag).reshape(-1)  # words must be aligned in memory
     whole = len(flat) // 8 * 8
     words = flat[:whole].view(torch.int64).nonzero().squeeze(1)
     inside = flat[:whole].view(-1, 8).index_select(0, words).view(-1).nonzero().squeeze(1)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_train import kernels
-from sae_train.kernels import attaching, decoding
+from sae_train.kernels import attaching, decoding, dense_product
 from sae_train.ranks.interface import Solo
 from tools.sparse_problems import Problem, gradients, problem, sparse_reconstruction
 
@@ -155,3 +155,32 @@ def test_affine_precisions() -> None:
     assert float((full - exact).abs().max()) < 1e-4
     assert torch.equal(kernels.affine(x, W, b, precision="bf16"), full)
     assert not full.requires_grad
+
+
+def test_affine_without_torchs_private_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN's product and its public replacement differ by rounding, whole and in pieces."""
+    generator = torch.Generator().manual_seed(0)
+    x, W, b = (torch.randn(*shape, generator=generator) for shape in ((50, 24), (40, 24), (40,)))
+    found = []
+    for uses_onednn in (dense_product._prefers_onednn(), False):
+        monkeypatch.setattr(dense_product, "_prefers_onednn", lambda uses=uses_onednn: uses)
+        for size in (1 << 22, 40 * 16):
+            monkeypatch.setattr(dense_product, "PIECE_ELEMENTS", size)
+            out = torch.full((50, 40), torch.nan)
+            assert kernels.affine(x, W, b, precision="float32", out=out) is out
+            found += [out, kernels.affine(x, W, b, precision="float32")]
+    for each in found:
+        torch.testing.assert_close(each, x @ W.t() + b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_half_precision(dtype: torch.dtype) -> None:
+    """An exported autoencoder may be cast to it."""
+    p = problem(9, 8, 20, seed=3)
+    value, W = p.matches.value.to(dtype).requires_grad_(), p.W_dec.detach().to(dtype).requires_grad_()
+    rows = kernels.decode(value, W, *p.place)
+    found = torch.autograd.grad(rows.square().sum(), (value, W))
+    value, W = (each.detach().double().requires_grad_() for each in (value, W))
+    expected = torch.autograd.grad(kernels.decode(value, W, *p.place).square().sum(), (value, W))
+    for each, exact in zip(found, expected, strict=True):
+        assert float((each.double() - exact).norm()) < 0.05 * float(exact.norm())

@@ -168,6 +168,27 @@ def test_rows_among_allowed_columns(backend: ModuleType, pre: Tensor, k: int, se
     assert pairs(matches) == kept_by_sorting(masked, group="row", budgets=[k] * len(pre))
 
 
+def test_a_budget_of_none_keeps_none() -> None:
+    pre = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+    for given_NF in (pre, kernels.near(pre, torch.eye(20), torch.zeros(20))):
+        kept = [
+            kernels.select_batch(given_NF, budget=0, capacity=3, **alone(pre)),
+            kernels.select_rows(given_NF, k=0, capacity=3, **alone(pre)),
+            kernels.select_columns(given_NF, budget_F=torch.zeros(20, dtype=torch.int64), capacity=3, ranks=Solo()),
+        ]
+        for matches in kept:
+            check_layout(matches, pre, capacity=3)
+            assert pairs(matches) == set()
+
+
+@pytest.mark.parametrize("first", range(3))
+def test_flags_may_be_a_part_of_a_matrix(first: int) -> None:
+    """Rows of 5 flags begin where no word of 8 does."""
+    pre = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    flags = (pre > 0)[first:]
+    assert pairs(kernels.select_where(pre[first:], flags)) == {(t, f) for t, f in flags.nonzero().tolist()}
+
+
 @SMALL
 @given(pre=batches(), level=st.sampled_from([0.0, 0.5, 1.0]))
 def test_above_is_strict(pre: Tensor, level: float) -> None:
