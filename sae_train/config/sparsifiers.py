@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from sae_train.config.ranges import SHARE, Range, Settings
 
-LONGEST_HALF_LIFE = 10**15
+LARGEST_HALF_LIFE = 10**15
 """Tokens; with a longer half-life the importance of a batch would be lost to rounding."""
 MASKED_FROM = 0.5
 """Probability of being left out above which sparsifier=temporal_mask's export_mask removes a feature for good."""
@@ -83,7 +83,7 @@ class FeatureChoiceConfig(AllocatorConfig):
     splits_budget = True
 
     after: Annotated[float, SHARE]
-    """Share of the tokens that is first trained as Mutual Choice, below 1."""
+    """Share of the tokens that is first trained as Mutual Choice. 1 is refused: it leaves none to Feature Choice."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -165,10 +165,10 @@ class TemporalMaskConfig(PenalisedConfig):
     """c: the threshold of importance lies c standard deviations over features above the mean importance."""
     strength: Annotated[float, Range(above=0)]
     """r: a feature without importance is left out of a step with probability 1 - exp(-r), at most 0.9."""
-    half_life: Annotated[int | None, Range(at_least=1, at_most=LONGEST_HALF_LIFE)]
+    half_life: Annotated[int | None, Range(at_least=1, at_most=LARGEST_HALF_LIFE)]
     """Tokens after which a feature's effect counts half in its importance. Default: 140k, at most an 8th of the run."""
     warmup: Annotated[float, SHARE]
-    """Share of the tokens before any feature is left out."""
+    """Share of the tokens before any feature is left out. 1 is refused."""
     ramp: Annotated[float, SHARE]
     """Share of the tokens after warmup, over which r rises from 0."""
     export_mask: bool

@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_train.harvest.batch import Batch
 from sae_train.harvest.filter import within
 from sae_train.harvest.pool import LanePool
-from sae_train.harvest.prefetch import Outcome
+from sae_train.harvest.prefetch import Result
 from sae_train.harvest.raw_rows import Block, Patience, RawRows
 from sae_train.harvest.scaling import Scaling
 from sae_train.phases import Phases
@@ -49,7 +49,7 @@ class LiveLane:
         self.raw, self.pool = raw, pool
         self.seen = self.dropped = 0
         self._patience = Patience(raw.lane)
-        self._early: deque[Outcome[Kept | None]] = deque()
+        self._early: deque[Result[Kept | None]] = deque()
         self._early_rows = 0
         self.go_to(raw.cursor())
 
@@ -111,10 +111,10 @@ class LiveLane:
 
     def work_ahead(self, scaling: Scaling, dtype: torch.dtype) -> None:
         """Make the forward pass that the next refill would make. The refill raises the error, if there is one."""
-        outcome = Outcome(partial(self._next, scaling, dtype))
-        kept = None if outcome.failed else outcome.get()
+        result = Result(partial(self._next, scaling, dtype))
+        kept = None if result.failed else result.get()
         self._early_rows += 0 if kept is None else len(kept.rows)
-        self._early.append(outcome)
+        self._early.append(result)
 
     def _next_early(self) -> Kept | None:
         kept = self._early.popleft().get()

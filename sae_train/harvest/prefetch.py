@@ -28,7 +28,7 @@ def _keep_to(threads: int, *, others: int) -> None:
     helper.join()
 
 
-class Outcome(Generic[T]):
+class Result(Generic[T]):
     """The result of some work: a value, or an error that `get` raises.
 
     Background threads create it, and the thread that needs the value reads it.
@@ -139,7 +139,7 @@ class Prefetcher:
     def _run(self) -> None:
         try:
             self._work()
-        except BaseException as error:  # of the bookkeeping: errors of the work itself are in an Outcome
+        except BaseException as error:  # of the bookkeeping: errors of the work itself are in an Result
             self._error = error
         finally:
             with self._condition:

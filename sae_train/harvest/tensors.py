@@ -15,7 +15,7 @@ from sae_train.config.source import SourceConfig
 from sae_train.errors import DataError
 from sae_train.harvest.batch import Batch
 from sae_train.harvest.held_out import TensorHeldOut
-from sae_train.harvest.prefetch import Outcome, Prefetcher
+from sae_train.harvest.prefetch import Prefetcher, Result
 from sae_train.harvest.row_plan import RowPlan
 from sae_train.harvest.scaling import Scaling, fit_scaling
 from sae_train.harvest.stream import Stream, prefetch_of, run_dtype, whole_batches
@@ -49,7 +49,7 @@ class TensorStream(Stream):
         self._n_zero = 0
         self._epochs: dict[int, Tensor] = {}
         self._prefetch = prefetch_of(source)
-        self._early: dict[int, Outcome[Batch]] = {}
+        self._early: dict[int, Result[Batch]] = {}
         self._next_step = 0
         self._prefetcher = Prefetcher(self._find_work, is_on=self._prefetch > 0, device=ranks.device, threads=1)
 
@@ -105,9 +105,9 @@ class TensorStream(Stream):
         return partial(self._work_ahead, self._next_step) if wanted else None
 
     def _work_ahead(self, step: int) -> None:
-        outcome = Outcome(partial(self._read, step))
+        result = Result(partial(self._read, step))
         with self._prefetcher.changing():
-            self._early[step], self._next_step = outcome, step + 1
+            self._early[step], self._next_step = result, step + 1
 
     def beside_seconds(self) -> float:
         return self._prefetcher.seconds - self._prefetcher.blocked

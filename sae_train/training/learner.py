@@ -27,7 +27,7 @@ from sae_train.training.schedule import learning_rate
 
 DIVERGED = 100.0
 """FVU at which there is no way back: a reconstruction a hundred times worse than the mean."""
-LONGEST_HALF_LIFE = 2_000_000
+DENSITY_HALF_LIFE = 2_000_000
 """Tokens after which a firing counts half in a feature's moving density."""
 
 
@@ -61,7 +61,7 @@ class Learner:
         )
         self.prefixes = prefix_sizes(config.nesting, n_features=plan.n_features)
         self.aux_loss = build_aux_loss(config, plan.sizes)
-        half_life = max(1, min(LONGEST_HALF_LIFE, plan.total_tokens // 8))
+        half_life = max(1, min(DENSITY_HALF_LIFE, plan.total_tokens // 8))
         self.firing = Firing(self.dictionary.n_features, half_life_tokens=half_life, device=ranks.device)
         rates = {name: each.rate for name, each in extra.items()}
         self.optimizer = Adam(self.dictionary, config.optimizer, rates=rates)

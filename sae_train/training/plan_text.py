@@ -26,7 +26,7 @@ def describe(plan: Plan, source: SourceConfig, sae: SaeConfig, *, path: str) -> 
         ("auxiliary loss", f"{sae.aux_loss.name}; dead is {numbers.dead_window:,} tokens without firing"),
         ("tokens", f"{plan.total_tokens:,} in {plan.steps:,} steps of {plan.batch_tokens:,}"),
         ("ranks", _ranks_text(plan)),
-        ("harvest ahead", f"up to {plan.prefetch} batches beside the step" if plan.prefetch else "none, in the step"),
+        ("prefetch", f"up to {plan.prefetch} batches in a background thread" if plan.prefetch else "none"),
         ("learning rate", f"{numbers.peak_lr:.2e}, warm-up {numbers.warmup_tokens:,} tokens, decay "
                           f"{numbers.decay_tokens:,}"),
         ("memory a rank", f"{plan.memory_bytes / 1e9:.2f} GB without {model} (estimated)"),
