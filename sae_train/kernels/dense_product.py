@@ -14,7 +14,7 @@ def affine(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, *, precision: str, out: Tens
     """Return x W^T + b [N, F] from fp32 accumulators (float64 where the inputs are), without a graph.
 
     `precision=bf16` rounds the factors to bf16 where the device `writes_fp32`, as a GPU does. Elsewhere a bf16 product
-    only finds candidates (`near`), and this product is in fp32.
+    only finds candidates (`approximate`), and this product is in fp32.
 
     >>> affine(torch.tensor([[1.0, 2.0]]), torch.eye(2), torch.tensor([0.0, 1.0]), precision="float32")
     tensor([[1., 3.]])

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sae_train.kernels import selection_cpu, selection_gpu
+from sae_train.kernels.approximate_product import Approximate, PreActivations, more_than
 from sae_train.kernels.cuts import cut_batch, cut_columns, cut_rows
 from sae_train.kernels.matches import Matches, no_matches, pack
-from sae_train.kernels.near_product import Near, PreActivations, more_than
 from sae_train.ranks.interface import Ranks
 
 
@@ -26,15 +26,15 @@ def select_batch(pre_NF: PreActivations, *, budget: int, capacity: int, n_featur
     (tensor([5., 3., 4., 0.]), [1, 0, 2, 0], [0, 1, 1, 0], [0, 1, 3])
 
     Args:
-        pre_NF: this rank's pre-activations, fp32 or float64, or near ones.
+        pre_NF: this rank's pre-activations, fp32 or float64, or approximate ones.
         budget: matches of the batch over all ranks.
         capacity: slots of the result, at least `budget`.
         n_features: features of the whole dictionary.
         ranks: the whole grid.
     """
-    if isinstance(pre_NF, Near):
+    if isinstance(pre_NF, Approximate):
         shape, more = (pre_NF.shape[0], pre_NF.shape[1]), more_than(budget)
-        found = select_batch(pre_NF.near_NF, budget=more, capacity=more, n_features=n_features, ranks=ranks)
+        found = select_batch(pre_NF.bf16_NF, budget=more, capacity=more, n_features=n_features, ranks=ranks)
         index, value = pre_NF.exact(found)
         keep = cut_batch(index, value, budget=budget, shape=shape, n_features=n_features, ranks=ranks)
         return pack(index, value, keep, shape=shape, capacity=capacity)
@@ -59,13 +59,14 @@ def select_rows(
         allowed_F: mask of this rank's columns that may be kept; all if None.
     """
     if k < 1:
-        like = pre_NF.b_F if isinstance(pre_NF, Near) else pre_NF
+        like = pre_NF.b_F if isinstance(pre_NF, Approximate) else pre_NF
         return no_matches(like, n_tokens=pre_NF.shape[0], capacity=capacity)
-    if isinstance(pre_NF, Near):
+    if isinstance(pre_NF, Approximate):
         shape, more = (pre_NF.shape[0], pre_NF.shape[1]), min(more_than(k), n_features)
         most = min(more, shape[1])
+        slots = most * shape[0]
         found = select_rows(
-            pre_NF.near_NF, k=more, capacity=most * shape[0], n_features=n_features, ranks=ranks, allowed_F=allowed_F
+            pre_NF.bf16_NF, k=more, capacity=slots, n_features=n_features, ranks=ranks, allowed_F=allowed_F
         )
         index, value = pre_NF.exact(found)
         keep = cut_rows(index, value, k=k, most=most, shape=shape, n_features=n_features, ranks=ranks)
@@ -87,10 +88,10 @@ def select_columns(pre_NF: PreActivations, *, budget_F: Tensor, capacity: int, r
         budget_F: int64 on the host, matches of each of this rank's features over all ranks.
         capacity: slots of the result, at least the sum of `budget_F`.
     """
-    if isinstance(pre_NF, Near):
+    if isinstance(pre_NF, Approximate):
         shape = pre_NF.shape[0], pre_NF.shape[1]
         more_F = torch.tensor([more_than(each) for each in budget_F.tolist()], dtype=torch.int64)
-        found = select_columns(pre_NF.near_NF, budget_F=more_F, capacity=int(more_F.sum()), ranks=ranks)
+        found = select_columns(pre_NF.bf16_NF, budget_F=more_F, capacity=int(more_F.sum()), ranks=ranks)
         index, value = pre_NF.exact(found)
         keep = cut_columns(index, value, budget_F=budget_F, shape=shape, ranks=ranks)
         return pack(index, value, keep, shape=shape, capacity=capacity)

@@ -2,7 +2,7 @@
 
 Maxima over groups of 8 entries bound a cut from below: at least k entries reach the k-th largest of any maxima. The
 groups that reach the bound are gathered, and of their entries those that reach it are the candidates of an exact cut.
-Results never depend on the grouping. Near pre-activations in bf16 are selected from likewise; their values are fp32.
+Results never depend on the grouping. It also selects among approximate pre-activations in bf16.
 
 Letters: G groups of a row.
 """

@@ -119,13 +119,13 @@ class TrainableAutoencoder(nn.Module):
         """
         return kernels.affine(x_ND, self.W_enc, self.b_enc, precision=self.precision, out=out)
 
-    def near_pre_activations(self, x_ND: Tensor, *, out: Tensor | None = None) -> kernels.Near:
+    def approximate_pre_activations(self, x_ND: Tensor, *, out: Tensor | None = None) -> kernels.Approximate:
         """Return pre-activations of a bf16 product, which only find candidates.
 
         Args:
             x_ND, out: see `pre_activations`; `out` is bf16.
         """
-        return kernels.near(x_ND, self.W_enc, self.b_enc, out=out)
+        return kernels.approximate(x_ND, self.W_enc, self.b_enc, out=out)
 
     def slopes(self, gradient_ND: Tensor) -> Tensor:
         """Return g W_dec^T [N, F]: the derivative of a loss with respect to each feature's value, without a graph.
@@ -204,7 +204,7 @@ class AlignedAutoencoder(TrainableAutoencoder):
 
     @property
     def W_enc(self) -> Tensor:  # type: ignore[override]  # computed from parameters here, a parameter elsewhere
-        """[F, D] encoder rows, with the graph to W_free and W_dec; computed once between two calls of `moved`."""
+        """[F, D] encoder rows, with the graph to W_free and W_dec. Whoever changes these calls `moved`."""
         if self._made is None:
             with torch.enable_grad():
                 along_F1 = (self.W_free * self.W_dec).sum(1, keepdim=True)

@@ -39,7 +39,7 @@ class Learner:
     Attributes:
         name: the SAE's name in checkpoints, metrics and summaries.
         features: lo, hi of the features that this rank holds.
-        is_near: whether pre-activations come from a bf16 product that only finds candidates.
+        is_approximate: whether pre-activations come from a bf16 product that only finds candidates.
     """
 
     def __init__(self, name: str, config: SaeConfig, plan: SaePlan, *, precision: str, ranks: Ranks) -> None:
@@ -68,7 +68,8 @@ class Learner:
         self.totals = Totals(d_model=plan.d_model, ranks=ranks)
         self.nonfinite = NonFinite(ranks.device)
         self._pre_NF: Tensor | None = None  # the largest thing that a step makes: kept from step to step
-        self.is_near = precision == "bf16" and not self.sparsifier.reads_all and not kernels.writes_fp32(ranks.device)
+        reads_fp32 = self.sparsifier.reads_all or kernels.writes_fp32(ranks.device)
+        self.is_approximate = precision == "bf16" and not reads_fp32
 
     def step_info(self, step: int) -> StepInfo:
         """Return the position of a step, counted from 0, in this SAE's schedules."""
@@ -179,9 +180,9 @@ class Learner:
 
     def _pre_activations(self, x_ND: Tensor) -> kernels.PreActivations:
         if self._pre_NF is None:
-            dtype = torch.bfloat16 if self.is_near else x_ND.dtype
+            dtype = torch.bfloat16 if self.is_approximate else x_ND.dtype
             self._pre_NF = x_ND.new_empty(len(x_ND), self.dictionary.n_features, dtype=dtype)
-        find = self.dictionary.near_pre_activations if self.is_near else self.dictionary.pre_activations
+        find = self.dictionary.approximate_pre_activations if self.is_approximate else self.dictionary.pre_activations
         return find(x_ND, out=self._pre_NF)
 
     def _update(self, info: StepInfo, *, loss: Tensor, norm_N: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ class Adam:
             weight, own, rate = self._named["W_dec"].detach(), self._state["W_dec"], self._rates["W_dec"]
             places = weight, decoder, self._along_F, own["exp_avg"], own["exp_avg_sq"]
             kernels.move_unit_rows(*places, step=own["step"], lr=lr * rate, **settings)
+            self._along_F = None  # it belongs to these gradients
         self._dictionary.moved()
         for parameter in self._named.values():
             parameter.grad = None

@@ -35,9 +35,9 @@ def test_products_and_their_gradients() -> None:
     assert is_there(kernels.affine(empty(N, D), W_enc, b, precision="float32"), N, F)
 
 
-@pytest.mark.parametrize("is_near", [False, True], ids=["exact", "near"])
-def test_selection(is_near: bool) -> None:
-    pre = kernels.near(empty(N, D), empty(F, D), empty(F)) if is_near else empty(N, F)
+@pytest.mark.parametrize("is_approximate", [False, True], ids=["exact", "near"])
+def test_selection(is_approximate: bool) -> None:
+    pre = kernels.approximate(empty(N, D), empty(F, D), empty(F)) if is_approximate else empty(N, F)
     where = {"n_features": F, "ranks": Solo("meta")}
     allowed = empty(F, dtype=torch.bool)
     for matches in (

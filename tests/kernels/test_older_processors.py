@@ -12,7 +12,7 @@ OLDER = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_kernels", "test_near", "test_selection", "test_examples"])
+@pytest.mark.parametrize("name", ["test_kernels", "test_approximate", "test_selection", "test_examples"])
 def test_with_avx2_alone(name: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(HERE / f"{name}.py")]
     done = subprocess.run(

@@ -170,7 +170,7 @@ def test_rows_among_allowed_columns(backend: ModuleType, pre: Tensor, k: int, se
 
 def test_a_budget_of_none_keeps_none() -> None:
     pre = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
-    for given_NF in (pre, kernels.near(pre, torch.eye(20), torch.zeros(20))):
+    for given_NF in (pre, kernels.approximate(pre, torch.eye(20), torch.zeros(20))):
         kept = [
             kernels.select_batch(given_NF, budget=0, capacity=3, **alone(pre)),
             kernels.select_rows(given_NF, k=0, capacity=3, **alone(pre)),

@@ -346,7 +346,7 @@ def test_a_run_with_beta_zero_is_a_run_of_topk(tmp_path: Path) -> None:
     assert not torch.allclose(topk["W_dec"], other["W_dec"], atol=1e-2)
 
 
-def test_with_beta_zero_near_pre_activations_serve_as_for_topk(tmp_path: Path) -> None:
+def test_with_beta_zero_approximate_pre_activations_serve_as_for_topk(tmp_path: Path) -> None:
     world.write_activations(tmp_path)
     reads_all = [
         world.build(world.config_of(tmp_path, case, precision="float32"), Solo(), start=False)

@@ -51,11 +51,11 @@ def test_another_processor_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "in bf16, but not bit for bit" in said[0]
 
 
-@pytest.mark.parametrize(("case", "is_near"), [("topk", True), ("mutual_choice", True), ("relu", False)])
-def test_penalised_sparsifiers_read_fp32_pre_activations(tmp_path: Path, case: str, is_near: bool) -> None:
+@pytest.mark.parametrize(("case", "is_approximate"), [("topk", True), ("mutual_choice", True), ("relu", False)])
+def test_penalised_sparsifiers_read_fp32_pre_activations(tmp_path: Path, case: str, is_approximate: bool) -> None:
     """On a CPU a bf16 product only finds candidates, which serve selection alone."""
     world.write_activations(tmp_path)
     config = world.config_of(tmp_path, [f"sparsifier={case}"], precision="bf16")
     trainer = world.build(config, Solo())
     trainer.step(trainer.stream.batch(0))
-    assert trainer.learners[0].is_near == is_near
+    assert trainer.learners[0].is_approximate == is_approximate

@@ -1,8 +1,7 @@
 """Pre-activations from a bf16 product, which only find candidates.
 
-Selection keeps 1.1 times its budget of the near pre-activations. The values of these candidates are fp32 row products
-of fp32 factors, and the cut is made over these values. On a CPU with AMX the bf16 product takes a sixth of the fp32
-product's time.
+Selection keeps 1.1 times its budget of the approximate pre-activations. These candidates get values by fp32 row
+products of fp32 factors, and the cut is made over the values. With AMX the bf16 product takes a sixth of the time.
 """
 
 import math
@@ -18,14 +17,14 @@ MORE = 1.1
 """Candidates over the budget of each cut."""
 
 
-class Near(NamedTuple):
-    """Near pre-activations and the factors that exact ones are computed from.
+class Approximate(NamedTuple):
+    """Approximate pre-activations and the factors that exact ones are computed from.
 
-    `near` creates it, and `select_batch`, `select_rows` and `select_columns` read it in the place of pre-activations.
+    `approximate` creates it, and the `select_*` functions read it in the place of pre-activations.
     It is valid until its factors or its memory change.
     """
 
-    near_NF: Tensor
+    bf16_NF: Tensor
     """[N, F] bf16."""
     x_ND: Tensor
     W_FD: Tensor
@@ -33,11 +32,11 @@ class Near(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
-        return self.near_NF.shape
+        return self.bf16_NF.shape
 
     def exact(self, found: Matches) -> tuple[Tensor, Tensor]:
         """Return the flat index [M] of each candidate and its fp32 pre-activation; N*F and 0 in unused slots."""
-        n_tokens, width = self.near_NF.shape
+        n_tokens, width = self.bf16_NF.shape
         value_M = row_products(self.x_ND, self.W_FD, found.feature, found.token, found.start)
         is_used = torch.arange(len(value_M), device=value_M.device) < found.start[-1]
         index_M = found.token.long() * width + found.feature
@@ -45,15 +44,15 @@ class Near(NamedTuple):
         return torch.where(is_used, index_M, n_tokens * width), value_M
 
 
-PreActivations = Tensor | Near
-"""Of a batch [N, F]: exact ones, or near ones with the factors of exact ones."""
+PreActivations = Tensor | Approximate
+"""Of a batch [N, F]: exact ones, or approximate ones with the factors of exact ones."""
 
 
-def near(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, *, out: Tensor | None = None) -> Near:
+def approximate(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, *, out: Tensor | None = None) -> Approximate:
     """Return x W^T + b by a product in bf16, without a graph.
 
-    >>> found = near(torch.tensor([[1.0, 0.001]]), torch.ones(1, 2), torch.zeros(1))
-    >>> found.near_NF
+    >>> found = approximate(torch.tensor([[1.0, 0.001]]), torch.ones(1, 2), torch.zeros(1))
+    >>> found.bf16_NF
     tensor([[1.]], dtype=torch.bfloat16)
     >>> slots = torch.zeros(1).int()
     >>> found.exact(Matches(torch.ones(1), slots, slots, torch.tensor([0, 1]).int()))
@@ -64,8 +63,8 @@ def near(x_ND: Tensor, W_FD: Tensor, b_F: Tensor, *, out: Tensor | None = None) 
     """
     with torch.no_grad():
         x_ND, W_FD, b_F = x_ND.detach(), W_FD.detach(), b_F.detach()
-        near_NF = torch.addmm(b_F.bfloat16(), x_ND.bfloat16(), W_FD.bfloat16().t(), out=out)
-        return Near(near_NF, x_ND, W_FD, b_F)
+        bf16_NF = torch.addmm(b_F.bfloat16(), x_ND.bfloat16(), W_FD.bfloat16().t(), out=out)
+        return Approximate(bf16_NF, x_ND, W_FD, b_F)
 
 
 def more_than(budget: int) -> int:

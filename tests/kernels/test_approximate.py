@@ -1,4 +1,4 @@
-"""Near pre-activations: a bf16 product finds candidates, and what is kept of them is cut by exact values."""
+"""Approximate pre-activations: a bf16 product finds candidates, and what is kept of them is cut by exact values."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae_train import kernels
-from sae_train.kernels import Matches, Near, selection_cpu, selection_gpu
-from sae_train.kernels.near_product import more_than
+from sae_train.kernels import Approximate, Matches, selection_cpu, selection_gpu
+from sae_train.kernels.approximate_product import more_than
 from sae_train.ranks.interface import Ranks, Solo
 from tools.grid_of_threads import on_grid
 from tools.selection_cases import pairs
@@ -26,7 +26,7 @@ def factors(n: int, d: int, f: int, *, seed: int) -> tuple[Tensor, Tensor, Tenso
     return x / d**0.5, W, b - 0.5
 
 
-def selections(pre: Tensor | Near, *, k: int, ranks: Ranks, n_features: int) -> dict[str, Matches]:
+def selections(pre: Tensor | Approximate, *, k: int, ranks: Ranks, n_features: int) -> dict[str, Matches]:
     n, width = pre.shape
     budget_F = (torch.arange(width) % 4).clamp(max=n * ranks.data.size)
     where: dict[str, Any] = {"n_features": n_features, "ranks": ranks}
@@ -46,20 +46,20 @@ def test_values_are_those_of_fp32_and_the_cut_is_over_them(
 ) -> None:
     """Of the candidates exactly the largest positive ones are kept, of the dense fp32 product."""
     x, W, b = factors(n, d, f, seed=seed)
-    near, exact = kernels.near(x, W, b), x @ W.t() + b
+    near, exact = kernels.approximate(x, W, b), x @ W.t() + b
     budget_F, where = torch.arange(f) % 4, {"n_features": f, "ranks": Solo()}
     budget_F = budget_F.clamp(max=n)
     more, row = more_than(k * n), min(more_than(k), f)
     more_F = torch.tensor([more_than(each) for each in budget_F.tolist()])
     wide = {
-        "batch": room.select_batch(near.near_NF, budget=more, capacity=more, **where),
-        "row": room.select_rows(near.near_NF, k=row, capacity=row * n, **where),
-        "column": room.select_columns(near.near_NF, budget_F=more_F, capacity=int(more_F.sum()), ranks=Solo()),
+        "batch": room.select_batch(near.bf16_NF, budget=more, capacity=more, **where),
+        "row": room.select_rows(near.bf16_NF, k=row, capacity=row * n, **where),
+        "column": room.select_columns(near.bf16_NF, budget_F=more_F, capacity=int(more_F.sum()), ranks=Solo()),
     }
     budgets = {"batch": [k * n], "row": [k] * n, "column": budget_F.tolist()}
     for group, matches in selections(near, k=k, ranks=Solo(), n_features=f).items():
         found = pairs(matches)
-        assert found <= pairs(wide[group]), "candidates of the near product"
+        assert found <= pairs(wide[group]), "candidates of the approximate product"
         used = int(matches.start[-1])
         place = matches.token[:used].long(), matches.feature[:used].long()
         torch.testing.assert_close(matches.value[:used], exact[place], rtol=1e-5, atol=1e-5)
@@ -72,19 +72,19 @@ def test_values_are_those_of_fp32_and_the_cut_is_over_them(
 
 
 @pytest.mark.parametrize("grid", [(2, 1), (1, 2), (2, 2), (2, 3)], ids=str)
-def test_any_grid_keeps_the_same_pairs_where_the_near_ones_are_equal(grid: tuple[int, int]) -> None:
+def test_any_grid_keeps_the_same_pairs_where_the_approximate_ones_are_equal(grid: tuple[int, int]) -> None:
     """Factors are whole numbers here, so that the order of sums changes nothing."""
     generator = torch.Generator().manual_seed(0)
     x, W = (torch.randint(-2, 3, shape, generator=generator).float() for shape in ((12, 6), (30, 6)))
     b = torch.randint(-1, 2, (30,), generator=generator).float()
     alone = {
         group: pairs(found)
-        for group, found in selections(kernels.near(x, W, b), k=2, ranks=Solo(), n_features=30).items()
+        for group, found in selections(kernels.approximate(x, W, b), k=2, ranks=Solo(), n_features=30).items()
     }
 
     def work(ranks: Ranks) -> dict[str, set[tuple[int, int]]]:
         (top, bottom), (left, right) = ranks.data.slice(12), ranks.features.slice(30)
-        near = kernels.near(x[top:bottom], W[left:right], b[left:right])
+        near = kernels.approximate(x[top:bottom], W[left:right], b[left:right])
         budget_F = (torch.arange(30) % 4)[left:right]
         where: dict[str, Any] = {"n_features": 30, "ranks": ranks}
         found = {
@@ -101,15 +101,17 @@ def test_any_grid_keeps_the_same_pairs_where_the_near_ones_are_equal(grid: tuple
 def test_little_is_missed() -> None:
     """Ten per cent more candidates than matches: of 4096 matches all but a few are those of the fp32 product."""
     x, W, b = factors(256, 64, 1024, seed=0)
-    exact, near = x @ W.t() + b, kernels.near(x, W, b)
+    exact, near = x @ W.t() + b, kernels.approximate(x, W, b)
     for group, matches in selections(near, k=16, ranks=Solo(), n_features=1024).items():
         kept = pairs(matches)
         expected = pairs(selections(exact, k=16, ranks=Solo(), n_features=1024)[group])
         assert len(expected - kept) <= 0.002 * len(expected), group
 
 
-def test_allowed_columns_of_near_ones() -> None:
+def test_allowed_columns_of_approximate_ones() -> None:
     x, W, b = factors(30, 16, 64, seed=1)
     allowed = torch.arange(64) % 3 == 0
-    found = kernels.select_rows(kernels.near(x, W, b), k=3, capacity=90, n_features=64, ranks=Solo(), allowed_F=allowed)
+    found = kernels.select_rows(
+        kernels.approximate(x, W, b), k=3, capacity=90, n_features=64, ranks=Solo(), allowed_F=allowed
+    )
     assert bool(allowed[found.feature[: int(found.start[-1])].long()].all())
