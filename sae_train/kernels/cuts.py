@@ -71,7 +71,7 @@ def cut_rows(
         left_N = slots - (largest_NK > cut_N.unsqueeze(1)).sum(1)
     else:
         cut_N, left_N = row_cuts(largest_NK, k=k, ranks=ranks.features)
-    return _up_to(value_C, token_C, start_N, cut_N, left_N)
+    return _mask_to_cut(value_C, token_C, start_N, cut_N, left_N)
 
 
 def cut_columns(index_C: Tensor, value_C: Tensor, *, budget_F: Tensor, shape: tuple[int, int], ranks: Ranks) -> Tensor:
@@ -100,16 +100,17 @@ def cut_columns(index_C: Tensor, value_C: Tensor, *, budget_F: Tensor, shape: tu
     leading_C = torch.empty_like(is_leading).index_copy_(0, order_C, is_leading) & (known_C > 0)
     if ranks.data.size == 1:
         return leading_C
+    # Each rank sends its leading entries of a column to the column's owner, which finds the cut over all ranks.
     total, slot_F = int(local_F.sum()), (local_F.cumsum(0) - local_F).to(device, non_blocking=True)
     slot_C = torch.where(is_leading, slot_F.index_select(0, group_C) + place_C, total)
     sent_C = value_C.new_zeros(total + 1).index_copy_(0, slot_C, known_C.index_select(0, order_C))[:-1]
     cut_F, left_F = column_cuts(sent_C.contiguous(), local_F=local_F, budget_F=budget_F, ranks=ranks.data)
-    order_C = column_C.sort(stable=True).indices  # by feature, then token
-    keep_C = _up_to(known_C.index_select(0, order_C), group_C, start_F, cut_F, left_F)
-    return torch.empty_like(keep_C).index_copy_(0, order_C, keep_C)
+    by_token_C = column_C.sort(stable=True).indices  # by feature, then token
+    keep_C = _mask_to_cut(known_C.index_select(0, by_token_C), group_C, start_F, cut_F, left_F)
+    return torch.empty_like(keep_C).index_copy_(0, by_token_C, keep_C)
 
 
-def _up_to(value_C: Tensor, group_C: Tensor, start_G: Tensor, cut_G: Tensor, left_G: Tensor) -> Tensor:
+def _mask_to_cut(value_C: Tensor, group_C: Tensor, start_G: Tensor, cut_G: Tensor, left_G: Tensor) -> Tensor:
     """Return the mask of entries above their group's cut, or among the first left_G[g] of the group that equal it.
 
     Entries are sorted by group, and group g begins at start_G[g]. Those after the last group have value 0.

@@ -1,10 +1,11 @@
-"""Selection on a GPU: shapes do not depend on values, the host waits for nothing, and pre-activations are read once.
+"""Selection on a GPU: shapes do not depend on values, and the host waits for nothing.
 
-The K largest entries of a row, ties to the lower index, lie in the K groups of neighbours with the largest maxima, ties
-likewise to the lower: before an entry elsewhere go K groups, each with an entry that goes before it. So K groups of 64
-are left of a row, then K of 8 of those, and its cut is looked for among 8 K entries. A batch is one long row. Columns
-are rows of tokens, of which no more than K groups of 64 are gathered. On several ranks each keeps what could be kept of
-its own. A group with a NaN counts as empty: a step with one is void.
+The K largest entries of a row lie in the K groups of neighbours with the largest maxima, ties to the lower index. So a
+row is narrowed to K groups of 64, then to K groups of 8 of those, and its cut is found among these 8 K entries. A batch
+is one long row. Columns are rows of tokens. On several ranks each narrows its own entries before the exact cut. A group
+with a NaN counts as empty, because a step with a NaN changes nothing.
+
+Letters: R rows, W width, G groups, L or S neighbours of a group, E entries, K groups that are kept, M columns.
 """
 
 from collections.abc import Iterator
@@ -18,10 +19,8 @@ from sae_train.kernels.matches import Matches, fp32, pack
 from sae_train.kernels.owners import row_slots
 from sae_train.ranks.interface import Ranks
 
-SIZES = (64, 8)
-"""Of groups, one after the other."""
-GATHERED = 1 << 24
-"""Entries of columns that are gathered together."""
+SIZES = (64, 8)  # neighbours of a group, first and second
+GATHERED = 1 << 24  # entries of columns that are gathered together
 
 
 class _Entries(NamedTuple):
@@ -38,14 +37,14 @@ class _Entries(NamedTuple):
         return fp32(self.value_RGL).flatten(1), (self.first_RG.unsqueeze(2) + neighbour).flatten(1)
 
 
-def _all_of(rows_RW: Tensor) -> _Entries:
+def _whole_rows(rows_RW: Tensor) -> _Entries:
     return _Entries(rows_RW.unsqueeze(1), torch.zeros(len(rows_RW), 1, dtype=torch.int64, device=rows_RW.device))
 
 
 def select_batch(pre_NF: Tensor, *, budget: int, capacity: int, n_features: int, ranks: Ranks) -> Matches:
     """Keep the `budget` largest positive entries of the whole grid; see selection.select_batch."""
     shape = pre_NF.shape[0], pre_NF.shape[1]
-    value, index = (each.squeeze(0) for each in _narrowed(_all_of(pre_NF.reshape(1, -1)), budget).flat())
+    value, index = (each.squeeze(0) for each in _narrow(_whole_rows(pre_NF.reshape(1, -1)), budget).flat())
     keep = cut_batch(index, value, budget=budget, shape=shape, n_features=n_features, ranks=ranks)
     return pack(index, value, keep, shape=shape, capacity=capacity)
 
@@ -58,7 +57,7 @@ def select_rows(
         pre_NF = torch.where(allowed_F, pre_NF, 0)
     shape = pre_NF.shape[0], pre_NF.shape[1]
     slots = min(row_slots(k, n_features, ranks.features), shape[1])
-    value_NE, index_NE = _narrowed(_all_of(pre_NF), slots).flat()
+    value_NE, index_NE = _narrow(_whole_rows(pre_NF), slots).flat()
     index = (index_NE + torch.arange(shape[0], device=pre_NF.device).unsqueeze(1) * shape[1]).flatten()
     value, most = value_NE.flatten(), value_NE.shape[1]
     keep = cut_rows(index, value, k=k, most=most, shape=shape, n_features=n_features, ranks=ranks)
@@ -69,9 +68,9 @@ def select_columns(pre_NF: Tensor, *, budget_F: Tensor, capacity: int, ranks: Ra
     """Keep each column's `budget_F[j]` largest positive entries of all tokens; see selection.select_columns."""
     shape = n_tokens, n_features = pre_NF.shape[0], pre_NF.shape[1]
     maxima_GF, parts = _column_maxima(pre_NF), []
-    for members, most in _of_similar_budgets(budget_F.clamp(max=n_tokens), n_tokens):
+    for members, most in _columns_by_budget(budget_F.clamp(max=n_tokens), n_tokens):
         member_M1 = members.to(pre_NF.device, non_blocking=True).unsqueeze(1)
-        value_ME, token_ME = _narrowed_columns(pre_NF, maxima_GF, member_M1, most).flat()
+        value_ME, token_ME = _narrow_columns(pre_NF, maxima_GF, member_M1, most).flat()
         parts.append((value_ME.flatten(), (token_ME * n_features + member_M1).flatten()))
     value = torch.cat([fp32(pre_NF.new_zeros(0)), *(value for value, _ in parts)])
     index = torch.cat([torch.zeros(0, dtype=torch.int64, device=pre_NF.device), *(index for _, index in parts)])
@@ -81,7 +80,7 @@ def select_columns(pre_NF: Tensor, *, budget_F: Tensor, capacity: int, ranks: Ra
     return pack(index, value, keep, shape=shape, capacity=capacity)
 
 
-def _of_similar_budgets(budget_F: Tensor, n_tokens: int) -> Iterator[tuple[Tensor, int]]:
+def _columns_by_budget(budget_F: Tensor, n_tokens: int) -> Iterator[tuple[Tensor, int]]:
     """Yield columns whose budgets differ by less than a factor of two, as many as fit into memory, and the largest."""
     high = 1
     while high < 2 * int(budget_F.max() if len(budget_F) else 0):
@@ -100,21 +99,21 @@ def _column_maxima(pre_NF: Tensor) -> Tensor:
     return torch.cat([maxima_GF, pre_NF[whole:].amax(0, keepdim=True)]) if whole < len(pre_NF) else maxima_GF
 
 
-def _narrowed_columns(pre_NF: Tensor, maxima_GF: Tensor, member_M1: Tensor, k: int) -> _Entries:
+def _narrow_columns(pre_NF: Tensor, maxima_GF: Tensor, member_M1: Tensor, k: int) -> _Entries:
     """Return entries of each of some columns among which are its k largest positive ones."""
     member_M, n_tokens = member_M1.squeeze(1), len(pre_NF)
     if len(maxima_GF) <= k:
         value_MN = pre_NF.index_select(1, member_M).t()
-        return _narrowed(_all_of(torch.nn.functional.pad(value_MN, (0, -n_tokens % SIZES[0]))), k)
+        return _narrow(_whole_rows(torch.nn.functional.pad(value_MN, (0, -n_tokens % SIZES[0]))), k)
     group_MK, is_there = _largest_groups(maxima_GF.index_select(1, member_M).t(), k)
     first_MK = group_MK * SIZES[0]
     token_MKS = first_MK.unsqueeze(2) + torch.arange(SIZES[0], device=first_MK.device)
     value_MKS = pre_NF[token_MKS.clamp(max=n_tokens - 1), member_M1.unsqueeze(2)]
     value_MKS = torch.where(is_there.unsqueeze(2) & (token_MKS < n_tokens), value_MKS, 0)
-    return _narrowed(_Entries(value_MKS, first_MK), k)
+    return _narrow(_Entries(value_MKS, first_MK), k)
 
 
-def _narrowed(found: _Entries, k: int) -> _Entries:
+def _narrow(found: _Entries, k: int) -> _Entries:
     """Return entries of each row among which are its k largest positive ones."""
     for size in SIZES:
         n_groups, length = found.value_RGL.shape[1:]
