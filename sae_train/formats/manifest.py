@@ -94,8 +94,8 @@ class SaeManifest:
     sae_train_version: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Return the manifest as plain JSON values."""
-        return asdict(self)
+        """Return the manifest as plain JSON values. A fact that does not apply is absent."""
+        return asdict(self, dict_factory=lambda items: {key: value for key, value in items if value is not None})
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "SaeManifest":

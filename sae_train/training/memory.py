@@ -39,6 +39,10 @@ class OutOfMemory(UserError):
     """Memory ran out while a run was built or trained."""
 
 
+LEFT_TO_THE_MODEL = 0.2
+"""Share of the memory that a plan with a language model leaves to it, because it is not counted."""
+
+
 @dataclass(frozen=True, slots=True)
 class Holding:
     """Tensors that a rank holds together, estimated. `holdings` makes them for the plan."""
@@ -124,7 +128,8 @@ def check_memory(
     Raises:
         ConfigError: they do not fit.
     """
-    available, needed, sizes = available_bytes(), sum(each.n_bytes for each in held), facts.sizes
+    needed, sizes = sum(each.n_bytes for each in held), facts.sizes
+    available = int(available_bytes() * (1 - LEFT_TO_THE_MODEL if sizes else 1))
     if needed <= available:
         return
     given, way_out = f"n_features={n_features}, batch_tokens={source.batch_tokens}:", ""
@@ -135,7 +140,8 @@ def check_memory(
         given = f"harvest.pool_batches={sizes.pool_batches}: with pools of {pools} this"
         way_out = f"Largest that fits: {fits}. "
     raise ConfigError(
-        f"{given} needs about {gigabytes(needed)} a rank, and there are {gigabytes(available)} for each. "
+        f"{given} needs about {gigabytes(needed)} a rank, and there are {gigabytes(available)} for each"
+        f"{' beside the language model' if sizes else ''}. "
         f"{way_out}{largest(held)}"
     )
 

@@ -48,7 +48,8 @@ def check_source(record: dict[str, Any], *, stored: dict[str, Any] | None, path:
         CheckpointError: a fact of the source, such as the commit of a hub model, is not what config.yaml says.
     """
     before = stored["source"] if stored else record
-    moved = [f"{key} {before.get(key)!r} -> {value!r}" for key, value in record.items() if before.get(key) != value]
+    known = [key for key in record if key in before]  # an older version may have recorded fewer facts
+    moved = [f"{key} {before[key]!r} -> {record[key]!r}" for key in known if before[key] != record[key]]
     if moved:
         raise CheckpointError(
             f"{path}: its activations came from elsewhere: {', '.join(moved)}. Bring that back (model.revision= pins a "

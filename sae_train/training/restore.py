@@ -170,8 +170,8 @@ def _notes(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{place}: damaged: not what was written.")
     if notes.get("format") != files.FORMAT:
         raise OldLayout(
-            f"{path}: written by another version of sae-train ({notes.get('sae_train_version', 'unknown')}), in a "
-            f"layout that this one does not read. Finish the run with that version, remove {path.parent} to start it "
-            "over, or choose another name=."
+            f"{path}: written by another version of sae-train, in layout {notes.get('format', 1)}; this one reads "
+            f"layout {files.FORMAT}. Finish the run with the version that began it (config.yaml names its commit), "
+            f"remove {path.parent} to start it over, or choose another name=."
         )
     return notes

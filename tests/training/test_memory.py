@@ -4,6 +4,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sae_train.cli.compose import compose_config
 from sae_train.config.lanes import LaneSizes
 from sae_train.errors import ConfigError
 from sae_train.harvest.build import check_stream
-from sae_train.harvest.prefetch import Outcome
+from sae_train.harvest.prefetch import Result
 from sae_train.ranks.interface import Solo
 from sae_train.sparsifiers import SPARSIFIERS
+from sae_train.training import memory
 from sae_train.training.memory import Holding, OutOfMemory, available_bytes, largest_pool, named_when_it_runs_out
 from sae_train.training.run import plan_of
 from sae_train.training.trainer import Trainer
@@ -121,7 +124,7 @@ def test_a_limit_of_the_process_counts() -> None:
 
 
 def allocated_early() -> torch.Tensor:
-    return Outcome(lambda: torch.empty(2**52)).get()
+    return Result(lambda: torch.empty(2**52)).get()
 
 
 @pytest.mark.parametrize(
@@ -154,3 +157,12 @@ def test_a_run_without_memory_says_what_is_large(tmp_path: Path) -> None:
     assert "memory ran out (" in done.stderr
     assert all(part in done.stderr for part in NAMES)
     assert "Traceback" not in done.stderr
+
+
+def test_a_fifth_of_the_memory_is_left_to_the_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose_config([])
+    needed = plan_of(config, check_stream(config.source, n_ranks=1), n_ranks=1).memory_bytes
+    for available, fits in ((1.3 * needed, True), (1.2 * needed, False)):
+        monkeypatch.setattr(memory, "available_bytes", lambda available=available: int(available))
+        with nullcontext() if fits else pytest.raises(ConfigError, match="beside the language model"):
+            plan_of(config, check_stream(config.source, n_ranks=1), n_ranks=1)
