@@ -23,7 +23,7 @@ def slow(value: str) -> Any:
     "arguments",
     [
         ["sparsifier=mutual_choice"],
-        ["checkpoint.beside=true"],
+        pytest.param(["checkpoint.beside=true"], marks=pytest.mark.slow),
         pytest.param(
             ["sparsifier=feature_choice", "budget=zipf", "sparsifier.after=0.5"],
             marks=pytest.mark.slow,

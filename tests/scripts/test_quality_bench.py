@@ -148,6 +148,7 @@ def test_a_peers_threads_are_as_asked(
     assert found == [threads or usual]
 
 
+@pytest.mark.slow
 def test_the_bundled_models_activations_as_files(scripts: ModuleType, tmp_path: Path) -> None:
     bundled = scripts.import_module("bundled_activations")
     stream = bundled.started(tokens=3 * bundled.BATCH)
