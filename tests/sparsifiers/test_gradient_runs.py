@@ -1,7 +1,7 @@
 """sparsifier=gradient: gradients stay with their activations from the harvest to the choice, and what that chooses."""
 
-import math
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
