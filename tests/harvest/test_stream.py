@@ -142,6 +142,7 @@ os._exit(0)
 
 
 @pytest.mark.multirank
+@pytest.mark.slow
 def test_two_processes_see_the_batches_of_one(model, text, tmp_path):
     here = Path(__file__).resolve().parent
     script = tmp_path / "harvest.py"

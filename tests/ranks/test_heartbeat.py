@@ -165,7 +165,7 @@ def pause(processes: list[Process], seconds: float) -> None:
         process.send_signal(signal.SIGCONT)
 
 
-@pytest.mark.parametrize("early", [0, 1])
+@pytest.mark.parametrize("early", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_who_ended_well_is_not_missed(start: Start, early: int) -> None:
     modes = ["sleep", "sleep", "sleep"]
     modes[early] = "end"
