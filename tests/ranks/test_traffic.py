@@ -9,7 +9,7 @@ import torch
 from sae_train.config import RunConfig
 from tools import grid_world as world
 
-pytestmark = pytest.mark.multirank
+pytestmark = [pytest.mark.multirank, pytest.mark.slow]
 
 SIZE = 4
 NARROW, WIDE = 256, 1024
