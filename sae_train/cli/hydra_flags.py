@@ -12,7 +12,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     Raises:
         ConfigError: lists the flags that have no meaning here.
     """
-    from hydra._internal.utils import get_args_parser
+    from hydra._internal.utils import get_args_parser  # Hydra has no public one; pyproject.toml holds it below 1.4
 
     options, unknown = get_args_parser().parse_known_intermixed_args(arguments)
     problems = [

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # torch has no public way to run without weights
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 from transformers.utils.import_utils import is_flash_attn_2_available
 

@@ -51,7 +51,7 @@ class Group(Ranks):
     """Several processes, through torch.distributed's collectives.
 
     Args:
-        group: None for all processes.
+        group: a group of torch.distributed.
         control: a group on the host, for messages that must not wait for the device.
         traffic: bytes by collective, shared by all groups of the process.
     """
@@ -156,13 +156,14 @@ class Processes(Group):
             self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=JOINING)
         except torch.distributed.DistError as error:
             raise RankLost(_not_joined(str(error).splitlines()[0])) from error
-        torch.distributed.distributed_c10d._set_pg_timeout(PATIENCE)
+        # The default group keeps the timeout of joining, so the run has groups of its own.
+        group = torch.distributed.new_group(timeout=PATIENCE)
         control = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
-        super().__init__(device=self._state.device, group=None, control=control, traffic=Counter())
+        super().__init__(device=self._state.device, group=group, control=control, traffic=Counter())
         self._grids: dict[int, tuple[Ranks, Ranks]] = {}
-        self.sum(torch.zeros(1, device=self.device))  # NCCL connects at the first call, with the timeout of joining
         self._heartbeat = Heartbeat(self._open_store(), self.rank, self.size)
         self._heartbeat.__enter__()
+        self.sum(torch.zeros(1, device=self.device))  # NCCL connects at the first call; the heartbeat watches it
 
     def arranged(self, *, columns: int) -> Ranks:
         if columns not in self._grids:
@@ -179,7 +180,7 @@ class Processes(Group):
     def _one_of(self, members: list[list[int]]) -> Ranks:
         """Return the group of this rank among groups that together hold every rank."""
         if len(members) == 1:
-            return Group(device=self.device, group=None, control=self._control, traffic=self.traffic)
+            return Group(device=self.device, group=self._group, control=self._control, traffic=self.traffic)
         if len(members[0]) == 1:
             return Solo(self.device)
         made: Ranks | None = None
