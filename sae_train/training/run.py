@@ -6,6 +6,7 @@
 import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,22 @@ from sae_train.training.session import Parts, Session
 from sae_train.training.stopping import Stopping
 from sae_train.training.tracking import build_dashboard
 from sae_train.training.trainer import build_trainer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """What is known of a run before its ranks claim the directory. `run` makes it."""
+
+    config: RunConfig
+    plan: Plan
+    facts: StreamFacts
+    directory: RunDirectory
+    stored: dict[str, Any] | None
+    """config.yaml of the run that is resumed, None for a new one."""
+    overrides: list[str]
+    """The overrides as typed."""
+    entered: Callable[[Path], None]
+    """Called with the run's directory once this process holds it."""
 
 
 def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], None]) -> int:
@@ -74,7 +91,16 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
     seen = (directory.result(), directory.stored()) if ranks.is_first else None
     result, stored = ranks.gather_objects(seen)[0]
     if result is None:
-        _train(config, plan, facts, directory, stored=stored, overrides=overrides, entered=entered, ranks=ranks)
+        planned = Planned(
+            config=config,
+            plan=plan,
+            facts=facts,
+            directory=directory,
+            stored=stored,
+            overrides=overrides,
+            entered=entered,
+        )
+        _train(planned, ranks=ranks)
     elif ranks.is_first:
         entered(directory.path)
         say(f"already finished: {verdict_of(result, path=directory.path, sparsity=config.sparsity)}")
@@ -103,27 +129,12 @@ def name_of(config: RunConfig, *, site: str, n_features: int) -> str:
     return run_name(config.sae, site=site, n_features=n_features, digest=digest)
 
 
-def _train(
-    config: RunConfig,
-    plan: Plan,
-    facts: StreamFacts,
-    directory: RunDirectory,
-    *,
-    stored: dict[str, Any] | None,
-    overrides: list[str],
-    entered: Callable[[Path], None],
-    ranks: Ranks,
-) -> None:
-    """Train or resume in a directory. After a signal, leave once the run is saved, its files closed and SLURM told.
-
-    Args:
-        stored: config.yaml of the run that is resumed, None for a new one.
-    """
+def _train(planned: Planned, *, ranks: Ranks) -> None:
+    """Train or resume in a directory. After a signal, leave once the run is saved, its files closed and SLURM told."""
     agreement = signals.Agreement(ranks)
-    begin = partial(_begun, config, plan, facts, directory, stored=stored, overrides=overrides, entered=entered)
     try:
-        with named_when_it_runs_out(plan.holdings), ExitStack() as stack:
-            session = begin(agreement=agreement, ranks=ranks, stack=stack)
+        with named_when_it_runs_out(planned.plan.holdings), ExitStack() as stack:
+            session = _begun(planned, agreement=agreement, ranks=ranks, stack=stack)
             session.train()
             session.finish()
     except Preempted:
@@ -135,22 +146,11 @@ def _train(
         raise
 
 
-def _begun(
-    config: RunConfig,
-    plan: Plan,
-    facts: StreamFacts,
-    directory: RunDirectory,
-    *,
-    stored: dict[str, Any] | None,
-    overrides: list[str],
-    entered: Callable[[Path], None],
-    agreement: signals.Agreement,
-    ranks: Ranks,
-    stack: ExitStack,
-) -> Session:
+def _begun(planned: Planned, *, agreement: signals.Agreement, ranks: Ranks, stack: ExitStack) -> Session:
     """Return the session of a run that holds its directory and has its data and weights. Collective; see `_train`."""
+    config, facts, directory, stored = planned.config, planned.facts, planned.directory, planned.stored
     precision = resolve_precision(config.precision, stored=stored, device=ranks.device)
-    plan = plan.as_begun(stored["plan"]) if stored else plan
+    plan = planned.plan.as_begun(stored["plan"]) if stored else planned.plan
     check_source(facts.record, stored=stored, path=directory.path)
     saver = Saver(directory.checkpoints, config.checkpoint, ranks=ranks)
     stopping = Stopping(agreement, newest_saved=saver.newest, ranks=ranks)
@@ -158,11 +158,11 @@ def _begun(
     phases = Phases(show=show, alone=stopping.alone, together=stopping.together)
     stack.callback(directory.release)
     with abandoned_if_refused(directory, ranks=ranks):
-        record = {"plan": plan.resolved(), "source": facts.record, "provenance": provenance(overrides)}
+        record = {"plan": plan.resolved(), "source": facts.record, "provenance": provenance(planned.overrides)}
         resolved = as_dict(dataclasses.replace(config, precision=precision))
         claim_on_first(directory, resolved, identity=identity(config), record=record, ranks=ranks)
         if ranks.is_first:
-            entered(directory.path)
+            planned.entered(directory.path)
         stream = _stream(config, facts, agreement, phases=phases, ranks=ranks, stack=stack)
         parts = Parts(
             plan=plan,
