@@ -68,7 +68,7 @@ def run_command(arguments: list[str]) -> int:
         complain(interrupted, everywhere=True)
         record.end(INTERRUPTED, interrupted)
         return INTERRUPTED
-    except Exception as error:
+    except Exception as error:  # recorded for the sweep, then raised
         record.end(1, f"{type(error).__name__}: {error}")
         raise  # a fault of this program keeps its traceback
 
@@ -139,7 +139,7 @@ def _run(points: "list[Point]", record: outcome.Record) -> int:
             problem = f"{name}: {error}" if name else str(error)
             complain(problem, everywhere=isinstance(error, Preempted))
             statuses[name] = error.status
-        except Exception as error:
+        except Exception as error:  # a fault of this program ends one point, not the sweep
             if len(points) == 1 or process.size > 1:
                 raise  # no point comes after it in this process
             problem, in_use = f"{name}: {type(error).__name__}: {error}", False

@@ -79,7 +79,7 @@ def probe(built: nn.Module, module: str, side: str, *, settings: Any, model: Mod
         width, flops, logits = _run(built, module, side, settings, given=given, reads_gradients=reads_gradients)
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # foreign code, which may not run without values
         n_bytes = sum(weight.numel() * weight.element_size() for weight in built.parameters())
         if n_bytes > _LARGEST_REAL:
             raise DataError(f"model.id={model.id}: the architecture {kind!r} cannot be run without its weights "
@@ -90,7 +90,7 @@ def probe(built: nn.Module, module: str, side: str, *, settings: Any, model: Mod
             width, flops, logits = _run(built, module, side, settings, given=given, reads_gradients=reads_gradients)
         except UserError:
             raise
-        except Exception as failure:
+        except Exception as failure:  # foreign code again, now with arbitrary values
             raise DataError(f"model.id={model.id}: the architecture {kind!r} cannot be run on token ids alone as far "
                             f"as {module} ({_said(failure)}). Choose another site.") from failure  # fmt: skip
         note = f"{kind} was run with arbitrary weights: without any it cannot be run ({type(error).__name__})"
@@ -161,7 +161,7 @@ def _positions(built: nn.Module, module: str, side: str, settings: Any, *, conte
         _run_to_first_block(built, module, side, torch.full((1, tried), plain_token(settings)))
     except TableEnds as table:
         return tried - table.excess
-    except Exception as error:
+    except Exception as error:  # foreign code fails in its own way beyond its positions
         raise ConfigError(f"harvest.context_length={context_length}: the architecture {settings.model_type!r} cannot "
                           f"be run on contexts of {tried} tokens ({_said(error)}). Lower it.") from error  # fmt: skip
     return said
