@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_is_never_taken(tmp_path: Path, whole: Whole) -> No
     intact = everything(tmp_path / "c", name, warn=pytest.fail)
     chance, taken = random.Random(11), []
     files = files_of(original)
-    for number in range(60):
+    for number in range(120):
         file = files[number % len(files)]
         done = damage(tmp_path / "c" / name / file, chance)
         warnings: list[str] = []

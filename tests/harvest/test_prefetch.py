@@ -31,7 +31,7 @@ from sae_train.ranks.interface import Ranks, Solo
 from tools.grid_of_threads import LOADING, on_ranks
 from tools.processes import checkpoints, finish, kill_after_progress, launch, rows, weights
 from tools.small_runs import torch_threads
-from tools.tiny_models import live_config, save_model, sentences, tensors_config
+from tools.tiny_models import live_config, save_model, save_sentences, tensors_config
 from tools.tiny_runs import rows_run
 
 STEPS = 24
@@ -55,7 +55,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a model, a text and rows."""
     folder = tmp_path_factory.mktemp("source")
     save_model(folder / "model", "llama")
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in sentences(200)))
+    save_sentences(folder, 200)
     (folder / "rows").mkdir()
     draw = torch.Generator().manual_seed(0)
     save_file({"activations": torch.randn(6000, 16, generator=draw)}, folder / "rows" / "a.safetensors")

@@ -1,6 +1,5 @@
 """Raw rows of a lane: the activations of every trainable token, in order, from any cursor, whatever their norm."""
 
-import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from sae_train.harvest.lanes import Lane
 from sae_train.harvest.language_model import LanguageModel, Tokenizer
 from sae_train.harvest.raw_rows import Block, Patience, RawRows
 from tools.small_runs import CPU
-from tools.tiny_models import live_config, save_model, sentences
+from tools.tiny_models import live_config, save_model, save_sentences
 
 CONTEXTS, LENGTH = 3, 16
 
@@ -23,9 +22,7 @@ class Setting:
     """A tiny language model and text."""
 
     def __init__(self, folder: Path) -> None:
-        text = folder / "a.jsonl"
-        text.write_text("".join(json.dumps({"text": one}) + "\n" for one in sentences(60)))
-        source = live_config(save_model(folder / "model"), text).source
+        source = live_config(save_model(folder / "model"), save_sentences(folder, 60)).source
         self.corpus, self.tokenizer = Corpus(source.data), Tokenizer(source.model)
         self.model = LanguageModel(source, device=CPU)
 

@@ -23,7 +23,7 @@ from sae_train.harvest.language_model import Tokenizer
 from sae_train.harvest.live import LiveStream
 from sae_train.ranks.interface import Ranks, Solo
 from tools.grid_of_threads import LOADING, on_ranks
-from tools.tiny_models import live_config, save_model, save_tokenizer, sentences
+from tools.tiny_models import live_config, save_model, save_sentences, save_tokenizer
 
 STEPS = 30
 
@@ -35,9 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": one}) + "\n" for one in sentences(200)))
-    return path
+    return save_sentences(tmp_path_factory.mktemp("text"), 200)
 
 
 @pytest.fixture
@@ -275,7 +273,7 @@ def test_without_repeat_the_run_stops_as_soon_as_it_is_known_and_says_how_much_t
 
 
 def test_repeat_goes_on_over_many_epochs(model, tmp_path):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in sentences(24)))
+    save_sentences(tmp_path, 24)
     batches = batches_of(live_config(model, tmp_path), steps=100)
     assert all(torch.isfinite(batch).all() for batch in batches)
 
@@ -340,7 +338,7 @@ def test_activations_that_are_not_finite_name_site_and_way_out(model, text, tmp_
 
 def test_another_corpus_than_the_checkpoints_is_refused(config, model, tmp_path):
     state = stream_of(config).replicated_state()
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in sentences(100, seed=1)))
+    save_sentences(tmp_path, 100, seed=1)
     other = stream_of(live_config(model, tmp_path), start=False)
     with pytest.raises(UserError, match="not the text that the checkpoint was made from"):
         other.restore(state, lambda lane: {})

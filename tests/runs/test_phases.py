@@ -1,6 +1,5 @@
 """Long parts of a run: what they cost is in the plan, what they share is made once, and a stop changes nothing."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from sae_train.training.plan_text import describe
 from sae_train.training.run import plan_of
 from tools.held_out_rows import CASES, calibrated, held_out_text
 from tools.small_runs import CPU
-from tools.tiny_models import live_config, save_model, sentences, tensors_config
+from tools.tiny_models import live_config, save_model, save_sentences, tensors_config
 from tools.tiny_runs import rows_run
 
 F = 97
@@ -35,9 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": one}) + "\n" for one in sentences(200)))
-    return path
+    return save_sentences(tmp_path_factory.mktemp("text"), 200)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """sparsifier=gradient: gradients stay with their activations from the harvest to the choice, and what that chooses."""
 
-import json
 import math
 import re
 from collections import Counter
@@ -32,7 +31,7 @@ from tools import grid_world as world
 from tools.grid_of_threads import LOADING, on_grid, on_ranks
 from tools.sae_parts import selected, sparsifier_of
 from tools.small_runs import CPU, kept_by_sorting, run_config
-from tools.tiny_models import live_config, save_model, sentences, tensors_config
+from tools.tiny_models import live_config, save_model, save_sentences, tensors_config
 
 N, F, D = 24, 40, 8
 STEPS = 14
@@ -42,8 +41,7 @@ STEPS = 14
 def live(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
     """Return `live(**dials)`: a configuration on a tiny model and text."""
     folder = tmp_path_factory.mktemp("live")
-    text = folder / "a.jsonl"
-    text.write_text("".join(json.dumps({"text": one}) + "\n" for one in sentences(200)))
+    text = save_sentences(folder, 200)
     model = save_model(folder / "model", "llama")
     return lambda **dials: live_config(model, text, **{"sparsifier": "gradient"} | dials)
 

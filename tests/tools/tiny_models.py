@@ -102,11 +102,17 @@ def live_config(model: Path | str = "bundled", data: Path | str = "bundled", *, 
     )  # fmt: skip
 
 
+def save_sentences(folder: Path, n: int, *, seed: int = 0) -> Path:
+    """Write `sentences(n)` as documents to a.jsonl in a folder; return the file's path."""
+    path = folder / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": one}) + "\n" for one in sentences(n, seed=seed)))
+    return path
+
+
 @cache
 def _little_text() -> "tempfile.TemporaryDirectory[str]":
     folder = tempfile.TemporaryDirectory()
-    lines = [json.dumps({"text": one}) + "\n" for one in sentences(400)]
-    (Path(folder.name) / "a.jsonl").write_text("".join(lines))
+    save_sentences(Path(folder.name), 400)
     return folder
 
 
