@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sae_train.config import NoAuxLossConfig, SaeConfig, SourceConfig, TopKConfig
-from sae_train.evaluation.language_model import PASSES_OF_A_BATCH
+from sae_train.evaluation.language_model import passes_of_a_batch
 from sae_train.harvest.build import StreamFacts
 from sae_train.sparsifiers.topk import MULTIPLE
 
@@ -42,7 +42,8 @@ def step_operations(config: SaeConfig, source: SourceConfig, *, d_model: int, n_
 def held_out_cost(source: SourceConfig, facts: StreamFacts, *, n_features: int, total: int) -> HeldOutCost:
     """Return the estimated cost of thresholds and evaluations of an SAE in a run of `total` tokens."""
     tokens, encodes = source.held_out_tokens, 2 * facts.d_model * n_features
-    passes = (PASSES_OF_A_BATCH if facts.whole_flops_per_token else 1) if source.harvest.runs_model else 0
+    whole_passes = passes_of_a_batch(n_sites=1, n_saes=1)
+    passes = (whole_passes if facts.whole_flops_per_token else 1) if source.harvest.runs_model else 0
     whole = facts.whole_flops_per_token
     before_site = min(facts.flops_per_token, whole or facts.flops_per_token)  # with gradients the first has more in it
     evaluation = passes * whole or before_site
