@@ -74,19 +74,24 @@ def _room() -> dict[str, Any]:
     return {"dynamic_ncols": True} if size.lines and size.columns else {"ncols": 80, "nrows": 24}
 
 
-def figures_text(row: dict[str, Any]) -> str:
-    """Return the figures of a row of metrics as text behind the bar of the training."""
-    return f"FVU {row['train/fvu']:.3f}, L0 {row['train/l0']:.1f}, dead {row['train/dead_features']}"
+def progress_text(rows: list[dict[str, Any]]) -> str:
+    """Return the text behind the bar of the training, from the newest row of each SAE."""
+    worst = max(rows, key=lambda row: float(row["train/fvu"]))
+    slowest = f"; slowest: {worst['perf/slowest']}" if "perf/slowest" in worst else ""
+    if len(rows) > 1:
+        return f"highest FVU {worst['train/fvu']:.3f} ({worst['sae']}){slowest}"
+    return f"FVU {worst['train/fvu']:.3f}, L0 {worst['train/l0']:.1f}, dead {worst['train/dead_features']}{slowest}"
 
 
-def verdict(
-    *, name: str, figures: dict[str, Any], tokens: int, tokens_per_second: float, sparsity: str, path: str
-) -> str:
-    """Return the last line of a run: its name, its SAE's quality, its speed and its directory.
+def verdict(figures: dict[str, Any], *, sparsity: str) -> str:
+    """Return the quality of an SAE in words, or why it was stopped.
 
     Args:
+        figures: entry of the SAE in summary.json.
         sparsity: target of sparsity in words, `SaeConfig.sparsity`.
     """
+    if "stopped" in figures:
+        return f"stopped: {figures['stopped']}"
     aim = f"target {figures['target_l0']:.4g}" if sparsity.startswith("k") else sparsity
     if figures.get("correction") == {}:
         aim += ", missed: thresholds are exported as training left them"
@@ -95,16 +100,22 @@ def verdict(
     parts = [f"L0 {figures['l0']:.1f} ({aim})", f"FVU {figures['fvu']:.3f}", f"dead {figures['dead_fraction']:.1%}"]
     if "ce_recovered" in figures:
         parts.append(f"CE recovered {figures['ce_recovered']:.1%}")
-    return f"{name}: {', '.join(parts)}; {tokens:,} tokens at {tokens_per_second:,.0f} tokens/s; {path}"
+    return ", ".join(parts)
 
 
-def verdict_of(summary: dict[str, Any], *, path: Path, sparsity: str) -> str:
-    """Return the verdict line of a finished run from its summary; see `verdict`."""
-    return verdict(
-        name=summary["run"],
-        figures=next(iter(summary["saes"].values())),
-        tokens=summary["tokens"],
-        tokens_per_second=summary["tokens_per_second"],
-        sparsity=sparsity,
-        path=str(path),
-    )
+def results_of(summary: dict[str, Any], *, path: Path, sparsities: dict[str, str]) -> str:
+    """Return the last lines of a run: the quality of its SAEs, its speed and its directory.
+
+    Args:
+        summary: content of summary.json.
+        path: directory of the run.
+        sparsities: target of sparsity in words of each SAE, by name.
+    """
+    speed = f"{summary['tokens']:,} tokens at {summary['tokens_per_second']:,.0f} tokens/s; {path}"
+    if len(sparsities) == 1:
+        ((name, sparsity),) = sparsities.items()
+        return f"{summary['run']}: {verdict(summary['saes'][name], sparsity=sparsity)}; {speed}"
+    lines = [f"{name}: {verdict(figures, sparsity=sparsities[name])}" for name, figures in summary["saes"].items()]
+    n_stopped = sum("stopped" in figures for figures in summary["saes"].values())
+    stopped = f", {n_stopped} of them stopped" if n_stopped else ""
+    return "\n".join([*lines, f"{summary['run']}: {len(lines)} SAEs{stopped}; {speed}"])

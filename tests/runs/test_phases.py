@@ -199,7 +199,7 @@ def test_the_plan_says_what_held_out_data_costs(model: Path, text: Path) -> None
     def planned(**dials: object) -> str:
         config = live_config(model, text, **{"evaluation_tokens": None, "tokens": 6400, **dials})
         plan = plan_of(config, check_stream(config.source, n_ranks=1), n_ranks=1)
-        return describe(plan, config.source, config.sae, path="here")
+        return describe(plan, config.source, path="here")
 
     once = planned()
     assert "400 held-out tokens, 1 forward pass of the language model up to the site" in once
@@ -216,8 +216,6 @@ def test_the_plan_says_what_held_out_data_costs(model: Path, text: Path) -> None
 
 def test_the_plan_of_files_names_no_language_model(tmp_path: Path, compose: Callable[..., RunConfig]) -> None:
     config = compose(*rows_run(tmp_path))
-    text = describe(
-        plan_of(config, check_stream(config.source, n_ranks=1), n_ranks=1), config.source, config.sae, path="here"
-    )
+    text = describe(plan_of(config, check_stream(config.source, n_ranks=1), n_ranks=1), config.source, path="here")
     (line,) = [line for line in text.splitlines() if line.startswith("thresholds")]
     assert line.split(maxsplit=1)[1] == "256 held-out tokens"

@@ -41,13 +41,13 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: RunConfig) ->
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     (tmp_path / "home").mkdir()
-    (tmp_path / "a run").mkdir()
+    (tmp_path / "a run", several=False).mkdir()
     built: list[Dashboard] = []
 
     def build(**environment: str) -> Dashboard:
         for name, value in ({"HOME": str(tmp_path / "home")} | environment).items():
             monkeypatch.setenv(name, value)
-        built.append(build_dashboard(config.tracking, as_dict(config), tmp_path / "a run"))
+        built.append(build_dashboard(config.tracking, as_dict(config, [config.sae]), tmp_path / "a run", several=False))
         return built[-1]
 
     yield build
@@ -109,7 +109,7 @@ def test_wandb_is_off_where_the_environment_says_so(tmp_path: Path, start: Start
     dashboard.log(ROW)
     dashboard.summarise({})
     assert dashboard.notice == ""
-    assert list((tmp_path / "a run").iterdir()) == []
+    assert list((tmp_path / "a run", several=False).iterdir()) == []
 
 
 @pytest.mark.slow

@@ -428,7 +428,7 @@ def test_what_dead_features_lack_to_fire_is_learned(rows: Path, kind: str) -> No
         trainer.learners[0].sparsifier,
     )
     assert isinstance(sparsifier, penalised.Penalised)
-    trainer.learners[0].firing.since_F[:40] = trainer.plan.sae.dead_window
+    trainer.learners[0].firing.since_F[:40] = trainer.learners[0].plan.dead_window
     inputs = inputs_of(trainer, x)
     inputs = dataclasses.replace(inputs, info=dataclasses.replace(inputs.info, batch_tokens=2 * len(x)))
     pre, loss = inputs.pre_NF, sparsifier._revival(dictionary, inputs)

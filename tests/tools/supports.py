@@ -26,7 +26,7 @@ def compared(trainer: Trainer, sae: SparseAutoencoder, raw_ND: Tensor) -> Iterat
 
     Training sees its normalised activations and the dictionary, the exported autoencoder raw ones and itself.
     """
-    scaling, n_features = trainer.stream.scaling, trainer.plan.sae.n_features
+    scaling, n_features = trainer.stream.scaling, trainer.learners[0].plan.n_features
     for batch_ND in raw_ND.split(trainer.plan.batch_tokens):
         if len(batch_ND) < trainer.plan.batch_tokens:
             return

@@ -80,7 +80,7 @@ def test_the_estimate_is_of_a_step_that_begins_dense(rows: Path, case: str, prec
     config = world.config_of(rows, CASES[case], precision=precision, n_features=F)
     trainer = world.build(config, Solo())
     trainer.step(trainer.stream.batch(0))
-    parameters, matrix = 4 * trainer.plan.sae.parameters, 4 * world.N * F
+    parameters, matrix = 4 * trainer.learners[0].plan.parameters, 4 * world.N * F
     held = (peak_bytes(trainer) - parameters) / matrix
     estimated = (trainer.plan.memory_bytes - 4 * parameters) / matrix
     assert held <= estimated <= held + 2.5
