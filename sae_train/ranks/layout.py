@@ -4,7 +4,6 @@ from sae_train.config import MeshConfig, ParallelConfig
 from sae_train.errors import ConfigError
 from sae_train.ranks.launcher_env import this_process
 
-
 SAES = "saes"
 """The layout in which every SAE lives on one rank."""
 

@@ -76,11 +76,9 @@ def holdings(
     element, batch_tokens = source.element_size, source.batch_tokens
     parameters = sum(sae.parameters for sae in saes)
     width = "n_features" if saes[0].config.n_features else "expansion"
-    step, held, widest = max(
-        (sparsifier_class(sae.config.sparsifier.name).matrices_held * element * batch_tokens * sae.n_features // n_ranks,
-         sparsifier_class(sae.config.sparsifier.name).matrices_held, sae.n_features)
-        for sae in saes
-    )  # fmt: skip
+    matrices = [(sparsifier_class(sae.config.sparsifier.name).matrices_held, sae.n_features) for sae in saes]
+    held, widest = max(matrices, key=lambda pair: pair[0] * pair[1])
+    step = held * element * batch_tokens * widest // n_ranks
     logits = facts.logit_bytes
     if not facts.prefetch:
         step, logits = (step, 0) if step >= logits else (0, logits)

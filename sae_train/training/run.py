@@ -167,7 +167,10 @@ def name_of(config: RunConfig, saes: Sequence[tuple[SaeConfig, str, int]], *, mo
 
 
 def _train(planned: Planned, *, ranks: Ranks) -> dict[str, Any]:
-    """Train or resume in a directory; return the summary. After a signal, leave once the run is saved, its files closed and SLURM told."""
+    """Train or resume in a directory; return the summary.
+
+    After a signal, leave once the run is saved, its files closed and SLURM told.
+    """
     agreement = signals.Agreement(ranks)
     try:
         with named_when_it_runs_out(planned.plan.holdings), ExitStack() as stack:

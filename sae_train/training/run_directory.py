@@ -181,18 +181,20 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Return a phrase for each difference between two identities: keys as `key old -> new`, and whole SAEs by name."""
-    own, other = ours.get("saes"), theirs.get("saes")
-    if (own is None) != (other is None):
-        return [f"it has {len(other or [1])} SAE{'s' if other else ''}, and this one {len(own or [1])}"]
-    found = [f"its SAE {name} is not asked for" for name in other or {} if name not in (own or {})]
-    found += [f"{name} is none of its SAEs" for name in own or {} if name not in (other or {})]
-    left_out = {name for name in {**(own or {}), **(other or {})} if name not in (own or {}) or name not in other}
-    flat, before = (_flat(_without(values, left_out)) for values in (ours, theirs))
-    return found + [
-        f"{key} {before.get(key)!r} -> {flat.get(key)!r}"
-        for key in sorted(flat.keys() | before.keys())
-        if flat.get(key) != before.get(key)
+    """Return a phrase for each difference of two identities: 'key old -> new', or the name of an SAE of only one."""
+    own, other = (values.get("saes", {}) for values in (ours, theirs))
+    if bool(own) != bool(other):
+        return [f"it has {len(other) or 1} SAE{'s' if other else ''}, and this one {len(own) or 1}"]
+    gone, new = [name for name in other if name not in own], [name for name in own if name not in other]
+    flat, before = (_flat(_without(values, {*gone, *new})) for values in (ours, theirs))
+    return [
+        *(f"its SAE {name} is not asked for" for name in gone),
+        *(f"{name} is none of its SAEs" for name in new),
+        *(
+            f"{key} {before.get(key)!r} -> {flat.get(key)!r}"
+            for key in sorted(flat.keys() | before.keys())
+            if flat.get(key) != before.get(key)
+        ),
     ]
 
 

@@ -125,7 +125,7 @@ class Session:
         seconds, directory, tokens = self._seconds(), self._parts.directory, self._trainer.tokens
         began = time.perf_counter()
         figures = self._export()
-        summary = {
+        summary: dict[str, Any] = {
             "run": directory.path.name,
             "tokens": tokens,
             "seconds": seconds,

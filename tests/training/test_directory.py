@@ -88,7 +88,8 @@ from sae_train.training.run_directory import RunDirectory
 
 config = compose_config([])
 directory = RunDirectory(Path(sys.argv[1]))
-directory.claim(as_dict(config, [config.sae]), identity=identity(config, {"": config.sae}), record={"plan": {}, "source": {}})
+own = identity(config, {"": config.sae})
+directory.claim(as_dict(config, [config.sae]), identity=own, record={"plan": {}, "source": {}})
 print("held", flush=True)
 sys.stdin.readline()
 AFTER
