@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -11,8 +10,6 @@ TRAINING = "training"
 """The phase whose bar stays on the screen."""
 SECONDS_TO_THE_FIRST, SECONDS_INSIDE, SECONDS_ON_A_TERMINAL, SECONDS_IN_A_FILE = 0.5, 5.0, 0.5, 15.0
 """Seconds until a bar is shown, until one inside another phase is, and between two updates after that."""
-ALL_OF_IT = 0.999
-"""Share of the budget above which it counts as used up."""
 
 
 def say(text: str) -> None:
@@ -81,41 +78,3 @@ def progress_text(rows: list[dict[str, Any]]) -> str:
     if len(rows) > 1:
         return f"highest FVU {worst['train/fvu']:.3f} ({worst['sae']}){slowest}"
     return f"FVU {worst['train/fvu']:.3f}, L0 {worst['train/l0']:.1f}, dead {worst['train/dead_features']}{slowest}"
-
-
-def verdict(figures: dict[str, Any], *, sparsity: str) -> str:
-    """Return the quality of an SAE in words, or why it was stopped.
-
-    Args:
-        figures: entry of the SAE in summary.json.
-        sparsity: target of sparsity in words, `SaeConfig.sparsity`.
-    """
-    if "stopped" in figures:
-        return f"stopped: {figures['stopped']}"
-    aim = f"target {figures['target_l0']:.4g}" if sparsity.startswith("k") else sparsity
-    if figures.get("correction") == {}:
-        aim += ", missed: thresholds are exported as training left them"
-    if figures["used_share"] < ALL_OF_IT:
-        aim += f" of {sparsity}: positive affinities ran out"
-    parts = [f"L0 {figures['l0']:.1f} ({aim})", f"FVU {figures['fvu']:.3f}", f"dead {figures['dead_fraction']:.1%}"]
-    if "ce_recovered" in figures:
-        parts.append(f"CE recovered {figures['ce_recovered']:.1%}")
-    return ", ".join(parts)
-
-
-def results_of(summary: dict[str, Any], *, path: Path, sparsities: dict[str, str]) -> str:
-    """Return the last lines of a run: the quality of its SAEs, its speed and its directory.
-
-    Args:
-        summary: content of summary.json.
-        path: directory of the run.
-        sparsities: target of sparsity in words of each SAE, by name.
-    """
-    speed = f"{summary['tokens']:,} tokens at {summary['tokens_per_second']:,.0f} tokens/s; {path}"
-    if len(sparsities) == 1:
-        ((name, sparsity),) = sparsities.items()
-        return f"{summary['run']}: {verdict(summary['saes'][name], sparsity=sparsity)}; {speed}"
-    lines = [f"{name}: {verdict(figures, sparsity=sparsities[name])}" for name, figures in summary["saes"].items()]
-    n_stopped = sum("stopped" in figures for figures in summary["saes"].values())
-    stopped = f", {n_stopped} of them stopped" if n_stopped else ""
-    return "\n".join([*lines, f"{summary['run']}: {len(lines)} SAEs{stopped}; {speed}"])

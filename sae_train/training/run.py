@@ -23,12 +23,13 @@ from sae_train.sparsifiers import sparsifier_class
 from sae_train.training import signals
 from sae_train.training.checkpoint import Saver
 from sae_train.training.claiming import abandoned_if_refused, claim_on_first
-from sae_train.training.console import ProgressBar, results_of, say, warn
+from sae_train.training.console import ProgressBar, say, warn
 from sae_train.training.memory import named_when_it_runs_out
 from sae_train.training.names import run_name, sae_names
 from sae_train.training.plan import Plan, make_plan
 from sae_train.training.plan_text import describe
 from sae_train.training.provenance import check_source, provenance, resolve_precision
+from sae_train.training.results import results_text
 from sae_train.training.run_directory import RunDirectory
 from sae_train.training.same_on_ranks import check_same_settings, check_same_source
 from sae_train.training.session import Parts, Session
@@ -115,8 +116,7 @@ def run(config: RunConfig, *, saes: Sequence[SaeConfig], overrides: list[str], e
     elif ranks.is_first:
         entered(directory.path)
     if ranks.is_first:
-        sparsities = {name: sae.sparsity for name, sae in by_name.items()}
-        say(before + results_of(result, path=directory.path, sparsities=sparsities))
+        say(before + results_text(result, plan, facts, path=directory.path))
     return StoppedByNumbers.status if any("stopped" in figures for figures in result["saes"].values()) else 0
 
 

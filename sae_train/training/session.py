@@ -14,7 +14,6 @@ import torch
 import sae_train
 from sae_train.errors import CheckpointError, Preempted, UserError
 from sae_train.formats.durable import write_text
-from sae_train.formats.suite import suite_entries
 from sae_train.harvest.build import StreamFacts
 from sae_train.phases import Phases
 from sae_train.sae.autoencoder import SparseAutoencoder
@@ -26,6 +25,7 @@ from sae_train.training.learner import Learner
 from sae_train.training.metrics import spread_notice
 from sae_train.training.plan import Plan
 from sae_train.training.provenance import device_notices, processor
+from sae_train.training.results import suite_of, verdict
 from sae_train.training.run_directory import RunDirectory
 from sae_train.training.stopping import Stopping
 from sae_train.training.together import on_first, together
@@ -124,7 +124,7 @@ class Session:
         """
         seconds, directory, tokens = self._seconds(), self._parts.directory, self._trainer.tokens
         began = time.perf_counter()
-        figures = self._export()
+        figures = {} if self._trainer.is_empty else self._export()
         summary: dict[str, Any] = {
             "run": directory.path.name,
             "tokens": tokens,
@@ -141,9 +141,9 @@ class Session:
 
     def _write_results(self, summary: dict[str, Any]) -> None:
         """Write suite.json where there are several SAEs, then summary.json."""
-        directory, facts = self._parts.directory, self._parts.facts
+        directory = self._parts.directory
         if len(self._plan.saes) > 1:
-            entries = suite_entries(self._plan, summary, facts)
+            entries = suite_of(summary, self._plan, self._parts.facts)
             write_text(directory.suite, json.dumps(entries, indent=2) + "\n")
         write_text(directory.summary, json.dumps(summary, indent=2) + "\n")
 
@@ -253,6 +253,8 @@ class Session:
             except UserError as error:  # every rank that holds this SAE raises; others go on to their end
                 problem = error
                 break
+            if len(self._plan.saes) > 1:  # the verdict on a single SAE is the run's last line
+                say(f"{learner.name}: {verdict(figures, sparsity=learner.config.sparsity)}")
         self._ranks.raise_together(problem)
         return self._trainer.of_all_ranks({learner.name: figures for learner, _, figures in made})
 
