@@ -1,6 +1,5 @@
 """A run while it trains: where it begins, what happens at each event between steps, and what it leaves at the end."""
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -12,20 +11,17 @@ from typing import Any
 import torch
 
 import sae_train
-from sae_train.errors import CheckpointError, Preempted, UserError
-from sae_train.formats.durable import write_text
+from sae_train.errors import CheckpointError, Preempted
 from sae_train.harvest.build import StreamFacts
 from sae_train.phases import Phases
-from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.training import checkpoint_files, restore, resume_notices
 from sae_train.training.checkpoint import Saver
 from sae_train.training.console import TRAINING, progress_text, say, warn
-from sae_train.training.export import check_held_out, evaluation_figures, export_all, write_export
-from sae_train.training.learner import Learner
+from sae_train.training.export import check_held_out, evaluation_figures, export_all
 from sae_train.training.metrics import spread_notice
 from sae_train.training.plan import Plan
 from sae_train.training.provenance import device_notices, processor
-from sae_train.training.results import suite_of, verdict
+from sae_train.training.results import write_results, write_saes
 from sae_train.training.run_directory import RunDirectory
 from sae_train.training.stopping import Stopping
 from sae_train.training.together import on_first, together
@@ -135,17 +131,9 @@ class Session:
             "saes": {name: figures.get(name) or {"stopped": self._trainer.stopped[name]} for name in self._plan.saes},
         }
         self._phases.meet()
-        self._on_first(lambda: self._write_results(summary))
+        self._on_first(lambda: write_results(summary, self._plan, self._parts.facts, directory))
         self._dashboard.summarise(summary["saes"])
         return summary
-
-    def _write_results(self, summary: dict[str, Any]) -> None:
-        """Write suite.json where there are several SAEs, then summary.json."""
-        directory = self._parts.directory
-        if len(self._plan.saes) > 1:
-            entries = suite_of(summary, self._plan, self._parts.facts)
-            write_text(directory.suite, json.dumps(entries, indent=2) + "\n")
-        write_text(directory.summary, json.dumps(summary, indent=2) + "\n")
 
     def _resume(self, found: restore.Checkpoint) -> None:
         """Continue from a checkpoint, and tell the user where and how."""
@@ -241,33 +229,8 @@ class Session:
         """Write `saes/NAME/` of every SAE; return the entries of the summary by name, of all ranks. Collective."""
         made = export_all(self._trainer, self._phases)
         self._log(self._evaluation_rows({learner.name: figures for learner, _, figures in made}))
-        filtered = self._stream.dropped_shares()
-        problem: UserError | None = None
-        for learner, sae, figures in made:
-            figures |= {
-                "filtered_share": filtered[learner.plan.site],
-                "dead_fraction_training": learner.dead_fraction(),
-            }
-            try:
-                self._write_export(learner, sae, figures)
-            except UserError as error:  # every rank that holds this SAE raises; others go on to their end
-                problem = error
-                break
-            if len(self._plan.saes) > 1:  # the verdict on a single SAE is the run's last line
-                say(f"{learner.name}: {verdict(figures, sparsity=learner.config.sparsity)}")
-        self._ranks.raise_together(problem)
-        return self._trainer.of_all_ranks({learner.name: figures for learner, _, figures in made})
-
-    def _write_export(self, learner: Learner, sae: SparseAutoencoder, figures: dict[str, Any]) -> None:
-        write_export(
-            sae,
-            self._parts.directory.path / "saes" / learner.name,
-            trainer=self._trainer,
-            learner=learner,
-            facts=self._parts.facts,
-            figures=figures,
-            phases=self._phases,
-        )
+        own = write_saes(made, self._trainer, self._parts.directory, self._parts.facts, phases=self._phases)
+        return self._trainer.of_all_ranks(own)
 
     def _save_this_step(self) -> None:
         """Write and publish a checkpoint of this very step, before the run leaves."""
