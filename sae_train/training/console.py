@@ -6,6 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sae_train.training.throughput import slowest_part
+
 TRAINING = "training"
 """The phase whose bar stays on the screen."""
 SECONDS_TO_THE_FIRST, SECONDS_INSIDE, SECONDS_ON_A_TERMINAL, SECONDS_IN_A_FILE = 0.5, 5.0, 0.5, 15.0
@@ -74,7 +76,7 @@ def _room() -> dict[str, Any]:
 def progress_text(rows: list[dict[str, Any]]) -> str:
     """Return the text behind the bar of the training, from the newest row of each SAE."""
     worst = max(rows, key=lambda row: float(row["train/fvu"]))
-    slowest = f"; slowest: {worst['perf/slowest']}" if "perf/slowest" in worst else ""
+    slowest = f"; slowest: {slowest_part(worst)}" if slowest_part(worst) else ""
     if len(rows) > 1:
         return f"highest FVU {worst['train/fvu']:.3f} ({worst['sae']}){slowest}"
     return f"FVU {worst['train/fvu']:.3f}, L0 {worst['train/l0']:.1f}, dead {worst['train/dead_features']}{slowest}"

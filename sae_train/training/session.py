@@ -126,6 +126,7 @@ class Session:
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / max(seconds, 1e-9),
+            "throughput": self._trainer.throughput.summary(),
             "evaluation_seconds": time.perf_counter() - began,
             "data": self._stream.data_figures(),
             "saes": {name: figures.get(name) or {"stopped": self._trainer.stopped[name]} for name in self._plan.saes},
@@ -255,6 +256,7 @@ class Session:
             "identity": self._parts.identity,
             "widths": self._widths(),
             "stopped": trainer.stopped,
+            "throughput": trainer.throughput.totals().tolist(),
             "evaluation_due": self._evaluation_due,
             "sae_train_version": sae_train.__version__,
         } | self._computation()

@@ -19,6 +19,7 @@ from sae_train.training.restore import Checkpoint
 from sae_train.training.schedule import is_due
 from sae_train.training.scratch import Scratch
 from sae_train.training.step_clock import StepClock
+from sae_train.training.throughput import Throughput
 
 T = TypeVar("T")
 
@@ -57,6 +58,7 @@ class Trainer:
         self.learners, self.stream, self.source, self.plan, self.ranks = list(learners), stream, source, plan, ranks
         self.stopped: dict[str, str] = {}
         self.n_done = 0
+        self.throughput = Throughput(stream.meter, ranks=ranks)
         self._clock = StepClock()
 
     @property
@@ -78,7 +80,9 @@ class Trainer:
         """Train to the end of the plan."""
         while not self.is_done:
             events.stop()
-            self.step(self._harvest(events))
+            batch = self._harvest(events)
+            with self.stream.meter.timed("trained", self.plan.batch_tokens // self.ranks.size):
+                self.step(batch)
             self._clock.stop()
             events.advance(self.plan.batch_tokens)
             if self._is_due(self.source.log_every):
@@ -110,6 +114,7 @@ class Trainer:
         interval = self.source.log_every
         own = self._of_each(lambda learner: learner.row(step=self.n_done, interval=interval))
         shared = self.stream.figures() | self._clock.row(harvested_in_background=self.stream.beside_seconds())
+        shared |= self.throughput.row()
         place = {"step": self.n_done, "tokens": self.tokens}
         return [{"sae": name} | place | row | shared for name, row in own.items()]
 
@@ -141,6 +146,7 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint, whatever ranks wrote it."""
         self._leave_out(checkpoint.notes["stopped"])
+        self.throughput.load_totals(checkpoint.notes["throughput"])
         for learner in self.learners:
             learner.load_state(checkpoint.sae_state(learner.name, *learner.features))
         state = checkpoint.stream
