@@ -1,8 +1,9 @@
 """Seconds and tokens of each part of a run, from the text to the step. Clocks alone: nothing waits for a device."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 PARTS = {
     "read": "reading",
@@ -11,7 +12,9 @@ PARTS = {
     "pooled": "the pool",
     "trained": "training",
 }
-"""Parts in the order in which a token passes them, with their names for the user. Files have no tokeniser and no pool."""
+"""Parts in the order in which a token passes them, with their names for the user. Files are only read."""
+SUFFIX = "_tokens_per_second"
+"""End of the names of their speeds in a row of metrics, such as `perf/harvested_tokens_per_second`."""
 
 
 class Meter:
@@ -37,3 +40,9 @@ class Meter:
     def count(self, part: str, n_tokens: int) -> None:
         """Count tokens to a part whose block did not show their number beforehand."""
         self.tokens[part] += n_tokens
+
+
+def slowest_part(row: Mapping[str, Any]) -> str:
+    """Return the user's name of the slowest part of a row's interval, or '' where none was timed."""
+    timed = {part: row[f"perf/{part}{SUFFIX}"] for part in PARTS if f"perf/{part}{SUFFIX}" in row}
+    return PARTS[min(timed, key=lambda part: float(timed[part]))] if timed else ""

@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sae_train.training.throughput import slowest_part
+from sae_train.harvest.meter import slowest_part
 
 TRAINING = "training"
 """The phase whose bar stays on the screen."""

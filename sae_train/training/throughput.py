@@ -5,11 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_train.harvest.meter import PARTS, Meter
+from sae_train.harvest.meter import PARTS, SUFFIX, Meter
 from sae_train.ranks.interface import Ranks
-
-SUFFIX = "_tokens_per_second"
-"""End of the names of these figures in a row of metrics, `perf/harvested_tokens_per_second`."""
 
 
 class Throughput:
@@ -46,12 +43,6 @@ class Throughput:
         """Continue from the `totals` of an earlier process, as JSON holds them."""
         self._before = torch.tensor(totals, dtype=torch.float64)
         self._told = self._before.clone()
-
-
-def slowest_part(row: dict[str, Any]) -> str:
-    """Return the user's name of the slowest part of a row's interval, or '' where none was timed."""
-    timed = {part: row[f"perf/{part}{SUFFIX}"] for part in PARTS if f"perf/{part}{SUFFIX}" in row}
-    return PARTS[min(timed, key=lambda part: float(timed[part]))] if timed else ""
 
 
 def _speeds(totals: Tensor) -> dict[str, float]:
