@@ -247,19 +247,19 @@ class Session:
             is_last: publish it before this returns.
         """
         trainer, plan = self._trainer, self._plan
-        notes = {
-            "step": trainer.n_done,
-            "tokens": trainer.tokens,
-            "metrics_rows": self._metrics.n_rows,
-            "seconds": self._seconds(),
-            "n_ranks": self._ranks.size,
-            "identity": self._parts.identity,
-            "widths": self._widths(),
-            "stopped": trainer.stopped,
-            "throughput": trainer.throughput.totals().tolist(),
-            "evaluation_due": self._evaluation_due,
-            "sae_train_version": sae_train.__version__,
-        } | self._computation()
+        notes = (
+            trainer.notes()
+            | {
+                "metrics_rows": self._metrics.n_rows,
+                "seconds": self._seconds(),
+                "n_ranks": self._ranks.size,
+                "identity": self._parts.identity,
+                "widths": self._widths(),
+                "evaluation_due": self._evaluation_due,
+                "sae_train_version": sae_train.__version__,
+            }
+            | self._computation()
+        )
         may_go_on = not is_last and trainer.n_done < plan.steps
         self._saver.save(trainer.contents(), notes, may_go_on=may_go_on, phases=self._phases)
 

@@ -143,6 +143,15 @@ class Trainer:
             },
         )
 
+    def notes(self) -> dict[str, Any]:
+        """Return the entries of checkpoint.json that `restore` reads. Collective."""
+        return {
+            "step": self.n_done,
+            "tokens": self.tokens,
+            "stopped": self.stopped,
+            "throughput": self.throughput.totals().tolist(),
+        }
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint, whatever ranks wrote it."""
         self._leave_out(checkpoint.notes["stopped"])

@@ -202,8 +202,7 @@ def save(config: RunConfig, ranks: Ranks, folder: Path, *, steps: int) -> None:
     trainer = build(config, ranks)
     for step in range(steps):
         trainer.step(trainer.stream.batch(step))
-    notes = {"step": steps, "tokens": trainer.tokens}
-    checkpoint.begin(folder, trainer.contents(), notes=notes, ranks=ranks, keep=0).publish()
+    checkpoint.begin(folder, trainer.contents(), notes=trainer.notes(), ranks=ranks, keep=0).publish()
 
 
 def resume(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, torch.Tensor]:
