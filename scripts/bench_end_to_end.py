@@ -34,7 +34,7 @@ def build(said: list[str]) -> Trainer:
     stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
     precision = resolve_precision(config.precision, stored=None, device=ranks.device)
-    return build_trainer(config.source, [config.sae], plan, stream=stream, precision=precision, ranks=ranks)
+    return build_trainer(config.source, plan, stream=stream, precision=precision, ranks=ranks)
 
 
 def timed(act: Callable[[], Any]) -> float:

@@ -119,6 +119,11 @@ class LayerConfig(Settings):
 
     kind: str
 
+    @property
+    def names_several(self) -> bool:
+        """Whether it stands for the sites of several blocks, which only the model shows."""
+        return False
+
 
 @dataclass(kw_only=True, slots=True)
 class BlockLayerConfig(LayerConfig):
@@ -126,6 +131,10 @@ class BlockLayerConfig(LayerConfig):
 
     index: Any
     """Block, from 0. A negative number counts from the end; 'middle' is n_blocks // 2."""
+
+    @property
+    def names_several(self) -> bool:
+        return isinstance(self.index, str) and self.index != "middle"
 
     def conflicts(self) -> list[str]:
         index = self.index
