@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -140,8 +141,16 @@ class RunConfig(Settings):
 
     @property
     def source(self) -> SourceConfig:
-        """The settings that decide the stream of activations."""
-        return SourceConfig(**_values(self, SourceConfig), reads_gradients=self.reads_gradients)
+        """The settings that decide the stream of activations of a run of one SAE."""
+        return self.source_for((self.sae,))
+
+    def source_for(self, saes: Sequence[SaeConfig]) -> SourceConfig:
+        """Return the settings that decide the stream of activations from which `saes` learn."""
+        layers: list[LayerConfig] = []
+        for sae in saes:
+            layers += [] if sae.layer in layers else [sae.layer]
+        reads_gradients = any(sae.sparsifier.reads_gradients for sae in saes)
+        return SourceConfig(**_values(self, SourceConfig), layers=tuple(layers), reads_gradients=reads_gradients)
 
     @property
     def sae(self) -> SaeConfig:
