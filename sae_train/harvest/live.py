@@ -5,6 +5,7 @@ Letters: D d_model.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -73,15 +74,17 @@ class LiveStream(Stream):
             raw = RawRows(text, language_model=self.language_model, tokenizer=tokenizer,
                           contexts_per_forward=sizes.contexts_per_forward,
                           reads_gradients=source.reads_gradients)  # fmt: skip
-            pool = LanePool({site: rows[place] for site, rows in storage.items()}, lane=number, share=sizes.share, seed=source.data.seed,
+            own = {site: rows[place] for site, rows in storage.items()}
+            pool = LanePool(own, lane=number, share=sizes.share, seed=source.data.seed,
                             forward_rows=sizes.forward_tokens)  # fmt: skip
             lanes.append(LiveLane(raw, pool))
         return lanes
 
     def _empty(self, *shape: int) -> dict[str, Batch]:
         """Return uninitialised rows [*shape, D] of each site, for batches of this stream."""
-        own = {"gradients": self._source.reads_gradients, "dtype": self._dtype, "device": self._ranks.device}
-        return {label: Batch.empty(*shape, site.d_model, **own) for label, site in self.language_model.sites.items()}
+        empty = partial(Batch.empty, gradients=self._source.reads_gradients, dtype=self._dtype,
+                        device=self._ranks.device)  # fmt: skip
+        return {label: empty(*shape, site.d_model) for label, site in self.language_model.sites.items()}
 
     def start(self, phases: Phases = SILENT) -> None:
         """Fix the scalings from each lane's first tokens, which are also the first tokens of its pool."""
@@ -202,7 +205,8 @@ class LiveStream(Stream):
         return partial(min(wanting, key=lambda lane: lane.in_hand).work_ahead, self.scalings, self._dtype)
 
     def _set_scalings(self, scalings: dict[str, Scaling]) -> None:
-        self.scalings = scalings
+        device = self._ranks.device
+        self.scalings = {site: replace(each, centre_D=each.centre_D.to(device)) for site, each in scalings.items()}
         self.held_out.limits = {site: scaling.limit for site, scaling in scalings.items()}
 
     def _calibration_blocks(self, lane: LiveLane, quota: int, phases: Phases) -> list[Block]:
