@@ -11,8 +11,9 @@ from typing import Annotated, Any
 from sae_train.config.auxiliary import AuxKConfig, AuxLossConfig, AuxZipfConfig, NoAuxLossConfig
 from sae_train.config.budget import BudgetConfig, PooledBudgetConfig
 from sae_train.config.dictionary import NestingConfig, ParametrisationConfig
-from sae_train.config.execution import CheckpointConfig, ParallelConfig, TrackingConfig
+from sae_train.config.execution import CheckpointConfig, ParallelConfig, PlanConfig, TrackingConfig
 from sae_train.config.harvest import (
+    BlockLayerConfig,
     DataConfig,
     HarvestConfig,
     LayerConfig,
@@ -33,7 +34,11 @@ PRECISIONS = ("auto", "bf16", "float32", "float64")
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig(Settings):
-    """All settings of a run, the dials first. The command line composes it; `training/run.py` splits it up."""
+    """All settings of a run, the dials first. The command line composes it; `training/run.py` splits it up.
+
+    In a run of several SAEs, the settings that belong to an SAE are those of the first one. `variants` and `grid` are
+    as they were typed.
+    """
 
     k: Annotated[float | None, Range(above=0, null_with="sparsifier.coefficient")]
     """Mean number of active features a token, for every sparsifier. null where sparsifier.coefficient is given."""
@@ -65,6 +70,12 @@ class RunConfig(Settings):
     """Directory that holds the runs."""
     dry_run: bool
     """Print the plan and stop."""
+    variants: list[str] | None
+    """Train an SAE for each entry, a text of key=value words: ["k=16","sparsifier=topk k=24"]. An entry changes what
+    belongs to an SAE. Default: one SAE."""
+    grid: dict[str, Any] | None
+    """Train an SAE for each combination of values: {layer:[residual,mlp],layer.index:all,k:[16,32]}. With variants,
+    each entry takes every combination. Default: none."""
     model: ModelConfig
     data: DataConfig
     harvest: HarvestConfig
@@ -77,6 +88,7 @@ class RunConfig(Settings):
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig
     parallel: ParallelConfig
+    plan: PlanConfig
     tracking: TrackingConfig
 
     def __post_init__(self) -> None:
@@ -97,7 +109,7 @@ class RunConfig(Settings):
             found.append(problem)
         if isinstance(self.harvest, LiveHarvestConfig) and not self.harvest.problems() and self.batch_tokens > 0:
             found += lane_problems(self.harvest, batch_tokens=self.batch_tokens)
-        return found + self._budget_conflicts() + self._fractional_problems()
+        return found + self._budget_conflicts() + self._fractional_problems() + self._layer_conflicts()
 
     def _sparsity_conflicts(self) -> list[str]:
         """Return the problems of a run with both k and a coefficient, or with none of them."""
@@ -118,6 +130,16 @@ class RunConfig(Settings):
                 "Choose another, or give k."
             )
         return found
+
+    def _layer_conflicts(self) -> list[str]:
+        """Return the problem of a layer of several blocks that no grid has asked for."""
+        layer = self.layer
+        if not isinstance(layer, BlockLayerConfig) or layer.stride is None or "layer.index" in (self.grid or {}):
+            return []
+        value = "all" if layer.stride == 1 else f'"every={layer.stride}"'
+        return [
+            f"layer.index={layer.index}: several blocks, which only a grid takes. Write 'grid={{layer.index:{value}}}'."
+        ]
 
     def _loss_conflicts(self) -> list[str]:
         """Return the problems of an auxiliary loss or a parametrisation that does not work with the sparsifier."""
@@ -225,7 +247,7 @@ def _nearest_whole(value: float) -> list[int]:
     return [number for number in both if number >= 1] or [1]
 
 
-FREE_KEYS = ("name", "runs", "dry_run", "log_every", "evaluate_every", "checkpoint", "parallel", "tracking", "plan")
+FREE_KEYS = ("name", "runs", "dry_run", "log_every", "evaluate_every", "checkpoint", "parallel", "plan", "tracking")
 """Top-level keys that cannot change the exported SAE. They are not part of a run's identity."""
 LIST_KEYS = ("variants", "grid")
 """Top-level keys that make the list of SAEs. The list itself is part of the identity."""
