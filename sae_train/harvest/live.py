@@ -5,7 +5,6 @@ Letters: D d_model.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,6 +19,7 @@ from sae_train.harvest.lanes import Lane, check_lanes
 from sae_train.harvest.language_model import LanguageModel, Tokenizer
 from sae_train.harvest.live_checks import LiveParts
 from sae_train.harvest.live_lane import LiveLane
+from sae_train.harvest.meter import Meter
 from sae_train.harvest.pool import LanePool
 from sae_train.harvest.prefetch import Prefetcher
 from sae_train.harvest.raw_rows import Block, RawRows
@@ -40,7 +40,7 @@ class LiveStream(Stream):
 
     def __init__(self, source: SourceConfig, parts: LiveParts, *, ranks: Ranks, phases: Phases = SILENT) -> None:
         self._source, self._ranks, self._harvest, self._sizes = source, ranks, source.live, source.lane_sizes
-        self._dtype, tokenizer = run_dtype(source.precision), parts.tokenizer
+        self._dtype, tokenizer, self.meter = run_dtype(source.precision), parts.tokenizer, Meter()
         self._corpus = self._fetch(tokenizer, phases) if parts.corpus is None else parts.corpus
         phases.meet()
         self.language_model = LanguageModel(source, device=ranks.device, facts=parts.model, phases=phases)
@@ -70,21 +70,22 @@ class LiveStream(Stream):
         for place in range(n_owned):
             number = self._ranks.rank * n_owned + place
             text = Lane(number, stretches=stretches, corpus=self._corpus, tokenizer=tokenizer, seed=source.data.seed,
-                        context_length=sizes.context_length, repeat=source.data.repeat)  # fmt: skip
+                        context_length=sizes.context_length, repeat=source.data.repeat, meter=self.meter)  # fmt: skip
             raw = RawRows(text, language_model=self.language_model, tokenizer=tokenizer,
                           contexts_per_forward=sizes.contexts_per_forward,
-                          reads_gradients=source.reads_gradients)  # fmt: skip
-            own = {site: rows[place] for site, rows in storage.items()}
-            pool = LanePool(own, lane=number, share=sizes.share, seed=source.data.seed,
+                          reads_gradients=source.reads_gradients, meter=self.meter)  # fmt: skip
+            pool = LanePool({site: rows[place] for site, rows in storage.items()}, lane=number, share=sizes.share, seed=source.data.seed,
                             forward_rows=sizes.forward_tokens)  # fmt: skip
-            lanes.append(LiveLane(raw, pool))
+            lanes.append(LiveLane(raw, pool, meter=self.meter))
         return lanes
 
     def _empty(self, *shape: int) -> dict[str, Batch]:
         """Return uninitialised rows [*shape, D] of each site, for batches of this stream."""
-        empty = partial(Batch.empty, gradients=self._source.reads_gradients, dtype=self._dtype,
-                        device=self._ranks.device)  # fmt: skip
-        return {label: empty(*shape, site.d_model) for label, site in self.language_model.sites.items()}
+        gradients, device = self._source.reads_gradients, self._ranks.device
+        return {
+            label: Batch.empty(*shape, site.d_model, gradients=gradients, dtype=self._dtype, device=device)
+            for label, site in self.language_model.sites.items()
+        }
 
     def start(self, phases: Phases = SILENT) -> None:
         """Fix the scalings from each lane's first tokens, which are also the first tokens of its pool."""
@@ -127,7 +128,7 @@ class LiveStream(Stream):
         assert all(lane.pool.taken == step * share for lane in self._lanes), "steps are read in order"
         batch = self._empty(len(self._lanes) * share)
         self.fill()
-        with self._prefetcher.changing():
+        with self._prefetcher.changing(), self.meter.timed("pooled", len(self._lanes) * share):
             for place, lane in enumerate(self._lanes):
                 lane.pool.take({site: rows[place * share : (place + 1) * share] for site, rows in batch.items()})
         return batch
@@ -205,8 +206,7 @@ class LiveStream(Stream):
         return partial(min(wanting, key=lambda lane: lane.in_hand).work_ahead, self.scalings, self._dtype)
 
     def _set_scalings(self, scalings: dict[str, Scaling]) -> None:
-        device = self._ranks.device
-        self.scalings = {site: replace(each, centre_D=each.centre_D.to(device)) for site, each in scalings.items()}
+        self.scalings = scalings
         self.held_out.limits = {site: scaling.limit for site, scaling in scalings.items()}
 
     def _calibration_blocks(self, lane: LiveLane, quota: int, phases: Phases) -> list[Block]:
