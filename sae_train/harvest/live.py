@@ -20,6 +20,7 @@ from sae_train.harvest.lanes import Lane, check_lanes
 from sae_train.harvest.language_model import LanguageModel, Tokenizer
 from sae_train.harvest.live_checks import LiveParts
 from sae_train.harvest.live_lane import LiveLane
+from sae_train.harvest.meter import Meter
 from sae_train.harvest.pool import LanePool
 from sae_train.harvest.prefetch import Prefetcher
 from sae_train.harvest.raw_rows import Block, RawRows
@@ -40,6 +41,7 @@ class LiveStream(Stream):
 
     def __init__(self, source: SourceConfig, parts: LiveParts, *, ranks: Ranks, phases: Phases = SILENT) -> None:
         self._source, self._ranks, self._harvest, self._sizes = source, ranks, source.live, source.lane_sizes
+        self.meter = Meter()
         self._dtype, tokenizer = run_dtype(source.precision), parts.tokenizer
         self._corpus = self._fetch(tokenizer, phases) if parts.corpus is None else parts.corpus
         phases.meet()
@@ -70,14 +72,14 @@ class LiveStream(Stream):
         for place in range(n_owned):
             number = self._ranks.rank * n_owned + place
             text = Lane(number, stretches=stretches, corpus=self._corpus, tokenizer=tokenizer, seed=source.data.seed,
-                        context_length=sizes.context_length, repeat=source.data.repeat)  # fmt: skip
+                        context_length=sizes.context_length, repeat=source.data.repeat, meter=self.meter)  # fmt: skip
             raw = RawRows(text, language_model=self.language_model, tokenizer=tokenizer,
                           contexts_per_forward=sizes.contexts_per_forward,
-                          reads_gradients=source.reads_gradients)  # fmt: skip
+                          reads_gradients=source.reads_gradients, meter=self.meter)  # fmt: skip
             own = {site: rows[place] for site, rows in storage.items()}
             pool = LanePool(own, lane=number, share=sizes.share, seed=source.data.seed,
                             forward_rows=sizes.forward_tokens)  # fmt: skip
-            lanes.append(LiveLane(raw, pool))
+            lanes.append(LiveLane(raw, pool, self.meter))
         return lanes
 
     def _empty(self, *shape: int) -> dict[str, Batch]:
@@ -127,7 +129,7 @@ class LiveStream(Stream):
         assert all(lane.pool.taken == step * share for lane in self._lanes), "steps are read in order"
         batch = self._empty(len(self._lanes) * share)
         self.fill()
-        with self._prefetcher.changing():
+        with self._prefetcher.changing(), self.meter.timed("pooled"):
             for place, lane in enumerate(self._lanes):
                 lane.pool.take({site: rows[place * share : (place + 1) * share] for site, rows in batch.items()})
         return batch

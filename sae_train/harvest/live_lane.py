@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae_train.harvest.batch import Batch
 from sae_train.harvest.filter import next_kept, shortened_to, within
+from sae_train.harvest.meter import Meter
 from sae_train.harvest.pool import LanePool
 from sae_train.harvest.prefetch import Result
 from sae_train.harvest.raw_rows import Block, Patience, RawRows
@@ -50,8 +51,8 @@ class LiveLane:
         has_ended: whether no row comes after those in the pool.
     """
 
-    def __init__(self, raw: RawRows, pool: LanePool) -> None:
-        self.raw, self.pool = raw, pool
+    def __init__(self, raw: RawRows, pool: LanePool, meter: Meter) -> None:
+        self.raw, self.pool, self._meter = raw, pool, meter
         self.seen, self.dropped = 0, dict.fromkeys(pool.sites, 0)
         self._patience = {site: Patience(f"lane {raw.lane}, {site}") for site in pool.sites}
         self._early: deque[Result[Kept | None]] = deque()
@@ -91,7 +92,8 @@ class LiveLane:
 
     def absorb(self, kept: Kept) -> None:
         """Put rows into the pool."""
-        self.pool.add(kept.rows)
+        with self._meter.timed("pooled", len(kept)):
+            self.pool.add(kept.rows)
         self.seen += len(kept)
         for site, n_over in kept.n_over.items():
             self.dropped[site] += n_over
@@ -109,7 +111,8 @@ class LiveLane:
                 break
             self.absorb(kept)
             phases.advance(len(kept))
-        self.pool.shuffle()
+        with self._meter.timed("pooled"):
+            self.pool.shuffle()
 
     def wants_more(self, *, most_rows: int, last_row: int) -> bool:
         """Return whether the next refill has a use for one more forward pass than was made ahead.
@@ -141,7 +144,10 @@ class LiveLane:
 
     def _next(self, scalings: Mapping[str, Scaling], dtype: torch.dtype) -> Kept | None:
         block = self.raw.next()
-        return None if block is None else self.keep(block, scalings, dtype)
+        if block is None:
+            return None
+        with self._meter.timed("harvested"):
+            return self.keep(block, scalings, dtype)
 
     @property
     def epochs(self) -> float:

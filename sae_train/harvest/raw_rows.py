@@ -13,6 +13,7 @@ from sae_train.errors import DataError
 from sae_train.harvest.filter import check_finite, trainable
 from sae_train.harvest.lanes import Lane
 from sae_train.harvest.language_model import LanguageModel, Tokenizer
+from sae_train.harvest.meter import Meter
 
 _FRUITLESS_FORWARDS = 200
 _CONTEXTS_COUNTED = 64
@@ -71,17 +72,18 @@ class RawRows:
     """
 
     def __init__(self, text: Lane, *, language_model: LanguageModel, tokenizer: Tokenizer, contexts_per_forward: int,
-                 reads_gradients: bool) -> None:  # fmt: skip
+                 reads_gradients: bool, meter: Meter) -> None:  # fmt: skip
         """Args:
         text: the lane's text.
         language_model: gives the activations of its sites.
         tokenizer: gives the special tokens.
         contexts_per_forward: contexts of a forward pass.
         reads_gradients: whether blocks hold gradients.
+        meter: counts the seconds of forward passes.
         """
         self.lane = text.index
         self._text, self._language_model, self._tokenizer = text, language_model, tokenizer
-        self._contexts_per_forward, self._reads_gradients = contexts_per_forward, reads_gradients
+        self._contexts_per_forward, self._reads_gradients, self._meter = contexts_per_forward, reads_gradients, meter
         self._patience = Patience(f"lane {text.index}")
 
     def next(self) -> Block | None:
@@ -93,14 +95,20 @@ class RawRows:
         ids_BT = self._text.contexts(self._contexts_per_forward)
         if not len(ids_BT):
             return None
-        model = self._language_model
         largest = int(ids_BT.max())
-        if largest >= model.vocab:
+        if largest >= self._language_model.vocab:
             raise DataError(
-                f"the tokenizer gives token {largest}, the language model has {model.vocab} tokens. "
+                f"the tokenizer gives token {largest}, the language model has {self._language_model.vocab} tokens. "
                 "Use the tokenizer that belongs to the model."
             )
-        gradients: dict[str, Tensor] = {}
+        with self._meter.timed("harvested", ids_BT.numel()):
+            raw, gradients = self._run(ids_BT)
+        self._patience.see(len(next(iter(raw.values()))))
+        return Block(raw, gradients, self._text.state(), self._text.has_ended)
+
+    def _run(self, ids_BT: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return activations and gradients of the trainable tokens of contexts, by site."""
+        model, gradients = self._language_model, dict[str, Tensor]()
         if self._reads_gradients:
             raw, gradients = model.activations_and_gradients(ids_BT)
         else:
@@ -110,8 +118,7 @@ class RawRows:
         gradients = {label: gradient_BTD.flatten(0, 1)[place_N] for label, gradient_BTD in gradients.items()}
         check_finite({label: [raw_ND, *([gradients[label]] if gradients else [])] for label, raw_ND in raw.items()},
                      language_model=model)  # fmt: skip
-        self._patience.see(len(place_N))
-        return Block(raw, gradients, self._text.state(), self._text.has_ended)
+        return raw, gradients
 
     @property
     def has_ended(self) -> bool:

@@ -14,6 +14,7 @@ from sae_train.config.harvest import LayerConfig
 from sae_train.config.source import SourceConfig
 from sae_train.harvest.batch import Batch
 from sae_train.harvest.held_out import HeldOut
+from sae_train.harvest.meter import Meter
 from sae_train.harvest.scaling import Scaling
 from sae_train.phases import SILENT, Phases
 
@@ -103,11 +104,13 @@ class Stream(ABC):
         scalings: the scaling of each site by its label. `start` or `restore` sets them.
         language_model: None when activations are read from files.
         held_out: activations that are never trained on.
+        meter: seconds and tokens of each part of the harvest on this rank.
     """
 
     scalings: dict[str, Scaling]
     language_model: "LanguageModel | None"
     held_out: HeldOut
+    meter: Meter
 
     @abstractmethod
     def start(self, phases: Phases = SILENT) -> None:

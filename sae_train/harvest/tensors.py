@@ -15,6 +15,7 @@ from sae_train.config.source import SourceConfig
 from sae_train.errors import DataError
 from sae_train.harvest.batch import Batch
 from sae_train.harvest.held_out import TensorHeldOut
+from sae_train.harvest.meter import Meter
 from sae_train.harvest.prefetch import Prefetcher, Result
 from sae_train.harvest.row_plan import RowPlan
 from sae_train.harvest.scaling import Scaling, fit_scaling, from_states, states_of
@@ -41,7 +42,7 @@ class TensorStream(Stream):
 
     def __init__(self, source: SourceConfig, plan: RowPlan, *, ranks: Ranks) -> None:
         self._source, self._ranks, self._harvest = source, ranks, source.tensors
-        self._plan, self.language_model = plan, None
+        self._plan, self.language_model, self.meter = plan, None, Meter()
         dtype = run_dtype(source.precision)
         self._table = TensorTable(plan.files, dtype=dtype, gradients=source.reads_gradients)
         first = plan.n_training if plan.held_out_files is None else 0
@@ -96,8 +97,9 @@ class TensorStream(Stream):
     def _read(self, step: int) -> Batch:
         n_local = self._source.batch_tokens // self._ranks.size
         first = step * self._source.batch_tokens + self._ranks.rank * n_local
-        index_N = self._indices(first, first + n_local)
-        raw_ND, gradient_ND, device = self._table.rows(index_N), self._table.gradient_rows(index_N), self._ranks.device
+        index_N, device = self._indices(first, first + n_local), self._ranks.device
+        with self.meter.timed("read", n_local):
+            raw_ND, gradient_ND = self._table.rows(index_N), self._table.gradient_rows(index_N)
         return self._scaling.normalise(raw_ND.to(device), None if gradient_ND is None else gradient_ND.to(device))
 
     def _find_work(self) -> Callable[[], None] | None:
