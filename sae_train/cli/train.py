@@ -133,7 +133,7 @@ def _run(points: "list[Point]", record: outcome.Record) -> int:
         if name and process.rank == 0:
             sys.stderr.write(f"{name}\n")
         try:
-            statuses[name] = run(point.config, overrides=point.overrides, entered=record.begin)
+            statuses[name] = run(point.config, saes=point.saes, overrides=point.overrides, entered=record.begin)
         except UserError as error:
             in_use = isinstance(error, DirectoryInUse)
             problem = f"{name}: {error}" if name else str(error)

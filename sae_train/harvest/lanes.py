@@ -122,8 +122,8 @@ class Lane:
             with self._meter.timed("tokenised"):
                 n_tokens = self._packer.add(part.text, is_end=part.is_end)
             self._epoch_tokens += n_tokens
-            for done in ("read", "tokenised"):
-                self._meter.count(done, n_tokens)
+            self._meter.count("read", n_tokens)
+            self._meter.count("tokenised", n_tokens)
         return True
 
 

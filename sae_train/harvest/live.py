@@ -41,8 +41,7 @@ class LiveStream(Stream):
 
     def __init__(self, source: SourceConfig, parts: LiveParts, *, ranks: Ranks, phases: Phases = SILENT) -> None:
         self._source, self._ranks, self._harvest, self._sizes = source, ranks, source.live, source.lane_sizes
-        self.meter = Meter()
-        self._dtype, tokenizer = run_dtype(source.precision), parts.tokenizer
+        self._dtype, tokenizer, self.meter = run_dtype(source.precision), parts.tokenizer, Meter()
         self._corpus = self._fetch(tokenizer, phases) if parts.corpus is None else parts.corpus
         phases.meet()
         self.language_model = LanguageModel(source, device=ranks.device, facts=parts.model, phases=phases)
@@ -76,17 +75,18 @@ class LiveStream(Stream):
             raw = RawRows(text, language_model=self.language_model, tokenizer=tokenizer,
                           contexts_per_forward=sizes.contexts_per_forward,
                           reads_gradients=source.reads_gradients, meter=self.meter)  # fmt: skip
-            own = {site: rows[place] for site, rows in storage.items()}
-            pool = LanePool(own, lane=number, share=sizes.share, seed=source.data.seed,
+            pool = LanePool({site: rows[place] for site, rows in storage.items()}, lane=number, share=sizes.share, seed=source.data.seed,
                             forward_rows=sizes.forward_tokens)  # fmt: skip
-            lanes.append(LiveLane(raw, pool, self.meter))
+            lanes.append(LiveLane(raw, pool, meter=self.meter))
         return lanes
 
     def _empty(self, *shape: int) -> dict[str, Batch]:
         """Return uninitialised rows [*shape, D] of each site, for batches of this stream."""
-        empty = partial(Batch.empty, gradients=self._source.reads_gradients, dtype=self._dtype,
-                        device=self._ranks.device)  # fmt: skip
-        return {label: empty(*shape, site.d_model) for label, site in self.language_model.sites.items()}
+        gradients, device = self._source.reads_gradients, self._ranks.device
+        return {
+            label: Batch.empty(*shape, site.d_model, gradients=gradients, dtype=self._dtype, device=device)
+            for label, site in self.language_model.sites.items()
+        }
 
     def start(self, phases: Phases = SILENT) -> None:
         """Fix the scalings from each lane's first tokens, which are also the first tokens of its pool."""
@@ -129,7 +129,7 @@ class LiveStream(Stream):
         assert all(lane.pool.taken == step * share for lane in self._lanes), "steps are read in order"
         batch = self._empty(len(self._lanes) * share)
         self.fill()
-        with self._prefetcher.changing(), self.meter.timed("pooled"):
+        with self._prefetcher.changing(), self.meter.timed("pooled", len(self._lanes) * share):
             for place, lane in enumerate(self._lanes):
                 lane.pool.take({site: rows[place * share : (place + 1) * share] for site, rows in batch.items()})
         return batch

@@ -51,7 +51,7 @@ class LiveLane:
         has_ended: whether no row comes after those in the pool.
     """
 
-    def __init__(self, raw: RawRows, pool: LanePool, meter: Meter) -> None:
+    def __init__(self, raw: RawRows, pool: LanePool, *, meter: Meter) -> None:
         self.raw, self.pool, self._meter = raw, pool, meter
         self.seen, self.dropped = 0, dict.fromkeys(pool.sites, 0)
         self._patience = {site: Patience(f"lane {raw.lane}, {site}") for site in pool.sites}
@@ -92,7 +92,7 @@ class LiveLane:
 
     def absorb(self, kept: Kept) -> None:
         """Put rows into the pool."""
-        with self._meter.timed("pooled", len(kept)):
+        with self._meter.timed("pooled"):
             self.pool.add(kept.rows)
         self.seen += len(kept)
         for site, n_over in kept.n_over.items():
@@ -144,10 +144,8 @@ class LiveLane:
 
     def _next(self, scalings: Mapping[str, Scaling], dtype: torch.dtype) -> Kept | None:
         block = self.raw.next()
-        if block is None:
-            return None
         with self._meter.timed("harvested"):
-            return self.keep(block, scalings, dtype)
+            return None if block is None else self.keep(block, scalings, dtype)
 
     @property
     def epochs(self) -> float:

@@ -72,18 +72,19 @@ class RawRows:
     """
 
     def __init__(self, text: Lane, *, language_model: LanguageModel, tokenizer: Tokenizer, contexts_per_forward: int,
-                 reads_gradients: bool, meter: Meter) -> None:  # fmt: skip
+                 reads_gradients: bool, meter: Meter | None = None) -> None:  # fmt: skip
         """Args:
         text: the lane's text.
         language_model: gives the activations of its sites.
         tokenizer: gives the special tokens.
         contexts_per_forward: contexts of a forward pass.
         reads_gradients: whether blocks hold gradients.
-        meter: counts the seconds of forward passes.
+        meter: receives the time of forward passes.
         """
         self.lane = text.index
         self._text, self._language_model, self._tokenizer = text, language_model, tokenizer
-        self._contexts_per_forward, self._reads_gradients, self._meter = contexts_per_forward, reads_gradients, meter
+        self._contexts_per_forward, self._reads_gradients = contexts_per_forward, reads_gradients
+        self._meter = meter or Meter()
         self._patience = Patience(f"lane {text.index}")
 
     def next(self) -> Block | None:
@@ -101,13 +102,15 @@ class RawRows:
                 f"the tokenizer gives token {largest}, the language model has {self._language_model.vocab} tokens. "
                 "Use the tokenizer that belongs to the model."
             )
-        with self._meter.timed("harvested", ids_BT.numel()):
-            raw, gradients = self._run(ids_BT)
-        self._patience.see(len(next(iter(raw.values()))))
+        with self._meter.timed("harvested"):
+            raw, gradients = self._harvest(ids_BT)
+        n_rows = len(next(iter(raw.values())))
+        self._meter.count("harvested", n_rows)
+        self._patience.see(n_rows)
         return Block(raw, gradients, self._text.state(), self._text.has_ended)
 
-    def _run(self, ids_BT: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return activations and gradients of the trainable tokens of contexts, by site."""
+    def _harvest(self, ids_BT: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return activations and gradients of the trainable tokens by site; no gradients where none are read."""
         model, gradients = self._language_model, dict[str, Tensor]()
         if self._reads_gradients:
             raw, gradients = model.activations_and_gradients(ids_BT)

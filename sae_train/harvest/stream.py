@@ -104,9 +104,10 @@ class Stream(ABC):
         scalings: the scaling of each site by its label. `start` or `restore` sets them.
         language_model: None when activations are read from files.
         held_out: activations that are never trained on.
-        meter: seconds and tokens of each part of the harvest on this rank.
+        meter: seconds and tokens of the parts of the run.
     """
 
+    meter: Meter
     scalings: dict[str, Scaling]
     language_model: "LanguageModel | None"
     held_out: HeldOut

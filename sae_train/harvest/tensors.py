@@ -97,10 +97,10 @@ class TensorStream(Stream):
     def _read(self, step: int) -> Batch:
         n_local = self._source.batch_tokens // self._ranks.size
         first = step * self._source.batch_tokens + self._ranks.rank * n_local
-        index_N, device = self._indices(first, first + n_local), self._ranks.device
         with self.meter.timed("read", n_local):
+            index_N, device = self._indices(first, first + n_local), self._ranks.device
             raw_ND, gradient_ND = self._table.rows(index_N), self._table.gradient_rows(index_N)
-        return self._scaling.normalise(raw_ND.to(device), None if gradient_ND is None else gradient_ND.to(device))
+            return self._scaling.normalise(raw_ND.to(device), None if gradient_ND is None else gradient_ND.to(device))
 
     def _find_work(self) -> Callable[[], None] | None:
         """Return the work that reads the next missing batch, or None where enough batches are there."""
