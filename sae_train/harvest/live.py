@@ -75,7 +75,8 @@ class LiveStream(Stream):
             raw = RawRows(text, language_model=self.language_model, tokenizer=tokenizer,
                           contexts_per_forward=sizes.contexts_per_forward,
                           reads_gradients=source.reads_gradients, meter=self.meter)  # fmt: skip
-            pool = LanePool({site: rows[place] for site, rows in storage.items()}, lane=number, share=sizes.share, seed=source.data.seed,
+            own = {site: rows[place] for site, rows in storage.items()}
+            pool = LanePool(own, lane=number, share=sizes.share, seed=source.data.seed,
                             forward_rows=sizes.forward_tokens)  # fmt: skip
             lanes.append(LiveLane(raw, pool, meter=self.meter))
         return lanes

@@ -111,7 +111,6 @@ class Stream(ABC):
     scalings: dict[str, Scaling]
     language_model: "LanguageModel | None"
     held_out: HeldOut
-    meter: Meter
 
     @abstractmethod
     def start(self, phases: Phases = SILENT) -> None:
