@@ -3,7 +3,7 @@
 Letters: B contexts, T positions, D width of a site, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,12 +81,8 @@ class LanguageModel:
         phases: shows the progress.
         """
         self.facts = facts or model_facts(source)
-        self.sites, self.has_loss, self.device, self._id = (
-            self.facts.sites,
-            self.facts.has_loss,
-            device,
-            source.model.id,
-        )
+        self.sites, self.has_loss = self.facts.sites, self.facts.has_loss
+        self.device, self._id = device, source.model.id
         loaded = load_weights(source.model, self.facts.settings, is_quantised=self.facts.is_quantised, device=device,
                               phases=phases)  # fmt: skip
         self.model = loaded.eval().requires_grad_(False)
@@ -153,18 +149,24 @@ class LanguageModel:
             logits = self.model(ids_BT).logits[:, :-1]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             loss = cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum")
-        sites = [found[label] for label in self.sites]
-        gradients = (torch.autograd.grad(loss, sites, allow_unused=True) if loss.requires_grad
-                     else [None] * len(sites))  # fmt: skip
-        for label, gradient in zip(self.sites, gradients, strict=True):
-            if gradient is None:
+        gradients = self._gradients(loss, {label: found[label] for label in self.sites})
+        return (
+            {label: self._by_position(found[label].detach(), ids_BT) for label in self.sites},
+            {label: self._by_position(gradient, ids_BT) for label, gradient in gradients.items()},
+        )
+
+    def _gradients(self, loss: Tensor, sites: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradient of the loss at each site, from one backward pass."""
+        found: Sequence[Tensor | None] = [None] * len(sites)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, list(sites.values()), allow_unused=True)
+        gradients = {label: gradient for label, gradient in zip(sites, found, strict=True) if gradient is not None}
+        for label in sites:
+            if label not in gradients:
                 raise ConfigError(f"layer.path={self.sites[label].place.module}: the language model's loss does not "
                                   "depend on it, so there is no gradient. Choose another module, or another "
                                   "sparsifier.")  # fmt: skip
-        return (
-            {label: self._by_position(found[label].detach(), ids_BT) for label in self.sites},
-            {label: self._by_position(gradient, ids_BT) for label, gradient in zip(self.sites, gradients, strict=True)},
-        )
+        return gradients
 
     def _places(self, sites: Iterable[str] | None) -> dict[str, Place]:
         """Return the places of sites by label; None: of all."""

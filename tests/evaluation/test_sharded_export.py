@@ -38,7 +38,7 @@ def read_text(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Return the figures on text, with the losses of a small language model."""
     config = live_config(folder)
     model = LanguageModel(config.source, device=CPU)
-    held_out = held_out_text(config, model, ranks)
+    held_out = held_out_text(config, model)
     subjects = [subject("one threshold", ranks, site="residual1")]
     (figures,) = evaluate_all(subjects, held_out, max_tokens=150, language_model=model, ranks=ranks)
     return figures | figures.pop("density")
@@ -130,7 +130,7 @@ def test_the_language_model_sees_what_the_autoencoder_makes(tmp_path: Path) -> N
     config = live_config(save_model(tmp_path))
     model = LanguageModel(config.source, device=CPU)
     evaluated = subject("one threshold", Solo(), site="residual1")
-    sae, held_out = evaluated.sae, held_out_text(config, model, Solo())
+    sae, held_out = evaluated.sae, held_out_text(config, model)
     (figures,) = evaluate_all([evaluated], held_out, max_tokens=150, language_model=model, ranks=Solo())
     losses = []
     for batch in held_out.batches("evaluation", max_tokens=150, ranks=Solo()):

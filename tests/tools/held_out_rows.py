@@ -107,9 +107,9 @@ def subject(name: str, ranks: Ranks, *, site: str = "here") -> Subject:
     return Subject(sae=calibrated(CASES[name], ranks)[0], site=site, n_features=F, ranks=ranks)
 
 
-def held_out_text(config: Any, model: LanguageModel, ranks: Ranks) -> TextHeldOut:
+def held_out_text(config: Any, model: LanguageModel) -> TextHeldOut:
     parts = (Part(text, is_end=True) for text in sentences(40))
     held_out = TextHeldOut(parts, language_model=model, tokenizer=Tokenizer(config.model), context_length=16,
-                           contexts_per_batch=2, ranks=ranks, site="here")  # fmt: skip
-    held_out.limits = {model.facts.label: 1e9}
+                           contexts_per_batch=2)  # fmt: skip
+    held_out.limits = dict.fromkeys(model.sites, 1e9)
     return held_out
