@@ -120,6 +120,11 @@ class LayerConfig(Settings):
 
     kind: str
 
+    @property
+    def names_several(self) -> bool:
+        """Whether it stands for the sites of several blocks, which only the model shows."""
+        return False
+
 
 @dataclass(kw_only=True, slots=True)
 class BlockLayerConfig(LayerConfig):
@@ -134,6 +139,10 @@ class BlockLayerConfig(LayerConfig):
         """N where `index` is 'every=N', 1 where it is 'all', and None where it is one block."""
         found = re.fullmatch(r"all|every=([1-9][0-9]*)", self.index) if isinstance(self.index, str) else None
         return int(found[1] or 1) if found else None
+
+    @property
+    def names_several(self) -> bool:
+        return isinstance(self.index, str) and self.index != "middle"
 
     def conflicts(self) -> list[str]:
         index = self.index

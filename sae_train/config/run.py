@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -162,8 +163,16 @@ class RunConfig(Settings):
 
     @property
     def source(self) -> SourceConfig:
-        """The settings that decide the stream of activations."""
-        return SourceConfig(**_values(self, SourceConfig), reads_gradients=self.reads_gradients)
+        """The settings that decide the stream of activations of a run of one SAE."""
+        return self.source_for((self.sae,))
+
+    def source_for(self, saes: Sequence[SaeConfig]) -> SourceConfig:
+        """Return the settings that decide the stream of activations from which these SAEs learn."""
+        layers: list[LayerConfig] = []
+        for sae in saes:
+            layers += [] if sae.layer in layers else [sae.layer]
+        reads_gradients = any(sae.sparsifier.reads_gradients for sae in saes)
+        return SourceConfig(**_values(self, SourceConfig), layers=tuple(layers), reads_gradients=reads_gradients)
 
     @property
     def sae(self) -> SaeConfig:
@@ -240,28 +249,44 @@ def _nearest_whole(value: float) -> list[int]:
 
 FREE_KEYS = ("name", "runs", "dry_run", "log_every", "evaluate_every", "checkpoint", "parallel", "tracking", "plan")
 """Top-level keys that cannot change the exported SAE. They are not part of a run's identity."""
+LIST_KEYS = ("variants", "grid")
+"""Top-level keys that make the list of SAEs. The list itself is part of the identity."""
+SAE_KEYS = tuple(field.name for field in dataclasses.fields(SaeConfig))
+"""Top-level keys that belong to an SAE."""
 
 
-def as_dict(config: RunConfig) -> dict[str, Any]:
-    """Return the configuration as plain nested dictionaries, as it is written to config.yaml."""
-    return dataclasses.asdict(config)
+def as_dict(config: RunConfig, saes: Sequence[SaeConfig]) -> dict[str, Any]:
+    """Return the configuration as plain nested dictionaries, as it is written to config.yaml.
+
+    In a run of several SAEs the settings of an SAE stand under `identity` alone, by the name of the SAE.
+    """
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in SAE_KEYS}
+    return values | dataclasses.asdict(saes[0]) if len(saes) == 1 else values
 
 
-def identity(config: RunConfig) -> dict[str, Any]:
-    """Return the part of the configuration that can change the exported SAE, before any 'auto' is resolved.
+def identity(config: RunConfig, saes: Mapping[str, SaeConfig]) -> dict[str, Any]:
+    """Return the part of the configuration that can change the exported SAEs, before any 'auto' is resolved.
 
     A run on ready-made tensors never reads a model, text or layer, so these are left out. The prefetch and the path of
-    the run that budgets were taken from are left out, too.
+    the run that budgets were taken from are left out, too. Several SAEs stand under `saes`, by name.
     """
-    values = {key: value for key, value in as_dict(config).items() if key not in FREE_KEYS}
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in (*FREE_KEYS, *LIST_KEYS)}
     if not config.harvest.runs_model:
-        values = {key: value for key, value in values.items() if key not in ("model", "layer")}
+        del values["model"]
         values["data"] = {"seed": config.data.seed}
     values["harvest"].pop("prefetch")  # when a batch is harvested changes nothing in it
+    values = {key: value for key, value in values.items() if key not in SAE_KEYS}
+    own = {name: _sae_identity(dataclasses.asdict(sae), config) for name, sae in saes.items()}
+    return values | (next(iter(own.values())) if len(own) == 1 else {"saes": own})
+
+
+def _sae_identity(values: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    if not config.harvest.runs_model:
+        del values["layer"]
     values["budget"].pop("zipf_from", None)  # the exponent and shift that it gave are there
     return values
 
 
 def identity_digest(values: dict[str, Any]) -> str:
-    """Return six hex digits of `identity(config)`."""
+    """Return six hex digits of `identity(config, saes)`."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
