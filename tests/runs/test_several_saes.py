@@ -114,7 +114,7 @@ def test_a_killed_run_resumes_with_all_its_saes(tmp_path: Path) -> None:
 
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
-    more = ['grid={layer:[residual,mlp],k:[4,8]}', "checkpoint.every_tokens=512", "log_every=512", "aux_loss=aux_k"]
+    more = ["grid={layer:[residual,mlp],k:[4,8]}", "checkpoint.every_tokens=512", "log_every=512", "aux_loss=aux_k"]
     assert finish(launch(tmp_path / "whole", 1, more)).status == 0
     chance = random.Random(0)
     kills = 0
