@@ -11,8 +11,6 @@ from sae_train.errors import ConfigError, suggest
 from sae_train.harvest.families import FAMILIES, text_part
 from sae_train.harvest.hooks import Place
 
-_EVERY = "every="
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSite:
@@ -75,16 +73,12 @@ def list_of_blocks(model: nn.Module, blocks: str) -> nn.ModuleList:
 
 def _indices(layer: BlockLayerConfig, n_blocks: int, model_id: str) -> list[Any]:
     """Return the index of each block that a setting means. Only those of 'all' and 'every=N' differ from the typed."""
-    index = layer.index
-    if index == "all":
-        return list(range(n_blocks))
-    if not (isinstance(index, str) and index.startswith(_EVERY)):
-        return [index]
-    every = int(index.removeprefix(_EVERY))
-    if not 1 <= every <= n_blocks:
-        raise ConfigError(f"layer.index={index}: {model_id} has {n_blocks} blocks. Choose {_EVERY}1 to "
-                          f"{_EVERY}{n_blocks}.")  # fmt: skip
-    return list(range(every - 1, n_blocks, every))
+    if layer.stride is None:
+        return [layer.index]
+    if layer.stride > n_blocks:
+        raise ConfigError(f"layer.index={layer.index}: {model_id} has {n_blocks} blocks. Choose every=1 to "
+                          f"every={n_blocks}, or all.")  # fmt: skip
+    return list(range(layer.stride - 1, n_blocks, layer.stride))
 
 
 def _of_module(layer: ModuleLayerConfig, model_id: str, model: nn.Module) -> LayerSite:

@@ -5,6 +5,7 @@ Letters: D d_model.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -74,7 +75,8 @@ class LiveStream(Stream):
             raw = RawRows(text, language_model=self.language_model, tokenizer=tokenizer,
                           contexts_per_forward=sizes.contexts_per_forward,
                           reads_gradients=source.reads_gradients, meter=self.meter)  # fmt: skip
-            pool = LanePool({site: rows[place] for site, rows in storage.items()}, lane=number, share=sizes.share, seed=source.data.seed,
+            own = {site: rows[place] for site, rows in storage.items()}
+            pool = LanePool(own, lane=number, share=sizes.share, seed=source.data.seed,
                             forward_rows=sizes.forward_tokens)  # fmt: skip
             lanes.append(LiveLane(raw, pool, meter=self.meter))
         return lanes
@@ -206,7 +208,8 @@ class LiveStream(Stream):
         return partial(min(wanting, key=lambda lane: lane.in_hand).work_ahead, self.scalings, self._dtype)
 
     def _set_scalings(self, scalings: dict[str, Scaling]) -> None:
-        self.scalings = scalings
+        device = self._ranks.device
+        self.scalings = {site: replace(each, centre_D=each.centre_D.to(device)) for site, each in scalings.items()}
         self.held_out.limits = {site: scaling.limit for site, scaling in scalings.items()}
 
     def _calibration_blocks(self, lane: LiveLane, quota: int, phases: Phases) -> list[Block]:

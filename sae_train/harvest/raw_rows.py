@@ -96,11 +96,10 @@ class RawRows:
         ids_BT = self._text.contexts(self._contexts_per_forward)
         if not len(ids_BT):
             return None
-        model = self._language_model
         largest = int(ids_BT.max())
-        if largest >= model.vocab:
+        if largest >= self._language_model.vocab:
             raise DataError(
-                f"the tokenizer gives token {largest}, the language model has {model.vocab} tokens. "
+                f"the tokenizer gives token {largest}, the language model has {self._language_model.vocab} tokens. "
                 "Use the tokenizer that belongs to the model."
             )
         with self._meter.timed("harvested"):
