@@ -59,7 +59,9 @@ def look_at_results(folder: Path, done: Outcome) -> None:
         assert {row["sae"] for row in rows if row["step"] == step} == set(files)
     trained = [row for row in rows if "train/fvu" in row]
     for part in ("read", "tokenised", "harvested", "pooled", "trained"):
-        assert all(row[f"perf/{part}_tokens_per_second"] > 0 for row in trained)
+        speeds = [row.get(f"perf/{part}_tokens_per_second") for row in trained]
+        assert any(speeds)  # of an interval that refilled no pool most are absent
+        assert all(speed is None or speed > 0 for speed in speeds)
         assert summary["throughput"][part] > 0
     assert summary["throughput"]["slowest"] in summary["throughput"]
     assert "highest FVU" in done.stderr
