@@ -8,6 +8,8 @@ Where settings are checked:
 | check | home |
 |---|---|
 | a typed word: unknown key or choice, wrong type, repeats | `cli/overrides.py` |
+| an entry of `variants` or `grid` | `cli/entries.py` |
+| a rule between the SAEs of a run | `cli/suite.py` |
 | a typed setting that this run never reads | `cli/never_read.py` |
 | the settings of a launcher | `cli/launcher.py` |
 | the range of one field | `Range` at the field; `ranges.py` checks all |
@@ -22,7 +24,14 @@ Where settings are checked:
 from sae_train.config.auxiliary import AuxKConfig, AuxLossConfig, AuxZipfConfig, NoAuxLossConfig
 from sae_train.config.budget import BudgetConfig, PooledBudgetConfig, UniformBudgetConfig, ZipfBudgetConfig
 from sae_train.config.dictionary import MatryoshkaConfig, NestingConfig, ParametrisationConfig
-from sae_train.config.execution import CheckpointConfig, MeshConfig, ParallelConfig, TrackingConfig, WandbConfig
+from sae_train.config.execution import (
+    CheckpointConfig,
+    MeshConfig,
+    ParallelConfig,
+    PlanConfig,
+    TrackingConfig,
+    WandbConfig,
+)
 from sae_train.config.harvest import (
     BlockLayerConfig,
     DataConfig,
@@ -33,9 +42,10 @@ from sae_train.config.harvest import (
     ModuleLayerConfig,
     TensorsHarvestConfig,
 )
+from sae_train.config.identity import as_dict, identity, identity_digest
 from sae_train.config.lanes import LaneSizes
 from sae_train.config.optimizer import OptimizerConfig
-from sae_train.config.run import RunConfig, as_dict, identity, identity_digest
+from sae_train.config.run import RunConfig
 from sae_train.config.sae import SaeConfig
 from sae_train.config.source import SourceConfig
 from sae_train.config.sparsifiers import (
@@ -82,6 +92,7 @@ __all__ = [
     "ParallelConfig",
     "ParametrisationConfig",
     "PenalisedConfig",
+    "PlanConfig",
     "PooledBudgetConfig",
     "ReLUConfig",
     "RunConfig",
