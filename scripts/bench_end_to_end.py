@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sae_train.cli.compose import compose_config
 from sae_train.harvest.batch import Batch
@@ -34,7 +35,7 @@ def build(said: list[str]) -> Trainer:
     stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
     precision = resolve_precision(config.precision, stored=None, device=ranks.device)
-    return build_trainer(config.source, [config.sae], plan, stream=stream, precision=precision, ranks=ranks)
+    return build_trainer(config.source, plan, stream=stream, precision=precision, ranks=ranks)
 
 
 def timed(act: Callable[[], Any]) -> float:
@@ -51,10 +52,10 @@ def main() -> None:
     parser.add_argument("said", nargs="*", help="settings of sae-train")
     args = parser.parse_args()
     trainer = build([f"tokens={10**9}", *args.said])
-    batches: list[Batch] = []
+    batches: list[dict[str, Batch]] = []
     n_read = 0
 
-    def read() -> Batch:
+    def read() -> dict[str, Batch]:
         nonlocal n_read
         n_read += 1
         return trainer.stream.batch(n_read - 1)
@@ -64,7 +65,8 @@ def main() -> None:
             trainer.step(read())
 
     def harvest() -> None:
-        batches.extend(read().clone() for _ in range(args.steps))
+        for _ in range(args.steps):
+            batches.append({site: rows.map(Tensor.clone) for site, rows in read().items()})
 
     def train() -> None:
         for batch in batches:

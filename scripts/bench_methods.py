@@ -58,7 +58,7 @@ class Watched:
         stream = build_stream(config.source, ranks=ranks, facts=facts)
         stream.start()
         precision = resolve_precision(config.precision, stored=None, device=device)
-        self.trainer = build_trainer(config.source, [config.sae], plan, stream=stream, precision=precision, ranks=ranks)
+        self.trainer = build_trainer(config.source, plan, stream=stream, precision=precision, ranks=ranks)
         self.steps = plan.steps
         self.seconds: list[float] = []
         self.is_dense: list[bool] = []

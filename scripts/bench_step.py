@@ -94,7 +94,7 @@ def build(point: dict[str, Any], scratch: Path) -> Trainer:
     stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
     precision = resolve_precision(config.precision, stored=None, device=ranks.device)
-    return build_trainer(config.source, [config.sae], plan, stream=stream, precision=precision, ranks=ranks)
+    return build_trainer(config.source, plan, stream=stream, precision=precision, ranks=ranks)
 
 
 def timed(act: Callable[[], Any]) -> float:
@@ -171,7 +171,7 @@ def kill_share(trainer: Trainer, share: float) -> None:
     if n_dead:
         learner.dictionary.W_enc.data[-n_dead:] = 1e-3 * learner.dictionary.W_dec.data[-n_dead:]
         learner.dictionary.b_enc.data[-n_dead:] = 0
-        learner.firing.since_F[-n_dead:] = trainer.plan.sae.dead_window
+        learner.firing.since_F[-n_dead:] = trainer.learners[0].plan.dead_window
 
 
 def measure(point: dict[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def ours(args: argparse.Namespace, batches: OnDemand) -> None:
     stream = build_stream(config.source, ranks=ranks, facts=facts)
     stream.start()
     precision = resolve_precision(config.precision, stored=None, device=ranks.device)
-    trainer = build_trainer(config.source, [config.sae], plan, stream=stream, precision=precision, ranks=ranks)
+    trainer = build_trainer(config.source, plan, stream=stream, precision=precision, ranks=ranks)
     for _ in batches:
         trainer.step(stream.batch(trainer.n_done))
 

@@ -14,6 +14,7 @@ from sae_train.cli.library import CONFIG_NAME, Library, opened
 from sae_train.cli.overrides import check_repeats
 from sae_train.cli.point import Point
 from sae_train.cli.quoting import text_of, typed_value
+from sae_train.cli.suite import check_point, read_lists
 from sae_train.config import RunConfig
 from sae_train.config.launcher import GROUP, SlurmLauncher
 from sae_train.errors import raise_all
@@ -49,18 +50,18 @@ def compose_request(
         sent, overrides = library.split(overrides)
         where, found = launcher_of(library, sent, sweep=sweep)
         problems += found
-        configs = []
+        points = list[Point]()
         points_typed = library.expand(overrides)
         if not points_typed:
             swept = [text_of(override) for override in overrides if override.is_sweep_override()]
             problems.append(f"{' '.join(swept)}: nothing that there is matches, so this sweep has no runs. Type the "
                             "values one by one, as in k=16,32.")  # fmt: skip
         for point in points_typed:
-            config, found = library.check(point, refused=refused.keys() - {""})
+            config, saes, found = check_point(library, point, refused=refused.keys() - {""})
             problems += found
-            configs.append((point, config))
+            if config is not None:
+                points.append(Point(overrides=[text_of(o) for o in point], config=config, saes=saes))
         raise_all(list(dict.fromkeys(problems)))
-    points = [Point(overrides=[text_of(o) for o in point], config=config) for point, config in configs if config]
     return Request(points=points, launcher=where)
 
 
@@ -98,8 +99,9 @@ def offer(arguments: list[str], *, config_dir: str | None = None, config_name: s
     """Return all settings under the arguments' choices. Keys may still lack a value."""
     with opened(config_dir=config_dir, config_name=config_name) as library:
         overrides, refused = library.read(arguments, sweep=False)
-        draft = library.draft(library.split(overrides)[1])
-        raise_all([*refused.values(), *draft.problems])
+        lists = read_lists(library, library.split(overrides)[1])
+        draft = library.draft(lists.overrides, lists=lists.values)
+        raise_all([*refused.values(), *lists.problems, *draft.problems])
         values = cast(dict[str, Any], OmegaConf.to_container(draft.values))
         return Offer(
             values=values,

@@ -41,9 +41,16 @@ def ask_hydra(arguments: list[str]) -> None:
     from sae_train.cli.schemas import register_schemas
 
     register_schemas()
-    sys.argv[1:] = arguments  # flags first: Hydra's parser takes no flag between two settings
+    # Hydra would merge a grid into a recipe's grid; an empty one before it takes the recipe's away
+    typed = [
+        a for argument in arguments for a in ([_NO_GRID, argument] if argument.startswith("grid=") else [argument])
+    ]
+    sys.argv[1:] = typed  # flags first: Hydra's parser takes no flag between two settings
     ask = hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base=VERSION_BASE)
     ask(_no_run)()
+
+
+_NO_GRID = "grid=null"
 
 
 def _no_run(_: object) -> None:

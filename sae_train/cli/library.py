@@ -8,7 +8,7 @@ come in one message.
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -27,6 +27,7 @@ from yaml import YAMLError
 from sae_train.cli import launcher
 from sae_train.cli.never_read import never_read
 from sae_train.cli.overrides import (
+    LISTS,
     REQUIRED,
     Typed,
     check_repeats,
@@ -91,28 +92,38 @@ class Library:
         overrides, refused = list[Override](), dict[str, str]()
         for argument in arguments:
             key = argument.partition("=")[0].lstrip("+~").strip()
-            try:
-                (override,) = self._parser.parse_overrides([argument])
-            except HydraException:
-                groups = {group: self.choices(group) for group in self.groups}
-                problem = unreadable(argument, groups, is_readable=self._is_readable)
+            override = self.parse(argument)
+            if override is None:
+                problem = self.unreadable(argument)
+            elif not override.is_sweep_override() or (sweep and override.is_discrete_sweep()):
+                overrides.append(override)
+                continue
             else:
-                if not override.is_sweep_override() or (sweep and override.is_discrete_sweep()):
-                    overrides.append(override)
-                    continue
                 problem = f"{argument}: a sweep needs its values one by one, as in k=16,32."
                 if not sweep:
                     problem = several_values(argument)
-            refused[key] = f"{refused[key]}\n{problem}" if key in refused else problem
+            if key in refused and key not in LISTS:  # a shell makes many arguments of one grid: one message is enough
+                problem = f"{refused[key]}\n{problem}"
+            refused[key] = refused.get(key, problem) if key in LISTS else problem
         return overrides, refused
 
-    def _is_readable(self, argument: str) -> bool:
-        """Return whether Hydra's parser takes an argument as one value."""
+    def parse(self, argument: str) -> Override | None:
+        """Return an argument as Hydra's parser reads it, or None where it cannot."""
         try:
             (override,) = self._parser.parse_overrides([argument])
         except HydraException:
-            return False
-        return not override.is_sweep_override()
+            return None
+        return override
+
+    def unreadable(self, argument: str) -> str:
+        """Return the problem of an argument that Hydra's parser cannot read."""
+        groups = {group: self.choices(group) for group in self.groups}
+        return unreadable(argument, groups, is_readable=self._is_readable)
+
+    def _is_readable(self, argument: str) -> bool:
+        """Return whether Hydra's parser takes an argument as one value."""
+        override = self.parse(argument)
+        return override is not None and not override.is_sweep_override()
 
     @staticmethod
     def split(overrides: list[Override]) -> tuple[list[Override], list[Override]]:
@@ -149,7 +160,9 @@ class Library:
         typed = typed_values(text)
         return typed if len(typed) == len(values) else values
 
-    def check(self, point: list[Override], *, refused: Collection[str] = ()) -> tuple[RunConfig | None, list[str]]:
+    def check(
+        self, point: Sequence[Override], *, refused: Collection[str] = (), lists: Mapping[str, Any] | None = None
+    ) -> tuple[RunConfig | None, list[str]]:
         """Return the run's configuration, or None and its problems.
 
         Cross-field checks run even where some arguments are wrong. Their problems are left out where they concern a
@@ -157,8 +170,9 @@ class Library:
 
         Args:
             refused: keys of arguments that `read` refused.
+            lists: the values of `variants` and `grid`. Default: a recipe's.
         """
-        draft = self.draft(point, refused=refused)
+        draft = self.draft(point, refused=refused, lists=lists)
         for key in [key for key, value in flat(draft.values).items() if value == "???"]:
             group = key.partition(".")[0]
             if not {key, group} & draft.bad and (not draft.reads_tensors or group == "harvest"):
@@ -171,17 +185,17 @@ class Library:
             return None, draft.problems + [p for p in str(error).splitlines() if not _mentions(p, draft.bad)]
         return (None if draft.problems else run), draft.problems
 
-    def draft(self, point: list[Override], *, refused: Collection[str] = ()) -> DraftPoint:
+    def draft(
+        self, point: Sequence[Override], *, refused: Collection[str] = (), lists: Mapping[str, Any] | None = None
+    ) -> DraftPoint:
         """Return a draft: the composed values of the usable arguments, and the problems of the others. See `check`."""
         entries = [self.typed(override) for override in point]
-        problems, bad, selections = check_repeats(entries), set(refused), list[str]()
-        for override, entry in zip(point, entries, strict=True):
-            if problem := refused_choice(entry, self.choices):
-                problems.append(problem)
-                bad.add(entry.key)
-            elif not entry.sign and (entry.is_group or override.is_hydra_override()):
-                selections.append(text_of(override))
-        values, choices = self._compose(selections)
+        not_there = {e.key: problem for e in entries if (problem := refused_choice(e, self.choices))}
+        problems, bad = check_repeats(entries) + list(not_there.values()), {*refused, *not_there}
+        composed, choices = self._compose(self._selections(point))
+        values = deepcopy(composed)
+        for key, value in (lists or {}).items():
+            values[key] = value
         draft = DraftPoint(values=values, choices=choices, problems=problems, bad=bad)
         for override, entry in zip(point, entries, strict=True):
             if entry.sign:
@@ -201,8 +215,24 @@ class Library:
         key = signed.lstrip("+~")
         return Typed(sign=signed.removesuffix(key), key=key, value=value, is_group=key in self.groups)
 
+    def recipe(self, point: Sequence[Override]) -> dict[str, Any]:
+        """Return the values of `variants` and `grid` under the choices of a point."""
+        composed, _ = self._compose(self._selections(point))
+        there = [key for key in LISTS if not OmegaConf.is_missing(composed, key) and composed[key] is not None]
+        return dict.fromkeys(LISTS) | {key: OmegaConf.to_container(composed[key]) for key in there}
+
+    def _selections(self, point: Sequence[Override]) -> list[str]:
+        """Return the overrides of a point that select a choice."""
+        typed = [(override, self.typed(override)) for override in point]
+        return [
+            entry.text
+            for override, entry in typed
+            if not entry.sign and (entry.is_group or override.is_hydra_override())
+            if refused_choice(entry, self.choices) is None
+        ]
+
     def _compose(self, selections: list[str]) -> tuple[DictConfig, dict[str, str]]:
-        """Return a copy of the values that these choices compose to, and the choice of each group."""
+        """Return the values that these choices compose to, and the choice of each group. The caller changes none."""
         key = tuple(selections)
         if key not in self._composed:
             try:
@@ -213,8 +243,7 @@ class Library:
             OmegaConf.set_struct(composed, False)
             del composed["hydra"]
             self._composed[key] = composed, choices
-        values, choices = self._composed[key]
-        return deepcopy(values), choices
+        return self._composed[key]
 
     def _apply(self, draft: DraftPoint, entry: Typed, override: Override) -> None:
         """Set one value of a draft, or add the problem to the draft."""

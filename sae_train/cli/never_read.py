@@ -28,6 +28,12 @@ def never_read(
         for key, other, value, why in READ_UNLESS
         if entry.key == key and values.get(other) == value
     ]
+    found += [
+        f"{entry.text}: is for the plan that dry_run=true prints, so this would change nothing. Remove it, or add "
+        "dry_run=true."
+        for entry in typed
+        if entry.group == "plan" and values.get("dry_run") is False
+    ]
     return found
 
 

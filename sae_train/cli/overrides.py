@@ -34,18 +34,20 @@ class Typed:
         return self.key.partition(".")[0]
 
 
+LISTS = {
+    "variants": """'variants=["k=16","sparsifier=topk k=24"]'""",
+    "grid": "'grid={layer:[residual,mlp],k:[16,32]}'",
+}
+"""The settings that make several SAEs of a run, each with an example as a shell takes it."""
+
 NOT_BUILT_KEYS = {
-    "variants": "several SAEs in one run are not built yet. Start one run for each; `-m` makes a sweep of them.",
     "objective": "other objectives than reconstruction are not built yet. Remove it.",
     "sweep": "sweeps kept in a file are not built yet. Type the values with -m, as in `-m k=16,32`.",
 }
 """Keys and groups that are planned and not built yet."""
 
-_LAYOUTS = "not built yet: it is for several SAEs in one run. Choose parallel=data, features or mesh."
-
 NOT_BUILT_CHOICES = {
     "harvest": {"store": "the activation store is not built yet. Choose harvest=live or harvest=tensors."},
-    "parallel": {"saes": _LAYOUTS},
 }
 """Choices that are planned and not built yet."""
 
@@ -116,6 +118,8 @@ def unknown_key(entry: Typed, *, known: Iterable[str], choice: str | None, homes
         homes: the choices of that group under which the key exists.
     """
     group, _, field = entry.key.partition(".")
+    if group == "grid":
+        return f"{entry.text}: the grid is one setting. Write 'grid={{{field}:{entry.value}}}'."
     if homes:
         return (
             f"{entry.text}: {group}={choice} has no {field!r}, so this would change nothing. "
@@ -176,6 +180,9 @@ def unreadable(argument: str, groups: Mapping[str, Sequence[str]], *, is_readabl
     """
     if "=" not in argument:
         return _bare_word(argument, groups)
+    key = argument.partition("=")[0].strip()
+    if key in LISTS:
+        return f"{argument}: cannot be read. A shell changes quotes and braces, so quote all of it: {LISTS[key]}."
     advice = _pasted(argument)
     if not is_readable(shlex.split(advice)[0]):
         return f"{argument}: cannot be read. A key is words joined by dots, as in optimizer.lr=1e-3."

@@ -8,18 +8,20 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sae_train.cli.overrides import LISTS
 from sae_train.cli.zipf_from import zipf_law
-from sae_train.config import RunConfig
+from sae_train.config import RunConfig, SaeConfig
 from sae_train.config.ranges import ranges
 from sae_train.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One run to make: the arguments typed for it, and their configuration."""
+    """One run to make: the arguments typed for it, their configuration, and its SAEs."""
 
     overrides: list[str]
     config: RunConfig
+    saes: tuple[SaeConfig, ...]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,10 +73,11 @@ class DraftPoint:
 
 
 def flat(config: DictConfig) -> dict[str, Any]:
-    """Return every value under its dotted key, interpolations as they are written."""
+    """Return every value under its dotted key, interpolations as they are written. The keys of a grid are not keys."""
     found: dict[str, Any] = {}
     for name, value in cast(dict[str, Any], OmegaConf.to_container(config)).items():
-        found |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+        is_group = isinstance(value, dict) and name not in LISTS
+        found |= {f"{name}.{key}": inner for key, inner in value.items()} if is_group else {name: value}
     return found
 
 

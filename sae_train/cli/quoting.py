@@ -1,4 +1,4 @@
-"""Quoting of arguments for a shell, and the values of a comma list as they were typed.
+"""Quoting of arguments for a shell, and the parts of a list or mapping as they were typed.
 
 Hydra's grammar needs quotes around a value with other signs than words and numbers have. A shell removes quotes.
 """
@@ -19,11 +19,11 @@ def pasted(key: str, value: str) -> str:
 
     Example: `pasted("name", "a=b")` is `"name='a=b'"`, double quotes included.
     """
-    argument = f"{key}={_quoted(value)}"
+    argument = f"{key}={quoted(value)}"
     return shlex.quote(argument) if _OF_THE_SHELL & set(argument) else f'"{argument}"'
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
     """Return a value in Hydra's quotes. A quote in it takes a backslash, as do backslashes before a quote."""
     quote = '"' if "'" in value and '"' not in value else "'"
     inner = re.sub(rf"(\\*){quote}", lambda found: f"{found[1]}{found[1]}\\{quote}", value)
@@ -35,9 +35,25 @@ def typed_values(text: str) -> list[str]:
     """Return the values of a list `a,b` or `choice(a,b)` as they were typed; any other text is one value."""
     if text.startswith("choice(") and text.endswith(")"):
         text = text[len("choice(") : -1]
+    return _split(text, at=",")
+
+
+def typed_keys(text: str) -> list[str]:
+    """Return the keys of a mapping `{a:1,b:[2,3]}` as they were typed, repeated ones, too."""
+    inner = text.strip().removeprefix("{").removesuffix("}").strip()
+    return [part.partition(":")[0].strip() for part in _split(inner, at=",")] if inner else []
+
+
+def typed_words(text: str) -> list[str]:
+    """Return the words of a text, separated by spaces outside of quotes and brackets."""
+    return [word for word in _split(text, at=" \t\n") if word]
+
+
+def _split(text: str, *, at: str) -> list[str]:
+    """Return the parts of a text between signs of `at` that lie outside of quotes and brackets."""
     values, quote, depth, is_escaped = [""], "", 0, False
     for sign in text:
-        if sign == "," and not (quote or depth or is_escaped):
+        if sign in at and not (quote or depth or is_escaped):
             values.append("")
             continue
         values[-1] += sign

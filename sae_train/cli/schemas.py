@@ -1,6 +1,6 @@
 """The classes of config/ as Hydra's schemas. They are under `schema/`, so that they are not shown as choices."""
 
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
@@ -30,6 +30,7 @@ SCHEMAS: dict[str, type] = {
     "checkpoint": schema.CheckpointConfig,
     "parallel/plain": schema.ParallelConfig,
     "parallel/mesh": schema.MeshConfig,
+    "plan": schema.PlanConfig,
     "tracking/none": schema.TrackingConfig,
     "tracking/wandb": schema.WandbConfig,
 }
@@ -38,6 +39,18 @@ SCHEMAS: dict[str, type] = {
 
 DIALS = [name for name, hint in get_type_hints(schema.RunConfig).items() if not is_dataclass(hint)]
 """The keys that belong to no group."""
+
+
+def keys_of_an_sae() -> list[str]:
+    """Return every dial, group and dotted key that belongs to an SAE, under any choice of the groups."""
+    own = [field.name for field in fields(schema.SaeConfig)]
+    dotted = {
+        f"{group}.{field.name}": None
+        for path, owner in SCHEMAS.items()
+        if (group := path.partition("/")[0]) in own
+        for field in fields(owner)
+    }
+    return [*own, *dotted]
 
 
 def register_schemas() -> None:

@@ -8,6 +8,8 @@ Where settings are checked:
 | check | home |
 |---|---|
 | a typed word: unknown key or choice, wrong type, repeats | `cli/overrides.py` |
+| an entry of `variants` or `grid` | `cli/entries.py` |
+| a rule between the SAEs of a run | `cli/suite.py` |
 | a typed setting that this run never reads | `cli/never_read.py` |
 | the settings of a launcher | `cli/launcher.py` |
 | the range of one field | `Range` at the field; `ranges.py` checks all |
@@ -22,7 +24,14 @@ Where settings are checked:
 from sae_train.config.auxiliary import AuxKConfig, AuxLossConfig, AuxZipfConfig, NoAuxLossConfig
 from sae_train.config.budget import BudgetConfig, PooledBudgetConfig, UniformBudgetConfig, ZipfBudgetConfig
 from sae_train.config.dictionary import MatryoshkaConfig, NestingConfig, ParametrisationConfig
-from sae_train.config.execution import CheckpointConfig, MeshConfig, ParallelConfig, TrackingConfig, WandbConfig
+from sae_train.config.execution import (
+    CheckpointConfig,
+    MeshConfig,
+    ParallelConfig,
+    PlanConfig,
+    TrackingConfig,
+    WandbConfig,
+)
 from sae_train.config.harvest import (
     BlockLayerConfig,
     DataConfig,
@@ -82,6 +91,7 @@ __all__ = [
     "ParallelConfig",
     "ParametrisationConfig",
     "PenalisedConfig",
+    "PlanConfig",
     "PooledBudgetConfig",
     "ReLUConfig",
     "RunConfig",

@@ -1,4 +1,4 @@
-"""Settings of how a run is carried out: checkpoints, ranks and tracking. None of them changes the exported SAE."""
+"""Settings of how a run is carried out: checkpoints, ranks, plan, tracking. None of them changes the exported SAE."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -20,11 +20,11 @@ class CheckpointConfig(Settings):
 
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig(Settings):
-    """How features and tokens are spread over ranks."""
+    """How features, tokens and SAEs are spread over ranks."""
 
     layout: str
     """'data': each rank has all features and its own tokens. 'features': a share of the features and all tokens.
-    'mesh': both."""
+    'mesh': both. 'saes': each rank trains some of the run's SAEs."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,6 +33,16 @@ class MeshConfig(ParallelConfig):
 
     feature_ranks: Annotated[int | None, Range(at_least=1)]
     """Ranks that share the features of one copy. Default: the ranks of one node."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig(Settings):
+    """The hardware whose time and cost the plan of `dry_run=true` predicts."""
+
+    hardware: str | None
+    """Name of the hardware, or path of a YAML file with its rates. Default: no prediction."""
+    devices: Annotated[int | None, Range(at_least=1)]
+    """Devices that the plan is for. Default: the ranks of the run."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,5 +1,6 @@
 """Settings of where activations come from: model, text, how they are harvested, and at which site."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -119,20 +120,42 @@ class LayerConfig(Settings):
 
     kind: str
 
+    @property
+    def names_several(self) -> bool:
+        """Whether it stands for the sites of several blocks, which only the model shows."""
+        return False
+
 
 @dataclass(kw_only=True, slots=True)
 class BlockLayerConfig(LayerConfig):
     """A site named by its block: residual, mlp or attention."""
 
     index: Any
-    """Block, from 0. A negative number counts from the end; 'middle' is n_blocks // 2."""
+    """Block, from 0. A negative number counts from the end; 'middle' is n_blocks // 2. In a grid also all, or "every=4"
+    for blocks 3, 7, 11 and so on."""
+
+    @property
+    def stride(self) -> int | None:
+        """N where `index` is 'every=N', 1 where it is 'all', and None where it is one block."""
+        found = re.fullmatch(r"all|every=([1-9][0-9]*)", self.index) if isinstance(self.index, str) else None
+        return int(found[1] or 1) if found else None
+
+    @property
+    def names_several(self) -> bool:
+        return self.stride is not None
 
     def conflicts(self) -> list[str]:
         index = self.index
         if isinstance(index, list | tuple):
-            return [f"layer.index={list(index)}: several sites in one run are not built yet. Give one block."]
-        if index != "middle" and (isinstance(index, bool) or not isinstance(index, int)):
-            return [f"layer.index={index}: not a block. Give an integer (negative counts from the end) or 'middle'."]
+            blocks = ",".join(map(str, index))
+            said = f"layer.index=[{blocks}]: several blocks, which only a grid takes. Write "
+            return [f"{said}'grid={{layer.index:[{blocks}]}}'."]
+        is_block = index == "middle" or (isinstance(index, int) and not isinstance(index, bool))
+        if not is_block and self.stride is None:
+            return [
+                f"layer.index={index}: not a block. Give an integer (negative counts from the end) or 'middle'; in a "
+                "grid also 'all' or 'every=N'."
+            ]
         return []
 
 

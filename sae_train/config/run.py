@@ -4,14 +4,16 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from sae_train.config.auxiliary import AuxKConfig, AuxLossConfig, AuxZipfConfig, NoAuxLossConfig
 from sae_train.config.budget import BudgetConfig, PooledBudgetConfig
 from sae_train.config.dictionary import NestingConfig, ParametrisationConfig
-from sae_train.config.execution import CheckpointConfig, ParallelConfig, TrackingConfig
+from sae_train.config.execution import CheckpointConfig, ParallelConfig, PlanConfig, TrackingConfig
 from sae_train.config.harvest import (
+    BlockLayerConfig,
     DataConfig,
     HarvestConfig,
     LayerConfig,
@@ -32,7 +34,11 @@ PRECISIONS = ("auto", "bf16", "float32", "float64")
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig(Settings):
-    """All settings of a run, the dials first. The command line composes it; `training/run.py` splits it up."""
+    """All settings of a run, the dials first. The command line composes it; `training/run.py` splits it up.
+
+    In a run of several SAEs, the settings that belong to an SAE are those of the first one. `variants` and `grid` are
+    as they were typed.
+    """
 
     k: Annotated[float | None, Range(above=0, null_with="sparsifier.coefficient")]
     """Mean number of active features a token, for every sparsifier. null where sparsifier.coefficient is given."""
@@ -64,6 +70,12 @@ class RunConfig(Settings):
     """Directory that holds the runs."""
     dry_run: bool
     """Print the plan and stop."""
+    variants: list[str] | None
+    """Train an SAE for each entry, a text of key=value words: ["k=16","sparsifier=topk k=24"]. An entry changes what
+    belongs to an SAE. Default: one SAE."""
+    grid: dict[str, Any] | None
+    """Train an SAE for each combination of values: {layer:[residual,mlp],layer.index:all,k:[16,32]}. With variants,
+    each entry takes every combination. Default: none."""
     model: ModelConfig
     data: DataConfig
     harvest: HarvestConfig
@@ -76,6 +88,7 @@ class RunConfig(Settings):
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig
     parallel: ParallelConfig
+    plan: PlanConfig
     tracking: TrackingConfig
 
     def __post_init__(self) -> None:
@@ -96,7 +109,7 @@ class RunConfig(Settings):
             found.append(problem)
         if isinstance(self.harvest, LiveHarvestConfig) and not self.harvest.problems() and self.batch_tokens > 0:
             found += lane_problems(self.harvest, batch_tokens=self.batch_tokens)
-        return found + self._budget_conflicts() + self._fractional_problems()
+        return found + self._budget_conflicts() + self._fractional_problems() + self._layer_conflicts()
 
     def _sparsity_conflicts(self) -> list[str]:
         """Return the problems of a run with both k and a coefficient, or with none of them."""
@@ -117,6 +130,16 @@ class RunConfig(Settings):
                 "Choose another, or give k."
             )
         return found
+
+    def _layer_conflicts(self) -> list[str]:
+        """Return the problem of a layer of several blocks that no grid has asked for."""
+        layer = self.layer
+        if not isinstance(layer, BlockLayerConfig) or layer.stride is None or "layer.index" in (self.grid or {}):
+            return []
+        value = "all" if layer.stride == 1 else f'"every={layer.stride}"'
+        return [
+            f"layer.index={layer.index}: several blocks, which only a grid takes. Write 'grid={{layer.index:{value}}}'."
+        ]
 
     def _loss_conflicts(self) -> list[str]:
         """Return the problems of an auxiliary loss or a parametrisation that does not work with the sparsifier."""
@@ -140,8 +163,16 @@ class RunConfig(Settings):
 
     @property
     def source(self) -> SourceConfig:
-        """The settings that decide the stream of activations."""
-        return SourceConfig(**_values(self, SourceConfig), reads_gradients=self.reads_gradients)
+        """The settings that decide the stream of activations of a run of one SAE."""
+        return self.source_for((self.sae,))
+
+    def source_for(self, saes: Sequence[SaeConfig]) -> SourceConfig:
+        """Return the settings that decide the stream of activations from which these SAEs learn."""
+        layers: list[LayerConfig] = []
+        for sae in saes:
+            layers += [] if sae.layer in layers else [sae.layer]
+        reads_gradients = any(sae.sparsifier.reads_gradients for sae in saes)
+        return SourceConfig(**_values(self, SourceConfig), layers=tuple(layers), reads_gradients=reads_gradients)
 
     @property
     def sae(self) -> SaeConfig:
@@ -216,30 +247,46 @@ def _nearest_whole(value: float) -> list[int]:
     return [number for number in both if number >= 1] or [1]
 
 
-FREE_KEYS = ("name", "runs", "dry_run", "log_every", "evaluate_every", "checkpoint", "parallel", "tracking")
+FREE_KEYS = ("name", "runs", "dry_run", "log_every", "evaluate_every", "checkpoint", "parallel", "tracking", "plan")
 """Top-level keys that cannot change the exported SAE. They are not part of a run's identity."""
+LIST_KEYS = ("variants", "grid")
+"""Top-level keys that make the list of SAEs. The list itself is part of the identity."""
+SAE_KEYS = tuple(field.name for field in dataclasses.fields(SaeConfig))
+"""Top-level keys that belong to an SAE."""
 
 
-def as_dict(config: RunConfig) -> dict[str, Any]:
-    """Return the configuration as plain nested dictionaries, as it is written to config.yaml."""
-    return dataclasses.asdict(config)
+def as_dict(config: RunConfig, saes: Sequence[SaeConfig]) -> dict[str, Any]:
+    """Return the configuration as plain nested dictionaries, as it is written to config.yaml.
+
+    In a run of several SAEs the settings of an SAE stand under `identity` alone, by the name of the SAE.
+    """
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in SAE_KEYS}
+    return values | dataclasses.asdict(saes[0]) if len(saes) == 1 else values
 
 
-def identity(config: RunConfig) -> dict[str, Any]:
-    """Return the part of the configuration that can change the exported SAE, before any 'auto' is resolved.
+def identity(config: RunConfig, saes: Mapping[str, SaeConfig]) -> dict[str, Any]:
+    """Return the part of the configuration that can change the exported SAEs, before any 'auto' is resolved.
 
     A run on ready-made tensors never reads a model, text or layer, so these are left out. The prefetch and the path of
-    the run that budgets were taken from are left out, too.
+    the run that budgets were taken from are left out, too. Several SAEs stand under `saes`, by name.
     """
-    values = {key: value for key, value in as_dict(config).items() if key not in FREE_KEYS}
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in (*FREE_KEYS, *LIST_KEYS)}
     if not config.harvest.runs_model:
-        values = {key: value for key, value in values.items() if key not in ("model", "layer")}
+        del values["model"]
         values["data"] = {"seed": config.data.seed}
     values["harvest"].pop("prefetch")  # when a batch is harvested changes nothing in it
+    values = {key: value for key, value in values.items() if key not in SAE_KEYS}
+    own = {name: _sae_identity(dataclasses.asdict(sae), config) for name, sae in saes.items()}
+    return values | (next(iter(own.values())) if len(own) == 1 else {"saes": own})
+
+
+def _sae_identity(values: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    if not config.harvest.runs_model:
+        del values["layer"]
     values["budget"].pop("zipf_from", None)  # the exponent and shift that it gave are there
     return values
 
 
 def identity_digest(values: dict[str, Any]) -> str:
-    """Return six hex digits of `identity(config)`."""
+    """Return six hex digits of `identity(config, saes)`."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]

@@ -21,13 +21,14 @@ TOKENS_PER_HELD_OUT = 16
 class SourceConfig:
     """The settings of a stream of activations. `RunConfig.source` makes it; everything in `harvest/` reads it.
 
-    Each field but the last is documented at `RunConfig`, where it is checked.
+    Each field but `layers` and `reads_gradients` is documented at `RunConfig`, where it is checked.
     """
 
     model: ModelConfig
     data: DataConfig
     harvest: HarvestConfig
-    layer: LayerConfig
+    layers: tuple[LayerConfig, ...]
+    """The sites of the run's SAEs as they were typed, each once."""
     tokens: int
     batch_tokens: int
     precision: str

@@ -19,19 +19,21 @@ from sae_train.sae.autoencoder import SparseAutoencoder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """The SAE that is evaluated. `evaluate` creates it; each metric is made for one."""
+    """The SAE that is evaluated. The caller of `evaluate_all` creates it; each metric is made for one."""
 
     sae: SparseAutoencoder
     """This rank's features, and the whole `b_dec`."""
+    site: str
+    """Label of the site whose activations it reads."""
     n_features: int
     """Width of the whole dictionary."""
     ranks: Ranks
-    """The grid; the ranks of a row hold the other features."""
+    """The grid that holds this SAE; the ranks of a row hold the other features. `Solo` where this rank has it whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationBatch:
-    """Held-out contexts. `evaluate` creates it; every metric of every SAE reads it."""
+    """Held-out contexts at one site. `evaluate_all` creates it; every metric of the site's SAEs reads it."""
 
     raw_ND: Tensor
     """[N, D] raw activations of this rank's kept tokens; N is 0 where this rank has no batch left."""
@@ -42,7 +44,7 @@ class EvaluationBatch:
 
 
 class Metric(ABC):
-    """Figures of an SAE on held-out data. `evaluate` makes one of each class in `METRICS` for each SAE.
+    """Figures of an SAE on held-out data. `evaluate_all` makes one of each class in `METRICS` for each SAE.
 
     A metric keeps sums on the device. `update` adds one batch to them, and `figures` adds up the ranks' sums.
     """
@@ -55,7 +57,7 @@ class Metric(ABC):
         """Start with empty sums."""
 
     def update(self, batch: EvaluationBatch, made: Reconstruction) -> None:  # noqa: B027 (some read weights alone)
-        """Add a batch. All ranks call it equally often, some with an empty batch.
+        """Add a batch. All ranks of the SAE call it equally often, some with an empty batch.
 
         Args:
             batch: this rank's tokens.
@@ -64,7 +66,7 @@ class Metric(ABC):
 
     @abstractmethod
     def figures(self, ranks: Ranks) -> dict[str, Any]:
-        """Return the figures over all ranks, as JSON values. Collective. A figure that is not defined is left out."""
+        """Return the figures over the SAE's ranks, as JSON values. Collective. Undefined figures are left out."""
 
 
 class Sums:

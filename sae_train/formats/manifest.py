@@ -78,7 +78,7 @@ class SaeManifest:
     """Width of the dictionary."""
     format_version: int = FORMAT_VERSION
     site: str | None = None
-    """Model and site as in the run's name, such as 'bundled.residual2'."""
+    """Label of the site, such as 'residual2', or 'tensors' for activations from files."""
     source: ActivationSource = field(default_factory=ActivationSource)
     tokens: int | None = None
     """Tokens that the SAE was trained on."""

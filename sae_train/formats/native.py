@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae_train.errors import CheckpointError
+from sae_train.errors import CheckpointError, suggest
 from sae_train.formats.durable import explained, sync_directory, write_text
 from sae_train.formats.manifest import SaeManifest
 from sae_train.phases import SILENT, Phases
@@ -143,20 +143,24 @@ def _shards(own: Tensor, n_features: int, row: Ranks) -> Iterator[Tensor]:
             yield row.broadcast(mine, column)
 
 
-def load(path: str | Path, *, device: torch.device | str = "cpu") -> SparseAutoencoder:
+def load(path: str | Path, name: str | None = None, *, device: torch.device | str = "cpu") -> SparseAutoencoder:
     """Load an exported SAE.
+
+    Example: `load("runs/suite", "residual2.mutual_choice.k32.f2048.s0")`.
 
     Args:
         path: a run's directory (`runs/NAME`), or a directory with `sae.safetensors` and `sae.json`.
+        name: the SAE of a run with several, as in `saes/NAME/` and suite.json.
         device: the device of its tensors.
 
     Returns:
         The SAE in eval mode, fp32, on raw activations. Its `config` is the content of sae.json.
 
     Raises:
-        CheckpointError: the directory holds no complete export, or a run's directory holds several.
+        CheckpointError: the directory holds no complete export, holds several and no name is given, or holds none of
+            that name. The message lists the names.
     """
-    directory = find(Path(path))
+    directory = find(Path(path), name)
     config, manifest = _read(directory)
     with _explained(directory):
         tensors = load_file(str(directory / "sae.safetensors"), device=str(device))
@@ -167,9 +171,9 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> SparseAutoe
     return sae.eval()
 
 
-def read_manifest(path: str | Path) -> SaeManifest:
-    """Return the manifest of an exported SAE; `path` and errors are those of `load`."""
-    return _read(find(Path(path)))[1]
+def read_manifest(path: str | Path, name: str | None = None) -> SaeManifest:
+    """Return the manifest of an exported SAE; arguments and errors are those of `load`."""
+    return _read(find(Path(path), name))[1]
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], SaeManifest]:
@@ -193,19 +197,31 @@ def _explained(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def find(path: Path) -> Path:
-    """Return the one directory under `path` that holds an exported SAE."""
+def find(path: Path, name: str | None = None) -> Path:
+    """Return the directory of the exported SAE `name` under `path`, or of the only one there."""
     if (path / "sae.json").is_file():
+        if name not in (None, path.name):
+            raise CheckpointError(f"{path}: is the SAE {path.name} itself, not {name!r}. Give the run's directory.")
         return path
-    found = sorted(notes.parent for notes in path.glob("saes/*/sae.json"))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(repr(str(directory)) for directory in found[:8])
-        raise CheckpointError(f"{path}: holds {len(found)} SAEs. Give one of them: {names}.")
+    found = {notes.parent.name: notes.parent for notes in sorted(path.glob("saes/*/sae.json"))}
+    if name in found:
+        return found[name]
     if not path.exists():
         raise CheckpointError(f"{path}: no such directory. Give a run's directory or one with sae.safetensors.")
-    raise CheckpointError(f"{path}: holds no exported SAE (saes/NAME/sae.json). A run writes it when it finishes.")
+    if not found:
+        raise CheckpointError(f"{path}: holds no exported SAE (saes/NAME/sae.json). A run writes it when it finishes.")
+    if name is not None:
+        raise CheckpointError(f"{path}: holds no SAE {name!r}.{suggest(name, found) or _listed(found)}")
+    if len(found) == 1:
+        return next(iter(found.values()))
+    raise CheckpointError(
+        f"{path}: holds {len(found)} SAEs. Give the name of one, as in load(RUN, NAME).{_listed(found)}"
+    )
+
+
+def _listed(names: Collection[str]) -> str:
+    """Return names for a message, one a line."""
+    return "".join(f"\n  {name}" for name in names)
 
 
 def _check(directory: Path, manifest: SaeManifest, tensors: dict[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ Letters: B contexts, T positions, N tokens, D d_model.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -30,17 +30,24 @@ _BLOCKS_A_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeldOutBatch:
-    """The activations of some contexts, on the rank's device. `HeldOut` yields it, and evaluation reads it."""
+class HeldOutRows:
+    """The activations of some contexts at one site."""
 
     raw_ND: Tensor
     """[N, D] fp32 raw activations of the kept tokens."""
     context_N: Tensor
     """[N] int64 context of each kept token, unique over the held-out data (files: block of 256 rows)."""
-    ids_BT: Tensor | None
-    """[B, T] int64 token ids. None for files."""
     kept_BT: Tensor | None
     """[B, T] bool: true for the tokens in `raw_ND`, in order. None for files."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutBatch:
+    """Some contexts, on the rank's device. `HeldOut` yields it, and evaluation reads it."""
+
+    sites: dict[str, HeldOutRows]
+    ids_BT: Tensor | None
+    """[B, T] int64 token ids. None for files."""
     logits_BTV: Tensor | None = None
     """[B, T, V] logits of the forward pass that gave `raw_ND`. None unless `batches` was called `with_logits`."""
 
@@ -49,13 +56,14 @@ class HeldOut(ABC):
     """Held-out activations in two halves. A stream creates it; calibration and evaluation read it.
 
     Attributes:
-        limit: the outlier limit, which the stream sets once its scaling is fixed.
+        limits: the outlier limits by site, which the stream sets once its scaling is fixed.
     """
 
-    limit: float
+    limits: dict[str, float]
 
     @abstractmethod
-    def batches(self, half: Half, *, max_tokens: int, with_logits: bool = False) -> Iterator[HeldOutBatch]:
+    def batches(self, half: Half, *, max_tokens: int, ranks: Ranks,
+                sites: Collection[str] | None = None, with_logits: bool = False) -> Iterator[HeldOutBatch]:  # fmt: skip
         """Yield this rank's share of a half: batch i belongs to rank i % size.
 
         Args:
@@ -77,12 +85,14 @@ class TextHeldOut(HeldOut):
         self._contexts = HeldOutContexts(parts, tokenizer=tokenizer, context_length=context_length)
         self._language_model, self._tokenizer, self._ranks = language_model, tokenizer, ranks
         self._contexts_per_batch, self._site = contexts_per_batch, site
+        self._label = language_model.facts.label
 
-    def batches(self, half: Half, *, max_tokens: int, with_logits: bool = False) -> Iterator[HeldOutBatch]:
+    def batches(self, half: Half, *, max_tokens: int, ranks: Ranks,
+                sites: Collection[str] | None = None, with_logits: bool = False) -> Iterator[HeldOutBatch]:  # fmt: skip
         chosen = self._contexts.of_half(half, max_tokens=max_tokens)
         size = self._contexts_per_batch
         for number, start in enumerate(range(0, len(chosen), size)):
-            if number % self._ranks.size == self._ranks.rank:
+            if number % ranks.size == ranks.rank:
                 yield self._harvest(chosen[start : start + size], with_logits=with_logits)
 
     def n_tokens(self, half: Half, *, max_tokens: int) -> int:
@@ -98,13 +108,17 @@ class TextHeldOut(HeldOut):
             raw_BTD = self._language_model.activations(ids_BT)
         kept_BT = trainable(ids_BT, self._tokenizer)
         check_finite(raw_BTD[kept_BT], site=self._site, language_model=self._language_model)
-        kept_BT &= within(raw_BTD, limit=self.limit)
+        kept_BT &= within(raw_BTD, limit=self.limits[self._label])
         context_B = torch.tensor(chosen, device=device)
         return HeldOutBatch(
-            raw_ND=raw_BTD[kept_BT].float(),
-            context_N=context_B[:, None].expand_as(kept_BT)[kept_BT],
+            sites={
+                self._label: HeldOutRows(
+                    raw_ND=raw_BTD[kept_BT].float(),
+                    context_N=context_B[:, None].expand_as(kept_BT)[kept_BT],
+                    kept_BT=kept_BT,
+                )
+            },
             ids_BT=ids_BT,
-            kept_BT=kept_BT,
             logits_BTV=logits_BTV,
         )
 
@@ -166,10 +180,11 @@ class TensorHeldOut(HeldOut):
         self.table, self.first = table, first
         self._ranks = ranks
 
-    def batches(self, half: Half, *, max_tokens: int, with_logits: bool = False) -> Iterator[HeldOutBatch]:
+    def batches(self, half: Half, *, max_tokens: int, ranks: Ranks,
+                sites: Collection[str] | None = None, with_logits: bool = False) -> Iterator[HeldOutBatch]:  # fmt: skip
         blocks = self._blocks(half, max_tokens)
         for number, start in enumerate(range(0, len(blocks), _BLOCKS_A_BATCH)):
-            if number % self._ranks.size == self._ranks.rank:
+            if number % ranks.size == ranks.rank:
                 yield self._read(blocks[start : start + _BLOCKS_A_BATCH])
 
     def n_tokens(self, half: Half, *, max_tokens: int) -> int:
@@ -186,6 +201,9 @@ class TensorHeldOut(HeldOut):
     def _read(self, blocks: range) -> HeldOutBatch:
         index_N = self._rows_of(blocks)
         raw_ND = self.table.rows(index_N + self.first).to(self._ranks.device)
-        kept_N = within(raw_ND, limit=self.limit)
+        kept_N = within(raw_ND, limit=self.limits["tensors"])
         context_N = (index_N // HELD_OUT_BLOCK).to(raw_ND.device)[kept_N]
-        return HeldOutBatch(raw_ND=raw_ND[kept_N].float(), context_N=context_N, ids_BT=None, kept_BT=None)
+        return HeldOutBatch(
+            sites={"tensors": HeldOutRows(raw_ND=raw_ND[kept_N].float(), context_N=context_N, kept_BT=None)},
+            ids_BT=None,
+        )

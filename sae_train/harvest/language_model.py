@@ -160,7 +160,7 @@ class LanguageModel:
         return f"{what} in {dtype}, though all its weights are.{other} Else choose another site or checkpoint."
 
     @torch.no_grad()
-    def logits(self, ids_BT: Tensor, *, replace: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def logits(self, ids_BT: Tensor, *, replace: dict[str, Callable[[Tensor], Tensor]] | None = None) -> Tensor:
         """Return next-token logits [B, T, V].
 
         Args:
@@ -174,7 +174,7 @@ class LanguageModel:
             return logits
 
         def splice(site: Tensor) -> Tensor:
-            return replace(self._by_position(site, ids_BT)).to(site.dtype).view_as(site)
+            return replace[self.facts.label](self._by_position(site, ids_BT)).to(site.dtype).view_as(site)
 
         with hooked(self.model, self.facts.module, self.facts.side, splice):
             spliced: Tensor = self.model(ids_BT).logits

@@ -203,7 +203,7 @@ class LiveStream(Stream):
 
     def _set_scaling(self, scaling: Scaling) -> None:
         self.scaling = replace(scaling, centre_D=scaling.centre_D.to(self._ranks.device))
-        self.held_out.limit = scaling.limit
+        self.held_out.limits = {self.language_model.facts.label: scaling.limit}
 
     def _calibration_blocks(self, lane: LiveLane, quota: int, phases: Phases) -> list[Block]:
         blocks: list[Block] = []

@@ -150,7 +150,7 @@ class TensorStream(Stream):
 
     def _set_scaling(self, scaling: Scaling) -> None:
         self.scaling = scaling
-        self.held_out.limit = scaling.limit
+        self.held_out.limits = {"tensors": scaling.limit}
 
     def _draw(self, epoch: int) -> Tensor:
         return keyed_order(self._plan.n_training, self._source.data.seed, "tensors", epoch)

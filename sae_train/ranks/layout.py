@@ -4,6 +4,28 @@ from sae_train.config import MeshConfig, ParallelConfig
 from sae_train.errors import ConfigError
 from sae_train.ranks.launcher_env import this_process
 
+SAES = "saes"
+"""The layout in which every SAE lives on one rank."""
+
+
+def owners(sizes: dict[str, int], *, parallel: ParallelConfig, n_ranks: int) -> dict[str, int]:
+    """Return the rank of each SAE, so that ranks hold about equally much. Empty unless `parallel=saes`.
+
+    Largest first, each SAE goes to the rank that holds the least so far.
+
+    Args:
+        sizes: the number of parameters of each SAE, by name.
+    """
+    if parallel.layout != SAES:
+        return {}
+    held = [0] * n_ranks
+    found = {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        rank = held.index(min(held))
+        held[rank] += sizes[name]
+        found[name] = rank
+    return found
+
 
 def feature_columns(parallel: ParallelConfig, *, n_ranks: int, n_features: int) -> int:
     """Return the number of ranks that share the features of one copy of the dictionary.
@@ -13,6 +35,8 @@ def feature_columns(parallel: ParallelConfig, *, n_ranks: int, n_features: int) 
     """
     if parallel.layout == "data":
         return 1
+    if parallel.layout == SAES:
+        return n_ranks  # all ranks make one row, which gathers a batch; each SAE then learns from it on one rank
     columns = _mesh_columns(parallel, n_ranks) if isinstance(parallel, MeshConfig) else n_ranks
     if columns > n_features:
         raise ConfigError(

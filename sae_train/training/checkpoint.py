@@ -110,7 +110,8 @@ def begin(
 
     Args:
         directory: holds the run's checkpoints.
-        contents: of this rank. The first rank writes what all share, and ranks that hold the same features split them.
+        contents: of this rank. The first rank writes the state of the stream. Of each SAE, the first rank that holds it
+            writes the shared state, and ranks that hold the same features split them.
         notes: JSON values; `step` names the checkpoint.
         keep: how many of the newest checkpoints to leave when it is published; 0 keeps all.
         in_background: copy the tensors and write the copies in a thread; else write before this returns.
@@ -120,12 +121,14 @@ def begin(
         CheckpointError: on every rank, if the first cannot make the directory; earlier checkpoints stay as they were.
     """
     partial = files.partial_path_of(directory, notes["step"])
+    names = sorted({name for of_rank in ranks.gather_objects(list(contents.saes)) for name in of_rank})
     problem: CheckpointError | None = None
     try:
         if ranks.is_first:
             with explained(directory):
                 shutil.rmtree(partial, ignore_errors=True)
-                for name in contents.saes:
+                partial.mkdir(parents=True)
+                for name in names:
                     (partial / files.sae_file(name, "")).mkdir(parents=True)
     except CheckpointError as error:
         problem = error
@@ -207,9 +210,9 @@ def _shares(contents: Contents, ranks: Ranks, *, copied: bool) -> Shares:
     lanes = contents.lanes
     changing: Shares = {files.STREAM: contents.stream} if ranks.is_first else {}
     for name, sae in contents.saes.items():
-        if ranks.is_first:
+        if sae.ranks.is_first:
             changing[files.sae_file(name, files.SHARED)] = sae.state.shared
-        lo, hi, rows = _own_rows(sae, ranks)
+        lo, hi, rows = _own_rows(sae)
         if hi > lo:
             changing[files.sae_file(name, files.features_file(lo, hi))] = rows
     if copied:
@@ -224,10 +227,10 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
 
-def _own_rows(sae: SaeContents, ranks: Ranks) -> tuple[int, int, dict[str, Tensor]]:
+def _own_rows(sae: SaeContents) -> tuple[int, int, dict[str, Tensor]]:
     """Return the features lo, hi that this rank writes, of those that it holds with others, and their rows."""
     lo, hi = sae.features
-    first, last = ranks.data.slice(hi - lo)
+    first, last = sae.ranks.data.slice(hi - lo)
     return lo + first, lo + last, {key: value[first:last] for key, value in sae.state.features.items()}
 
 

@@ -25,10 +25,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sae_train.errors import CheckpointError
+from sae_train.ranks.interface import Ranks
 from sae_train.sae.state import State
 
-FORMAT = 2
-"""Version of this layout; 1 had no folder for each SAE."""
+FORMAT = 3
+"""Version of this layout; 1 had no folder for each SAE, 2 one site."""
 NOTES = "checkpoint.json"
 STREAM = "stream.safetensors"
 SHARED = "shared.safetensors"
@@ -42,6 +43,8 @@ class SaeContents(NamedTuple):
     features: tuple[int, int]
     """lo, hi of the features that the rank holds."""
     state: State
+    ranks: Ranks
+    """The grid of ranks that hold the SAE."""
 
 
 class Contents(NamedTuple):
@@ -52,7 +55,7 @@ class Contents(NamedTuple):
     lanes: dict[int, dict[str, Tensor]]
     """State of each lane that this rank owns: CPU tensors that no later step changes."""
     saes: dict[str, SaeContents]
-    """By the SAE's name."""
+    """The SAEs of which this rank holds features, by name."""
 
 
 class Unreadable(CheckpointError):

@@ -2,17 +2,16 @@
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from sae_train.harvest.meter import slowest_part
 
 TRAINING = "training"
 """The phase whose bar stays on the screen."""
 SECONDS_TO_THE_FIRST, SECONDS_INSIDE, SECONDS_ON_A_TERMINAL, SECONDS_IN_A_FILE = 0.5, 5.0, 0.5, 15.0
 """Seconds until a bar is shown, until one inside another phase is, and between two updates after that."""
-ALL_OF_IT = 0.999
-"""Share of the budget above which it counts as used up."""
 
 
 def say(text: str) -> None:
@@ -74,37 +73,10 @@ def _room() -> dict[str, Any]:
     return {"dynamic_ncols": True} if size.lines and size.columns else {"ncols": 80, "nrows": 24}
 
 
-def figures_text(row: dict[str, Any]) -> str:
-    """Return the figures of a row of metrics as text behind the bar of the training."""
-    return f"FVU {row['train/fvu']:.3f}, L0 {row['train/l0']:.1f}, dead {row['train/dead_features']}"
-
-
-def verdict(
-    *, name: str, figures: dict[str, Any], tokens: int, tokens_per_second: float, sparsity: str, path: str
-) -> str:
-    """Return the last line of a run: its name, its SAE's quality, its speed and its directory.
-
-    Args:
-        sparsity: target of sparsity in words, `SaeConfig.sparsity`.
-    """
-    aim = f"target {figures['target_l0']:.4g}" if sparsity.startswith("k") else sparsity
-    if figures.get("correction") == {}:
-        aim += ", missed: thresholds are exported as training left them"
-    if figures["used_share"] < ALL_OF_IT:
-        aim += f" of {sparsity}: positive affinities ran out"
-    parts = [f"L0 {figures['l0']:.1f} ({aim})", f"FVU {figures['fvu']:.3f}", f"dead {figures['dead_fraction']:.1%}"]
-    if "ce_recovered" in figures:
-        parts.append(f"CE recovered {figures['ce_recovered']:.1%}")
-    return f"{name}: {', '.join(parts)}; {tokens:,} tokens at {tokens_per_second:,.0f} tokens/s; {path}"
-
-
-def verdict_of(summary: dict[str, Any], *, path: Path, sparsity: str) -> str:
-    """Return the verdict line of a finished run from its summary; see `verdict`."""
-    return verdict(
-        name=summary["run"],
-        figures=next(iter(summary["saes"].values())),
-        tokens=summary["tokens"],
-        tokens_per_second=summary["tokens_per_second"],
-        sparsity=sparsity,
-        path=str(path),
-    )
+def progress_text(rows: list[dict[str, Any]]) -> str:
+    """Return the text behind the bar of the training, from the newest row of each SAE."""
+    worst = max(rows, key=lambda row: float(row["train/fvu"]))
+    slowest = f"; slowest: {slowest_part(worst)}" if slowest_part(worst) else ""
+    if len(rows) > 1:
+        return f"highest FVU {worst['train/fvu']:.3f} ({worst['sae']}){slowest}"
+    return f"FVU {worst['train/fvu']:.3f}, L0 {worst['train/l0']:.1f}, dead {worst['train/dead_features']}{slowest}"

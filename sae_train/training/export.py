@@ -1,98 +1,111 @@
 """From trained weights to an exported SAE that keeps its promise: fold, calibrate, evaluate, write."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
-
-import torch
-from torch import Tensor
+from typing import Any, NamedTuple
 
 import sae_train
 from sae_train.config import SourceConfig
 from sae_train.errors import DataError
-from sae_train.evaluation.evaluate import evaluate
+from sae_train.evaluation.evaluate import evaluate_all
+from sae_train.evaluation.metric import Subject
 from sae_train.evaluation.registry import figures_in_rows
 from sae_train.evaluation.rounds import rounds
 from sae_train.formats import native
 from sae_train.formats.manifest import ActivationSource, Normalisation, SaeManifest
 from sae_train.harvest.build import Stream, StreamFacts
-from sae_train.harvest.held_out import HALVES, Half
+from sae_train.harvest.held_out import HALVES
 from sae_train.phases import SILENT, Phases
-from sae_train.ranks.interface import Ranks
+from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.autoencoder import SparseAutoencoder
-from sae_train.sae.calibration import calibrate
 from sae_train.training.learner import Learner
+from sae_train.training.thresholds import Draft, set_thresholds
+from sae_train.training.together import together
 from sae_train.training.trainer import Trainer
 
 ENOUGH_TOKENS = 10_000
 """Held-out tokens that are read before training."""
 
 
-def exported(trainer: Trainer, learner: Learner, phases: Phases = SILENT) -> tuple[SparseAutoencoder, dict[str, Any]]:
-    """Return an SAE as it would be exported now, and its figures on held-out data; change nothing. Collective.
+class Exported(NamedTuple):
+    """An SAE as it would be exported now. `export_all` makes it; the session reports and writes it."""
 
-    The SAE holds this rank's features, and the figures are of all features. Thresholds are set on the calibration half;
-    every figure comes from the evaluation half.
+    learner: Learner
+    sae: SparseAutoencoder
+    """The features that this rank holds."""
+    figures: dict[str, Any]
+    """Figures of all features, by their names in summary.json."""
+
+
+def export_all(trainer: Trainer, phases: Phases = SILENT) -> list[Exported]:
+    """Return the SAEs of this rank's learners as they would be exported now, with their figures. Collective.
+
+    Nothing of the run changes. Thresholds are set on the calibration half; every figure comes from the evaluation half.
+
+    Raises:
+        DataError: the FVU of an SAE is not defined; on every rank.
     """
     with trainer.stream.quiet():
-        return _exported(trainer, learner, phases)
+        return _export_all(trainer, phases)
 
 
-def _exported(trainer: Trainer, learner: Learner, phases: Phases) -> tuple[SparseAutoencoder, dict[str, Any]]:
-    stream, ranks, n_features = trainer.stream, trainer.ranks, learner.plan.n_features
-    rule = learner.sparsifier.export(learner.dictionary, learner.step_info(trainer.n_done))
-    sae = SparseAutoencoder.fold(
-        learner.dictionary,
-        centre_D=stream.scaling.centre_D,
-        scale=stream.scaling.scale,
-        k=0.0 if rule.k is None else rule.k,  # set below where there is none
-        inference=rule.inference,
-        encoder=(rule.W_enc, rule.b_enc),
-    )
-    max_tokens = trainer.source.held_out_tokens
-    with _of_half(phases, "reading activations for thresholds", stream, "calibration", max_tokens=max_tokens):
-        raw_ND = calibration_half(stream, max_tokens=max_tokens, phases=phases, ranks=ranks)
-    calibration = calibrate(
-        sae,
-        raw_ND,
-        k=rule.k,
-        batch_tokens=learner.plan.batch_tokens,
-        n_features=n_features,
-        ranks=ranks,
-        share_F=rule.share_F,
-        learned_F=None if rule.threshold_F is None else rule.threshold_F.double() * stream.scaling.scale,
-        phases=phases,
-    )
-    del raw_ND
-    if rule.k is None:
-        sae.k = calibration.target_l0
-    sae.threshold.data.copy_(calibration.threshold_F)
-    phases.meet()
-    with _of_half(phases, "evaluating", stream, "evaluation", max_tokens=max_tokens):
-        figures = evaluate(
-            sae,
+def _export_all(trainer: Trainer, phases: Phases) -> list[Exported]:
+    stream, ranks, max_tokens = trainer.stream, trainer.ranks, trainer.source.held_out_tokens
+    drafts = [_draft(learner, trainer) for learner in trainer.learners]
+    calibrations = set_thresholds(drafts, stream, max_tokens=max_tokens, ranks=ranks, phases=phases)
+    with phases.of("evaluating", total=stream.held_out.n_tokens("evaluation", max_tokens=max_tokens)):
+        found = evaluate_all(
+            [_subject(draft) for draft in drafts],
             stream.held_out,
             max_tokens=max_tokens,
             language_model=stream.language_model,
-            n_features=n_features,
             ranks=ranks,
+            deal=_deal(trainer),
             phases=phases,
         )
-    if "fvu" not in figures:
-        raise DataError(
-            "held-out data: its squared norms overflow or it is constant, so its FVU is not defined. Rescale the "
-            "activations, or give other held-out data."
-        )
-    figures |= {"target_l0": calibration.target_l0, "used_share": calibration.used_share}
-    if calibration.correction is not None:
-        figures["correction"] = calibration.correction
-    return sae, figures | rule.notes
+    exported = [Exported(*each) for each in zip(trainer.learners, (draft.sae for draft in drafts), found, strict=True)]
+    together(lambda: _check_defined(exported), ranks=ranks)
+    for draft, calibration, figures in zip(drafts, calibrations, found, strict=True):
+        figures |= {"target_l0": calibration.target_l0, "used_share": calibration.used_share}
+        if calibration.correction is not None:
+            figures["correction"] = calibration.correction
+        figures |= draft.rule.notes
+    return exported
 
 
-def _of_half(phases: Phases, name: str, stream: Stream, half: Half, *, max_tokens: int) -> AbstractContextManager[None]:
-    """Return a phase over a half of the held-out data."""
-    return phases.of(name, total=stream.held_out.n_tokens(half, max_tokens=max_tokens))
+def _draft(learner: Learner, trainer: Trainer) -> Draft:
+    """Return the learner's SAE on raw activations, still without thresholds."""
+    scaling = trainer.stream.scalings[learner.plan.site]
+    rule = learner.sparsifier.export(learner.dictionary, learner.step_info(trainer.n_done))
+    sae = SparseAutoencoder.fold(
+        learner.dictionary,
+        centre_D=scaling.centre_D,
+        scale=scaling.scale,
+        k=0.0 if rule.k is None else rule.k,  # `set_thresholds` sets it where there is none
+        inference=rule.inference,
+        encoder=(rule.W_enc, rule.b_enc),
+    )
+    return Draft(learner, sae, rule)
+
+
+def _subject(draft: Draft) -> Subject:
+    plan = draft.learner.plan
+    return Subject(sae=draft.sae, site=plan.site, n_features=plan.n_features, ranks=draft.learner.ranks)
+
+
+def _deal(trainer: Trainer) -> Ranks:
+    """Return the ranks that share out the evaluation half. Where SAEs live on one rank each, every rank reads it."""
+    return Solo(trainer.ranks.device) if trainer.plan.layout == "saes" else trainer.ranks
+
+
+def _check_defined(exported: list[Exported]) -> None:
+    for learner, _, figures in exported:
+        if "fvu" not in figures:
+            raise DataError(
+                f"held-out data: at {learner.plan.site} its squared norms overflow or it is constant, so its FVU is "
+                "not defined. Rescale the activations, or give other held-out data."
+            )
 
 
 def evaluation_figures(figures: dict[str, Any]) -> dict[str, Any]:
@@ -110,36 +123,48 @@ def write_export(
     figures: dict[str, Any],
     phases: Phases = SILENT,
 ) -> None:
-    """Write `saes/NAME/`. Collective: every rank brings its features, and every rank raises if one cannot write."""
-    config, stream, n_features = learner.config, trainer.stream, learner.plan.n_features
+    """Write `saes/NAME/`. Collective over the learner's ranks: each brings its features, and all raise if one cannot.
+
+    Args:
+        sae: this rank's features, from `export_all`.
+        directory: `saes/NAME/` of the run.
+        trainer: the run's trainer.
+        learner: the SAE's learner.
+        facts: of the stream, with the SAE's site among its sites.
+        figures: entries of sae.json under `figures`.
+        phases: receives the progress, in bytes.
+    """
+    config, n_features = learner.config, learner.plan.n_features
+    (site,) = (site for site in facts.sites if site.label == learner.plan.site)
+    scaling = trainer.stream.scalings[site.label]
     manifest = SaeManifest(
         inference=sae.inference,
         k=sae.k,
         d_model=sae.d_model,
         n_features=n_features,
-        site=facts.label,
-        source=_activation_source(trainer.source, facts),
+        site=site.label,
+        source=_activation_source(trainer.source, facts.record | site.record),
         tokens=trainer.tokens,
         sparsifier=config.sparsifier.name,
         prefixes=list(learner.prefixes),
         seed=config.seed,
         normalisation=Normalisation(
-            scale=stream.scaling.scale,
-            centre_norm=float(stream.scaling.centre_D.norm()),
-            gamma=stream.scaling.gamma,
-            outlier_limit=stream.scaling.limit,
+            scale=scaling.scale,
+            centre_norm=float(scaling.centre_D.norm()),
+            gamma=scaling.gamma,
+            outlier_limit=scaling.limit,
             folded=True,
         ),
         figures=figures,
         sae_train_version=sae_train.__version__,
     )
     with phases.of("exporting", total=native.size_of(sae.d_model, n_features), unit="B"):
-        native.save(sae, directory, manifest=manifest, ranks=trainer.ranks, phases=phases)
+        native.save(sae, directory, manifest=manifest, ranks=learner.ranks, phases=phases)
 
 
-def _activation_source(config: SourceConfig, facts: StreamFacts) -> ActivationSource:
-    """Return the origin of a run's activations: the stream's record, and the settings of a language model and text."""
-    source = ActivationSource(**cast(dict[str, Any], facts.record))
+def _activation_source(config: SourceConfig, record: Mapping[str, Any]) -> ActivationSource:
+    """Return the origin of an SAE's activations: `record`, and the settings of a language model and text."""
+    source = ActivationSource(**record)
     if not config.harvest.runs_model:
         return source
     return replace(
@@ -153,27 +178,20 @@ def _activation_source(config: SourceConfig, facts: StreamFacts) -> ActivationSo
 
 
 def check_held_out(stream: Stream, *, ranks: Ranks) -> None:
-    """Refuse a stream with an empty held-out half: no SAE could be exported after the training. Collective.
+    """Refuse a stream with an empty held-out half at a site: no SAE could be exported after the training. Collective.
 
     Raises:
-        DataError: nothing of a half passes the filters.
+        DataError: nothing of a half passes a site's filter.
     """
     for half in HALVES:
-        turns = rounds(stream.held_out.batches(half, max_tokens=ENOUGH_TOKENS), ranks)
-        if not any(turn.n_tokens for turn in turns):
-            raise DataError(
-                f"held-out data: nothing of its {half} half passes the outlier filter (norms up to "
-                f"{stream.scaling.limit:.3g}). Give other held-out text or rows."
-            )
-
-
-@torch.no_grad()
-def calibration_half(stream: Stream, *, max_tokens: int, ranks: Ranks, phases: Phases = SILENT) -> Tensor:
-    """Return the calibration half's raw activations [N, d_model], fp32, equal on every rank. Collective."""
-    nothing_ND = torch.zeros(0, stream.d_model, device=ranks.device)
-    turns = rounds(stream.held_out.batches("calibration", max_tokens=max_tokens), ranks)
-    rows = [nothing_ND]
-    for turn in turns:
-        rows.append(ranks.gather_rows(nothing_ND if turn.batch is None else turn.batch.raw_ND))
-        phases.meet(turn.n_tokens)
-    return torch.cat(rows)
+        n_kept = dict.fromkeys(stream.scalings, 0)
+        for turn in rounds(stream.held_out.batches(half, max_tokens=ENOUGH_TOKENS, ranks=ranks), ranks):
+            for site, rows in ({} if turn.batch is None else turn.batch.sites).items():
+                n_kept[site] += len(rows.raw_ND)
+        n_kept_of_ranks = ranks.gather_objects(n_kept)
+        for site, scaling in stream.scalings.items():
+            if not any(counts[site] for counts in n_kept_of_ranks):
+                raise DataError(
+                    f"held-out data: nothing of its {half} half passes the outlier filter of {site} (norms up to "
+                    f"{scaling.limit:.3g}). Give other held-out text or rows."
+                )

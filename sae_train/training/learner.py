@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from sae_train import kernels
-from sae_train.config import SaeConfig
 from sae_train.errors import StoppedByNumbers
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.aux_loss import build_aux_loss
@@ -22,8 +21,9 @@ from sae_train.training.batch import RowBatch
 from sae_train.training.metrics import Totals, firing_row
 from sae_train.training.nonfinite import NonFinite
 from sae_train.training.optimizer import Adam
-from sae_train.training.plan import SaePlan
+from sae_train.training.sae_plan import SaePlan
 from sae_train.training.schedule import learning_rate
+from sae_train.training.scratch import Scratch
 
 DIVERGED = 100.0
 """FVU at which there is no way back: a reconstruction a hundred times worse than the mean."""
@@ -42,9 +42,16 @@ class Learner:
         is_approximate: whether pre-activations come from a bf16 product that only finds candidates.
     """
 
-    def __init__(self, name: str, config: SaeConfig, plan: SaePlan, *, precision: str, ranks: Ranks) -> None:
+    def __init__(self, plan: SaePlan, *, precision: str, ranks: Ranks, scratch: Scratch) -> None:
+        """Args:
+        plan: settings and numbers of the SAE.
+        precision: of matrix products, with 'auto' resolved.
+        ranks: the grid of ranks that hold the features of this SAE.
+        scratch: memory for pre-activations, which SAEs share.
+        """
         dtype = torch.float64 if precision == "float64" else torch.float32
-        self.name, self.config, self.plan, self.ranks, self.precision = name, config, plan, ranks, precision
+        self.name, self.config, self.plan, self.ranks, self.precision = plan.name, plan.config, plan, ranks, precision
+        config, self._scratch = plan.config, scratch
         self.features = ranks.features.slice(plan.n_features)
         self.sparsifier = build_sparsifier(config, plan.sizes, ranks=ranks)
         extra = self.sparsifier.extra_parameters()
@@ -67,7 +74,6 @@ class Learner:
         self.optimizer = Adam(self.dictionary, config.optimizer, rates=rates)
         self.totals = Totals(d_model=plan.d_model, ranks=ranks)
         self.nonfinite = NonFinite(ranks.device)
-        self._pre_NF: Tensor | None = None  # the largest thing that a step makes: kept from step to step
         reads_fp32 = self.sparsifier.reads_all or kernels.writes_fp32(ranks.device)
         self.is_approximate = precision == "bf16" and not reads_fp32
 
@@ -143,7 +149,7 @@ class Learner:
 
     def check_finite(self) -> None:
         """Raise StoppedByNumbers on every rank if a loss or gradient was not finite. Collective."""
-        self.nonfinite.check(self.ranks, site=self.plan.site)
+        self.nonfinite.check(self.ranks, sae=self.name)
 
     def dead_fraction(self) -> float:
         """Return the share of all features that is dead by training's own counters. Collective."""
@@ -179,11 +185,10 @@ class Learner:
         self.totals.load_state(state.part("totals"))
 
     def _pre_activations(self, x_ND: Tensor) -> kernels.PreActivations:
-        if self._pre_NF is None:
-            dtype = torch.bfloat16 if self.is_approximate else x_ND.dtype
-            self._pre_NF = x_ND.new_empty(len(x_ND), self.dictionary.n_features, dtype=dtype)
-        find = self.dictionary.approximate_pre_activations if self.is_approximate else self.dictionary.pre_activations
-        return find(x_ND, out=self._pre_NF)
+        dictionary, dtype = self.dictionary, torch.bfloat16 if self.is_approximate else x_ND.dtype
+        out_NF = self._scratch.matrix(len(x_ND), dictionary.n_features, dtype=dtype, device=x_ND.device)
+        find = dictionary.approximate_pre_activations if self.is_approximate else dictionary.pre_activations
+        return find(x_ND, out=out_NF)
 
     def _update(self, info: StepInfo, *, loss: Tensor, norm_N: Tensor) -> Tensor:
         """Sum gradients over ranks, project, clip, step, renormalise; return the gradient's norm.

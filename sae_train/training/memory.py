@@ -5,7 +5,7 @@ The plan refuses a run that cannot fit. Where memory runs out all the same, a me
 
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,14 @@ from typing import NoReturn
 
 import torch
 
-from sae_train.config import CheckpointConfig, LaneSizes, SaeConfig, SourceConfig
+from sae_train.config import CheckpointConfig, LaneSizes, SourceConfig
 from sae_train.config.lanes import FORWARDS_A_POOL
 from sae_train.errors import ConfigError, UserError
 from sae_train.harvest.build import StreamFacts
 from sae_train.kernels import backend
 from sae_train.ranks.launcher_env import this_process
 from sae_train.sparsifiers import sparsifier_class
+from sae_train.training.sae_plan import SaePlan
 
 NAMED = 0.02
 """Share of a rank's memory above which a message names a holding."""
@@ -55,12 +56,9 @@ class Holding:
 
 def holdings(
     source: SourceConfig,
-    sae: SaeConfig,
+    saes: Iterable[SaePlan],
     facts: StreamFacts,
     *,
-    d_model: int,
-    n_features: int,
-    parameters: int,
     n_ranks: int,
     columns: int,
     copies_checkpoints: bool,
@@ -71,28 +69,30 @@ def holdings(
     where a batch is harvested during a step. Else they follow each other, and the larger counts.
 
     Args:
-        parameters: weights and biases of the SAE.
-        columns: ranks that share the features of one copy of the dictionary.
+        columns: ranks that share the features of one copy of a dictionary.
         copies_checkpoints: see `copies_in_host_memory`.
     """
+    saes = list(saes)
     element, batch_tokens = source.element_size, source.batch_tokens
-    width = "n_features" if sae.n_features else "expansion"
-    pre_activations = batch_tokens * n_features // n_ranks  # a row's tokens times a column's features
-    held = sparsifier_class(sae.sparsifier.name).matrices_held
-    step, logits = held * element * pre_activations, facts.logit_bytes
+    parameters = sum(sae.parameters for sae in saes)
+    width = "n_features" if saes[0].config.n_features else "expansion"
+    matrices = [(sparsifier_class(sae.config.sparsifier.name).matrices_held, sae.n_features) for sae in saes]
+    held, widest = max(matrices, key=lambda pair: pair[0] * pair[1])
+    step = held * element * batch_tokens * widest // n_ranks
+    logits = facts.logit_bytes
     if not facts.prefetch:
         step, logits = (step, 0) if step >= logits else (0, logits)
-    name = f"[{n_features}, {d_model}]"
+    name = f"[{widest}, {saes[0].d_model}]"
     copied = (3 * element * parameters + facts.pool_bytes) // n_ranks if copies_checkpoints else 0
     rounds = source.precision == "bf16" or (source.precision == "auto" and _has_bf16())
     return (
         Holding(f"weights, gradients and two moments, 8 of {name}", 4 * element * parameters // columns,
                 (f"lower {width}", "parallel=features over several ranks")),
-        Holding(f"weights rounded to bf16, 2 of {name}", 4 * n_features * d_model // columns * rounds,
+        Holding(f"weights rounded to bf16, 2 of {name}", 2 * parameters // columns * rounds,
                 (f"lower {width}",)),
         Holding(f"copies of weights and moments, 6 of {name}, and of pools while a checkpoint is written", copied,
                 ("checkpoint.beside=false",)),
-        Holding(f"pre-activations and what is as large, {held} of [{batch_tokens}, {n_features}]"
+        Holding(f"pre-activations and what is as large, {held} of [{batch_tokens}, {widest}]"
                 + (f" over {n_ranks} ranks" if n_ranks > 1 else ""), step,
                 ("lower batch_tokens", f"lower {width}")),
         Holding("logits of the language model and the way back through them", logits,
@@ -115,8 +115,8 @@ def check_memory(
     held: tuple[Holding, ...],
     source: SourceConfig,
     facts: StreamFacts,
+    saes: Iterable[SaePlan],
     *,
-    n_features: int,
     n_ranks: int,
     pool_copies: int,
 ) -> None:
@@ -132,6 +132,7 @@ def check_memory(
     available = int(available_bytes() * (1 - LEFT_TO_THE_MODEL if sizes else 1))
     if needed <= available:
         return
+    n_features = max(sae.n_features for sae in saes)
     given, way_out = f"n_features={n_features}, batch_tokens={source.batch_tokens}:", ""
     batch_bytes = pool_copies * facts.pool_batch_bytes // n_ranks
     fits = sizes and largest_pool(sizes, batch_bytes=batch_bytes, too_much=needed - available)

@@ -1,69 +1,38 @@
 """The numbers of a run, decided before anything heavy happens: sizes, steps, schedule, memory, disk, operations."""
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sae_train.config import CheckpointConfig, LaneSizes, OptimizerConfig, ParallelConfig, SaeConfig, SourceConfig
-from sae_train.errors import raise_all
+from sae_train.config import CheckpointConfig, LaneSizes, ParallelConfig, SaeConfig, SourceConfig
+from sae_train.errors import CheckpointError
 from sae_train.harvest.build import StreamFacts
-from sae_train.ranks.layout import feature_columns
-from sae_train.sae.sizes import SaeSizes
+from sae_train.ranks.layout import feature_columns, owners
 from sae_train.training.memory import Holding, check_memory, copies_in_host_memory, holdings
 from sae_train.training.operations import HeldOutCost, held_out_cost, step_operations
-from sae_train.training.schedule import DECAY_SHARE, WARMUP_SHARE, peak_learning_rate
+from sae_train.training.sae_plan import RULED, SaePlan, sae_plans
 
-LARGEST_DEAD_WINDOW = 10_000_000
-DEAD_WINDOWS_A_RUN = 25
-"""A shorter run's dead window is this part of it. With an eighth more features ended dead (docs/reports/quality.md)."""
-RULED = ("n_features", "dead_window", "peak_lr", "warmup_tokens", "decay_tokens")
-"""Fields of an SAE's plan that a rule decides where the configuration does not."""
 LARGEST_CHECKPOINT_INTERVAL = 50_000_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SaePlan:
-    """The numbers of one SAE. `make_plan` creates it; the learner reads it."""
-
-    site: str
-    """Model and site, as in the SAE's name."""
-    d_model: int
-    n_features: int
-    batch_tokens: int
-    total_tokens: int
-    """Tokens of all steps."""
-    dead_window: int
-    peak_lr: float
-    warmup_tokens: int
-    decay_tokens: int
-
-    @property
-    def sizes(self) -> SaeSizes:
-        """The sizes that sparsifiers and losses read."""
-        return SaeSizes(
-            d_model=self.d_model,
-            n_features=self.n_features,
-            batch_tokens=self.batch_tokens,
-            dead_window=self.dead_window,
-        )
-
-    @property
-    def parameters(self) -> int:
-        """Weights of encoder and decoder, and their biases."""
-        return 2 * self.n_features * self.d_model + self.n_features + self.d_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The numbers of a run that follow from its settings and its stream."""
 
-    sae: SaePlan
+    saes: dict[str, SaePlan]
+    """The SAEs by name, in the order in which they were asked for."""
     steps: int
+    batch_tokens: int
+    total_tokens: int
+    """Tokens of all steps."""
     n_ranks: int
     layout: str
     """Name of the layout of ranks."""
     columns: int
     """Ranks that share the features of one copy of the dictionary. rank = row * columns + column."""
+    owners: dict[str, int]
+    """The rank of each SAE, where every SAE lives on one rank (`parallel=saes`). Empty in other layouts."""
     checkpoint_every: int
     """Tokens between checkpoints; 0 keeps none but the end."""
     holdings: tuple[Holding, ...]
@@ -84,14 +53,27 @@ class Plan:
     back), encoder product, matches."""
     held_out: HeldOutCost
 
-    def resolved(self) -> dict[str, float]:
-        """Return the numbers that rules of this version decided, as config.yaml holds them."""
-        return {name: getattr(self.sae, name) for name in RULED}
+    def resolved(self) -> dict[str, dict[str, float]]:
+        """Return the numbers that rules of this version decided, by SAE, as config.yaml holds them."""
+        return {name: {key: getattr(sae, key) for key in RULED} for name, sae in self.saes.items()}
 
     def as_begun(self, resolved: dict[str, Any]) -> "Plan":
-        """Return this plan with the numbers that rules decided when the run began. A resumed run keeps them."""
-        sae = dataclasses.replace(self.sae, **{name: resolved[name] for name in RULED})
-        return dataclasses.replace(self, sae=sae)
+        """Return this plan with the numbers that rules decided when the run began. A resumed run keeps them.
+
+        Raises:
+            CheckpointError: they are in the form of an older version.
+        """
+        try:
+            saes = {
+                name: dataclasses.replace(sae, **{key: resolved[name][key] for key in RULED})
+                for name, sae in self.saes.items()
+            }
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                "config.yaml: written by another version of sae-train, whose runs this one cannot continue. Finish "
+                "the run with that version (config.yaml names its commit), or choose another name=."
+            ) from error
+        return dataclasses.replace(self, saes=saes)
 
     @property
     def held_out_share(self) -> float:
@@ -103,20 +85,10 @@ class Plan:
         """Memory of one rank, estimated."""
         return sum(each.n_bytes for each in self.holdings)
 
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens of a step, over all ranks."""
-        return self.sae.batch_tokens
-
-    @property
-    def total_tokens(self) -> int:
-        """Tokens of all steps."""
-        return self.sae.total_tokens
-
 
 def make_plan(
     source: SourceConfig,
-    sae: SaeConfig,
+    saes: Sequence[SaeConfig],
     facts: StreamFacts,
     *,
     checkpoint: CheckpointConfig,
@@ -125,72 +97,60 @@ def make_plan(
 ) -> Plan:
     """Return the plan of a run.
 
+    Args:
+        saes: the settings of each SAE, all of them at sites that `facts` lists.
+
     Raises:
-        ConfigError: settings contradict each other once the width of the activations is known, or memory is too small.
+        ConfigError: settings contradict each other once the widths of the activations are known, two SAEs are equal,
+            or memory is too small.
     """
-    n_features = sae.n_features or sae.expansion * facts.d_model
-    raise_all(sae.width_problems(n_features))
     steps = -(-source.tokens // source.batch_tokens)
     total = steps * source.batch_tokens
-    numbers = _sae_plan(sae, facts, n_features=n_features, batch_tokens=source.batch_tokens, total=total)
-    columns = feature_columns(parallel, n_ranks=n_ranks, n_features=n_features)
-    size = {"d_model": facts.d_model, "n_features": n_features}
+    planned = sae_plans(source, saes, facts, total=total)
+    columns = feature_columns(parallel, n_ranks=n_ranks, n_features=min(sae.n_features for sae in planned.values()))
+    where = owners({name: sae.parameters for name, sae in planned.items()}, parallel=parallel, n_ranks=n_ranks)
     held = holdings(
         source,
-        sae,
+        planned.values(),
         facts,
-        **size,
-        parameters=numbers.parameters,
         n_ranks=n_ranks,
-        columns=columns,
+        columns=1 if where else columns,
         copies_checkpoints=copies_in_host_memory(checkpoint),
     )
     copies = 2 if copies_in_host_memory(checkpoint) else 1
-    check_memory(held, source, facts, n_features=n_features, n_ranks=n_ranks, pool_copies=copies)
+    check_memory(held, source, facts, planned.values(), n_ranks=n_ranks, pool_copies=copies)
     every = _checkpoint_every(checkpoint.every_tokens, total)
     kept = checkpoint.keep or max(1, total // max(every, 1))
-    checkpoint_bytes = 3 * source.element_size * numbers.parameters + facts.pool_bytes
+    parameters = sum(sae.parameters for sae in planned.values())
+    checkpoint_bytes = 3 * source.element_size * parameters + facts.pool_bytes
     return Plan(
-        sae=numbers,
+        saes=planned,
         steps=steps,
+        batch_tokens=source.batch_tokens,
+        total_tokens=total,
         n_ranks=n_ranks,
         layout=parallel.layout,
         columns=columns,
+        owners=where,
         checkpoint_every=every,
         holdings=held,
         prefetch=facts.prefetch,
         checkpoint_bytes=checkpoint_bytes,
-        disk_bytes=2 * 4 * numbers.parameters + (kept + 1) * checkpoint_bytes,
+        disk_bytes=2 * 4 * parameters + (kept + 1) * checkpoint_bytes,
         lane_sizes=facts.sizes,
-        notices=(*_schedule_notices(sae.optimizer, tokens=source.tokens), *([facts.note] if facts.note else [])),
+        notices=(*_schedule_notices(planned.values(), tokens=source.tokens), *([facts.note] if facts.note else [])),
         data_notices=facts.notices,
-        operations=total * (facts.flops_per_token + step_operations(sae, source, **size)),
-        held_out=held_out_cost(source, facts, n_features=n_features, total=total),
+        operations=total * (facts.flops_per_token + sum(step_operations(sae, source) for sae in planned.values())),
+        held_out=held_out_cost(source, facts, planned.values(), total=total),
     )
 
 
-def _sae_plan(config: SaeConfig, facts: StreamFacts, *, n_features: int, batch_tokens: int, total: int) -> SaePlan:
-    optimizer = config.optimizer
-    warmup, decay = optimizer.warmup_tokens, optimizer.decay_tokens
-    return SaePlan(
-        site=facts.label,
-        d_model=facts.d_model,
-        n_features=n_features,
-        batch_tokens=batch_tokens,
-        total_tokens=total,
-        dead_window=config.dead_window or max(1, min(LARGEST_DEAD_WINDOW, total // DEAD_WINDOWS_A_RUN)),
-        peak_lr=peak_learning_rate(optimizer, n_features=n_features, tokens=total, k=config.usual_k),
-        warmup_tokens=round(WARMUP_SHARE * total) if warmup is None else warmup,
-        decay_tokens=round(DECAY_SHARE * total) if decay is None else decay,
-    )
-
-
-def _schedule_notices(optimizer: OptimizerConfig, *, tokens: int) -> list[str]:
-    """Return a line for a warm-up or decay that is longer than the run."""
-    lengths = {"warmup_tokens": optimizer.warmup_tokens, "decay_tokens": optimizer.decay_tokens}
+def _schedule_notices(saes: Iterable[SaePlan], *, tokens: int) -> list[str]:
+    """Return a line for each warm-up or decay that is longer than the run."""
+    typed = [(key, getattr(sae.config.optimizer, key)) for sae in saes for key in ("warmup_tokens", "decay_tokens")]
     return [
         f"optimizer.{key}={value}: longer than the run of tokens={tokens}, so the learning rate never reaches its peak"
-        for key, value in lengths.items()
+        for key, value in dict.fromkeys(typed)
         if value is not None and value > tokens
     ]
 

@@ -7,13 +7,14 @@ from sae_train.training.plan import Plan
 GRADIENTS = "harvested with the activations, of the language model's loss; they double what a batch holds"
 
 
-def describe(plan: Plan, source: SourceConfig, sae: SaeConfig, *, path: str) -> str:
+def describe(plan: Plan, source: SourceConfig, *, path: str) -> str:
     """Return the plan as lines of text.
 
     Args:
         path: directory of the run.
     """
-    numbers, cost = plan.sae, plan.held_out
+    numbers, cost = next(iter(plan.saes.values())), plan.held_out
+    sae = numbers.config
     model = "the language model but for its logits" if source.reads_gradients else "the language model"
     operations = f"{plan.operations + cost.operations:.2e} floating-point"
     rows = [

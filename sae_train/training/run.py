@@ -4,15 +4,15 @@
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sae_train.config import RunConfig, as_dict, identity, identity_digest
-from sae_train.errors import Preempted, raise_all
+from sae_train.config import RunConfig, SaeConfig, SourceConfig, as_dict, identity, identity_digest
+from sae_train.errors import Preempted, StoppedByNumbers, raise_all
 from sae_train.harvest.build import Stream, StreamFacts, build_stream, check_stream
 from sae_train.phases import Phases
 from sae_train.ranks.distributed import find_ranks
@@ -23,12 +23,13 @@ from sae_train.sparsifiers import sparsifier_class
 from sae_train.training import signals
 from sae_train.training.checkpoint import Saver
 from sae_train.training.claiming import abandoned_if_refused, claim_on_first
-from sae_train.training.console import ProgressBar, say, verdict_of, warn
+from sae_train.training.console import ProgressBar, say, warn
 from sae_train.training.memory import named_when_it_runs_out
-from sae_train.training.names import run_name
+from sae_train.training.names import run_name, sae_names
 from sae_train.training.plan import Plan, make_plan
 from sae_train.training.plan_text import describe
 from sae_train.training.provenance import check_source, provenance, resolve_precision
+from sae_train.training.results import results_text
 from sae_train.training.run_directory import RunDirectory
 from sae_train.training.same_on_ranks import check_same_settings, check_same_source
 from sae_train.training.session import Parts, Session
@@ -42,6 +43,9 @@ class Planned:
     """What is known of a run before its ranks claim the directory. `run` makes it."""
 
     config: RunConfig
+    saes: tuple[SaeConfig, ...]
+    """The settings of each SAE, at sites that are resolved."""
+    source: SourceConfig
     plan: Plan
     facts: StreamFacts
     directory: RunDirectory
@@ -53,17 +57,19 @@ class Planned:
     """Called with the run's directory once this process holds it."""
 
 
-def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], None]) -> int:
-    """Train the SAE of a configuration, or report that it is trained already.
+def run(config: RunConfig, *, saes: Sequence[SaeConfig], overrides: list[str], entered: Callable[[Path], None]) -> int:
+    """Train the SAEs of a configuration, or report that they are trained already.
 
     The ranks stay joined (`ranks.leave`), and from there on all of them leave together after a signal (signals.py).
 
     Args:
+        config: the settings of the run.
+        saes: the settings of each SAE, as typed.
         overrides: what was typed, kept in config.yaml.
         entered: called with the run's directory once this process holds it, or once the run in it is found finished.
 
     Returns:
-        The exit status, 0.
+        The exit status: 0, or 3 where an SAE was stopped.
 
     Raises:
         UserError: see errors.py; its `status` is the exit status. `Preempted` after a signal, once everything is saved.
@@ -72,27 +78,33 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
     show = partial(ProgressBar, is_first=this_process().rank == 0)
     phases = Phases(show=show, alone=signals.leave_early) if n_ranks == 1 else Phases(show=show)
     phases.advance()
-    facts = check_stream(config.source, n_ranks=n_ranks, phases=phases)
-    plan = plan_of(config, facts, n_ranks=n_ranks)
-    name = name_of(config, site=facts.label, n_features=plan.sae.n_features)
-    directory = RunDirectory(Path(config.runs).expanduser() / name)
+    source = config.source_for(saes)
+    facts = check_stream(source, n_ranks=n_ranks, phases=phases)
+    saes = at_every_site(saes, facts)
+    plan = plan_of(config, facts, n_ranks=n_ranks, saes=saes)
+    by_name = {name: sae.config for name, sae in plan.saes.items()}
+    sized = [(sae.config, sae.site, sae.n_features) for sae in plan.saes.values()]
+    directory = RunDirectory(Path(config.runs).expanduser() / name_of(config, sized, model=facts.name))
     directory.check_length()
-    directory.check_identity(identity(config))
+    directory.check_identity(identity(config, by_name))
     phases.advance()
     if config.dry_run:
         if this_process().rank == 0:
-            say(describe(plan, config.source, config.sae, path=str(directory.path)))
+            say(describe(plan, source, path=str(directory.path)))
         return 0
     ranks = find_ranks()
     signals.listen()
-    check_same_settings(as_dict(config), plan, ranks=ranks)
+    check_same_settings(as_dict(config, saes) | {"saes": by_name}, plan, ranks=ranks)
     ranks = ranks.arranged(columns=plan.columns)
     # The first rank's view counts: the others may see a moment later what it has written.
     seen = (directory.result(), directory.stored()) if ranks.is_first else None
     result, stored = ranks.gather_objects(seen)[0]
+    before = "" if result is None else "already finished: "
     if result is None:
         planned = Planned(
             config=config,
+            saes=tuple(saes),
+            source=source,
             plan=plan,
             facts=facts,
             directory=directory,
@@ -100,43 +112,71 @@ def run(config: RunConfig, *, overrides: list[str], entered: Callable[[Path], No
             overrides=overrides,
             entered=entered,
         )
-        _train(planned, ranks=ranks)
+        result = _train(planned, ranks=ranks)
     elif ranks.is_first:
         entered(directory.path)
-        say(f"already finished: {verdict_of(result, path=directory.path, sparsity=config.sparsity)}")
-    return 0
+    if ranks.is_first:
+        say(before + results_text(result, plan, facts, path=directory.path))
+    return StoppedByNumbers.status if any("stopped" in figures for figures in result["saes"].values()) else 0
 
 
-def plan_of(config: RunConfig, facts: StreamFacts, *, n_ranks: int) -> Plan:
+def at_every_site(saes: Sequence[SaeConfig], facts: StreamFacts) -> list[SaeConfig]:
+    """Return the settings of each SAE, those for several blocks once for each block."""
+    found = []
+    for sae in saes:
+        sites = facts.sites_of(sae.layer)
+        found += (
+            [sae] if not sae.layer.names_several else [dataclasses.replace(sae, layer=site.layer) for site in sites]
+        )
+    return found
+
+
+def plan_of(config: RunConfig, facts: StreamFacts, *, n_ranks: int, saes: Sequence[SaeConfig] | None = None) -> Plan:
     """Return the plan of a run.
+
+    Args:
+        saes: the settings of each SAE; None: of the one SAE of `config`.
 
     Raises:
         ConfigError: settings contradict each other once the width of the activations is known, or memory is too small.
     """
-    plan = make_plan(
-        config.source, config.sae, facts, checkpoint=config.checkpoint, parallel=config.parallel, n_ranks=n_ranks
-    )
-    raise_all(sparsifier_class(config.sparsifier.name).problems(config.sae, plan.sae.sizes))
-    prefix_sizes(config.nesting, n_features=plan.sae.n_features)  # and prefixes that are not whole
+    saes = [config.sae] if saes is None else saes
+    source = config.source_for(saes)
+    plan = make_plan(source, saes, facts, checkpoint=config.checkpoint, parallel=config.parallel, n_ranks=n_ranks)
+    problems: list[str] = []
+    for sae in plan.saes.values():
+        problems += sparsifier_class(sae.config.sparsifier.name).problems(sae.config, sae.sizes)
+    raise_all(list(dict.fromkeys(problems)))
+    for sae in plan.saes.values():
+        prefix_sizes(sae.config.nesting, n_features=sae.n_features)  # and prefixes that are not whole
     return plan
 
 
-def name_of(config: RunConfig, *, site: str, n_features: int) -> str:
-    """Return the name of a run's directory below `runs`: as typed, else as it follows from the settings."""
+def name_of(config: RunConfig, saes: Sequence[tuple[SaeConfig, str, int]], *, model: str) -> str:
+    """Return the name of a run's directory below `runs`: as typed, else as it follows from the settings.
+
+    Args:
+        config: the settings of the run.
+        saes: settings, label of the site and width of each SAE.
+        model: short name of the language model.
+    """
     if config.name is not None:
         return config.name
-    digest = identity_digest(identity(config))
-    return run_name(config.sae, site=site, n_features=n_features, digest=digest)
+    by_name = dict(zip(sae_names(saes), (sae for sae, _, _ in saes), strict=True))
+    return run_name(saes, model=model, digest=identity_digest(identity(config, by_name)))
 
 
-def _train(planned: Planned, *, ranks: Ranks) -> None:
-    """Train or resume in a directory. After a signal, leave once the run is saved, its files closed and SLURM told."""
+def _train(planned: Planned, *, ranks: Ranks) -> dict[str, Any]:
+    """Train or resume in a directory; return the summary.
+
+    After a signal, leave once the run is saved, its files closed and SLURM told.
+    """
     agreement = signals.Agreement(ranks)
     try:
         with named_when_it_runs_out(planned.plan.holdings), ExitStack() as stack:
             session = _begun(planned, agreement=agreement, ranks=ranks, stack=stack)
             session.train()
-            session.finish()
+            return session.finish()
     except Preempted:
         if ranks.is_first:
             notice = signals.requeue(agreement.wish | signals.wish())
@@ -149,6 +189,7 @@ def _train(planned: Planned, *, ranks: Ranks) -> None:
 def _begun(planned: Planned, *, agreement: signals.Agreement, ranks: Ranks, stack: ExitStack) -> Session:
     """Return the session of a run that holds its directory and has its data and weights. Collective; see `_train`."""
     config, facts, directory, stored = planned.config, planned.facts, planned.directory, planned.stored
+    own = identity(config, {name: sae.config for name, sae in planned.plan.saes.items()})
     precision = resolve_precision(config.precision, stored=stored, device=ranks.device)
     plan = planned.plan.as_begun(stored["plan"]) if stored else planned.plan
     check_source(facts.record, stored=stored, path=directory.path)
@@ -159,23 +200,25 @@ def _begun(planned: Planned, *, agreement: signals.Agreement, ranks: Ranks, stac
     stack.callback(directory.release)
     with abandoned_if_refused(directory, ranks=ranks):
         record = {"plan": plan.resolved(), "source": facts.record, "provenance": provenance(planned.overrides)}
-        resolved = as_dict(dataclasses.replace(config, precision=precision))
-        claim_on_first(directory, resolved, identity=identity(config), record=record, ranks=ranks)
+        resolved = as_dict(dataclasses.replace(config, precision=precision), planned.saes)
+        claim_on_first(directory, resolved, identity=own, record=record, ranks=ranks)
         if ranks.is_first:
             planned.entered(directory.path)
-        stream = _stream(config, facts, agreement, phases=phases, ranks=ranks, stack=stack)
+        stream = _stream(planned.source, facts, agreement, phases=phases, ranks=ranks, stack=stack)
         parts = Parts(
             plan=plan,
             facts=facts,
             directory=directory,
-            identity=identity_digest(identity(config)),
+            identity=identity_digest(own),
             typed_precision=config.precision,
             precision=precision,
-            trainer=build_trainer(config.source, [config.sae], plan, stream=stream, precision=precision, ranks=ranks),
+            trainer=build_trainer(planned.source, plan, stream=stream, precision=precision, ranks=ranks),
             saver=saver,
             stopping=stopping,
             phases=phases,
-            open_dashboard=lambda: build_dashboard(config.tracking, as_dict(config), directory.path),
+            open_dashboard=lambda: build_dashboard(
+                config.tracking, resolved | own, directory.path, several=len(plan.saes) > 1
+            ),
             stack=stack,
         )
         session = Session(parts)
@@ -184,7 +227,7 @@ def _begun(planned: Planned, *, agreement: signals.Agreement, ranks: Ranks, stac
 
 
 def _stream(
-    config: RunConfig,
+    source: SourceConfig,
     facts: StreamFacts,
     agreement: signals.Agreement,
     *,
@@ -198,7 +241,7 @@ def _stream(
         UserError: it cannot be opened, or the ranks see different data under the same name.
     """
     phases.meet()
-    stream = build_stream(config.source, ranks=ranks, phases=phases, facts=facts)
+    stream = build_stream(source, ranks=ranks, phases=phases, facts=facts)
     stack.callback(stream.close)
     agreement.fills_soon = stream.fills_soon
     check_same_source(facts.record, stream.fingerprint(), ranks=ranks)

@@ -43,6 +43,10 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
+    def suite(self) -> Path:
+        return self.path / "suite.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
@@ -51,18 +55,25 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     def result(self) -> dict[str, Any] | None:
-        """Return summary.json of a finished run. None unless it and every SAE that it names are there and whole."""
+        """Return summary.json of a finished run. None unless it and every SAE that it names are there and whole.
+
+        An SAE that was stopped has no files, and its entry is {"stopped": reason}.
+        """
         with explained(self.path, what="read"):
             if not self.summary.is_file():
                 return None
             text = self.summary.read_bytes()
         try:
             summary: dict[str, Any] = json.loads(text)
-            whole = all({"l0", "fvu"} <= figures.keys() for figures in summary["saes"].values())
-            there = [(self.path / "saes" / name / "sae.json").is_file() for name in summary["saes"]]
+            saes = summary["saes"]
+            there = [
+                "stopped" in figures
+                or ({"l0", "fvu"} <= figures.keys() and (self.path / "saes" / name / "sae.json").is_file())
+                for name, figures in saes.items()
+            ]
         except (ValueError, TypeError, KeyError, AttributeError):
             return None
-        return summary if whole and there and all(there) else None
+        return summary if there and all(there) else None
 
     def stored(self) -> dict[str, Any] | None:
         """Return config.yaml, or None where there is none yet.
@@ -99,12 +110,7 @@ class RunDirectory:
             if self._is_anothers():
                 raise ConfigError(f"{self.path}: exists and is not a run's directory. Choose another name=.")
             return
-        ours, theirs = _flat(_plain(identity)), _flat(stored["identity"])
-        differ = [
-            f"{key} {theirs.get(key)!r} -> {ours.get(key)!r}"
-            for key in sorted(ours.keys() | theirs.keys())
-            if ours.get(key) != theirs.get(key)
-        ]
+        differ = differences(_plain(identity), stored["identity"])
         if differ:
             raise ConfigError(f"{self.path} holds another run: {', '.join(differ)}. Choose another name=.")
 
@@ -172,6 +178,31 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """Return values as JSON reads them back. Identities are compared in this form."""
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Return a phrase for each difference of two identities: 'key old -> new', or the name of an SAE of only one."""
+    own, other = (values.get("saes", {}) for values in (ours, theirs))
+    if bool(own) != bool(other):
+        return [f"it has {len(other) or 1} SAE{'s' if other else ''}, and this one {len(own) or 1}"]
+    gone, new = [name for name in other if name not in own], [name for name in own if name not in other]
+    flat, before = (_flat(_without(values, {*gone, *new})) for values in (ours, theirs))
+    return [
+        *(f"its SAE {name} is not asked for" for name in gone),
+        *(f"{name} is none of its SAEs" for name in new),
+        *(
+            f"{key} {before.get(key)!r} -> {flat.get(key)!r}"
+            for key in sorted(flat.keys() | before.keys())
+            if flat.get(key) != before.get(key)
+        ),
+    ]
+
+
+def _without(identity: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """Return an identity without some of its SAEs."""
+    if "saes" not in identity:
+        return identity
+    return identity | {"saes": {name: own for name, own in identity["saes"].items() if name not in names}}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

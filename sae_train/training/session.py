@@ -1,6 +1,5 @@
 """A run while it trains: where it begins, what happens at each event between steps, and what it leaves at the end."""
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -12,19 +11,17 @@ from typing import Any
 import torch
 
 import sae_train
-from sae_train.errors import CheckpointError, Preempted, StoppedByNumbers
-from sae_train.formats.durable import write_text
+from sae_train.errors import CheckpointError, Preempted
 from sae_train.harvest.build import StreamFacts
 from sae_train.phases import Phases
-from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.training import checkpoint_files, restore, resume_notices
 from sae_train.training.checkpoint import Saver
-from sae_train.training.console import TRAINING, figures_text, say, verdict_of, warn
-from sae_train.training.export import check_held_out, evaluation_figures, exported, write_export
-from sae_train.training.learner import Learner
+from sae_train.training.console import TRAINING, progress_text, say, warn
+from sae_train.training.export import check_held_out, evaluation_figures, export_all
 from sae_train.training.metrics import spread_notice
 from sae_train.training.plan import Plan
 from sae_train.training.provenance import device_notices, processor
+from sae_train.training.results import write_results, write_saes
 from sae_train.training.run_directory import RunDirectory
 from sae_train.training.stopping import Stopping
 from sae_train.training.together import on_first, together
@@ -60,11 +57,12 @@ class Session:
 
     def __init__(self, parts: Parts) -> None:
         self._parts, self._trainer, self._phases, self._saver = parts, parts.trainer, parts.phases, parts.saver
-        self._stream, self._ranks = parts.trainer.stream, parts.trainer.ranks
+        self._stream, self._ranks, self._plan = parts.trainer.stream, parts.trainer.ranks, parts.plan
         self._metrics = MetricsFile(parts.directory.metrics)
         self._dashboard = Dashboard()
         self._seconds_before, self._began = 0.0, time.perf_counter()
         self._has_told_spread = False
+        self._told_stopped: set[str] = set()
         self._evaluation_due = False
 
     def begin(self) -> None:
@@ -89,7 +87,6 @@ class Session:
 
         Raises:
             Preempted: a rank received a signal; the run is saved.
-            StoppedByNumbers: see `Learner.row`.
         """
         self._tell_notices()
         self._began = time.perf_counter()
@@ -103,42 +100,48 @@ class Session:
             stop=self._parts.stopping.before_step,
             fill=partial(self._parts.stopping.while_filling, self._stream, self._phases),
         )
-        with self._phases.of(TRAINING, total=self._parts.plan.total_tokens, done=self._trainer.tokens):
+        with self._phases.of(TRAINING, total=self._plan.total_tokens, done=self._trainer.tokens):
             try:
                 self._trainer.fit(events)
             except Preempted:
                 self._save_this_step()
                 raise self._parts.stopping.preempted() from None
-            except BaseException as error:
-                if isinstance(error, StoppedByNumbers) or self._ranks.size == 1:  # else another rank may be elsewhere
+            except BaseException:
+                if self._ranks.size == 1:  # else another rank may be elsewhere
                     self._saver.publish_at_last()
                 raise
             self._saver.publish()
 
-    def finish(self) -> None:
-        """Export every SAE, and write the summary last: its presence means finished. Collective."""
+    def finish(self) -> dict[str, Any]:
+        """Export every SAE, and write the summary last: its presence means finished. Collective.
+
+        Returns:
+            The summary.
+        """
         seconds, directory, tokens = self._seconds(), self._parts.directory, self._trainer.tokens
-        saes = {learner.name: self._export(learner) for learner in self._trainer.learners}
-        summary = {
+        began = time.perf_counter()
+        figures = {} if self._trainer.is_empty else self._export()
+        summary: dict[str, Any] = {
             "run": directory.path.name,
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / max(seconds, 1e-9),
+            "throughput": self._trainer.throughput.summary(),
+            "evaluation_seconds": time.perf_counter() - began,
             "data": self._stream.data_figures(),
-            "saes": saes,
+            "saes": {name: figures.get(name) or {"stopped": self._trainer.stopped[name]} for name in self._plan.saes},
         }
         self._phases.meet()
-        self._on_first(lambda: write_text(directory.summary, json.dumps(summary, indent=2) + "\n"))
-        for figures in saes.values():
-            self._dashboard.summarise(figures)
-        if self._ranks.is_first:
-            say(verdict_of(summary, path=directory.path, sparsity=self._trainer.learners[0].config.sparsity))
+        self._on_first(lambda: write_results(summary, self._plan, self._parts.facts, directory))
+        self._dashboard.summarise(summary["saes"])
+        return summary
 
     def _resume(self, found: restore.Checkpoint) -> None:
         """Continue from a checkpoint, and tell the user where and how."""
-        notes, plan, directory = found.notes, self._parts.plan, self._parts.directory
+        notes, plan, directory = found.notes, self._plan, self._parts.directory
         self._check_own(notes)
         together(lambda: self._trainer.restore(found), ranks=self._ranks)
+        self._told_stopped.update(self._trainer.stopped)
         self._evaluation_due = notes.get("evaluation_due", False)
         self._seconds_before = notes.get("seconds", 0.0)
         self._saver.saved_at = step = self._trainer.n_done
@@ -151,18 +154,21 @@ class Session:
 
     def _check_own(self, notes: dict[str, Any]) -> None:
         """Refuse a checkpoint that was copied from another run's directory."""
-        own = self._parts.identity, self._parts.plan.sae.n_features
-        made_by = notes.get("identity"), notes.get("n_features")
-        if made_by != own:
+        made_by = notes.get("identity"), notes.get("widths")
+        if made_by != (self._parts.identity, self._widths()):
             path = checkpoint_files.path_of(self._parts.directory.checkpoints, notes["step"])
             raise CheckpointError(
-                f"{path}: made by another run (identity {made_by[0]}, {made_by[1]} features; this one is {own[0]}, "
-                f"{own[1]}). Take it away, or choose another name=."
+                f"{path}: made by another run (identity {made_by[0]} with widths {made_by[1]}; this one is "
+                f"{self._parts.identity} with {self._widths()}). Take it away, or choose another name=."
             )
+
+    def _widths(self) -> dict[str, int]:
+        """Return the width of each SAE."""
+        return {name: sae.n_features for name, sae in self._plan.saes.items()}
 
     def _tell_notices(self) -> None:
         """Open the dashboard, and tell the user about the plan, the data, the dashboard and the device."""
-        parts, lines = self._parts, [*self._parts.plan.notices, *self._stream.notices()]
+        parts, lines = self._parts, [*self._plan.notices, *self._stream.notices()]
         self._on_first(self._open_dashboard)
         if self._ranks.is_first:
             lines += [self._dashboard.notice] if self._dashboard.notice else []
@@ -177,22 +183,30 @@ class Session:
     def _log(self, rows: list[dict[str, Any]]) -> None:
         """Write rows of metrics, one an SAE, and publish a checkpoint that has been written meanwhile."""
         self._saver.publish_if_written()
+        self._tell_stopped()
         for row in rows:
             if "SLURM_RESTART_COUNT" in os.environ:
                 row["perf/slurm_restarts"] = int(os.environ["SLURM_RESTART_COUNT"])
-            if "train/fvu" in row:
-                self._phases.note(figures_text(row))
             if not self._has_told_spread and (notice := spread_notice(row)):
                 self._has_told_spread = True
                 if self._ranks.is_first:
                     warn(notice)
-            self._on_first(partial(self._metrics.append, row))
-            self._dashboard.log(row)
+        if any("train/fvu" in row for row in rows):
+            self._phases.note(progress_text(rows))
+        self._on_first(lambda: self._metrics.append(rows))
+        self._dashboard.log(rows)
+
+    def _tell_stopped(self) -> None:
+        """Tell the user about each SAE that was stopped since the last call, where others go on."""
+        for name, reason in self._trainer.stopped.items():
+            if name not in self._told_stopped and self._ranks.is_first:
+                warn(f"{name} is stopped and left out. {reason}")
+            self._told_stopped.add(name)
 
     def _evaluate(self) -> None:
         """Evaluate between two steps. Where a signal ends it, the resumed run begins with this evaluation."""
         try:
-            rows = [self._exported(learner)[2] for learner in self._trainer.learners]
+            figures = {learner.name: figures for learner, _, figures in export_all(self._trainer, self._phases)}
         except Preempted:
             self._saver.publish()
             if self._saver.saved_at != self._trainer.n_done:  # a checkpoint of this step has it already
@@ -200,38 +214,30 @@ class Session:
                 self._save_this_step()
             raise self._parts.stopping.preempted() from None
         self._evaluation_due = False
-        self._log(rows)
+        self._log(self._evaluation_rows(figures))
 
-    def _exported(self, learner: Learner) -> tuple[SparseAutoencoder, dict[str, Any], dict[str, Any]]:
-        """Return an SAE as it would be exported now, its figures, and their row of metrics. Collective."""
-        sae, figures = exported(self._trainer, learner, self._phases)
-        place = {"sae": learner.name, "step": self._trainer.n_done, "tokens": self._trainer.tokens}
-        return sae, figures, place | evaluation_figures(figures)
+    def _evaluation_rows(self, figures: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return a row of metrics for each SAE of all ranks. Collective.
 
-    def _export(self, learner: Learner) -> dict[str, Any]:
-        """Write `saes/NAME/`; return the SAE's entry of the summary. Collective."""
-        sae, figures, row = self._exported(learner)
-        self._log([row])
-        figures |= {
-            "filtered_share": self._stream.dropped_share(),
-            "dead_fraction_training": learner.dead_fraction(),
-        }
-        write_export(
-            sae,
-            self._parts.directory.path / "saes" / learner.name,
-            trainer=self._trainer,
-            learner=learner,
-            facts=self._parts.facts,
-            figures=figures,
-            phases=self._phases,
-        )
-        return figures
+        Args:
+            figures: of the SAEs of this rank, by name.
+        """
+        place = {"step": self._trainer.n_done, "tokens": self._trainer.tokens}
+        every = self._trainer.of_all_ranks(figures)
+        return [{"sae": name} | place | evaluation_figures(own) for name, own in every.items()]
+
+    def _export(self) -> dict[str, dict[str, Any]]:
+        """Write `saes/NAME/` of every SAE; return the entries of the summary by name, of all ranks. Collective."""
+        made = export_all(self._trainer, self._phases)
+        self._log(self._evaluation_rows({learner.name: figures for learner, _, figures in made}))
+        own = write_saes(made, self._trainer, self._parts.directory, self._parts.facts, phases=self._phases)
+        return self._trainer.of_all_ranks(own)
 
     def _save_this_step(self) -> None:
         """Write and publish a checkpoint of this very step, before the run leaves."""
         self._saver.publish()
         if self._saver.saved_at != self._trainer.n_done:
-            self._trainer.check_finite()
+            self._trainer.stop_nonfinite()
             self._checkpoint(is_last=True)
 
     def _checkpoint(self, *, is_last: bool = False) -> None:
@@ -240,18 +246,20 @@ class Session:
         Args:
             is_last: publish it before this returns.
         """
-        trainer, plan = self._trainer, self._parts.plan
-        notes = {
-            "step": trainer.n_done,
-            "tokens": trainer.tokens,
-            "metrics_rows": self._metrics.n_rows,
-            "seconds": self._seconds(),
-            "n_ranks": self._ranks.size,
-            "identity": self._parts.identity,
-            "n_features": plan.sae.n_features,
-            "evaluation_due": self._evaluation_due,
-            "sae_train_version": sae_train.__version__,
-        } | self._computation()
+        trainer, plan = self._trainer, self._plan
+        notes = (
+            trainer.notes()
+            | {
+                "metrics_rows": self._metrics.n_rows,
+                "seconds": self._seconds(),
+                "n_ranks": self._ranks.size,
+                "identity": self._parts.identity,
+                "widths": self._widths(),
+                "evaluation_due": self._evaluation_due,
+                "sae_train_version": sae_train.__version__,
+            }
+            | self._computation()
+        )
         may_go_on = not is_last and trainer.n_done < plan.steps
         self._saver.save(trainer.contents(), notes, may_go_on=may_go_on, phases=self._phases)
 

@@ -17,6 +17,8 @@ from sae_train.training import signals
 from sae_train.training.console import warn
 from sae_train.training.json_process import JsonProcess, NoAnswer
 
+OF_THE_RUN = ("tokens", "perf", "data")
+"""Groups of figures that belong to the run, not to one of its SAEs."""
 WORKER = Path(__file__).with_name("wandb_worker.py")
 ANSWER_SECONDS = 15.0
 """Seconds that wandb's server may take to answer at the start. wandb's own error then says more than a kill."""
@@ -46,14 +48,16 @@ class MetricsFile:
         write_text(self.path, "".join(whole))
         self.n_rows = len(whole)
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Append one row. A number that JSON cannot hold becomes null."""
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows. A number that JSON cannot hold becomes null."""
+        text = "".join(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n" for row in rows)
         with explained(self.path.parent), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
-        self.n_rows += 1
+            file.write(text)
+        self.n_rows += len(rows)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Dashboard:
@@ -61,11 +65,11 @@ class Dashboard:
 
     notice = ""
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Send a row."""
+    def log(self, rows: list[dict[str, Any]]) -> None:
+        """Send the rows of one moment, one an SAE."""
 
-    def summarise(self, figures: dict[str, Any]) -> None:
-        """Send the final figures and finish. No row comes after them, and the verdict is printed next."""
+    def summarise(self, saes: dict[str, dict[str, Any]]) -> None:
+        """Send the final figures of each SAE and finish. No row comes after them, and the verdict is printed next."""
 
     def close(self) -> None:
         """Finish, unless `summarise` did."""
@@ -78,7 +82,8 @@ class Wandb(Dashboard):
     cannot be sent stays in the run's directory, for `wandb sync`.
     """
 
-    def __init__(self, tracking: WandbConfig, settings: dict[str, Any], directory: Path) -> None:
+    def __init__(self, tracking: WandbConfig, settings: dict[str, Any], directory: Path, *, several: bool) -> None:
+        self._several = several
         self._folder = directory.absolute() / "wandb"
         self._process: JsonProcess | None = None
         answer, problem = self._start(tracking, settings, directory)
@@ -95,13 +100,14 @@ class Wandb(Dashboard):
         elif mode == "online" and sync:
             self.notice = f"This run was offline before. Once it has ended, sync the earlier rows with: {sync}"
 
-    def log(self, row: dict[str, Any]) -> None:
-        if self._process:
-            self._process.send({"row": {key: value for key, value in row.items() if key not in ("sae", "step")}})
+    def log(self, rows: list[dict[str, Any]]) -> None:
+        if self._process and rows:
+            self._process.send({"row": merged(rows, several=self._several)})
 
-    def summarise(self, figures: dict[str, Any]) -> None:
+    def summarise(self, saes: dict[str, dict[str, Any]]) -> None:
         if self._process:
-            self._process.send({"summary": figures})
+            figures = {f"{name}/{key}": value for name, own in saes.items() for key, value in own.items()}
+            self._process.send({"summary": figures if self._several else next(iter(saes.values()))})
         self.close()
 
     def close(self) -> None:
@@ -198,13 +204,29 @@ def _is_switched_off() -> bool:
     return asked[0].strip().lower() == "disabled" or asked[1].strip().lower() in TRUE
 
 
-def build_dashboard(tracking: TrackingConfig, settings: dict[str, Any], directory: Path) -> Dashboard:
+def merged(rows: list[dict[str, Any]], *, several: bool) -> dict[str, Any]:
+    """Return the rows of one moment as one row of wandb.
+
+    Args:
+        several: whether the run has several SAEs. The figures of an SAE are then `<sae>/<figure>`.
+    """
+    row: dict[str, Any] = {}
+    for own in rows:
+        for key, value in own.items():
+            if key not in ("sae", "step"):
+                of_the_run = not several or key.partition("/")[0] in OF_THE_RUN
+                row[key if of_the_run else f"{own['sae']}/{key}"] = value
+    return row
+
+
+def build_dashboard(tracking: TrackingConfig, settings: dict[str, Any], directory: Path, *, several: bool) -> Dashboard:
     """Return the dashboard that `tracking` names. Only the first rank calls it.
 
     Args:
         settings: of the run, which the dashboard shows.
         directory: of the run.
+        several: whether the run has several SAEs.
     """
     if isinstance(tracking, WandbConfig) and not _is_switched_off():
-        return Wandb(tracking, settings, directory)
+        return Wandb(tracking, settings, directory, several=several)
     return Dashboard()

@@ -88,8 +88,7 @@ def begin(request: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
     )
     run = wandb.init(mode="offline" if is_offline else None, settings=settings, **options)
     run.define_metric("tokens")
-    for group in ("train", "perf", "density", "tokens_l0", "eval"):
-        run.define_metric(f"{group}/*", step_metric="tokens")
+    run.define_metric("*", step_metric="tokens")
     edges = request["edges"]
     answer = {"mode": "offline" if is_offline else "online", "directory": run.settings.sync_dir, "why": why}
     return answer, run, lambda counts: wandb.Histogram(np_histogram=(counts, edges))
@@ -105,9 +104,8 @@ def has_credentials(wandb: Any) -> bool:
 
 
 def with_histogram(row: dict[str, Any], histogram: Any) -> dict[str, Any]:
-    """Return a row whose counts are a histogram of wandb's."""
-    key = "density/histogram"
-    return row | {key: histogram(row[key])} if key in row else row
+    """Return a row whose counts are histograms of wandb's."""
+    return {key: histogram(value) if key.endswith("density/histogram") else value for key, value in row.items()}
 
 
 def reason(error: BaseException) -> str:

@@ -16,7 +16,8 @@ from sae_train.cli.library import Library, opened
 from sae_train.cli.overrides import NAMES_OF_CHOICES, REQUIRED
 from sae_train.cli.point import build
 from sae_train.cli.schemas import SCHEMAS
-from sae_train.config import RunConfig, as_dict, identity, identity_digest
+from sae_train.config import RunConfig, as_dict, identity_digest
+from tools.small_runs import identity_of
 
 CONF = Path(sae_train.conf.__file__).parent
 CHOICES = sorted(
@@ -131,15 +132,27 @@ def test_it_is_what_hydra_itself_would_compose(compose: Compose) -> None:
 
 
 def test_an_alias_is_the_same_run(compose: Compose) -> None:
-    assert identity(compose("sparsifier=batch_topk")) == identity(compose("sparsifier=mutual_choice"))
+    assert identity_of(compose("sparsifier=batch_topk")) == identity_of(compose("sparsifier=mutual_choice"))
 
 
-FREE = {"name", "runs", "dry_run", "log_every", "evaluate_every", "checkpoint", "parallel", "tracking"}
+FREE = {
+    "name",
+    "runs",
+    "dry_run",
+    "log_every",
+    "evaluate_every",
+    "checkpoint",
+    "parallel",
+    "tracking",
+    "variants",
+    "grid",
+    "plan",
+}
 """What a run may change between two commands and still be the same run."""
 
 
 def leaves(config: RunConfig) -> list[tuple[str, str]]:
-    values = as_dict(config)
+    values = as_dict(config, [config.sae])
     return [("", key) for key, value in values.items() if not isinstance(value, dict)] + [
         (group, key) for group, part in values.items() if isinstance(part, dict) for key in part
     ]
@@ -147,7 +160,7 @@ def leaves(config: RunConfig) -> list[tuple[str, str]]:
 
 def test_identity_holds_exactly_what_can_change_the_exported_sae(compose: Compose) -> None:
     config = compose("sparsifier=feature_choice", "budget=zipf", "aux_loss=aux_zipf")
-    before = identity_digest(identity(config))
+    before = identity_digest(identity_of(config))
     for group, key in leaves(config):
         other = dataclasses.replace(config)  # checks are skipped below: only the value matters
         if group:
@@ -156,15 +169,15 @@ def test_identity_holds_exactly_what_can_change_the_exported_sae(compose: Compos
             object.__setattr__(other, group, part)
         else:
             object.__setattr__(other, key, "another")
-        changed = identity_digest(identity(other)) != before
+        changed = identity_digest(identity_of(other)) != before
         assert changed == ((group or key) not in FREE and key not in ("zipf_from", "prefetch")), f"{group}.{key}"
 
 
 def test_a_run_on_tensors_is_not_another_one_because_of_a_model_it_never_reads(compose: Compose) -> None:
     config = compose("harvest=tensors", "harvest.path=there")
     other = dataclasses.replace(config, model=compose("model=gpt2").model)
-    assert identity(config) == identity(other)
-    assert identity(config) != identity(compose("harvest=tensors", "harvest.path=there", "data.seed=1"))
+    assert identity_of(config) == identity_of(other)
+    assert identity_of(config) != identity_of(compose("harvest=tensors", "harvest.path=there", "data.seed=1"))
 
 
 def test_every_setting_has_a_help_line_and_help_shows_every_choice() -> None:

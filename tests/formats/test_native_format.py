@@ -45,15 +45,42 @@ def test_file_holds_the_contract(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
-def test_several_saes_ask_for_one(tmp_path: Path) -> None:
-    for name in ("a", "b"):
+def test_one_of_several_saes_is_loaded_by_its_name(tmp_path: Path) -> None:
+    names = [f"residual{block}.topk.k4.f10.s0" for block in (1, 2)]
+    for seed, name in enumerate(names):
+        save(random_sae(seed=seed), tmp_path / "saes" / name)
+    for seed, name in enumerate(names):
+        assert torch.equal(native.load(tmp_path, name).b_dec, random_sae(seed=seed).b_dec)
+        assert torch.equal(native.load(tmp_path / "saes" / name, name).b_dec, random_sae(seed=seed).b_dec)
+        assert native.read_manifest(tmp_path, name).n_features == 10
+
+
+def test_a_message_lists_the_names_of_several_saes(tmp_path: Path) -> None:
+    names = [f"residual{block}.topk.k4.f10.s0" for block in (1, 2)]
+    for name in names:
         save(random_sae(), tmp_path / "saes" / name)
-    with pytest.raises(CheckpointError, match="holds 2 SAEs"):
+    with pytest.raises(CheckpointError, match=r"holds 2 SAEs\. Give the name of one") as told:
         native.load(tmp_path)
+    assert all(name in str(told.value) for name in names)
+    with pytest.raises(CheckpointError, match=r"holds no SAE 'residual1.topk.k4.s0'\. Did you mean 'residual1"):
+        native.load(tmp_path, "residual1.topk.k4.s0")
+    with pytest.raises(CheckpointError, match=r"holds no SAE 'x'\. Known: ") as told:
+        native.load(tmp_path, "x")
+    assert all(name in str(told.value) for name in names)
+    with pytest.raises(CheckpointError, match=f"is the SAE {names[0]} itself, not 'x'"):
+        native.load(tmp_path / "saes" / names[0], "x")
+
+
+def test_the_names_of_many_saes_are_listed_one_a_line(tmp_path: Path) -> None:
+    for number in range(30):
+        save(random_sae(), tmp_path / "saes" / f"{number:02}")
+    with pytest.raises(CheckpointError) as told:
+        native.load(tmp_path, "none of them")
+    assert str(told.value).splitlines()[1:] == [f"  {number:02}" for number in range(30)]
 
 
 FULL = {
-    "site": "bundled.residual2",
+    "site": "residual2",
     "source": ActivationSource(
         model="org/model", revision="abc", site="residual2", module="model.layers.2", side="output", dtype="bfloat16",
         context_length=128, prepends_bos=True, data="org/text", split="train", text_column="text",

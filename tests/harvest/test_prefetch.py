@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae_train import config as schema
 from sae_train.cli.train import run_command
-from sae_train.config import RunConfig, identity
+from sae_train.config import RunConfig
 from sae_train.errors import DataError, UserError
 from sae_train.harvest.batch import Batch
 from sae_train.harvest.build import Stream, build_stream
@@ -30,7 +30,7 @@ from sae_train.harvest.tensors import TensorStream
 from sae_train.ranks.interface import Ranks, Solo
 from tools.grid_of_threads import LOADING, on_ranks
 from tools.processes import checkpoints, finish, kill_after_progress, launch, rows, weights
-from tools.small_runs import torch_threads
+from tools.small_runs import identity_of, torch_threads
 from tools.tiny_models import live_config, save_model, save_sentences, tensors_config
 from tools.tiny_runs import rows_run
 
@@ -360,7 +360,7 @@ def test_closing_waits_for_the_piece_under_way_and_is_final() -> None:
 
 
 def test_when_it_is_harvested_is_not_part_of_what_a_run_is(source: Path) -> None:
-    digests = [identity(config_of(source, "live", prefetch)) for prefetch in (0, 8)]
+    digests = [identity_of(config_of(source, "live", prefetch)) for prefetch in (0, 8)]
     assert digests[0] == digests[1]
     for bad, said in ((-1, "must not be negative"), (9, "harvest.pool_batches=8 never takes as many")):
         with pytest.raises(UserError, match=said):

@@ -25,7 +25,7 @@ def said(*given: dict[str, Any]) -> list[str]:
         columns = settings.pop("columns", 1)
         plan = dataclasses.replace(plan_of(run_config(), FACTS, n_ranks=ranks.size), columns=columns)
         try:
-            check_same_settings(as_dict(run_config(**settings)), plan, ranks=ranks)
+            check_same_settings(as_dict(run_config(**settings), [run_config().sae]), plan, ranks=ranks)
         except ConfigError as error:
             return str(error)
         return ""

@@ -26,13 +26,16 @@ USUAL = compose_config([])
 
 @given(label=st.text() | st.integers(0, 400).map("m/\u00e9.".__mul__), n_features=st.integers(1, 10**15))
 def test_every_name_that_is_made_is_short_enough(label: str, n_features: int) -> None:
-    name = name_of(USUAL, site=label, n_features=n_features)
+    name = name_of(USUAL, [(USUAL.sae, label, n_features)], model="m")
     assert 0 < len(name.encode()) <= LONGEST_NAME
     assert f".mutual_choice.k32.f{n_features}.s0-" in name
 
 
 def test_a_seed_of_many_digits_is_cut_too() -> None:
-    names = [name_of(replace(USUAL, seed=10**200 + i), site="m.residual2", n_features=64) for i in (0, 1)]
+    names = [
+        name_of(long, [(long.sae, "residual2", 64)], model="m")
+        for long in (replace(USUAL, seed=10**200 + i) for i in (0, 1))
+    ]
     assert all(len(name) <= LONGEST_NAME for name in names)
     assert names[0] != names[1]
 
@@ -71,7 +74,7 @@ def test_a_typed_name_that_cannot_be_is_refused() -> None:
 
 def test_a_typed_name_that_can_be_is_kept() -> None:
     for name in ("n" * LONGEST_NAME, WIDE[1:], "group/mine", "a b", "\u65e5\u672c", "a\u200cb"):
-        assert name_of(replace(USUAL, name=name), site="m", n_features=64) == name
+        assert name_of(replace(USUAL, name=name), [(USUAL.sae, "residual2", 64)], model="m") == name
 
 
 def of_length(folder: Path, length: int) -> Path:

@@ -20,6 +20,7 @@ from sae_train.ranks.interface import Solo
 from sae_train.training.plan_text import describe
 from sae_train.training.run import plan_of
 from tools.held_out_rows import CASES, calibrated, held_out_text
+from tools.one_of_each import only
 from tools.small_runs import CPU
 from tools.tiny_models import live_config, save_model, save_sentences, tensors_config
 from tools.tiny_runs import rows_run
@@ -66,7 +67,7 @@ def test_a_harvest_that_is_left_at_any_forward_pass_goes_on_bit_for_bit(model: P
     config = live_config(model, text, harvest={"prefetch": prefetch})
     whole = opened(config)
     whole.start()
-    expected = [whole.batch(step).x_ND for step in range(12)]
+    expected = [only(whole.batch(step)).x_ND for step in range(12)]
     whole.close()
     torn = opened(config)
     torn.start()
@@ -76,7 +77,7 @@ def test_a_harvest_that_is_left_at_any_forward_pass_goes_on_bit_for_bit(model: P
         step = len(batches)
         try:
             torn.fill(told_after(n % 7))
-            batches.append(torn.batch(step).x_ND)
+            batches.append(only(torn.batch(step)).x_ND)
         except Preempted:
             left_in.add(step)
             lanes, replicated = torn.lane_states(), torn.replicated_state()
@@ -199,7 +200,7 @@ def test_the_plan_says_what_held_out_data_costs(model: Path, text: Path) -> None
     def planned(**dials: object) -> str:
         config = live_config(model, text, **{"evaluation_tokens": None, "tokens": 6400, **dials})
         plan = plan_of(config, check_stream(config.source, n_ranks=1), n_ranks=1)
-        return describe(plan, config.source, config.sae, path="here")
+        return describe(plan, config.source, path="here")
 
     once = planned()
     assert "400 held-out tokens, 1 forward pass of the language model up to the site" in once
@@ -216,8 +217,6 @@ def test_the_plan_says_what_held_out_data_costs(model: Path, text: Path) -> None
 
 def test_the_plan_of_files_names_no_language_model(tmp_path: Path, compose: Callable[..., RunConfig]) -> None:
     config = compose(*rows_run(tmp_path))
-    text = describe(
-        plan_of(config, check_stream(config.source, n_ranks=1), n_ranks=1), config.source, config.sae, path="here"
-    )
+    text = describe(plan_of(config, check_stream(config.source, n_ranks=1), n_ranks=1), config.source, path="here")
     (line,) = [line for line in text.splitlines() if line.startswith("thresholds")]
     assert line.split(maxsplit=1)[1] == "256 held-out tokens"

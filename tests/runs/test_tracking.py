@@ -47,7 +47,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: RunConfig) ->
     def build(**environment: str) -> Dashboard:
         for name, value in ({"HOME": str(tmp_path / "home")} | environment).items():
             monkeypatch.setenv(name, value)
-        built.append(build_dashboard(config.tracking, as_dict(config), tmp_path / "a run"))
+        built.append(build_dashboard(config.tracking, as_dict(config, [config.sae]), tmp_path / "a run", several=False))
         return built[-1]
 
     yield build
@@ -83,8 +83,8 @@ def worker(dashboard: Dashboard) -> int:
 def is_offline(dashboard: Dashboard, folder: Path) -> bool:
     """Return whether a dashboard takes rows, to be synced as its one line says."""
     assert "\n" not in dashboard.notice
-    dashboard.log(ROW)
-    dashboard.summarise({"l0": 8.0})
+    dashboard.log([ROW])
+    dashboard.summarise({"sae": {"l0": 8.0}})
     (path,) = offline(folder)
     (file,) = Path(path).glob("*.wandb")
     assert b"train/fvu" in file.read_bytes()
@@ -106,8 +106,8 @@ def test_a_start_is_given_up_where_the_run_is_told_to_stop(
 )
 def test_wandb_is_off_where_the_environment_says_so(tmp_path: Path, start: Start, environment: dict[str, str]) -> None:
     dashboard = start(**environment, WANDB_API_KEY=KEY)
-    dashboard.log(ROW)
-    dashboard.summarise({})
+    dashboard.log([ROW])
+    dashboard.summarise({"sae": {}})
     assert dashboard.notice == ""
     assert list((tmp_path / "a run").iterdir()) == []
 
@@ -116,7 +116,7 @@ def test_wandb_is_off_where_the_environment_says_so(tmp_path: Path, start: Start
 def test_wandb_is_off_where_its_settings_file_says_so(tmp_path: Path, start: Start) -> None:
     (tmp_path / "settings").write_text("[default]\nmode = disabled\n")
     dashboard = start(WANDB_CONFIG_DIR=str(tmp_path), WANDB_API_KEY=KEY)
-    dashboard.summarise({})
+    dashboard.summarise({"sae": {}})
     assert (dashboard.notice, offline(tmp_path)) == ("", [])
 
 
@@ -190,8 +190,8 @@ def test_a_start_that_hangs_is_killed(
     assert time.monotonic() - begun < 1.0 + LAST_WAIT
     assert "no answer" in dashboard.notice
     assert "metrics.jsonl alone" in dashboard.notice
-    dashboard.log(ROW)
-    dashboard.summarise({})
+    dashboard.log([ROW])
+    dashboard.summarise({"sae": {}})
     assert capsys.readouterr() == ("", "")
 
 
@@ -201,8 +201,8 @@ def test_where_offline_fails_too_metrics_jsonl_is_left(tmp_path: Path, start: St
         (tmp_path / "a run" / "wandb_id").mkdir()
     dashboard = start(**({broken: "nonsense"} if broken.isupper() else {}))
     assert re.fullmatch(r"wandb does not start \(.+\)\. Rows go to metrics\.jsonl alone\.", dashboard.notice)
-    dashboard.log(ROW)
-    dashboard.summarise({})
+    dashboard.log([ROW])
+    dashboard.summarise({"sae": {}})
 
 
 def test_rows_reach_a_server_though_a_scheduler_signals(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,8 +210,8 @@ def test_rows_reach_a_server_though_a_scheduler_signals(start: Start, capsys: py
         dashboard = start(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
         for number in BLOCKED:  # as a scheduler signals a whole job
             os.kill(worker(dashboard), number)
-        dashboard.log(ROW)
-        dashboard.summarise({"l0": 8.0})
+        dashboard.log([ROW])
+        dashboard.summarise({"sae": {"l0": 8.0}})
     (row,) = server.rows
     assert (row["tokens"], row["train/fvu"]) == (512, 0.25)
     assert row["density/histogram"]["values"] == ROW["density/histogram"]
@@ -229,9 +229,9 @@ def test_a_server_that_stops_answering(start: Start, capsys: pytest.CaptureFixtu
         server.is_stuck = True
         begun = time.monotonic()
         for _ in range(100):
-            dashboard.log(ROW)
+            dashboard.log([ROW])
         assert time.monotonic() - begun < 1
-        dashboard.summarise({"l0": 8.0})
+        dashboard.summarise({"sae": {"l0": 8.0}})
         assert time.monotonic() - begun < 2 + 4
     (line,) = capsys.readouterr().err.splitlines()
     (flag, directory) = named(line)
@@ -258,8 +258,8 @@ def test_a_process_that_stops_working(
     monkeypatch.setattr(tracking, "END_SECONDS", 0.5)
     begun = time.monotonic()
     for _ in range(12_000):  # more than a pipe and the queue hold
-        dashboard.log(ROW)
-    dashboard.summarise({})
+        dashboard.log([ROW])
+    dashboard.summarise({"sae": {}})
     assert time.monotonic() - begun < 4
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("wandb may lack rows")

@@ -10,10 +10,10 @@ from torch import Tensor
 from sae_train.cli.compose import compose_config
 from sae_train.ranks.interface import Solo
 from sae_train.sae.autoencoder import SparseAutoencoder
-from sae_train.training.export import exported
 from sae_train.training.trainer import Trainer
 from tools import supports
 from tools.grid_world import build
+from tools.one_of_each import only, only_export
 
 D, TRUE, F, K, N, STEPS, BLOCK = 32, 160, 192, 6, 512, 120, 256
 FEATURE_CHOICE = ["sparsifier=feature_choice", "budget=zipf", "sparsifier.after=0.6"]
@@ -52,7 +52,7 @@ def trained(rows: Path, *choices: str) -> tuple[Trainer, SparseAutoencoder]:
     trainer = build(config, Solo())
     while trainer.n_done < trainer.plan.steps:
         trainer.step(trainer.stream.batch(trainer.n_done))
-    sae, _ = exported(trainer, trainer.learners[0])
+    sae, _ = only_export(trainer)
     return trainer, sae
 
 
@@ -101,7 +101,7 @@ def test_thresholds_that_training_learned_are_kept_up_to_a_correction(rows: Path
         .threshold_F
     )
     assert learned is not None
-    sae.threshold.copy_(learned.detach().double() * trainer.stream.scaling.scale)
+    sae.threshold.copy_(learned.detach().double() * only(trainer.stream.scalings).scale)
     assert supports.jaccard(fresh_pairs(trainer, sae)) > 0.9999
 
 

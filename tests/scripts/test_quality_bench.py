@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tools.one_of_each import only
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
@@ -155,9 +157,9 @@ def test_the_bundled_models_activations_as_files(scripts: ModuleType, tmp_path: 
     bundled.write_train(stream, tmp_path / "train", tokens=2 * bundled.BATCH + 5)
     bundled.write_held_out(stream, tmp_path / "held_out")
     again = bundled.started(tokens=3 * bundled.BATCH)
-    expected = torch.cat([again.batch(0).x_ND, again.batch(1).x_ND])
+    expected = torch.cat([only(again.batch(0)).x_ND, only(again.batch(1)).x_ND])
     raw = load_file(tmp_path / "train" / "rows.safetensors")["activations"]
-    torch.testing.assert_close(again.scaling.normalise(raw).x_ND, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(only(again.scalings).normalise(raw).x_ND, expected, rtol=1e-4, atol=1e-5)
     held = load_file(tmp_path / "held_out" / "rows.safetensors")["activations"]
     for half, part in zip(
         ("calibration", "evaluation"), scripts.import_module("quality_score").halves(tmp_path / "held_out"), strict=True

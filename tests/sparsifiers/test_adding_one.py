@@ -9,6 +9,7 @@ from sae_train.config.sparsifier_registry import SPARSIFIERS, Entry
 from sae_train.ranks.interface import Solo
 from sae_train.sae.code import SparseCode
 from tools import grid_world as world
+from tools.one_of_each import only
 from tools.sae_parts import encoded
 
 MODULE = '''
@@ -56,7 +57,7 @@ def test_a_module_a_config_class_and_a_registry_line_are_enough(
     before = world.weights(trainer)["W_dec"].clone()
     for step in range(2):
         trainer.step(trainer.stream.batch(step))
-    code = encoded(trainer, trainer.stream.batch(2).x_ND).code
+    code = encoded(trainer, only(trainer.stream.batch(2)).x_ND).code
     assert isinstance(code, SparseCode)
     fires_F = code.firing_counts()
     assert int(fires_F.sum()) == int(code.count) > 0

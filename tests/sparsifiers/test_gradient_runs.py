@@ -170,7 +170,7 @@ def test_memory_has_room_for_slopes_or_logits(live: Callable[..., RunConfig]) ->
         config = live(sparsifier=sparsifier, n_features=n_features, harvest=harvest)
         facts = check_stream(config.source, n_ranks=1)
         plan = plan_of(config, facts, n_ranks=1)
-        return plan.memory_bytes - 4 * 4 * plan.sae.parameters - facts.pool_bytes
+        return plan.memory_bytes - 4 * 4 * next(iter(plan.saes.values())).parameters - facts.pool_bytes
 
     matrix, vocab = 4 * 64 * 1024, read_model_config(live().model).vocab_size
     assert (memory("topk", 1024), memory("gradient", 1024)) == (2 * matrix, 4 * matrix)

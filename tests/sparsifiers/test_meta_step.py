@@ -23,6 +23,7 @@ from sae_train.sparsifiers.base import Encoding
 from sae_train.training.batch import RowBatch
 from sae_train.training.learner import Learner
 from sae_train.training.run import plan_of
+from sae_train.training.scratch import Scratch
 from tools import grid_world as world
 
 NESTING = {"plain": [], "nested": world.NESTED}
@@ -63,7 +64,8 @@ def learner_of(rows: Path, case: list[str], *, nesting: str, aux: str, precision
         precision=precision,
     )
     plan = plan_of(config, facts_of(rows, reads_gradients=config.reads_gradients), n_ranks=1)
-    return Learner("sae", config.sae, plan.sae, precision=precision, ranks=Solo("meta"))
+    (sae,) = plan.saes.values()
+    return Learner(sae, precision=precision, ranks=Solo("meta"), scratch=Scratch())
 
 
 def batch_of(learner: Learner) -> RowBatch:

@@ -25,10 +25,10 @@ from sae_train.sparsifiers.jumprelu import JumpReLU
 from sae_train.sparsifiers.l1 import PAnneal, ReLU
 from sae_train.sparsifiers.price import Price
 from sae_train.sparsifiers.straight_through import jump_relu, step
-from sae_train.training.export import exported
 from sae_train.training.trainer import Trainer
 from tools import grid_world as world
 from tools.command_line import Command
+from tools.one_of_each import only, only_export
 from tools.sae_parts import encoded, inputs_of
 from tools.small_runs import CPU
 
@@ -114,7 +114,7 @@ def test_with_its_zeros_or_without_is_one_function(
         monkeypatch.setattr(penalised, "DENSE_FROM", dense_from)
         trainer = trainer_of(rows, *KINDS[kind])
         shake(trainer)
-        batch = trainer.stream.batch(0).x_ND
+        batch = only(trainer.stream.batch(0)).x_ND
         dictionary = trainer.learners[0].dictionary
         code, decoded, penalty = encoded(trainer, batch)
         assert decoded is code
@@ -211,7 +211,7 @@ def test_l0_comes_to_k_from_above_and_below_and_stays(rows: Path, typed: list[st
         if trainer.n_done % 50 == 0:
             l0.append(trainer.rows()[0]["train/l0"])
     assert all(abs(value / 5 - 1) < 0.1 for value in l0[3:]), l0
-    _, figures = exported(trainer, trainer.learners[0])
+    _, figures = only_export(trainer)
     assert figures["correction"] != {}
     assert abs(figures["l0"] / 5 - 1) < 0.05  # of some 3000 rows, calibrated on as many others
 
@@ -266,8 +266,12 @@ def test_a_gated_feature_is_exported_as_the_jumprelu_feature_that_it_is(rows: Pa
     trainer = trainer_of(rows, "sparsifier=gated")
     shake(trainer)
     learn(trainer, 30)
-    gated, dictionary, scaling = trainer.learners[0].sparsifier, trainer.learners[0].dictionary, trainer.stream.scaling
-    x = trainer.stream.batch(30).x_ND
+    gated, dictionary, scaling = (
+        trainer.learners[0].sparsifier,
+        trainer.learners[0].dictionary,
+        only(trainer.stream.scalings),
+    )
+    x = only(trainer.stream.batch(30)).x_ND
     code = encoded(trainer, x).code
     trained = code.value if isinstance(code, DenseCode) else code.dense()
     rule = gated.export(dictionary, trainer.learners[0].step_info(trainer.n_done))
@@ -289,7 +293,7 @@ def test_a_gated_feature_is_exported_as_the_jumprelu_feature_that_it_is(rows: Pa
 
 def test_a_gates_own_reconstruction_trains_no_decoder(rows: Path) -> None:
     trainer = trainer_of(rows, "sparsifier=gated")
-    dictionary, x = trainer.learners[0].dictionary, trainer.stream.batch(0).x_ND
+    dictionary, x = trainer.learners[0].dictionary, only(trainer.stream.batch(0)).x_ND
     gated = trainer.learners[0].sparsifier
     assert isinstance(gated, Gated)
     pre = DenseCode(value=dictionary.attach_dense(x, dictionary.pre_activations(x)))
@@ -315,7 +319,7 @@ def test_p_falls_in_equal_steps_and_the_penalty_stays(rows: Path) -> None:
     for number in (19, 20, 21, 40, 41):
         when = StepInfo(step=number, tokens=number * 64, total_tokens=6400, batch_tokens=64, learning_rate=1e-3, seed=0)
         code = DenseCode(value=value.clone().requires_grad_())
-        inputs = dataclasses.replace(inputs_of(trainer, trainer.stream.batch(0).x_ND), info=when)
+        inputs = dataclasses.replace(inputs_of(trainer, only(trainer.stream.batch(0)).x_ND), info=when)
         one = sparsifier.values(trainer.learners[0].dictionary, code, inputs).priced
         one.backward()
         assert code.value.grad is not None
@@ -329,7 +333,7 @@ def test_p_falls_in_equal_steps_and_the_penalty_stays(rows: Path) -> None:
 def test_l1_weighs_values_with_their_rows_norms(rows: Path, norms: str) -> None:
     trainer = trainer_of(rows, "sparsifier=relu", f"sparsifier.norms={norms}", steps=80)
     learn(trainer, 60)
-    dictionary, x = trainer.learners[0].dictionary, trainer.stream.batch(60).x_ND
+    dictionary, x = trainer.learners[0].dictionary, only(trainer.stream.batch(60)).x_ND
     norm_F = dictionary.W_dec.norm(dim=1)
     ones = torch.ones_like(norm_F)
     assert bool((norm_F - 1).abs().max() > 0.01) == (norms == "free")
@@ -338,9 +342,9 @@ def test_l1_weighs_values_with_their_rows_norms(rows: Path, norms: str) -> None:
     assert isinstance(relu, ReLU)
     value, priced, *_ = relu.values(dictionary, pre, inputs_of(trainer, x))
     torch.testing.assert_close(priced, (pre.value.relu() * (norm_F if norms == "free" else ones)).sum())
-    sae, _ = exported(trainer, trainer.learners[0])
+    sae, _ = only_export(trainer)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), ones.float())
-    scaling = trainer.stream.scaling
+    scaling = only(trainer.stream.scalings)
     sae.threshold.zero_()
     raw = (x * scaling.scale + scaling.centre_D).float()
     expected = (value @ dictionary.W_dec + dictionary.b_dec) * scaling.scale + scaling.centre_D
@@ -353,7 +357,7 @@ def test_one_factor_brings_l0_to_k_unless_it_would_be_another_sae(rows: Path, ti
     learn(trainer, 300)
     sparsifier = trainer.learners[0].sparsifier
     assert isinstance(sparsifier, JumpReLU)
-    scaling = trainer.stream.scaling
+    scaling = only(trainer.stream.scalings)
     sae = SparseAutoencoder.fold(
         trainer.learners[0].dictionary, centre_D=scaling.centre_D, scale=scaling.scale, k=5, inference="threshold"
     )
@@ -424,11 +428,11 @@ def test_what_dead_features_lack_to_fire_is_learned(rows: Path, kind: str) -> No
     shake(trainer)
     dictionary, x, sparsifier = (
         trainer.learners[0].dictionary,
-        trainer.stream.batch(0).x_ND,
+        only(trainer.stream.batch(0)).x_ND,
         trainer.learners[0].sparsifier,
     )
     assert isinstance(sparsifier, penalised.Penalised)
-    trainer.learners[0].firing.since_F[:40] = trainer.plan.sae.dead_window
+    trainer.learners[0].firing.since_F[:40] = trainer.learners[0].plan.dead_window
     inputs = inputs_of(trainer, x)
     inputs = dataclasses.replace(inputs, info=dataclasses.replace(inputs.info, batch_tokens=2 * len(x)))
     pre, loss = inputs.pre_NF, sparsifier._revival(dictionary, inputs)
@@ -511,7 +515,7 @@ def test_a_fixed_price_rises_to_what_was_typed_and_nothing_is_steered(rows: Path
         assert float(trainer.learners[0].sparsifier.price.nudge) == 0
     assert prices == pytest.approx([0.01 * min(1, step / 20) for step in range(40)])
     assert "train/budget_used" not in trainer.rows()[0]
-    sae, figures = exported(trainer, trainer.learners[0])
+    sae, figures = only_export(trainer)
     assert "correction" not in figures
     assert not bool(sae.threshold.any())
     assert sae.k == figures["target_l0"] > 0

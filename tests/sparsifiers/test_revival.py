@@ -53,8 +53,8 @@ def test_a_silent_bias_rises_by_the_rate_that_is_lost_and_nothing_else_moves(row
         bury(trainer)
         trainer.learners[0].firing.since_F.fill_(LONG)
         trainer.n_done = trainer.plan.steps - 2  # deep in the decay
-        lost = trainer.plan.sae.peak_lr - trainer.learners[0].step_info(trainer.n_done).learning_rate
-        assert lost > 0.9 * trainer.plan.sae.peak_lr
+        lost = trainer.learners[0].plan.peak_lr - trainer.learners[0].step_info(trainer.n_done).learning_rate
+        assert lost > 0.9 * trainer.learners[0].plan.peak_lr
         learn(trainer, 1)
     silent_F = with_it.learners[0].firing.since_F > LONG
     assert silent_F[BURIED].all()

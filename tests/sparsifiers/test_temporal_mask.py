@@ -17,10 +17,10 @@ from sae_train.sae.random import keyed_generator
 from sae_train.sparsifiers import penalised
 from sae_train.sparsifiers.base import Encoding
 from sae_train.sparsifiers.temporal_mask import TemporalMask
-from sae_train.training.export import exported
 from sae_train.training.trainer import Trainer
 from tools import grid_world as world
 from tools import sae_parts
+from tools.one_of_each import only, only_export
 
 AT_ONCE = ["sparsifier.warmup=0", "sparsifier.ramp=0"]
 
@@ -49,7 +49,7 @@ def learn(trainer: Trainer, steps: int) -> None:
 
 def encoded(trainer: Trainer) -> tuple[Tensor, Code, Code, Tensor]:
     """Return the next batch, its code, the decoded part and the penalty, without a step."""
-    x = trainer.stream.batch(trainer.n_done).x_ND
+    x = only(trainer.stream.batch(trainer.n_done)).x_ND
     code, decoded, penalty = sae_parts.encoded(trainer, x)
     assert penalty is not None
     return x, code, decoded, penalty
@@ -65,7 +65,7 @@ def watch(trainer: Trainer) -> list[Tensor]:
     encode = trainer.learners[0].sparsifier.encode
 
     def watched(*parts: Any) -> Encoding:
-        seen.append(slow_sums(trainer, trainer.stream.batch(trainer.n_done).x_ND))
+        seen.append(slow_sums(trainer, only(trainer.stream.batch(trainer.n_done)).x_ND))
         return encode(*parts)
 
     trainer.learners[0].sparsifier.encode = watched
@@ -241,7 +241,7 @@ def test_the_exported_sae_fires_k_with_the_mask_or_without(rows: Path, export_ma
     l0 = trainer.rows()[0]["train/l0"]
     never = mask_of(trainer).masked_F > 0.5
     assert 5 < int(never.sum()) < 100
-    sae, figures = exported(trainer, trainer.learners[0])
+    sae, figures = only_export(trainer)
     assert list(figures["correction"]) == ["threshold"]
     three_errors = 3 * math.sqrt(2 / (150 * 5))  # some 150 rows in each half, and firings that are Poisson
     assert abs(figures["l0"] / 5 - 1) < three_errors

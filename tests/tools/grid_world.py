@@ -101,7 +101,7 @@ def build(config: RunConfig, ranks: Ranks, *, start: bool = True) -> Trainer:
     stream = build_stream(config.source, ranks=ranks, facts=facts)
     if start:
         stream.start()
-    return build_trainer(config.source, [config.sae], plan, stream=stream, precision=config.precision, ranks=ranks)
+    return build_trainer(config.source, plan, stream=stream, precision=config.precision, ranks=ranks)
 
 
 def places(code: Code) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -130,7 +130,7 @@ def watch(trainer: Trainer) -> list[tuple[torch.Tensor, torch.Tensor]]:
         if scores:
             value = scores.pop()[token, feature]
         token, feature = token + ranks.data.rank * code.n_tokens, feature + learner.features[0]
-        index, order = ranks.gather_rows(token * trainer.plan.sae.n_features + feature).sort()
+        index, order = ranks.gather_rows(token * trainer.learners[0].plan.n_features + feature).sort()
         seen.append((index, ranks.gather_rows(value)[order]))
         return encoding
 
@@ -155,7 +155,7 @@ def note_scores(sparsifier: Sparsifier) -> list[torch.Tensor]:
 def whole(trainer: Trainer, name: str) -> torch.Tensor:
     """Return a parameter of all features."""
     own = getattr(trainer.learners[0].dictionary, name).detach()
-    return own if name == "b_dec" else trainer.ranks.features.gather_slices(own, trainer.plan.sae.n_features)
+    return own if name == "b_dec" else trainer.ranks.features.gather_slices(own, trainer.learners[0].plan.n_features)
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -170,7 +170,7 @@ def learn(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     for step in range(trainer.plan.steps):
         trainer.step(trainer.stream.batch(step))
     (row,) = trainer.rows()
-    since = ranks.features.gather_slices(trainer.learners[0].firing.since_F, trainer.plan.sae.n_features)
+    since = ranks.features.gather_slices(trainer.learners[0].firing.since_F, trainer.learners[0].plan.n_features)
     figures = {key: value for key, value in row.items() if key != "sae" and not key.startswith("perf/")}
     return {"matches": [index for index, _ in seen], "weights": weights(trainer), "since": since, "row": figures}
 
@@ -187,7 +187,9 @@ def one_step(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
             gradient = parameter.grad
             assert gradient is not None
             slices = ranks.features.gather_slices
-            found[name] = gradient.clone() if name == "b_dec" else slices(gradient.clone(), trainer.plan.sae.n_features)
+            found[name] = (
+                gradient.clone() if name == "b_dec" else slices(gradient.clone(), trainer.learners[0].plan.n_features)
+            )
         update(**parts)
 
     trainer.learners[0].optimizer.step = noted
@@ -200,8 +202,7 @@ def save(config: RunConfig, ranks: Ranks, folder: Path, *, steps: int) -> None:
     trainer = build(config, ranks)
     for step in range(steps):
         trainer.step(trainer.stream.batch(step))
-    notes = {"step": steps, "tokens": trainer.tokens}
-    checkpoint.begin(folder, trainer.contents(), notes=notes, ranks=ranks, keep=0).publish()
+    checkpoint.begin(folder, trainer.contents(), notes=trainer.notes(), ranks=ranks, keep=0).publish()
 
 
 def resume(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, torch.Tensor]:
@@ -236,7 +237,7 @@ def _counted(folder: Path, kind: str, aux: str, dead_window: int) -> RunConfig:
 def traffic(config: RunConfig, ranks: Ranks) -> dict[str, int]:
     """Return the bytes of one step by verb; by then features are dead, and an auxiliary loss has work."""
     trainer = build(config, ranks)
-    before = 1 if config.aux_loss.name == "none" else trainer.plan.sae.dead_window // N + 2
+    before = 1 if config.aux_loss.name == "none" else trainer.learners[0].plan.dead_window // N + 2
     for step in range(before):
         trainer.step(trainer.stream.batch(step))
     batch = trainer.stream.batch(before)

@@ -107,6 +107,11 @@ def run_config(
     )
 
 
+def identity_of(config: RunConfig) -> dict[str, Any]:
+    """Return the identity of a run of one SAE."""
+    return schema.identity(config, {"sae": config.sae})
+
+
 def defaults_of(name: str) -> schema.SparsifierConfig:
     """Return the settings of a sparsifier as `conf/` has them; of an unknown one, those of mutual_choice."""
     if name not in SPARSIFIERS:

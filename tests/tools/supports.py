@@ -10,6 +10,7 @@ from sae_train.harvest.held_out import Half
 from sae_train.sae.autoencoder import SparseAutoencoder
 from sae_train.training.trainer import Trainer
 from tools.grid_world import places
+from tools.one_of_each import only
 from tools.sae_parts import encoded
 
 
@@ -26,7 +27,7 @@ def compared(trainer: Trainer, sae: SparseAutoencoder, raw_ND: Tensor) -> Iterat
 
     Training sees its normalised activations and the dictionary, the exported autoencoder raw ones and itself.
     """
-    scaling, n_features = trainer.stream.scaling, trainer.plan.sae.n_features
+    scaling, n_features = only(trainer.stream.scalings), trainer.learners[0].plan.n_features
     for batch_ND in raw_ND.split(trainer.plan.batch_tokens):
         if len(batch_ND) < trainer.plan.batch_tokens:
             return

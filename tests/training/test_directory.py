@@ -17,21 +17,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sae_train.config import RunConfig, as_dict, identity
+from sae_train.config import RunConfig, as_dict
 from sae_train.errors import CheckpointError, ConfigError
 from sae_train.training.run import name_of
 from sae_train.training.run_directory import RunDirectory
+from tools.small_runs import identity_of
 
 Compose = Callable[..., RunConfig]
 
 
 def claim(directory: RunDirectory, config: RunConfig) -> None:
-    directory.claim(as_dict(config), identity=identity(config), record={"plan": {}, "source": {}})
+    directory.claim(as_dict(config, [config.sae]), identity=identity_of(config), record={"plan": {}, "source": {}})
 
 
 def test_a_name_changes_with_what_can_change_the_sae_and_with_nothing_else(compose: Compose) -> None:
     def name(*overrides: str) -> str:
-        return name_of(compose(*overrides), site="bundled.residual2", n_features=2048)
+        config = compose(*overrides)
+        return name_of(config, [(config.sae, "residual2", 2048)], model="bundled")
 
     assert name().startswith("bundled.residual2.mutual_choice.k32.f2048.s0-")
     free = ("tracking=none", "log_every=7", "evaluate_every=9", "checkpoint.keep=5", "runs=elsewhere", "dry_run=true")
@@ -54,18 +56,18 @@ def test_a_killed_claim_is_taken_up_again(tmp_path: Path, compose: Compose) -> N
     for left in (".lock", ".config.yaml.partial"):
         (tmp_path / "run" / left).write_text("half")
     directory = RunDirectory(tmp_path / "run")
-    directory.check_identity(identity(compose()))
+    directory.check_identity(identity_of(compose()))
     claim(directory, compose())
     stored = directory.stored()
     assert stored is not None
-    assert stored["config"] == as_dict(compose())
+    assert stored["config"] == as_dict(compose(), [compose().sae])
 
 
 def test_another_identity_is_refused_and_its_keys_are_named(tmp_path: Path, compose: Compose) -> None:
     claim(RunDirectory(tmp_path / "run"), compose())
-    RunDirectory(tmp_path / "run").check_identity(identity(compose("tracking=none")))
+    RunDirectory(tmp_path / "run").check_identity(identity_of(compose("tracking=none")))
     with pytest.raises(ConfigError, match=r"holds another run: k 32.0 -> 16.0, layer.index 'middle' -> 1\."):
-        RunDirectory(tmp_path / "run").check_identity(identity(compose("k=16", "layer.index=1")))
+        RunDirectory(tmp_path / "run").check_identity(identity_of(compose("k=16", "layer.index=1")))
 
 
 def test_two_processes_do_not_share_a_directory(tmp_path: Path, compose: Compose) -> None:
@@ -86,7 +88,8 @@ from sae_train.training.run_directory import RunDirectory
 
 config = compose_config([])
 directory = RunDirectory(Path(sys.argv[1]))
-directory.claim(as_dict(config), identity=identity(config), record={"plan": {}, "source": {}})
+own = identity(config, {"": config.sae})
+directory.claim(as_dict(config, [config.sae]), identity=own, record={"plan": {}, "source": {}})
 print("held", flush=True)
 sys.stdin.readline()
 AFTER
@@ -215,17 +218,17 @@ def test_a_config_file_that_is_not_ours_is_refused(tmp_path: Path, compose: Comp
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_bytes(content.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"config\.yaml"):
-        RunDirectory(tmp_path / "run").check_identity(identity(compose()))
+        RunDirectory(tmp_path / "run").check_identity(identity_of(compose()))
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, compose: Compose) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("dear to someone")
     with pytest.raises(ConfigError, match="not a run's directory"):
-        RunDirectory(tmp_path / "run").check_identity(identity(compose()))
+        RunDirectory(tmp_path / "run").check_identity(identity_of(compose()))
     (tmp_path / "file").write_text("")
     with pytest.raises((ConfigError, CheckpointError)):
-        RunDirectory(tmp_path / "file").check_identity(identity(compose()))
+        RunDirectory(tmp_path / "file").check_identity(identity_of(compose()))
 
 
 def test_config_yaml_is_plain_yaml(tmp_path: Path, compose: Compose) -> None:

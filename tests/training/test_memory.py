@@ -23,6 +23,7 @@ from sae_train.sparsifiers import SPARSIFIERS
 from sae_train.training import memory
 from sae_train.training.memory import Holding, OutOfMemory, available_bytes, largest_pool, named_when_it_runs_out
 from sae_train.training.run import plan_of
+from sae_train.training.scratch import Scratch
 from sae_train.training.trainer import Trainer
 from tools import grid_world as world
 from tools.command_line import changed
@@ -47,7 +48,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def peak_bytes(trainer: Trainer) -> int:
     """Return the largest number of bytes that the next step holds in addition to those before it."""
     batch = trainer.stream.batch(trainer.n_done)
-    trainer.learners[0]._pre_NF = None  # kept from the step before; made anew, it counts
+    trainer.learners[0]._scratch = Scratch()  # kept from the step before; made anew, it counts
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         trainer.step(batch)
     results = profile.kineto_results
@@ -80,7 +81,7 @@ def test_the_estimate_is_of_a_step_that_begins_dense(rows: Path, case: str, prec
     config = world.config_of(rows, CASES[case], precision=precision, n_features=F)
     trainer = world.build(config, Solo())
     trainer.step(trainer.stream.batch(0))
-    parameters, matrix = 4 * trainer.plan.sae.parameters, 4 * world.N * F
+    parameters, matrix = 4 * trainer.learners[0].plan.parameters, 4 * world.N * F
     held = (peak_bytes(trainer) - parameters) / matrix
     estimated = (trainer.plan.memory_bytes - 4 * parameters) / matrix
     assert held <= estimated <= held + 2.5

@@ -113,12 +113,12 @@ def test_metrics_file_keeps_whole_rows(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file.keep_first(0)
     for step in range(4):
-        file.append({"step": step, "train/fvu": float("nan") if step == 2 else 0.5})
+        file.append([{"step": step, "train/fvu": float("nan") if step == 2 else 0.5}])
     with file.path.open("a") as torn:
         torn.write('{"step": 4, "tra')  # a write cut in half by kill -9
     again = MetricsFile(tmp_path / "metrics.jsonl")
     again.keep_first(3)
-    again.append({"step": 3})
+    again.append([{"step": 3}])
     rows = [json.loads(line) for line in file.path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert rows[2]["train/fvu"] is None
@@ -129,5 +129,5 @@ def test_a_row_cut_in_half_is_dropped_wherever_it_stands(tmp_path: Path) -> None
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file.path.write_bytes(b'{"step": 0}\n{"st')
     file.keep_first(5)
-    file.append({"step": 1})
+    file.append([{"step": 1}])
     assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [0, 1]

@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from sae_train.cli.compose import compose_config
-from sae_train.config import RunConfig, ZipfBudgetConfig, identity
+from sae_train.config import RunConfig, ZipfBudgetConfig
 from sae_train.errors import ConfigError
 from sae_train.training.run import name_of
+from tools.small_runs import identity_of
 
 CHOSEN = ["sparsifier=feature_choice", "budget=zipf"]
 FOUND = {"gini": 0.4, "zipf_exponent": 0.71, "zipf_shift": 12.5, "zipf_r2": 0.99}
@@ -41,10 +42,10 @@ def test_the_numbers_are_the_runs_and_where_it_lies_is_no_part_of_the_identity(t
     for path in (one, other):
         taken = compose_config([*CHOSEN, f"budget.zipf_from={path}"])
         assert law(taken) == law(typed) == (0.71, 12.5)
-        assert identity(taken) == identity(typed)
-        names = [name_of(config, site="here", n_features=2048) for config in (taken, typed)]
+        assert identity_of(taken) == identity_of(typed)
+        names = [name_of(config, [(config.sae, "here", 2048)], model="m") for config in (taken, typed)]
         assert names[0] == names[1]
-    assert identity(typed) != identity(compose_config(CHOSEN))
+    assert identity_of(typed) != identity_of(compose_config(CHOSEN))
     assert law(compose_config(CHOSEN)) == (None, None)
 
 
