@@ -247,7 +247,7 @@ def _nearest_whole(value: float) -> list[int]:
     return [number for number in both if number >= 1] or [1]
 
 
-FREE_KEYS = ("name", "runs", "dry_run", "log_every", "evaluate_every", "checkpoint", "parallel", "tracking", "plan")
+FREE_KEYS = ("name", "runs", "dry_run", "log_every", "evaluate_every", "checkpoint", "parallel", "plan", "tracking")
 """Top-level keys that cannot change the exported SAE. They are not part of a run's identity."""
 LIST_KEYS = ("variants", "grid")
 """Top-level keys that make the list of SAEs. The list itself is part of the identity."""

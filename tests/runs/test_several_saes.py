@@ -25,10 +25,6 @@ def result_of(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     return summary, {path.parent.name: path.read_bytes() for path in run.glob("saes/*/sae.safetensors")}
 
 
-def figures_of(summary: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in summary["saes"][name].items()}
-
-
 def test_an_sae_among_others_equals_the_same_sae_alone(tmp_path: Path, command: Command) -> None:
     together = command(*changed(tiny_run(tmp_path), f"runs={tmp_path / 'together'}"), GRID)
     assert together.status == 0, together.stderr
