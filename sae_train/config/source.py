@@ -19,16 +19,16 @@ TOKENS_PER_HELD_OUT = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
-    """The settings of a stream of activations. `RunConfig.source` makes it; everything in `harvest/` reads it.
+    """The settings of a stream of activations. `RunConfig.source_for` makes it; everything in `harvest/` reads it.
 
-    Each field but `layers` and `reads_gradients` is documented at `RunConfig`, where it is checked.
+    Each field without a docstring is documented at `RunConfig`, where it is checked.
     """
 
     model: ModelConfig
     data: DataConfig
     harvest: HarvestConfig
     layers: tuple[LayerConfig, ...]
-    """The sites of the run's SAEs as they were typed, each once."""
+    """The distinct settings `layer` of the run's SAEs, in order of first use."""
     tokens: int
     batch_tokens: int
     precision: str

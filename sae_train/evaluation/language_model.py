@@ -16,11 +16,6 @@ if TYPE_CHECKING:
     from sae_train.harvest.language_model import LanguageModel
 
 
-def passes_of_a_batch(*, n_sites: int, n_saes: int) -> int:
-    """Return the number of whole forward passes over an evaluated context: one clean, then zero-ablated and spliced."""
-    return 1 + n_sites + n_saes
-
-
 class Baseline:
     """Predictions of the language model for a batch of contexts without an SAE, for the SAEs of one site.
 

@@ -12,10 +12,8 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from sae_train.config import ModelConfig
 from sae_train.errors import ConfigError, UserError
-from sae_train.harvest.checkpoints import load_error, loader_of
+from sae_train.harvest.checkpoints import DTYPES, load_error, loader_of
 from sae_train.harvest.families import text_part
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def without_weights(model: ModelConfig, settings: Any, *, real: bool = False) -> nn.Module:

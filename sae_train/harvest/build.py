@@ -7,12 +7,12 @@ than a short run.
 from sae_train.config.source import SourceConfig
 from sae_train.harvest.checks import Findings, check_batch
 from sae_train.harvest.row_plan import RowPlan, plan_rows
-from sae_train.harvest.stream import Stream, StreamFacts, prefetch_of, row_bytes, whole_batches
-from sae_train.harvest.tensors import TensorStream
+from sae_train.harvest.stream import Stream, StreamFacts, StreamSite, prefetch_of, row_bytes, whole_batches
+from sae_train.harvest.tensors import TENSORS, TensorStream
 from sae_train.phases import SILENT, Phases
 from sae_train.ranks.interface import Ranks
 
-__all__ = ["Stream", "StreamFacts", "build_stream", "check_stream"]
+__all__ = ["Stream", "StreamFacts", "StreamSite", "build_stream", "check_stream"]
 
 
 def check_stream(source: SourceConfig, *, n_ranks: int, phases: Phases = SILENT) -> StreamFacts:
@@ -61,8 +61,8 @@ def _check_tensors(source: SourceConfig, *, n_ranks: int) -> StreamFacts:
     prefetch = prefetch_of(source)
     steps = whole_batches(source) // source.batch_tokens
     return StreamFacts(
-        d_model=plan.d_model,
-        label="tensors",
+        sites=(StreamSite(label=TENSORS, d_model=plan.d_model, layer=None, record={}),),
+        name=TENSORS,
         pool_bytes=0,
         flops_per_token=0,
         record={"data": source.tensors.path, "rows": plan.n_training},

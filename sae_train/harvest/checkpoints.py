@@ -2,18 +2,24 @@
 
 import copy
 import json
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils.logging import disable_progress_bar, set_tqdm_hook
 
 from sae_train.assets import model_directory
 from sae_train.config import ModelConfig
 from sae_train.errors import DataError
 from sae_train.harvest.hub import hub_error, is_installed, local_path, missing_library, needs_library
+from sae_train.phases import Phases
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _FOREIGN = {
@@ -158,3 +164,71 @@ def _foreign_files(folder: Path) -> str | None:
     """Return a sentence about the files of another layout that the directory holds."""
     found = [meaning for pattern, meaning in _FOREIGN.items() if any(folder.glob(pattern))]
     return f"this directory holds {found[0]}" if found else None
+
+
+def load_weights(model: ModelConfig, settings: Any, *, is_quantised: bool, device: torch.device,
+                 phases: Phases) -> Any:  # fmt: skip
+    """Return the Hugging Face module on a device. A signal to stop ends the loading between two weights.
+
+    Args:
+        model: names the checkpoint.
+        settings: from `read_model_config`.
+        is_quantised: from `check_quantised`.
+        device: where the model runs.
+        phases: shows the progress.
+
+    Raises:
+        DataError: the weights cannot be read, or some are missing.
+    """
+    name, options = source_of(model)
+    if "local_files_only" in options:
+        disable_progress_bar()  # a bar is for downloads
+    if is_quantised:
+        options["device_map"] = {"": device}  # such weights cannot be moved afterwards
+    try:
+        with _reported(phases):
+            loaded, report = loader_of(settings).from_pretrained(
+                name, dtype=DTYPES[model.dtype], attn_implementation=model.attention, output_loading_info=True,
+                **options,
+            )  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # files of any kind, and the checkpoint's own code
+        if missing_library(error) or "trust_remote_code" in str(error):
+            raise load_error(model, error, part="architecture") from error
+        if "local_files_only" in options:
+            raise load_error(model, error, part="weights") from error
+        raise hub_error("model.id", model.id, error) from error
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise DataError(f"model.id={model.id}: its files lack {len(missing)} of its weights, {missing[0]} among them, "
+                        "which would be random numbers. Fetch or save it again.")  # fmt: skip
+    if not is_quantised:
+        return loaded.to(device)
+    if getattr(loaded.config, "quantization_config", None) is None:  # expanded on loading: no GPU here takes FP8
+        for weight in loaded.parameters():  # no buffers: rotary frequencies stay fp32
+            weight.data = weight.data.to(DTYPES[model.dtype])
+    return loaded
+
+
+@contextmanager
+def _reported(phases: Phases) -> Iterator[None]:
+    """Show how many weights are loaded."""
+
+    def counted(items: Iterable[Any], total: int) -> Iterator[Any]:
+        with phases.of("loading the language model", total=total, unit="weight"):
+            for item in items:
+                phases.advance(1)
+                yield item
+
+    def bar(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        items = args[0] if args else None
+        if options.get("desc") != "Loading weights" or not isinstance(items, Sized):
+            return factory(*args, **options)
+        return counted(cast("Iterable[Any]", items), len(items))
+
+    before = set_tqdm_hook(bar)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)

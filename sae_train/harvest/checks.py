@@ -23,11 +23,11 @@ class Findings:
             return None
 
     def raise_any(self) -> None:
-        """Raise the one error there is, or a ConfigError with a line for each of several."""
+        """Raise the one error there is, or a ConfigError with a line for each of several. Equal lines are one."""
         if len(self._errors) == 1:
             raise self._errors[0]
         if self._errors:
-            raise ConfigError("\n".join(map(str, self._errors))) from self._errors[0]
+            raise ConfigError("\n".join(dict.fromkeys(map(str, self._errors)))) from self._errors[0]
 
 
 def check_batch(batch_tokens: int, n_ranks: int) -> None:

@@ -31,7 +31,7 @@ _BLOCKS_A_BATCH = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutRows:
-    """The activations of some contexts at one site."""
+    """The activations of some contexts at one site. `HeldOutBatch` holds one for each site."""
 
     raw_ND: Tensor
     """[N, D] fp32 raw activations of the kept tokens."""
@@ -43,32 +43,35 @@ class HeldOutRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutBatch:
-    """Some contexts, on the rank's device. `HeldOut` yields it, and evaluation reads it."""
+    """The activations of some contexts, on the rank's device. `HeldOut` yields it, and evaluation reads it."""
 
     sites: dict[str, HeldOutRows]
+    """Rows of each site that was asked for, by label. A row over a site's outlier limit is left out at that site."""
     ids_BT: Tensor | None
     """[B, T] int64 token ids. None for files."""
     logits_BTV: Tensor | None = None
-    """[B, T, V] logits of the forward pass that gave `raw_ND`. None unless `batches` was called `with_logits`."""
+    """[B, T, V] logits of the forward pass that gave the rows. None unless `batches` was called `with_logits`."""
 
 
 class HeldOut(ABC):
     """Held-out activations in two halves. A stream creates it; calibration and evaluation read it.
 
     Attributes:
-        limits: the outlier limits by site, which the stream sets once its scaling is fixed.
+        limits: the outlier limit of each site, by label. The stream sets them once its scalings are fixed.
     """
 
     limits: dict[str, float]
 
     @abstractmethod
-    def batches(self, half: Half, *, max_tokens: int, ranks: Ranks,
-                sites: Collection[str] | None = None, with_logits: bool = False) -> Iterator[HeldOutBatch]:  # fmt: skip
-        """Yield this rank's share of a half: batch i belongs to rank i % size.
+    def batches(self, half: Half, *, max_tokens: int, ranks: Ranks, sites: Collection[str] | None = None,
+                with_logits: bool = False) -> Iterator[HeldOutBatch]:  # fmt: skip
+        """Yield this rank's share of a half.
 
         Args:
             half: which half.
             max_tokens: tokens over all ranks. Whole contexts are read until they hold as many, or all are read.
+            ranks: the ranks that the batches are dealt to: batch i belongs to rank i % size.
+            sites: labels of the sites whose rows the batches hold; None: all.
             with_logits: whether batches of text hold the language model's logits.
         """
 
@@ -81,46 +84,37 @@ class TextHeldOut(HeldOut):
     """Held-out text, run through the language model when it is read. `LiveStream` creates it."""
 
     def __init__(self, parts: Iterator[Part], *, language_model: "LanguageModel", tokenizer: "Tokenizer",
-                 context_length: int, contexts_per_batch: int, ranks: Ranks, site: str) -> None:  # fmt: skip
+                 context_length: int, contexts_per_batch: int) -> None:  # fmt: skip
         self._contexts = HeldOutContexts(parts, tokenizer=tokenizer, context_length=context_length)
-        self._language_model, self._tokenizer, self._ranks = language_model, tokenizer, ranks
-        self._contexts_per_batch, self._site = contexts_per_batch, site
-        self._label = language_model.facts.label
+        self._language_model, self._tokenizer = language_model, tokenizer
+        self._contexts_per_batch = contexts_per_batch
 
-    def batches(self, half: Half, *, max_tokens: int, ranks: Ranks,
-                sites: Collection[str] | None = None, with_logits: bool = False) -> Iterator[HeldOutBatch]:  # fmt: skip
+    def batches(self, half: Half, *, max_tokens: int, ranks: Ranks, sites: Collection[str] | None = None,
+                with_logits: bool = False) -> Iterator[HeldOutBatch]:  # fmt: skip
         chosen = self._contexts.of_half(half, max_tokens=max_tokens)
         size = self._contexts_per_batch
         for number, start in enumerate(range(0, len(chosen), size)):
             if number % ranks.size == ranks.rank:
-                yield self._harvest(chosen[start : start + size], with_logits=with_logits)
+                yield self._harvest(chosen[start : start + size], sites, with_logits=with_logits)
 
     def n_tokens(self, half: Half, *, max_tokens: int) -> int:
         return sum(map(self._contexts.n_trainable, self._contexts.of_half(half, max_tokens=max_tokens)))
 
-    def _harvest(self, chosen: list[int], *, with_logits: bool) -> HeldOutBatch:
-        device = self._ranks.device
-        ids_BT = torch.stack([self._contexts[index] for index in chosen]).to(device)
-        logits_BTV = None
+    def _harvest(self, chosen: list[int], sites: Collection[str] | None, *, with_logits: bool) -> HeldOutBatch:
+        model, logits_BTV = self._language_model, None
+        ids_BT = torch.stack([self._contexts[index] for index in chosen]).to(model.device)
         if with_logits:
-            raw_BTD, logits_BTV = self._language_model.activations_and_logits(ids_BT)
+            raw, logits_BTV = model.activations_and_logits(ids_BT, sites)
         else:
-            raw_BTD = self._language_model.activations(ids_BT)
-        kept_BT = trainable(ids_BT, self._tokenizer)
-        check_finite(raw_BTD[kept_BT], site=self._site, language_model=self._language_model)
-        kept_BT &= within(raw_BTD, limit=self.limits[self._label])
-        context_B = torch.tensor(chosen, device=device)
-        return HeldOutBatch(
-            sites={
-                self._label: HeldOutRows(
-                    raw_ND=raw_BTD[kept_BT].float(),
-                    context_N=context_B[:, None].expand_as(kept_BT)[kept_BT],
-                    kept_BT=kept_BT,
-                )
-            },
-            ids_BT=ids_BT,
-            logits_BTV=logits_BTV,
-        )
+            raw = model.activations(ids_BT, sites)
+        trainable_BT = trainable(ids_BT, self._tokenizer)
+        check_finite({label: [raw_BTD[trainable_BT]] for label, raw_BTD in raw.items()}, language_model=model)
+        context_BT = torch.tensor(chosen, device=model.device)[:, None].expand_as(ids_BT)
+        rows = {}
+        for label, raw_BTD in raw.items():
+            kept_BT = trainable_BT & within(raw_BTD, limit=self.limits[label])
+            rows[label] = HeldOutRows(raw_ND=raw_BTD[kept_BT].float(), context_N=context_BT[kept_BT], kept_BT=kept_BT)
+        return HeldOutBatch(sites=rows, ids_BT=ids_BT, logits_BTV=logits_BTV)
 
 
 class HeldOutContexts:
@@ -176,16 +170,15 @@ class TensorHeldOut(HeldOut):
     `TensorStream` creates it.
     """
 
-    def __init__(self, table: "TensorTable", *, first: int, ranks: Ranks) -> None:
-        self.table, self.first = table, first
-        self._ranks = ranks
+    def __init__(self, table: "TensorTable", *, first: int, site: str) -> None:
+        self.table, self.first, self._site = table, first, site
 
-    def batches(self, half: Half, *, max_tokens: int, ranks: Ranks,
-                sites: Collection[str] | None = None, with_logits: bool = False) -> Iterator[HeldOutBatch]:  # fmt: skip
+    def batches(self, half: Half, *, max_tokens: int, ranks: Ranks, sites: Collection[str] | None = None,
+                with_logits: bool = False) -> Iterator[HeldOutBatch]:  # fmt: skip
         blocks = self._blocks(half, max_tokens)
         for number, start in enumerate(range(0, len(blocks), _BLOCKS_A_BATCH)):
             if number % ranks.size == ranks.rank:
-                yield self._read(blocks[start : start + _BLOCKS_A_BATCH])
+                yield self._read(blocks[start : start + _BLOCKS_A_BATCH], ranks.device)
 
     def n_tokens(self, half: Half, *, max_tokens: int) -> int:
         return len(self._rows_of(self._blocks(half, max_tokens)))
@@ -198,12 +191,10 @@ class TensorHeldOut(HeldOut):
         index_N = (torch.tensor(blocks)[:, None] * HELD_OUT_BLOCK + torch.arange(HELD_OUT_BLOCK)).flatten()
         return index_N[index_N < self.table.n_rows - self.first]
 
-    def _read(self, blocks: range) -> HeldOutBatch:
+    def _read(self, blocks: range, device: torch.device) -> HeldOutBatch:
         index_N = self._rows_of(blocks)
-        raw_ND = self.table.rows(index_N + self.first).to(self._ranks.device)
-        kept_N = within(raw_ND, limit=self.limits["tensors"])
-        context_N = (index_N // HELD_OUT_BLOCK).to(raw_ND.device)[kept_N]
-        return HeldOutBatch(
-            sites={"tensors": HeldOutRows(raw_ND=raw_ND[kept_N].float(), context_N=context_N, kept_BT=None)},
-            ids_BT=None,
-        )
+        raw_ND = self.table.rows(index_N + self.first).to(device)
+        kept_N = within(raw_ND, limit=self.limits[self._site])
+        context_N = (index_N // HELD_OUT_BLOCK).to(device)[kept_N]
+        rows = HeldOutRows(raw_ND=raw_ND[kept_N].float(), context_N=context_N, kept_BT=None)
+        return HeldOutBatch(sites={self._site: rows}, ids_BT=None)

@@ -1,11 +1,12 @@
-"""Hooks on one module of a language model, which read or replace its first tensor, or end the forward pass there.
+"""Hooks on modules of a language model, which read or replace their first tensor, or end the forward pass.
 
 Letters: B contexts, T positions.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,13 +17,33 @@ class Reached(Exception):
     """Ends a forward pass at its site. Only the call whose hook raised it catches it."""
 
 
-@contextmanager
-def hooked(model: nn.Module, module: str, side: str, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `function` with the site's tensor when it is first computed.
+class Place(NamedTuple):
+    """A tensor of a language model, by the module that makes or takes it. `SiteFacts` holds one; hooks read it."""
 
-    A tensor that it returns replaces the site's for the rest of the forward pass. The hook is removed at the end of the
-    block, also after an error.
+    module: str
+    """Dotted name of the module."""
+    side: str
+    """'output' or 'input' of the module."""
+
+
+@contextmanager
+def hooked(
+    model: nn.Module, places: Mapping[str, Place], function: Callable[[str, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Call `function` with a place's label and tensor when the tensor is first computed.
+
+    A tensor that it returns replaces the place's for the rest of the forward pass. The hooks are removed at the end of
+    the block, also after an error.
     """
+    with ExitStack() as stack:
+        for label, place in places.items():
+            stack.enter_context(_hooked_once(model, place, partial(function, label)))
+        yield
+
+
+@contextmanager
+def _hooked_once(model: nn.Module, place: Place, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `function` with the tensor of one place when it is first computed."""
     calls: list[bool] = []
 
     def once(tensor: Tensor) -> Tensor | None:
@@ -37,7 +58,7 @@ def hooked(model: nn.Module, module: str, side: str, function: Callable[[Tensor]
         if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
             replaced = once(output[0])
             return None if replaced is None else type(output)([replaced, *output[1:]])
-        raise ConfigError(f"layer.path={module}: its output is a {type(output).__name__}, not a tensor. "
+        raise ConfigError(f"layer.path={place.module}: its output is a {type(output).__name__}, not a tensor. "
                           "Choose a module inside it.")  # fmt: skip
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -48,10 +69,10 @@ def hooked(model: nn.Module, module: str, side: str, function: Callable[[Tensor]
             if isinstance(value, Tensor):
                 replaced = once(value)
                 return None if replaced is None else (args, {**kwargs, key: replaced})
-        raise ConfigError(f"layer.path={module}: it takes no tensor. Choose a module inside it.")
+        raise ConfigError(f"layer.path={place.module}: it takes no tensor. Choose a module inside it.")
 
-    target = model.get_submodule(module)
-    if side == "output":
+    target = model.get_submodule(place.module)
+    if place.side == "output":
         handle = target.register_forward_hook(after)
     else:
         handle = target.register_forward_pre_hook(before, with_kwargs=True)
@@ -61,19 +82,25 @@ def hooked(model: nn.Module, module: str, side: str, function: Callable[[Tensor]
         handle.remove()
 
 
-def run_until(model: nn.Module, module: str, side: str, ids_BT: Tensor) -> Tensor | None:
-    """Return the site's tensor without running the rest of the model, or None where the site never runs."""
-    captured: list[Tensor] = []
+def run_until(model: nn.Module, places: Mapping[str, Place], ids_BT: Tensor) -> dict[str, Tensor]:
+    """Return the tensor of each place by its label, without running the model beyond the last of them.
+
+    A place that the forward pass never reaches is absent.
+    """
+    found: dict[str, Tensor] = {}
     reached = Reached()
 
-    def take(tensor: Tensor) -> Tensor | None:
-        captured.append(tensor)
-        raise reached
+    def take(label: str, tensor: Tensor) -> Tensor | None:
+        is_last = len(found) + 1 == len(places)
+        found[label] = tensor if is_last else tensor.clone()  # the rest of the model may write into the tensor
+        if is_last:
+            raise reached
+        return None
 
     try:
-        with hooked(model, module, side, take):
+        with hooked(model, places, take):
             model(ids_BT)
     except Reached as caught:
         if caught is not reached:
             raise
-    return captured[0] if captured else None
+    return found

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae_train.errors import ConfigError, DataError
 from sae_train.harvest.corpus import Corpus
+from sae_train.harvest.meter import Meter
 from sae_train.harvest.stretches import Stretches
 from sae_train.sae.random import keyed_order
 
@@ -61,8 +62,8 @@ class Lane:
     """
 
     def __init__(self, index: int, *, stretches: Stretches, corpus: Corpus, tokenizer: "Tokenizer",
-                 context_length: int, seed: int, repeat: bool) -> None:  # fmt: skip
-        self.index = index
+                 context_length: int, seed: int, repeat: bool, meter: Meter | None = None) -> None:  # fmt: skip
+        self.index, self._meter = index, meter or Meter()
         self._corpus, self._stretches, self._seed, self._repeat = corpus, stretches, seed, repeat
         self._segments = stretches.segments(index)
         self._packer = Packer(tokenizer, context_length=context_length)
@@ -116,8 +117,13 @@ class Lane:
         document, start, stop = self._segments[int(self._order[self._position])].tolist()
         self._position += 1
         if not self._corpus.holds_out(document):
-            part = self._corpus.part(document, start, stop, window=self._stretches.window)
-            self._epoch_tokens += self._packer.add(part.text, is_end=part.is_end)
+            with self._meter.timed("read"):
+                part = self._corpus.part(document, start, stop, window=self._stretches.window)
+            with self._meter.timed("tokenised"):
+                n_tokens = self._packer.add(part.text, is_end=part.is_end)
+            self._epoch_tokens += n_tokens
+            self._meter.count("read", n_tokens)
+            self._meter.count("tokenised", n_tokens)
         return True
 
 

@@ -1,27 +1,24 @@
-"""A frozen Hugging Face language model: activations at one site, logits with the site replaced, the tokenizer.
+"""A frozen Hugging Face language model: activations at its sites, logits with sites replaced, the tokenizer.
 
-Letters: B contexts, T positions, D width of the site, V vocabulary.
+Letters: B contexts, T positions, D width of a site, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
-from transformers.utils.logging import disable_progress_bar, set_tqdm_hook
 
 from sae_train.config import ModelConfig
 from sae_train.config.source import SourceConfig
 from sae_train.errors import ConfigError, DataError
-from sae_train.harvest.architecture import DTYPES
-from sae_train.harvest.checkpoints import load_error, loader_of, source_of
+from sae_train.harvest.checkpoints import load_error, load_weights, source_of
 from sae_train.harvest.families import text_part
-from sae_train.harvest.hooks import hooked, run_until
+from sae_train.harvest.hooks import Place, hooked, run_until
 from sae_train.harvest.hub import hub_error, missing_library
-from sae_train.harvest.sites import SiteFacts, site_facts
+from sae_train.harvest.sites import ModelFacts, model_facts
 from sae_train.phases import SILENT, Phases
 
 
@@ -65,78 +62,115 @@ class Tokenizer:
 
 
 class LanguageModel:
-    """A frozen language model with one site. `LiveStream` loads it; raw rows and evaluation use it.
+    """A frozen language model with its sites. `LiveStream` loads it; raw rows and evaluation use it.
 
     Attributes:
-        facts: the site.
+        facts: the model and its sites.
+        sites: the sites by label.
         has_loss: whether `logits` predicts the next token.
         vocab: number of tokens in its embedding.
         model: the Hugging Face module, in eval mode, without gradients.
     """
 
-    def __init__(self, source: SourceConfig, *, device: torch.device, facts: SiteFacts | None = None,
+    def __init__(self, source: SourceConfig, *, device: torch.device, facts: ModelFacts | None = None,
                  phases: Phases = SILENT) -> None:  # fmt: skip
         """Args:
-        source: names the model and the site.
+        source: names the model and the sites.
         device: where the model runs.
-        facts: from `site_facts(source)`; None: find them here.
+        facts: from `model_facts(source)`; None: find them here.
         phases: shows the progress.
         """
-        self.facts = facts or site_facts(source)
-        self.has_loss = self.facts.has_loss
-        self.device = device
-        with _reported(phases):
-            self.model = _load(source.model, self.facts, device)
-        self.model = self.model.eval().requires_grad_(False)
+        self.facts = facts or model_facts(source)
+        self.sites, self.has_loss = self.facts.sites, self.facts.has_loss
+        self.device, self._id = device, source.model.id
+        loaded = load_weights(source.model, self.facts.settings, is_quantised=self.facts.is_quantised, device=device,
+                              phases=phases)  # fmt: skip
+        self.model = loaded.eval().requires_grad_(False)
         for part in (self.model.config, text_part(self.model.config)):
             part.use_cache = False
         self.vocab: int = self.model.get_input_embeddings().num_embeddings
 
-    @torch.no_grad()
-    def activations(self, ids_BT: Tensor) -> Tensor:
-        """Return the site's activations [B, T, D] in the model's dtype. The rest of the model does not run."""
-        site = run_until(self.model, self.facts.module, self.facts.side, ids_BT.to(self.device))
-        assert site is not None, "the probe without weights reached this site"
-        return self._by_position(site, ids_BT)
+    def describe(self, label: str) -> str:
+        """Return the model and a site, for messages: 'bundled, residual2'."""
+        return f"{self._id}, {label}"
 
     @torch.no_grad()
-    def activations_and_logits(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the site's activations [B, T, D] and next-token logits [B, T, V] of one whole forward pass."""
-        sites: list[Tensor] = []
-        with hooked(self.model, self.facts.module, self.facts.side, lambda site: sites.append(site.clone())):
+    def activations(self, ids_BT: Tensor, sites: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Return the activations [B, T, D] of sites by label, in the model's dtype.
+
+        The model does not run beyond the last of them.
+
+        Args:
+            ids_BT: token ids.
+            sites: labels of the sites; None: all.
+        """
+        places = self._places(sites)
+        found = run_until(self.model, places, ids_BT.to(self.device))
+        assert len(found) == len(places), "the probe without weights reached these sites"
+        return {label: self._by_position(found[label], ids_BT) for label in places}
+
+    @torch.no_grad()
+    def activations_and_logits(
+        self, ids_BT: Tensor, sites: Iterable[str] | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the activations [B, T, D] of sites and next-token logits [B, T, V] of one whole forward pass."""
+        places, found = self._places(sites), dict[str, Tensor]()
+
+        def take(label: str, site: Tensor) -> None:
+            found[label] = site.clone()  # the rest of the model may write into it
+
+        with hooked(self.model, places, take):
             logits = self.logits(ids_BT)
-        (site,) = sites
-        return self._by_position(site, ids_BT), logits
+        return {label: self._by_position(found[label], ids_BT) for label in places}, logits
 
-    def activations_and_gradients(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the site's activations [B, T, D] and the loss's gradient at each, both in the model's dtype.
+    def activations_and_gradients(self, ids_BT: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the activations [B, T, D] of all sites and the loss's gradient at each, in the model's dtype.
 
         The loss is the sum, not the mean, of the cross-entropy (nats) of every next token of the contexts. So a
         gradient does not depend on the number of contexts that go together. It covers the prediction of the next token
         and, through attention, of all later tokens of its context. In packed contexts these include special tokens and
         the documents that follow. The last position of a context predicts nothing, so its gradient is zero. The
-        backward pass stores only tensors after the site, and no weight gets a gradient.
+        backward pass stores only tensors after the first site, and no weight gets a gradient.
 
         Raises:
-            ConfigError: the loss does not depend on the site.
+            ConfigError: the loss does not depend on a site.
         """
         assert self.has_loss, "check_stream refuses models without a loss"
         ids_BT = ids_BT.to(self.device)
-        sites: list[Tensor] = []
+        found: dict[str, Tensor] = {}
 
-        def branch(site: Tensor) -> Tensor:
-            sites.append(site.detach().requires_grad_())
-            return sites[0].clone()  # the model may write into the tensor that replaces the site's
+        def branch(label: str, site: Tensor) -> Tensor:
+            own = site.clone()  # the rest of the model may write into the site's tensor
+            # a tensor that depends on an earlier site keeps its graph, which leads to that site's gradient
+            found[label] = own if own.requires_grad else own.requires_grad_()
+            return own.clone()  # the model may write into the tensor that replaces the site's, too
 
-        with torch.enable_grad(), hooked(self.model, self.facts.module, self.facts.side, branch):
+        with torch.enable_grad(), hooked(self.model, self._places(None), branch):
             logits = self.model(ids_BT).logits[:, :-1]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             loss = cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum")
-        if not loss.requires_grad:
-            raise ConfigError(f"layer.path={self.facts.module}: the language model's loss does not depend on it, so "
-                              "there is no gradient. Choose another module, or another sparsifier.")  # fmt: skip
-        (gradient,) = torch.autograd.grad(loss, sites)
-        return self._by_position(sites[0].detach(), ids_BT), self._by_position(gradient, ids_BT)
+        gradients = self._gradients(loss, {label: found[label] for label in self.sites})
+        return (
+            {label: self._by_position(found[label].detach(), ids_BT) for label in self.sites},
+            {label: self._by_position(gradient, ids_BT) for label, gradient in gradients.items()},
+        )
+
+    def _gradients(self, loss: Tensor, sites: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradient of the loss at each site, from one backward pass."""
+        found: Sequence[Tensor | None] = [None] * len(sites)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, list(sites.values()), allow_unused=True)
+        gradients = {label: gradient for label, gradient in zip(sites, found, strict=True) if gradient is not None}
+        for label in sites:
+            if label not in gradients:
+                raise ConfigError(f"layer.path={self.sites[label].place.module}: the language model's loss does not "
+                                  "depend on it, so there is no gradient. Choose another module, or another "
+                                  "sparsifier.")  # fmt: skip
+        return gradients
+
+    def _places(self, sites: Iterable[str] | None) -> dict[str, Place]:
+        """Return the places of sites by label; None: of all."""
+        return {label: self.sites[label].place for label in (self.sites if sites is None else sites)}
 
     @staticmethod
     def _by_position(site: Tensor, ids_BT: Tensor) -> Tensor:
@@ -160,78 +194,23 @@ class LanguageModel:
         return f"{what} in {dtype}, though all its weights are.{other} Else choose another site or checkpoint."
 
     @torch.no_grad()
-    def logits(self, ids_BT: Tensor, *, replace: dict[str, Callable[[Tensor], Tensor]] | None = None) -> Tensor:
+    def logits(self, ids_BT: Tensor, *, replace: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> Tensor:
         """Return next-token logits [B, T, V].
 
         Args:
             ids_BT: token ids.
-            replace: maps the site's activations [B, T, D] to those that the rest of the model reads, of the same shape.
+            replace: by label of a site, a function from its activations [B, T, D] to those that the rest of the model
+                reads, of the same shape.
         """
         assert self.has_loss, "an encoder without a language-modelling head has no logits"
-        ids_BT = ids_BT.to(self.device)
-        if replace is None:
+        ids_BT, replace = ids_BT.to(self.device), replace or {}
+
+        def splice(label: str, site: Tensor) -> Tensor:
+            return replace[label](self._by_position(site, ids_BT)).to(site.dtype).view_as(site)
+
+        with hooked(self.model, self._places(replace), splice):
             logits: Tensor = self.model(ids_BT).logits
-            return logits
-
-        def splice(site: Tensor) -> Tensor:
-            return replace[self.facts.label](self._by_position(site, ids_BT)).to(site.dtype).view_as(site)
-
-        with hooked(self.model, self.facts.module, self.facts.side, splice):
-            spliced: Tensor = self.model(ids_BT).logits
-        return spliced
-
-
-@contextmanager
-def _reported(phases: Phases) -> Iterator[None]:
-    """Show how many weights are loaded. A signal to stop ends the loading between two weights."""
-
-    def counted(items: Iterable[Any], total: int) -> Iterator[Any]:
-        with phases.of("loading the language model", total=total, unit="weight"):
-            for item in items:
-                phases.advance(1)
-                yield item
-
-    def bar(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        items = args[0] if args else None
-        if options.get("desc") != "Loading weights" or not isinstance(items, Sized):
-            return factory(*args, **options)
-        return counted(cast("Iterable[Any]", items), len(items))
-
-    before = set_tqdm_hook(bar)
-    try:
-        yield
-    finally:
-        set_tqdm_hook(before)
-
-
-def _load(model: ModelConfig, facts: SiteFacts, device: torch.device) -> Any:
-    name, options = source_of(model)
-    if "local_files_only" in options:
-        disable_progress_bar()  # a bar is for downloads
-    if facts.is_quantised:
-        options["device_map"] = {"": device}  # such weights cannot be moved afterwards
-    try:
-        loaded, report = loader_of(facts.settings).from_pretrained(
-            name, dtype=DTYPES[model.dtype], attn_implementation=model.attention, output_loading_info=True, **options
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # files of any kind, and the checkpoint's own code
-        if missing_library(error) or "trust_remote_code" in str(error):
-            raise load_error(model, error, part="architecture") from error
-        if "local_files_only" in options:
-            raise load_error(model, error, part="weights") from error
-        raise hub_error("model.id", model.id, error) from error
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
-    if missing:
-        raise DataError(f"model.id={model.id}: its files lack {len(missing)} of its weights, {missing[0]} among them, "
-                        "which would be random numbers. Fetch or save it again.")  # fmt: skip
-    if not facts.is_quantised:
-        return loaded.to(device)
-    if getattr(loaded.config, "quantization_config", None) is None:  # expanded on loading: no GPU here takes FP8
-        for weight in loaded.parameters():  # no buffers: rotary frequencies stay fp32
-            weight.data = weight.data.to(DTYPES[model.dtype])
-    return loaded
+        return logits
 
 
 def _special_ids(tokenizer: Any) -> list[int]:

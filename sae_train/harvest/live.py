@@ -20,10 +20,11 @@ from sae_train.harvest.lanes import Lane, check_lanes
 from sae_train.harvest.language_model import LanguageModel, Tokenizer
 from sae_train.harvest.live_checks import LiveParts
 from sae_train.harvest.live_lane import LiveLane
+from sae_train.harvest.meter import Meter
 from sae_train.harvest.pool import LanePool
 from sae_train.harvest.prefetch import Prefetcher
 from sae_train.harvest.raw_rows import Block, RawRows
-from sae_train.harvest.scaling import Scaling, fit_scaling
+from sae_train.harvest.scaling import Scaling, fit_scaling, from_states, states_of
 from sae_train.harvest.stream import Stream, prefetch_of, run_dtype, whole_batches
 from sae_train.phases import SILENT, Phases
 from sae_train.ranks.interface import Ranks
@@ -40,17 +41,14 @@ class LiveStream(Stream):
 
     def __init__(self, source: SourceConfig, parts: LiveParts, *, ranks: Ranks, phases: Phases = SILENT) -> None:
         self._source, self._ranks, self._harvest, self._sizes = source, ranks, source.live, source.lane_sizes
-        self._dtype, tokenizer = run_dtype(source.precision), parts.tokenizer
+        self._dtype, tokenizer, self.meter = run_dtype(source.precision), parts.tokenizer, Meter()
         self._corpus = self._fetch(tokenizer, phases) if parts.corpus is None else parts.corpus
         phases.meet()
-        self.language_model = LanguageModel(source, device=ranks.device, facts=parts.site, phases=phases)
+        self.language_model = LanguageModel(source, device=ranks.device, facts=parts.model, phases=phases)
         phases.meet()
-        self.d_model = self.language_model.facts.d_model
-        self._site = f"{source.model.id}, {self.language_model.facts.label}"
         self.held_out = TextHeldOut(
-            self._corpus.held_out_parts(), language_model=self.language_model, tokenizer=tokenizer, ranks=ranks,
+            self._corpus.held_out_parts(), language_model=self.language_model, tokenizer=tokenizer,
             context_length=self._harvest.context_length, contexts_per_batch=self._sizes.contexts_per_forward,
-            site=self._site,
         )  # fmt: skip
         self._lanes = self._build_lanes(tokenizer)
         self._prefetch = prefetch_of(source)
@@ -73,22 +71,26 @@ class LiveStream(Stream):
         for place in range(n_owned):
             number = self._ranks.rank * n_owned + place
             text = Lane(number, stretches=stretches, corpus=self._corpus, tokenizer=tokenizer, seed=source.data.seed,
-                        context_length=sizes.context_length, repeat=source.data.repeat)  # fmt: skip
-            raw = RawRows(text, language_model=self.language_model, tokenizer=tokenizer, site=self._site,
+                        context_length=sizes.context_length, repeat=source.data.repeat, meter=self.meter)  # fmt: skip
+            raw = RawRows(text, language_model=self.language_model, tokenizer=tokenizer,
                           contexts_per_forward=sizes.contexts_per_forward,
-                          reads_gradients=source.reads_gradients)  # fmt: skip
-            pool = LanePool(storage[place], lane=number, share=sizes.share, seed=source.data.seed,
+                          reads_gradients=source.reads_gradients, meter=self.meter)  # fmt: skip
+            own = {site: rows[place] for site, rows in storage.items()}
+            pool = LanePool(own, lane=number, share=sizes.share, seed=source.data.seed,
                             forward_rows=sizes.forward_tokens)  # fmt: skip
-            lanes.append(LiveLane(raw, pool))
+            lanes.append(LiveLane(raw, pool, meter=self.meter))
         return lanes
 
-    def _empty(self, *shape: int) -> Batch:
-        """Return uninitialised rows of batches of this stream, [*shape, D]."""
-        return Batch.empty(*shape, self.d_model, gradients=self._source.reads_gradients, dtype=self._dtype,
-                           device=self._ranks.device)  # fmt: skip
+    def _empty(self, *shape: int) -> dict[str, Batch]:
+        """Return uninitialised rows [*shape, D] of each site, for batches of this stream."""
+        gradients, device = self._source.reads_gradients, self._ranks.device
+        return {
+            label: Batch.empty(*shape, site.d_model, gradients=gradients, dtype=self._dtype, device=device)
+            for label, site in self.language_model.sites.items()
+        }
 
     def start(self, phases: Phases = SILENT) -> None:
-        """Fix the scaling from each lane's first tokens, which are also the first tokens of its pool."""
+        """Fix the scalings from each lane's first tokens, which are also the first tokens of its pool."""
         quota = -(-self._harvest.calibration_tokens // self._sizes.lanes)
         cursors = [lane.raw.cursor() for lane in self._lanes]
         blocks = []
@@ -102,32 +104,35 @@ class LiveStream(Stream):
                 for block in own:
                     if not lane.pool.has_room:
                         break
-                    lane.absorb(lane.keep(block, self.scaling, self._dtype))
+                    lane.absorb(lane.keep(block, self.scalings, self._dtype))
                     cursor = block.cursor
                 lane.go_to(cursor)
                 own.clear()
                 phases.count(lane.pool.unread)
-                lane.refill(self.scaling, self._dtype, phases)
+                lane.refill(self.scalings, self._dtype, phases)
                 phases.meet()
         self._check_supply()
 
     def _calibrate(self, blocks: list[list[Block]], quota: int) -> None:
-        """Fix the scaling from the first `quota` rows of each lane."""
-        rows = [torch.cat([block.raw_ND for block in own])[:quota] for own in blocks]
-        gradients = None
-        if self._source.reads_gradients:
-            gradients = [torch.cat([block.gradient_ND for block in own if block.gradient_ND is not None])[:quota]
-                         for own in blocks]  # fmt: skip
-        self._set_scaling(fit_scaling(rows, ranks=self._ranks, site=self._site, gradients=gradients))
+        """Fix the scaling of each site from the first `quota` rows of each lane."""
+        scalings = {}
+        for site in self.language_model.sites:
+            rows = [torch.cat([block.raw[site] for block in own])[:quota] for own in blocks]
+            gradients = None
+            if self._source.reads_gradients:
+                gradients = [torch.cat([block.gradients[site] for block in own])[:quota] for own in blocks]
+            scalings[site] = fit_scaling(rows, ranks=self._ranks, site=self.language_model.describe(site),
+                                         gradients=gradients)  # fmt: skip
+        self._set_scalings(scalings)
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> dict[str, Batch]:
         share = self._sizes.share
         assert all(lane.pool.taken == step * share for lane in self._lanes), "steps are read in order"
         batch = self._empty(len(self._lanes) * share)
         self.fill()
-        with self._prefetcher.changing():
+        with self._prefetcher.changing(), self.meter.timed("pooled", len(self._lanes) * share):
             for place, lane in enumerate(self._lanes):
-                lane.pool.take(batch[place * share : (place + 1) * share])
+                lane.pool.take({site: rows[place * share : (place + 1) * share] for site, rows in batch.items()})
         return batch
 
     def fill(self, phases: Phases = SILENT) -> None:
@@ -135,7 +140,7 @@ class LiveStream(Stream):
         if due:
             with self._prefetcher.paused(), phases.of("harvesting", total=sum(lane.pool.room for lane in due)):
                 for lane in due:
-                    lane.refill(self.scaling, self._dtype, phases)
+                    lane.refill(self.scalings, self._dtype, phases)
                 self._check_supply()
 
     def fills_soon(self) -> bool:
@@ -151,7 +156,7 @@ class LiveStream(Stream):
         return self._corpus.fingerprint()
 
     def replicated_state(self) -> dict[str, Tensor]:
-        return {**self.scaling.state(), "corpus": torch.tensor(self.fingerprint())}
+        return {**states_of(self.scalings), "corpus": torch.tensor(self.fingerprint())}
 
     def lane_states(self) -> dict[int, dict[str, Tensor]]:
         return {lane.raw.lane: lane.state() for lane in self._lanes}
@@ -161,14 +166,15 @@ class LiveStream(Stream):
             raise DataError(f"data.id={self._source.data.id}: not the text that the checkpoint was made from. "
                             "Put the old text back, or start a new run with another name.")  # fmt: skip
         with self._prefetcher.paused():
-            self._set_scaling(Scaling.from_state(replicated, device=self._ranks.device))
+            self._set_scalings(from_states(replicated, self.language_model.sites, device=self._ranks.device))
             for lane in self._lanes:
                 lane.load_state(lane_state(lane.raw.lane))
 
-    def dropped_share(self) -> float:
-        counts = torch.tensor([[lane.seen, lane.dropped] for lane in self._lanes], device=self._ranks.device)
-        seen, dropped = map(int, self._ranks.sum(counts.sum(0)))
-        return dropped / max(1, seen)
+    def dropped_shares(self) -> dict[str, float]:
+        sites = tuple(self.language_model.sites)
+        counts = [[lane.seen, *(lane.dropped[site] for site in sites)] for lane in self._lanes]
+        seen, *dropped = self._ranks.sum(torch.tensor(counts, device=self._ranks.device).sum(0)).tolist()
+        return {site: n_rows / max(1, seen) for site, n_rows in zip(sites, dropped, strict=True)}
 
     def notices(self) -> list[str]:
         return self._corpus.notices(self._flaws())
@@ -199,11 +205,12 @@ class LiveStream(Stream):
         wanting = [lane for lane in self._lanes if lane.wants_more(**limits)]
         if not wanting:
             return None
-        return partial(min(wanting, key=lambda lane: lane.in_hand).work_ahead, self.scaling, self._dtype)
+        return partial(min(wanting, key=lambda lane: lane.in_hand).work_ahead, self.scalings, self._dtype)
 
-    def _set_scaling(self, scaling: Scaling) -> None:
-        self.scaling = replace(scaling, centre_D=scaling.centre_D.to(self._ranks.device))
-        self.held_out.limits = {self.language_model.facts.label: scaling.limit}
+    def _set_scalings(self, scalings: dict[str, Scaling]) -> None:
+        device = self._ranks.device
+        self.scalings = {site: replace(each, centre_D=each.centre_D.to(device)) for site, each in scalings.items()}
+        self.held_out.limits = {site: scaling.limit for site, scaling in scalings.items()}
 
     def _calibration_blocks(self, lane: LiveLane, quota: int, phases: Phases) -> list[Block]:
         blocks: list[Block] = []

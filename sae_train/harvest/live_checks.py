@@ -1,4 +1,4 @@
-"""Checks of harvest=live that need no weights: the model's configuration and tokenizer, the site, the text."""
+"""Checks of harvest=live that need no weights: the model's configuration and tokenizer, the sites, the text."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,10 @@ from sae_train.harvest.corpus import Corpus
 from sae_train.harvest.hub import local_path
 from sae_train.harvest.lanes import check_lanes
 from sae_train.harvest.language_model import Tokenizer
+from sae_train.harvest.layers import LayerSite
 from sae_train.harvest.open_text import check_data, is_local
-from sae_train.harvest.sites import SiteFacts, site_facts
-from sae_train.harvest.stream import StreamFacts, prefetch_of, row_bytes
+from sae_train.harvest.sites import ModelFacts, model_facts
+from sae_train.harvest.stream import StreamFacts, StreamSite, prefetch_of, row_bytes
 from sae_train.phases import Phases
 
 _LOGITS_HELD = 4
@@ -25,7 +26,7 @@ and bf16)."""
 class LiveParts:
     """The parts of a live harvest that are open before weights are loaded. `LiveStream` continues with them."""
 
-    site: SiteFacts
+    model: ModelFacts
     tokenizer: Tokenizer
     corpus: Corpus | None
     """Local text, of which every lane has at least one context. None for text on the hub, which is not fetched yet."""
@@ -42,46 +43,55 @@ def check_live(source: SourceConfig, *, n_ranks: int, phases: Phases) -> StreamF
     findings.collect(lambda: check_lane_count(sizes.lanes, n_ranks, source.batch_tokens))
     findings.collect(lambda: _check_revision(source))
     findings.collect(lambda: check_weights(source.model))
-    site = findings.collect(lambda: site_facts(source))
+    model = findings.collect(lambda: model_facts(source))
     tokenizer = None
-    if site is not None:
-        findings.collect(lambda: _check_loss(source, site))
-        findings.collect(lambda: _check_positions(source, site))
+    if model is not None:
+        findings.collect(lambda: _check_loss(source, model))
+        findings.collect(lambda: _check_positions(source, model))
         tokenizer = findings.collect(lambda: Tokenizer(source.model))
     corpus = findings.collect(lambda: _open_text(source, tokenizer, n_ranks, phases))
     findings.raise_any()
-    assert site is not None
+    assert model is not None
     assert tokenizer is not None
-    return _facts(source, LiveParts(site=site, tokenizer=tokenizer, corpus=corpus))
+    return _facts(source, LiveParts(model=model, tokenizer=tokenizer, corpus=corpus))
 
 
 def _facts(source: SourceConfig, parts: LiveParts) -> StreamFacts:
-    sizes, site, prefetch = source.lane_sizes, parts.site, prefetch_of(source)
-    batch_bytes = source.batch_tokens * row_bytes(source, site.d_model)
+    sizes, model, prefetch = source.lane_sizes, parts.model, prefetch_of(source)
+    numbers = sum(site.d_model for site in model.sites.values())
+    batch_bytes = source.batch_tokens * row_bytes(source, numbers)
+    layers = tuple((layer, tuple(_site(model, each) for each in sites)) for layer, sites in model.layers)
+    distinct: dict[str, StreamSite] = {}
+    for site in (site for _, sites in layers for site in sites):
+        distinct.setdefault(site.label, site)
     return StreamFacts(
-        d_model=site.d_model,
-        label=f"{source.model.name}.{site.label}",
-        pool_bytes=sizes.pool_batches * batch_bytes + _calibration_bytes(source, site.d_model),
+        sites=tuple(distinct.values()),
+        layers=layers,
+        name=source.model.name,
+        pool_bytes=sizes.pool_batches * batch_bytes + _calibration_bytes(source, numbers),
         pool_batch_bytes=batch_bytes,
         prefetch=prefetch,
-        ahead_bytes=_ahead_rows(source, prefetch) * row_bytes(source, site.d_model),
-        flops_per_token=site.flops_per_token,
-        whole_flops_per_token=site.whole_flops_per_token if site.has_loss else 0,
-        logit_bytes=_logit_bytes(sizes, site),
+        ahead_bytes=_ahead_rows(source, prefetch) * row_bytes(source, numbers),
+        flops_per_token=model.flops_per_token,
+        model_bytes=model.weight_bytes,
+        whole_flops_per_token=model.whole_flops_per_token if model.has_loss else 0,
+        logit_bytes=_logit_bytes(sizes, model),
         notices=tuple(parts.corpus.notices() if parts.corpus is not None else []),
-        note=site.note or "",
+        note=model.note or "",
         sizes=sizes,
         opened=parts,
         record={
             "model": source.model.id,
-            "revision": site.revision or source.model.revision,
-            "site": site.label,
-            "module": site.module,
-            "side": site.side,
+            "revision": model.revision or source.model.revision,
             "prepends_bos": parts.tokenizer.bos is not None,
             "data": source.data.id,
         },
     )
+
+
+def _site(model: ModelFacts, site: LayerSite) -> StreamSite:
+    record = {"site": site.label, "module": site.place.module, "side": site.place.side}
+    return StreamSite(label=site.label, d_model=model.sites[site.label].d_model, layer=site.layer, record=dict(record))
 
 
 def _check_revision(source: SourceConfig) -> None:
@@ -92,23 +102,28 @@ def _check_revision(source: SourceConfig) -> None:
         )
 
 
-def _check_loss(source: SourceConfig, site: SiteFacts) -> None:
-    if source.reads_gradients and not site.has_loss:
+def _check_loss(source: SourceConfig, model: ModelFacts) -> None:
+    if source.reads_gradients and not model.has_loss:
         raise ConfigError("sparsifier=gradient: needs the gradient of a language model's loss, and "
                           f"{source.model.id} does not predict the next token. Choose sparsifier=topk, or a causal "
                           "language model.")  # fmt: skip
 
 
-def _check_positions(source: SourceConfig, site: SiteFacts) -> None:
+def _check_positions(source: SourceConfig, model: ModelFacts) -> None:
     length = source.lane_sizes.context_length
-    if site.max_positions is not None and length > site.max_positions:
+    if model.max_positions is not None and length > model.max_positions:
         raise ConfigError(f"harvest.context_length={length}: {source.model.id} takes at most "
-                          f"{site.max_positions} positions. Lower it.")  # fmt: skip
+                          f"{model.max_positions} positions. Lower it.")  # fmt: skip
 
 
-def _calibration_bytes(source: SourceConfig, d_model: int) -> int:
-    """Return the bytes of the calibration tokens, which are in memory together with the pools at the start."""
-    numbers = d_model * (2 if source.reads_gradients else 1)
+def _calibration_bytes(source: SourceConfig, numbers: int) -> int:
+    """Return the bytes of the calibration tokens, which are in memory together with the pools at the start.
+
+    Args:
+        source: the settings of the stream.
+        numbers: activations of one token at all sites.
+    """
+    numbers *= 2 if source.reads_gradients else 1
     return source.harvest.calibration_tokens * numbers * (4 if source.model.dtype == "float32" else 2)
 
 
@@ -119,9 +134,9 @@ def _ahead_rows(source: SourceConfig, prefetch: int) -> int:
     return min(rows, sizes.pool_batches * source.batch_tokens) if prefetch else 0
 
 
-def _logit_bytes(sizes: LaneSizes, site: SiteFacts) -> int:
+def _logit_bytes(sizes: LaneSizes, model: ModelFacts) -> int:
     """Return the bytes that the logits of one forward pass need on the way to a gradient."""
-    return _LOGITS_HELD * 4 * sizes.forward_tokens * site.logits
+    return _LOGITS_HELD * 4 * sizes.forward_tokens * model.logits
 
 
 def _open_text(source: SourceConfig, tokenizer: Tokenizer | None, n_ranks: int, phases: Phases) -> Corpus | None:

@@ -1,4 +1,4 @@
-"""A run of a language model without its weights: the width and cost of a site, and the end of tables of positions.
+"""A run of a language model without its weights: widths and cost of its sites, and the end of tables of positions.
 
 Weights are FakeTensors, which have shapes and no storage. So a model of any size runs in a second. Token ids, positions
 and masks are real, because some code reads their values. FakeTensorMode is private to torch, and test_probe.py tests
@@ -6,7 +6,7 @@ the behaviour that is used here. Letters: B contexts, T positions.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from sae_train.config import ModelConfig
-from sae_train.errors import ConfigError, DataError, UserError
+from sae_train.errors import ConfigError, DataError, UserError, raise_all
 from sae_train.harvest.architecture import without_weights
 from sae_train.harvest.families import text_part
-from sae_train.harvest.hooks import Reached, run_until
+from sae_train.harvest.hooks import Place, Reached, hooked, run_until
 
 _SHAPE = (2, 4)
 _LARGEST_REAL = 4 * 2**30
@@ -31,11 +31,12 @@ _LONGEST_TABLE = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """The findings of a forward pass without weights. `site_facts` makes it and reads it."""
+    """The findings of a forward pass without weights. `probe` makes it, and `model_facts` reads it."""
 
-    width: int
+    widths: dict[str, int]
+    """Width of each site, by its label."""
     flops: int
-    """Operations of a token's weight products, see `SiteFacts`."""
+    """Operations of a token's weight products, see `ModelFacts`."""
     logits: int
     max_positions: int | None
     note: str | None
@@ -60,23 +61,24 @@ class _TablesEnd(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def probe(built: nn.Module, module: str, side: str, *, settings: Any, model: ModelConfig, given: str,
-          context_length: int, reads_gradients: bool) -> Probe:  # fmt: skip
+def probe(built: nn.Module, places: Mapping[str, Place], *, settings: Any, model: ModelConfig,
+          given: Mapping[str, str], context_length: int, reads_gradients: bool) -> Probe:  # fmt: skip
     """Run the architecture without storage. Where that fails and it is small enough, run it with storage.
 
     Args:
         built: from `without_weights`.
-        given: the setting with which a message about the site begins.
+        places: the sites by label.
+        given: the setting with which a message about a site begins, by the site's label.
         context_length: positions that must lie within all tables.
 
     Raises:
-        ConfigError: the module is no site, or contexts of this length cannot be run.
+        ConfigError: a module is no site, or contexts of this length cannot be run.
         DataError: the architecture cannot be run on token ids, or not without its weights.
     """
     kind, note = settings.model_type, None
     logging.getLogger(FakeTensor.__module__).setLevel(logging.CRITICAL)  # it logs every error that it raises
     try:
-        width, flops, logits = _run(built, module, side, settings, given=given, reads_gradients=reads_gradients)
+        widths, flops, logits = _run(built, places, settings, given=given, reads_gradients=reads_gradients)
     except UserError:
         raise
     except Exception as error:  # foreign code, which may not run without values
@@ -87,41 +89,50 @@ def probe(built: nn.Module, module: str, side: str, *, settings: Any, model: Mod
                             "Choose another model or site.") from error  # fmt: skip
         built = without_weights(model, settings, real=True)
         try:
-            width, flops, logits = _run(built, module, side, settings, given=given, reads_gradients=reads_gradients)
+            widths, flops, logits = _run(built, places, settings, given=given, reads_gradients=reads_gradients)
         except UserError:
             raise
         except Exception as failure:  # foreign code again, now with arbitrary values
+            modules = ", ".join(place.module for place in places.values())
             raise DataError(f"model.id={model.id}: the architecture {kind!r} cannot be run on token ids alone as far "
-                            f"as {module} ({_said(failure)}). Choose another site.") from failure  # fmt: skip
+                            f"as {modules} ({_said(failure)}). Choose another site.") from failure  # fmt: skip
         note = f"{kind} was run with arbitrary weights: without any it cannot be run ({type(error).__name__})"
-    positions = _positions(built, module, side, settings, context_length=context_length)
+    positions = _positions(built, places, settings, context_length=context_length)
     said = configured_positions(settings)
     if positions is None and said is not None and context_length > said:
         longer = (f"harvest.context_length={context_length} is longer than the {said} positions in the "
                   f"configuration of {kind}: it runs, but perhaps beyond the lengths of its training")  # fmt: skip
         note = f"{note}. {longer}" if note else longer
-    return Probe(width=width, flops=flops, logits=logits, max_positions=positions, note=note)
+    return Probe(widths=widths, flops=flops, logits=logits, max_positions=positions, note=note)
 
 
-def _run(built: nn.Module, module: str, side: str, settings: Any, *, given: str,
-         reads_gradients: bool) -> tuple[int, int, int]:  # fmt: skip
-    """Return the site's width, and the number of operations and of logits of a token."""
+def _run(built: nn.Module, places: Mapping[str, Place], settings: Any, *, given: Mapping[str, str],
+         reads_gradients: bool) -> tuple[dict[str, int], int, int]:  # fmt: skip
+    """Return the width of each site, and the number of operations and of logits of a token."""
     ids_BT = torch.full(_SHAPE, plain_token(settings))
+    before_sites: list[int] = []
     with _counted(built) as weights, torch.no_grad():
-        site = run_until(built, module, side, ids_BT)
-        before_site = sum(weights)
-        if site is None:
-            raise ConfigError(f"{given}: this module never runs in a forward pass. Choose one inside it.")
-        shaped = site.shape[:-1] in (_SHAPE, (_SHAPE[0] * _SHAPE[1],))  # some modules see all tokens in one row
-        if not shaped or not site.is_floating_point():
-            raise ConfigError(f"{given}: its {side} has shape {list(site.shape)}, not [contexts, positions, width]. "
-                              "Choose another module.")  # fmt: skip
+        with hooked(built, places, lambda _label, _tensor: before_sites.append(sum(weights))):
+            sites = run_until(built, places, ids_BT)
+        raise_all([problem for label, place in places.items()
+                   if (problem := _site_problem(given[label], sites.get(label), place.side))])  # fmt: skip
+        widths = {label: sites[label].shape[-1] for label in places}
         if not reads_gradients:
-            return site.shape[-1], 2 * before_site, 0
+            return widths, 2 * sum(weights), 0
         weights.clear()
         logits = getattr(built(ids_BT), "logits", None)
-        after_site = sum(weights) - before_site  # frozen weights cost no gradient of their own
-    return site.shape[-1], 2 * (sum(weights) + after_site), 0 if logits is None else logits.shape[-1]
+        after_first = sum(weights) - before_sites[0]  # frozen weights cost no gradient of their own
+    return widths, 2 * (sum(weights) + after_first), 0 if logits is None else logits.shape[-1]
+
+
+def _site_problem(given: str, site: Tensor | None, side: str) -> str | None:
+    """Return the reason why a tensor is no site, or None. `given` is the setting with which the message begins."""
+    if site is None:
+        return f"{given}: this module never runs in a forward pass. Choose one inside it."
+    shaped = site.shape[:-1] in (_SHAPE, (_SHAPE[0] * _SHAPE[1],))  # some modules see all tokens in one row
+    if shaped and site.is_floating_point():
+        return None
+    return f"{given}: its {side} has shape {list(site.shape)}, not [contexts, positions, width]. Choose another module."
 
 
 @contextmanager
@@ -148,7 +159,7 @@ def _counted(built: nn.Module) -> Iterator[list[int]]:
             handle.remove()
 
 
-def _positions(built: nn.Module, module: str, side: str, settings: Any, *, context_length: int) -> int | None:
+def _positions(built: nn.Module, places: Mapping[str, Place], settings: Any, *, context_length: int) -> int | None:
     """Return the longest context of the model: as its configuration has it, or shorter where a table ends.
 
     Rotary positions are computed, not looked up, so the configuration of such a model sets no limit.
@@ -158,7 +169,7 @@ def _positions(built: nn.Module, module: str, side: str, settings: Any, *, conte
     if said is not None:
         tried = min(tried, said)
     try:
-        _run_to_first_block(built, module, side, torch.full((1, tried), plain_token(settings)))
+        _run_to_first_block(built, places, torch.full((1, tried), plain_token(settings)))
     except TableEnds as table:
         return tried - table.excess
     except Exception as error:  # foreign code fails in its own way beyond its positions
@@ -177,7 +188,7 @@ def _is_rotary(settings: Any) -> bool:
     return bool(getattr(text_part(settings), "rope_parameters", None))
 
 
-def _run_to_first_block(built: nn.Module, module: str, side: str, ids_BT: Tensor) -> None:
+def _run_to_first_block(built: nn.Module, places: Mapping[str, Place], ids_BT: Tensor) -> None:
     """Run the part of the model before its blocks, which holds all tables of positions."""
     reached = Reached()
 
@@ -188,7 +199,7 @@ def _run_to_first_block(built: nn.Module, module: str, side: str, ids_BT: Tensor
     handles = [block.register_forward_pre_hook(stop) for blocks in lists for block in blocks]
     try:
         with _TablesEnd(), torch.no_grad():
-            run_until(built, module, side, ids_BT)
+            run_until(built, places, ids_BT)
     except Reached as caught:
         if caught is not reached:
             raise

@@ -13,6 +13,7 @@ from sae_train.errors import DataError
 from sae_train.harvest.filter import check_finite, trainable
 from sae_train.harvest.lanes import Lane
 from sae_train.harvest.language_model import LanguageModel, Tokenizer
+from sae_train.harvest.meter import Meter
 
 _FRUITLESS_FORWARDS = 200
 _CONTEXTS_COUNTED = 64
@@ -23,26 +24,30 @@ _CONTEXTS_COUNTED = 64
 class Block:
     """The rows of one forward pass, and the lane's place in its text after them. `RawRows` makes it."""
 
-    raw_ND: Tensor
-    """Activations of the trainable tokens, in the language model's dtype, all finite."""
-    gradient_ND: Tensor | None
-    """Gradients of the language model's loss at the same tokens. None where none are harvested."""
+    raw: dict[str, Tensor]
+    """[N, D] activations of the trainable tokens by site, in the language model's dtype, all finite."""
+    gradients: dict[str, Tensor]
+    """[N, D] gradients of the language model's loss at the same tokens by site. Empty where none are harvested."""
     cursor: dict[str, Tensor]
     is_last: bool
     """Whether the text ends here."""
 
     def __len__(self) -> int:
-        return len(self.raw_ND)
+        """Return the number of trainable tokens, N."""
+        return len(next(iter(self.raw.values())))
 
 
 class Patience:
     """A count of forward passes in a row that gave nothing. It ends a lane that would be read for ever.
 
-    `RawRows` and `LiveLane` each have one.
+    `RawRows` has one, and `LiveLane` has one for each site.
     """
 
-    def __init__(self, lane: int) -> None:
-        self._lane, self._fruitless = lane, 0
+    def __init__(self, reader: str) -> None:
+        """Args:
+        reader: the lane, or the lane and the site, for the message.
+        """
+        self._reader, self._fruitless = reader, 0
 
     def see(self, n_rows: int) -> None:
         """Count a forward pass of which `n_rows` rows were kept.
@@ -52,7 +57,7 @@ class Patience:
         """
         self._fruitless = 0 if n_rows else self._fruitless + 1
         if self._fruitless == _FRUITLESS_FORWARDS:
-            raise DataError(f"lane {self._lane}: {self._fruitless} forward passes in a row gave no token that the "
+            raise DataError(f"{self._reader}: {self._fruitless} forward passes in a row gave no token that the "
                             "filters keep. Look at its text: it may be made of special tokens.")  # fmt: skip
 
 
@@ -67,19 +72,20 @@ class RawRows:
     """
 
     def __init__(self, text: Lane, *, language_model: LanguageModel, tokenizer: Tokenizer, contexts_per_forward: int,
-                 site: str, reads_gradients: bool) -> None:  # fmt: skip
+                 reads_gradients: bool, meter: Meter | None = None) -> None:  # fmt: skip
         """Args:
         text: the lane's text.
-        language_model: gives the activations of its site.
+        language_model: gives the activations of its sites.
         tokenizer: gives the special tokens.
         contexts_per_forward: contexts of a forward pass.
-        site: name of the site, for messages.
         reads_gradients: whether blocks hold gradients.
+        meter: receives the time of forward passes.
         """
         self.lane = text.index
         self._text, self._language_model, self._tokenizer = text, language_model, tokenizer
-        self._contexts_per_forward, self._site, self._reads_gradients = contexts_per_forward, site, reads_gradients
-        self._patience = Patience(text.index)
+        self._contexts_per_forward, self._reads_gradients = contexts_per_forward, reads_gradients
+        self._meter = meter or Meter()
+        self._patience = Patience(f"lane {text.index}")
 
     def next(self) -> Block | None:
         """Return the block of the next contexts, or None where the text has ended.
@@ -90,23 +96,32 @@ class RawRows:
         ids_BT = self._text.contexts(self._contexts_per_forward)
         if not len(ids_BT):
             return None
-        model = self._language_model
         largest = int(ids_BT.max())
-        if largest >= model.vocab:
+        if largest >= self._language_model.vocab:
             raise DataError(
-                f"the tokenizer gives token {largest}, the language model has {model.vocab} tokens. "
+                f"the tokenizer gives token {largest}, the language model has {self._language_model.vocab} tokens. "
                 "Use the tokenizer that belongs to the model."
             )
-        gradient_BTD = None
+        with self._meter.timed("harvested"):
+            raw, gradients = self._harvest(ids_BT)
+        n_rows = len(next(iter(raw.values())))
+        self._meter.count("harvested", n_rows)
+        self._patience.see(n_rows)
+        return Block(raw, gradients, self._text.state(), self._text.has_ended)
+
+    def _harvest(self, ids_BT: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return activations and gradients of the trainable tokens by site; no gradients where none are read."""
+        model, gradients = self._language_model, dict[str, Tensor]()
         if self._reads_gradients:
-            raw_BTD, gradient_BTD = model.activations_and_gradients(ids_BT)
+            raw, gradients = model.activations_and_gradients(ids_BT)
         else:
-            raw_BTD = model.activations(ids_BT)
-        kept_BT = trainable(ids_BT, self._tokenizer).to(raw_BTD.device)
-        raw_ND, gradient_ND = raw_BTD[kept_BT], None if gradient_BTD is None else gradient_BTD[kept_BT]
-        check_finite(raw_ND, gradient_ND, site=self._site, language_model=model)
-        self._patience.see(len(raw_ND))
-        return Block(raw_ND, gradient_ND, self._text.state(), self._text.has_ended)
+            raw = model.activations(ids_BT)
+        place_N = trainable(ids_BT, self._tokenizer).flatten().nonzero()[:, 0].to(model.device)
+        raw = {label: raw_BTD.flatten(0, 1)[place_N] for label, raw_BTD in raw.items()}
+        gradients = {label: gradient_BTD.flatten(0, 1)[place_N] for label, gradient_BTD in gradients.items()}
+        check_finite({label: [raw_ND, *([gradients[label]] if gradients else [])] for label, raw_ND in raw.items()},
+                     language_model=model)  # fmt: skip
+        return raw, gradients
 
     @property
     def has_ended(self) -> bool:

@@ -8,7 +8,7 @@ constant of the whole run. A gradient at the normalised activation would be anot
 Letters: N tokens, D d_model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,6 +63,19 @@ class Scaling:
         scale, limit, gamma, *rest = state["scaling_numbers"].tolist()
         centre_D = state["scaling_centre"].to(device)
         return cls(centre_D=centre_D, scale=scale, limit=limit, gamma=gamma, gradient_scale=rest[0] if rest else None)
+
+
+def states_of(scalings: Mapping[str, Scaling]) -> dict[str, Tensor]:
+    """Return the scalings of several sites, given by label, as CPU tensors."""
+    return {f"{name}/{label}": value for label, scaling in scalings.items() for name, value in scaling.state().items()}
+
+
+def from_states(state: Mapping[str, Tensor], labels: Iterable[str], *, device: torch.device) -> dict[str, Scaling]:
+    """Return the scalings of `labels`, whose `states_of` is given."""
+    names = ("scaling_centre", "scaling_numbers")
+    return {
+        label: Scaling.from_state({name: state[f"{name}/{label}"] for name in names}, device=device) for label in labels
+    }
 
 
 def fit_scaling(

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from sae_train.config import LaneSizes
+from sae_train.config.harvest import LayerConfig
 from sae_train.config.source import SourceConfig
 from sae_train.harvest.batch import Batch
 from sae_train.harvest.held_out import HeldOut
+from sae_train.harvest.meter import Meter
 from sae_train.harvest.scaling import Scaling
 from sae_train.phases import SILENT, Phases
 
@@ -26,19 +28,38 @@ FILES_PREFETCH = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StreamSite:
+    """A site whose activations a stream gives. `check_stream` makes it; the plan and exports read it."""
+
+    label: str
+    """'residual2', 'module.transformer.h.1.mlp', or 'tensors'. It is unique in a stream, whose dictionaries use it."""
+    d_model: int
+    """Width of the activations."""
+    layer: LayerConfig | None
+    """The setting of this one site: as typed, or with the index of a block of 'all' or 'every=N'. None for tensors."""
+    record: dict[str, str | int | None]
+    """The site's own entries in sae.json: site, module, side. Empty for tensors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StreamFacts:
-    """The facts of a stream before weights are loaded or activations read.
+    """The facts of a stream before weights are loaded or activations read. Numbers of bytes are sums over its sites.
 
     `check_stream` makes it. The plan reads it, and `build_stream` continues with its `opened`.
     """
 
-    d_model: int
-    label: str
-    """Source of the activations, for the run's name: 'bundled.residual2', or 'tensors'."""
+    sites: tuple[StreamSite, ...]
+    """The sites, each once, in order of first use."""
+    layers: tuple[tuple[LayerConfig, tuple[StreamSite, ...]], ...] = ()
+    """Each setting `layer` with the sites that it means. Empty for tensors."""
+    name: str
+    """Source of the activations, for the run's name: the model's short name, or 'tensors'."""
     pool_bytes: int
     """Memory of all lanes' pools and calibration tokens, over all ranks."""
     flops_per_token: int
-    """Floating-point operations of the language model's weight products, see `SiteFacts`. 0 without one."""
+    """Floating-point operations of the language model's weight products, see `ModelFacts`. 0 without one."""
+    model_bytes: int = 0
+    """Memory of the language model's weights on one rank, in `model.dtype`. 0 without one."""
     pool_batch_bytes: int = 0
     """Memory of one batch in the pools, over all ranks. 0 without pools."""
     prefetch: int = 0
@@ -56,9 +77,22 @@ class StreamFacts:
     sizes: LaneSizes | None = None
     """Lanes, contexts a forward pass and pools of a live harvest."""
     record: dict[str, str | int | None] = field(default_factory=dict)
-    """The source's entries in sae.json: model id, revision, site, data."""
+    """The entries in sae.json that all sites share: model id, revision, data."""
     opened: "LiveParts | RowPlan | None" = field(default=None, repr=False)
-    """Text, tokenizer and site, or headers of files, which were opened for the checks."""
+    """Text, tokenizer and model, or headers of files, which were opened for the checks."""
+
+    def sites_of(self, layer: LayerConfig) -> tuple[StreamSite, ...]:
+        """Return the sites that a setting means: one, or several for 'all' and 'every=N'. Tensors have one for any.
+
+        Args:
+            layer: a setting that the stream was checked with, or the setting of one of its sites.
+        """
+        if not self.layers:
+            return self.sites
+        for known, sites in self.layers:
+            if known == layer:
+                return sites
+        return next((site,) for _, sites in self.layers for site in sites if site.layer == layer)
 
 
 class Stream(ABC):
@@ -67,14 +101,14 @@ class Stream(ABC):
     `build_stream` creates one, and the trainer reads it.
 
     Attributes:
-        d_model: width of the activations.
-        scaling: set by `start` or `restore`.
+        scalings: the scaling of each site by its label. `start` or `restore` sets them.
         language_model: None when activations are read from files.
         held_out: activations that are never trained on.
+        meter: seconds and tokens of the parts of the run.
     """
 
-    d_model: int
-    scaling: Scaling
+    meter: Meter
+    scalings: dict[str, Scaling]
     language_model: "LanguageModel | None"
     held_out: HeldOut
 
@@ -83,8 +117,11 @@ class Stream(ABC):
         """Begin a fresh run: fix the scaling and fill the pools. Collective."""
 
     @abstractmethod
-    def batch(self, step: int) -> Batch:
-        """Return this rank's N / ranks rows of `step`'s batch. The caller reads steps in order."""
+    def batch(self, step: int) -> dict[str, Batch]:
+        """Return this rank's N / ranks rows of `step`'s batch at each site, by label. The caller reads steps in order.
+
+        The same row of every site is the same token, unless a row over a site's outlier limit was replaced.
+        """
 
     def fill(self, phases: Phases = SILENT) -> None:  # noqa: B027 (most have nothing to fill)
         """Harvest the rows that the next batch needs. `batch` harvests those that are still missing.
@@ -130,8 +167,11 @@ class Stream(ABC):
         return {}
 
     @abstractmethod
-    def dropped_share(self) -> float:
-        """Return the share of tokens over the outlier limit so far, over all ranks. Collective."""
+    def dropped_shares(self) -> dict[str, float]:
+        """Return the share of rows over each site's outlier limit so far, over all ranks. Collective.
+
+        A language model's rows over the limit are replaced, and rows of files are left out.
+        """
 
     def quiet(self) -> AbstractContextManager[None]:
         """Return a context in which nothing is harvested ahead. Other users of the language model enter it."""

@@ -15,9 +15,10 @@ from sae_train.config.source import SourceConfig
 from sae_train.errors import DataError
 from sae_train.harvest.batch import Batch
 from sae_train.harvest.held_out import TensorHeldOut
+from sae_train.harvest.meter import Meter
 from sae_train.harvest.prefetch import Prefetcher, Result
 from sae_train.harvest.row_plan import RowPlan
-from sae_train.harvest.scaling import Scaling, fit_scaling
+from sae_train.harvest.scaling import Scaling, fit_scaling, from_states, states_of
 from sae_train.harvest.stream import Stream, prefetch_of, run_dtype, whole_batches
 from sae_train.harvest.tensor_files import TensorTable
 from sae_train.harvest.tensor_scan import refuse_broken, scan_rows
@@ -25,6 +26,8 @@ from sae_train.phases import SILENT, Phases
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.random import keyed_order
 
+TENSORS = "tensors"
+"""Label of the one site that files have."""
 NOTED_ZERO_SHARE = 0.01
 """Share of all-zero rows from which on a notice is shown."""
 _ROWS_A_READ = 4096
@@ -39,12 +42,12 @@ class TensorStream(Stream):
 
     def __init__(self, source: SourceConfig, plan: RowPlan, *, ranks: Ranks) -> None:
         self._source, self._ranks, self._harvest = source, ranks, source.tensors
-        self._plan, self.d_model, self.language_model = plan, plan.d_model, None
+        self._plan, self.language_model, self.meter = plan, None, Meter()
         dtype = run_dtype(source.precision)
         self._table = TensorTable(plan.files, dtype=dtype, gradients=source.reads_gradients)
         first = plan.n_training if plan.held_out_files is None else 0
         held_out = TensorTable(plan.held_out_files or plan.files, dtype=dtype)
-        self.held_out = self._held_out = TensorHeldOut(held_out, first=first, ranks=ranks)
+        self.held_out = self._held_out = TensorHeldOut(held_out, first=first, site=TENSORS)
         self._outliers = torch.empty(0, dtype=torch.int64)
         self._n_zero = 0
         self._epochs: dict[int, Tensor] = {}
@@ -78,7 +81,7 @@ class TensorStream(Stream):
                 phases.advance(len(part_N))
         return torch.cat(rows), torch.cat(gradients) if gradients else None
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> dict[str, Batch]:
         batch = None
         if step not in self._early:
             with self._prefetcher.paused():  # the work in progress may be this very step
@@ -89,14 +92,15 @@ class TensorStream(Stream):
                 batch = self._early[step].get()
             self._early = {later: early for later, early in self._early.items() if later > step}
             self._next_step = max(self._early, default=step) + 1
-        return batch
+        return {TENSORS: batch}
 
     def _read(self, step: int) -> Batch:
         n_local = self._source.batch_tokens // self._ranks.size
         first = step * self._source.batch_tokens + self._ranks.rank * n_local
-        index_N = self._indices(first, first + n_local)
-        raw_ND, gradient_ND, device = self._table.rows(index_N), self._table.gradient_rows(index_N), self._ranks.device
-        return self.scaling.normalise(raw_ND.to(device), None if gradient_ND is None else gradient_ND.to(device))
+        with self.meter.timed("read", n_local):
+            index_N, device = self._indices(first, first + n_local), self._ranks.device
+            raw_ND, gradient_ND = self._table.rows(index_N), self._table.gradient_rows(index_N)
+            return self._scaling.normalise(raw_ND.to(device), None if gradient_ND is None else gradient_ND.to(device))
 
     def _find_work(self) -> Callable[[], None] | None:
         """Return the work that reads the next missing batch, or None where enough batches are there."""
@@ -121,7 +125,7 @@ class TensorStream(Stream):
     def replicated_state(self) -> dict[str, Tensor]:
         files = torch.tensor(self.fingerprint())
         zero = torch.tensor(self._n_zero)
-        return {**self.scaling.state(), "outliers": self._outliers, "zero_rows": zero, "files": files}
+        return {**states_of(self.scalings), "outliers": self._outliers, "zero_rows": zero, "files": files}
 
     def lane_states(self) -> dict[int, dict[str, Tensor]]:
         return {}
@@ -130,7 +134,7 @@ class TensorStream(Stream):
         if replicated["files"].tolist() != self.fingerprint():
             raise DataError(f"harvest.path={self._harvest.path}: not the files that the checkpoint was made from. "
                             "Put the old ones back, or start a new run with another name.")  # fmt: skip
-        self._set_scaling(Scaling.from_state(replicated, device=self._ranks.device))
+        self._set_scaling(from_states(replicated, [TENSORS], device=self._ranks.device)[TENSORS])
         self._outliers = replicated["outliers"]
         self._n_zero = int(replicated["zero_rows"])
         self._epochs.clear()
@@ -145,12 +149,12 @@ class TensorStream(Stream):
     def data_figures(self) -> dict[str, int]:
         return {"rows": self._plan.n_training, "zero_rows": self._n_zero, "outliers": len(self._outliers)}
 
-    def dropped_share(self) -> float:
-        return len(self._outliers) / self._plan.n_training
+    def dropped_shares(self) -> dict[str, float]:
+        return {TENSORS: len(self._outliers) / self._plan.n_training}
 
     def _set_scaling(self, scaling: Scaling) -> None:
-        self.scaling = scaling
-        self.held_out.limits = {"tensors": scaling.limit}
+        self._scaling, self.scalings = scaling, {TENSORS: scaling}
+        self.held_out.limits = {TENSORS: scaling.limit}
 
     def _draw(self, epoch: int) -> Tensor:
         return keyed_order(self._plan.n_training, self._source.data.seed, "tensors", epoch)
@@ -183,7 +187,7 @@ class TensorStream(Stream):
             DataError: a row is not finite, in training or held-out data; the same on every rank.
         """
         table, start = self._held_out.table, self._held_out.first
-        n_training, limit = self._plan.n_training, self.scaling.limit
+        n_training, limit = self._plan.n_training, self._scaling.limit
         n_rows = n_training + table.n_rows - start
         with phases.of("reading norms", total=n_rows // self._ranks.size, unit="row"):
             outliers, n_zero = scan_rows(self._table, n_training, limit, self._ranks, phases)

@@ -122,12 +122,10 @@ def run(config: RunConfig, *, saes: Sequence[SaeConfig], overrides: list[str], e
 
 def at_every_site(saes: Sequence[SaeConfig], facts: StreamFacts) -> list[SaeConfig]:
     """Return the settings of each SAE, those for several blocks once for each block."""
-    found = []
+    found: list[SaeConfig] = []
     for sae in saes:
-        sites = facts.sites_of(sae.layer)
-        found += (
-            [sae] if not sae.layer.names_several else [dataclasses.replace(sae, layer=site.layer) for site in sites]
-        )
+        layers = [site.layer or sae.layer for site in facts.sites_of(sae.layer)]
+        found += [dataclasses.replace(sae, layer=layer) for layer in layers] if sae.layer.names_several else [sae]
     return found
 
 

@@ -3,7 +3,7 @@
 The half is read once for a group of sites, as many as fit in memory. Then every SAE of these sites is calibrated.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,7 +42,8 @@ def set_thresholds(
     sites_of_ranks = ranks.gather_objects([draft.learner.plan.site for draft in drafts])
     total = stream.held_out.n_tokens("calibration", max_tokens=max_tokens)
     read_sites = {site for sites in sites_of_ranks for site in sites}
-    for group in site_groups(stream, read_sites, n_tokens=total):
+    widths = {site: len(each.centre_D) for site, each in stream.scalings.items() if site in read_sites}
+    for group in site_groups(widths, n_tokens=total):
         with phases.of("reading activations for thresholds", total=total):
             raw = calibration_half(stream, group, max_tokens=max_tokens, ranks=ranks, phases=phases)
         own = [draft for draft in drafts if draft.learner.plan.site in group]
@@ -55,14 +56,17 @@ def set_thresholds(
     return [found[draft.learner.name] for draft in drafts]
 
 
-def site_groups(stream: Stream, sites: Collection[str], *, n_tokens: int) -> list[list[str]]:
-    """Return the sites in the stream's order, in groups whose activations fit in `CALIBRATION_BYTES` together."""
+def site_groups(widths: Mapping[str, int], *, n_tokens: int) -> list[list[str]]:
+    """Return sites in groups whose activations fit in `CALIBRATION_BYTES` together, in order, at least one a group.
+
+    Args:
+        widths: width of the activations of each site.
+        n_tokens: tokens of the calibration half.
+    """
     groups: list[list[str]] = []
     room = 0
-    for site, scaling in stream.scalings.items():
-        if site not in sites:
-            continue
-        size = 4 * n_tokens * len(scaling.centre_D)
+    for site, width in widths.items():
+        size = 4 * n_tokens * width
         if not groups or size > room:
             groups.append([])
             room = CALIBRATION_BYTES

@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_train.errors import CheckpointError, UserError
-from sae_train.evaluation.evaluate import evaluate
+from sae_train.evaluation.evaluate import evaluate_all
+from sae_train.evaluation.metric import Subject
 from sae_train.formats import native
 from sae_train.harvest.language_model import LanguageModel
 from sae_train.ranks.interface import Ranks, Solo
 from tools.grid_world import end, free_port, join
-from tools.held_out_rows import CASES, Case, F, Rows, calibrated, held_out_text
+from tools.held_out_rows import CASES, Case, F, Rows, calibrated, held_out_text, subject
 from tools.random_sae import manifest_of
 from tools.small_runs import CPU
 from tools.tiny_models import live_config, save_model
@@ -26,7 +27,8 @@ LAYOUTS = {2: [2, 1], 4: [4, 2]}
 def export(case: Case, directory: Path, ranks: Ranks) -> dict[str, Any]:
     """Write the export; return every figure."""
     sae, found = calibrated(case, ranks)
-    figures = evaluate(sae, Rows(ranks), max_tokens=1, language_model=None, n_features=F, ranks=ranks)
+    subjects = [Subject(sae=sae, site="here", n_features=F, ranks=ranks)]
+    (figures,) = evaluate_all(subjects, Rows(), max_tokens=1, language_model=None, ranks=ranks)
     figures |= {"target_l0": found.target_l0, "used_share": found.used_share} | figures.pop("density")
     native.save(sae, directory, manifest=manifest_of(sae, n_features=F, site="here"), ranks=ranks)
     return figures
@@ -36,9 +38,9 @@ def read_text(folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Return the figures on text, with the losses of a small language model."""
     config = live_config(folder)
     model = LanguageModel(config.source, device=CPU)
-    held_out = held_out_text(config, model, ranks)
-    sae, _ = calibrated(CASES["one threshold"], ranks)
-    figures = evaluate(sae, held_out, max_tokens=150, language_model=model, n_features=F, ranks=ranks)
+    held_out = held_out_text(config, model)
+    subjects = [subject("one threshold", ranks, site="residual1")]
+    (figures,) = evaluate_all(subjects, held_out, max_tokens=150, language_model=model, ranks=ranks)
     return figures | figures.pop("density")
 
 
@@ -60,7 +62,8 @@ def refusals(folder: Path, ranks: Ranks) -> list[list[str | None]]:
     answers.append(told(folder / "full"))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     try:
-        evaluate(sae, Rows(ranks, bad=1), max_tokens=1, language_model=None, n_features=F, ranks=ranks)
+        subjects = [subject("one threshold", ranks)]
+        evaluate_all(subjects, Rows(bad=(1, "here")), max_tokens=1, language_model=None, ranks=ranks)
         answers.append(None)
     except UserError as error:
         answers.append(str(error))
@@ -126,19 +129,19 @@ def test_the_language_model_sees_what_the_autoencoder_makes(tmp_path: Path) -> N
     """The spliced loss equals the loss of a plain forward pass through language model and autoencoder."""
     config = live_config(save_model(tmp_path))
     model = LanguageModel(config.source, device=CPU)
-    sae, _ = calibrated(CASES["one threshold"], Solo())
-    figures = evaluate(sae, held_out_text(config, model, Solo()), max_tokens=150, language_model=model,
-                       n_features=F, ranks=Solo())  # fmt: skip
+    evaluated = subject("one threshold", Solo(), site="residual1")
+    sae, held_out = evaluated.sae, held_out_text(config, model)
+    (figures,) = evaluate_all([evaluated], held_out, max_tokens=150, language_model=model, ranks=Solo())
     losses = []
-    for batch in held_out_text(config, model, Solo()).batches("evaluation", max_tokens=150):
-        kept_BT, ids_BT = batch.kept_BT, batch.ids_BT
+    for batch in held_out.batches("evaluation", max_tokens=150, ranks=Solo()):
+        kept_BT, ids_BT = batch.sites["residual1"].kept_BT, batch.ids_BT
         assert kept_BT is not None
         assert ids_BT is not None
 
         def through(acts_BTD: Tensor, kept_BT: Tensor = kept_BT) -> Tensor:
             return torch.where(kept_BT.unsqueeze(-1), sae(acts_BTD), acts_BTD)
 
-        logits = model.logits(ids_BT, replace=through)[:, :-1]
+        logits = model.logits(ids_BT, replace={"residual1": through})[:, :-1]
         loss_BT = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids_BT[:, 1:], reduction="none")
         losses.append(loss_BT[kept_BT[:, :-1]])
     assert figures["ce"] + figures["delta_ce"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)

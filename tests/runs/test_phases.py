@@ -11,7 +11,7 @@ from torch import Tensor
 from sae_train.cli.compose import compose_config
 from sae_train.config import RunConfig
 from sae_train.errors import Preempted
-from sae_train.evaluation.evaluate import evaluate, evaluate_all
+from sae_train.evaluation.evaluate import evaluate_all
 from sae_train.harvest.build import build_stream, check_stream
 from sae_train.harvest.language_model import LanguageModel
 from sae_train.harvest.live import LiveStream
@@ -19,13 +19,11 @@ from sae_train.phases import NoBar, Phases
 from sae_train.ranks.interface import Solo
 from sae_train.training.plan_text import describe
 from sae_train.training.run import plan_of
-from tools.held_out_rows import CASES, calibrated, held_out_text
+from tools.held_out_rows import subject
 from tools.one_of_each import only
 from tools.small_runs import CPU
 from tools.tiny_models import live_config, save_model, save_sentences, tensors_config
 from tools.tiny_runs import rows_run
-
-F = 97
 
 
 @pytest.fixture(scope="module")
@@ -106,33 +104,6 @@ def test_calibration_ends_at_the_forward_pass_that_is_told(model: Path, text: Pa
     assert passes == 3
 
 
-def test_all_saes_share_the_clean_and_the_ablated_pass(model: Path) -> None:
-    config = live_config(model)
-    lm = LanguageModel(config.source, device=CPU)
-    saes = [calibrated(CASES[name], Solo())[0] for name in ("one threshold", "topk")]
-    n_batches = len(list(held_out_text(config, lm, Solo()).batches("evaluation", max_tokens=150)))
-    passes = 0
-
-    def count(*_: object) -> None:
-        nonlocal passes
-        passes += 1
-
-    lm.model.register_forward_pre_hook(count)
-    shared = {"max_tokens": 150, "language_model": lm, "n_features": F, "ranks": Solo()}
-    one_by_one, counts = [], []
-    for sae in saes:
-        passes = 0
-        one_by_one.append(evaluate(sae, held_out_text(config, lm, Solo()), **shared))
-        counts.append(passes)
-    assert counts == [3 * n_batches, 3 * n_batches]  # clean, spliced, zero-ablated
-    passes = 0
-    together = evaluate_all(saes, held_out_text(config, lm, Solo()), **shared)
-    assert passes == 4 * n_batches
-    assert together == one_by_one
-    assert together[0]["ce"] == together[1]["ce"]
-    assert together[0]["delta_ce"] != together[1]["delta_ce"]
-
-
 def test_the_whole_pass_gives_the_bits_of_the_pass_up_to_the_site(model: Path) -> None:
     lm = LanguageModel(live_config(model).source, device=CPU)
     ids_BT = torch.randint(0, 200, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -166,10 +137,9 @@ def test_bars_end_where_their_phase_ends(model: Path, text: Path) -> None:
     stream = build_stream(live_config(model, text).source, ranks=Solo(), phases=phases)
     stream.start(phases)
     lm = stream.language_model
-    sae, _ = calibrated(CASES["one threshold"], Solo())
-    held_out = stream.held_out
+    subjects, held_out = [subject("one threshold", Solo(), site="residual1")], stream.held_out
     with phases.of("evaluating", total=held_out.n_tokens("evaluation", max_tokens=100)):
-        evaluate(sae, held_out, max_tokens=100, language_model=lm, n_features=F, ranks=Solo(), phases=phases)
+        evaluate_all(subjects, held_out, max_tokens=100, language_model=lm, ranks=Solo(), phases=phases)
     assert [bar.name for bar in bars] == [
         "opening text, file 1 of 1", "reading text", "loading the language model", "calibrating scale and centre",
         "filling pools", "evaluating",

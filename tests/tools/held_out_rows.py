@@ -1,14 +1,15 @@
 """Small autoencoders of every rule, calibrated on random rows, and held-out batches for them."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sae_train.errors import DataError
+from sae_train.evaluation.metric import Subject
 from sae_train.harvest.corpus import Part
-from sae_train.harvest.held_out import Half, HeldOut, HeldOutBatch, TextHeldOut
+from sae_train.harvest.held_out import Half, HeldOut, HeldOutBatch, HeldOutRows, TextHeldOut
 from sae_train.harvest.language_model import LanguageModel, Tokenizer
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.autoencoder import SparseAutoencoder
@@ -45,23 +46,33 @@ CASES = {
 }
 
 
-class Rows(HeldOut):
-    """Held-out batches of random rows; one may be bad."""
+SITES = ("here", "there", "elsewhere")
+"""Sites of `Rows`. The later ones keep fewer tokens of a batch."""
 
-    def __init__(self, ranks: Ranks, *, bad: int | None = None) -> None:
-        self._ranks, self._bad = ranks, bad
+
+class Rows(HeldOut):
+    """Held-out batches of random rows at `SITES`; one batch of one site may be bad."""
+
+    def __init__(self, *, bad: tuple[int, str] | None = None) -> None:
+        self._bad = bad
 
     def n_tokens(self, half: Half, *, max_tokens: int) -> int:
         return sum(SIZES)
 
-    def batches(self, half: Half, *, max_tokens: int, with_logits: bool = False) -> Iterator[HeldOutBatch]:
+    def batches(self, half: Half, *, max_tokens: int, ranks: Ranks, sites: Collection[str] | None = None,
+                with_logits: bool = False) -> Iterator[HeldOutBatch]:  # fmt: skip
+        chosen = [site for site in SITES if sites is None or site in sites]
         for number, size in enumerate(SIZES):
-            if number % self._ranks.size != self._ranks.rank:
-                continue
-            if number == self._bad:
-                raise DataError("this batch is bad")
-            context_N = 100 * number + torch.arange(size) // 7
-            yield HeldOutBatch(raw_ND=tokens(size, seed=number), context_N=context_N, ids_BT=None, kept_BT=None)
+            if number % ranks.size == ranks.rank:
+                yield HeldOutBatch(sites={site: self._rows(site, number, size) for site in chosen}, ids_BT=None)
+
+    def _rows(self, site: str, number: int, size: int) -> HeldOutRows:
+        if (number, site) == self._bad:
+            raise DataError("this batch is bad")
+        place = SITES.index(site)
+        kept_N = torch.arange(size) % 7 >= place  # the outliers of a site are left out there alone
+        raw_ND, context_N = tokens(size, seed=number + 1000 * place), 100 * number + torch.arange(size) // 7
+        return HeldOutRows(raw_ND=raw_ND[kept_N], context_N=context_N[kept_N], kept_BT=None)
 
 
 def tokens(n: int, *, seed: int) -> Tensor:
@@ -91,9 +102,14 @@ def calibrated(case: Case, ranks: Ranks) -> tuple[SparseAutoencoder, Calibration
     return sae, found
 
 
-def held_out_text(config: Any, model: LanguageModel, ranks: Ranks) -> TextHeldOut:
+def subject(name: str, ranks: Ranks, *, site: str = "here") -> Subject:
+    """Return a calibrated SAE of a case as a subject of an evaluation."""
+    return Subject(sae=calibrated(CASES[name], ranks)[0], site=site, n_features=F, ranks=ranks)
+
+
+def held_out_text(config: Any, model: LanguageModel) -> TextHeldOut:
     parts = (Part(text, is_end=True) for text in sentences(40))
     held_out = TextHeldOut(parts, language_model=model, tokenizer=Tokenizer(config.model), context_length=16,
-                           contexts_per_batch=2, ranks=ranks, site="here")  # fmt: skip
-    held_out.limit = 1e9
+                           contexts_per_batch=2)  # fmt: skip
+    held_out.limits = dict.fromkeys(model.sites, 1e9)
     return held_out

@@ -66,7 +66,8 @@ def run_config(
     settings: dict[str, Any] = {
         "k": 4.0, "expansion": 4, "n_features": None, "tokens": 4096, "batch_tokens": 64, "seed": 0,
         "dead_window": None, "precision": "float32", "evaluation_tokens": 1024, "evaluate_every": 0,
-        "log_every": 1024, "name": None, "runs": "runs", "dry_run": False,
+        "log_every": 1024, "name": None, "runs": "runs", "dry_run": False, "variants": None,
+        "grid": None,
     }  # fmt: skip
     return RunConfig(
         **settings | dials,
@@ -104,6 +105,7 @@ def run_config(
         checkpoint=schema.CheckpointConfig(every_tokens=None, keep=2, beside=None),
         parallel=schema.ParallelConfig(layout="data"),
         tracking=schema.TrackingConfig(name="none"),
+        plan=schema.PlanConfig(hardware=None, devices=None),
     )
 
 
