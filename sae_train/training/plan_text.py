@@ -119,7 +119,7 @@ def _ranks_text(plan: Plan) -> str:
     text = f"{plan.n_ranks}, layout {plan.layout}"
     if plan.owners:
         counts = [list(plan.owners.values()).count(rank) for rank in range(plan.n_ranks)]
-        return f"{text}: {min(counts)} to {max(counts)} SAEs on a rank"
+        return f"{text}: at most {max(counts)} SAEs on a rank"
     if plan.n_ranks > 1:
         text += f": {rows} of tokens x {plan.columns} of features; {plan.batch_tokens // plan.n_ranks:,} tokens a rank"
     return text
