@@ -151,6 +151,4 @@ def _value(key: str, value: Any) -> tuple[Any, str]:
 
 
 def _example() -> str:
-    return (
-        "conf/hardware.yaml has the fields and their units; scripts/measure_hardware.py writes such a file for a CPU."
-    )
+    return "conf/hardware.yaml has the fields and units; scripts/measure_hardware.py writes such a file for a CPU."

@@ -232,7 +232,7 @@ def test_a_checkpoint_of_an_older_version_is_refused_with_what_to_do(tmp_path: P
     notes = json.loads((path / "checkpoint.json").read_text())
     del notes["format"], notes["sha256"]
     (path / "checkpoint.json").write_text(json.dumps(notes | {"sha256": files.digest_of_notes(notes)}))
-    with pytest.raises(CheckpointError, match=r"in layout 1; this one reads layout 2\. Finish the run.*name="):
+    with pytest.raises(CheckpointError, match=r"in layout 1; this one reads layout 3\. Finish the run.*name="):
         restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
     assert path.exists()
 

@@ -20,7 +20,7 @@ from sae_train.training.export import Exported, check_held_out, export_all, writ
 from sae_train.training.run import plan_of
 from sae_train.training.thresholds import site_groups
 from sae_train.training.trainer import Trainer, build_trainer
-from tools.grid_of_threads import LOADING, on_ranks
+from tools.grid_of_threads import LOADING, on_grid
 from tools.small_runs import run_config
 from tools.tiny_models import live_config, save_model, save_sentences
 
@@ -136,17 +136,12 @@ def test_saes_that_live_on_one_rank_each_are_exported_as_in_one_process(
     monkeypatch.setattr(thresholds, "CALIBRATION_BYTES", 1)  # several groups, in which some ranks have no SAE
     alone = {each.learner.name: each for each in export_all(trained(config, names)[0])}
     spread = replace(config, parallel=ParallelConfig(layout="saes"))
-    found = on_ranks(size, lambda ranks: export_all(trained(spread, names, ranks)[0]))
+    found = on_grid((1, size), lambda ranks: export_all(trained(spread, names, ranks)[0]))
     assert sorted(each.learner.name for made in found for each in made) == sorted(alone)
     assert any(len(made) != len(found[0]) for made in found)
     for made in found:
-        for learner, sae, figures in made:
-            own = alone[learner.name]
-            assert learner.ranks.size == 1
-            assert figures["evaluation_tokens"] == own.figures["evaluation_tokens"]
-            assert figures["fvu"] == pytest.approx(own.figures["fvu"], rel=1e-3)
-            assert figures["delta_ce"] == pytest.approx(own.figures["delta_ce"], rel=1e-2)
-            torch.testing.assert_close(sae.W_dec, own.sae.W_dec, atol=1e-4, rtol=1e-3)
+        assert all(learner.ranks.size == 1 for learner, _, _ in made)
+        assert_same(made, [alone[learner.name] for learner, _, _ in made])
 
 
 def test_sae_json_names_the_site_and_what_all_sites_share(run: tuple[Trainer, StreamFacts], tmp_path: Path) -> None:
@@ -185,6 +180,6 @@ def test_groups_hold_as_many_sites_as_fit(widths: list[int], n_tokens: int) -> N
         thresholds.CALIBRATION_BYTES = room
     sizes = [[4 * n_tokens * widths[int(site)] for site in group] for group in groups]
     assert [site for group in groups for site in group] == [str(site) for site in range(len(widths))]
-    for own, following in zip(sizes, [*sizes[1:], [5001]], strict=True):
+    for own, following in zip(sizes, [*sizes[1:], [5001]], strict=False):
         assert len(own) == 1 or sum(own) <= 5000
         assert sum(own) + following[0] > 5000
