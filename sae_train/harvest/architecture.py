@@ -51,7 +51,8 @@ def without_weights(model: ModelConfig, settings: Any, *, real: bool = False) ->
         with FakeTensorMode(allow_non_fake_inputs=True):
             built.to_empty(device="cpu")
         built.tie_weights()  # the line above gives every name a weight of its own
-    return built.eval()
+    built.eval()
+    return built
 
 
 def _kernel(model: ModelConfig, settings: Any) -> str:

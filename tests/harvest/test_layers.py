@@ -140,10 +140,9 @@ def test_which_of_several_is_wrong(model: Path) -> None:
 def test_a_site_that_the_loss_does_not_depend_on_is_named(model: Path) -> None:
     source = source_of(model, block("residual", 0), block("mlp", 1), sparsifier="gradient")
     language_model = LanguageModel(source, device=CPU)
-    language_model.model.model.layers[1].mlp.register_forward_hook(lambda _m, _a, out: out.detach())
-    language_model.activations_and_gradients(IDS_BT)  # the hook comes before that of the site
-    language_model.model.model.layers[2].register_forward_hook(lambda _m, _a, out: out * 0 + 1)
-    language_model.model.model.norm.register_forward_hook(lambda _m, _a, out: out.detach())
+    language_model.activations_and_gradients(IDS_BT)
+    cut = language_model.model.model.layers[1]  # the later site keeps its way to the loss
+    cut.register_forward_pre_hook(lambda _m, args: (args[0].detach(), *args[1:]))
     with pytest.raises(UserError, match=r"layer.path=model.layers.0: .*does not depend on it"):
         language_model.activations_and_gradients(IDS_BT)
 
