@@ -18,6 +18,8 @@ sae-train: train sparse autoencoders on the activations of language models.
   sae-train sparsifier=topk k=64                       choose from a group, turn a dial
   sae-train -m sparsifier=topk,mutual_choice k=16,32   a sweep: four runs, one after another
   sae-train -m hydra/launcher=slurm k=16,32            the same, each run a SLURM job
+  sae-train 'grid={layer:[residual,mlp],k:[16,32]}'    four SAEs in one run, from one pass over the model
+  sae-train 'variants=["k=16","sparsifier=topk k=24"]' two SAEs, each with settings of its own
   sae-train model=gpt2 data=files data.id=PATH         another language model, text of your own
   sae-train harvest=tensors harvest.path=DIR           activations from anywhere
   sae-train dry_run=true                               the plan, and what is wrong with it

@@ -102,7 +102,7 @@ def check_point(
     """Return a run's configuration and the settings of its SAEs, or None, nothing and the problems.
 
     The SAEs are in the order of `variants` first, then of the keys of `grid`, the last one changing fastest. The
-    configuration is that of the first SAE.
+    configuration has the settings of the first SAE.
 
     Args:
         library: the configurations in reach.

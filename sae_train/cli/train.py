@@ -9,12 +9,13 @@ import os
 import sys
 import traceback
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sae_train.cli.hydra_flags import ask_hydra, parse_flags
 from sae_train.cli.process import BROKEN, INTERRUPTED, PREEMPTED, complain, end_process, run_and_exit, show_all_text
-from sae_train.errors import DirectoryInUse, Preempted, UserError
+from sae_train.errors import DirectoryInUse, Preempted, StoppedByNumbers, UserError
 from sae_train.ranks.launcher_env import this_process
 from sae_train.ranks.threads import prepare_threads
 from sae_train.sweeps import outcome
@@ -114,49 +115,76 @@ def _submit(request: "Request", arguments: list[str]) -> int:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class End:
+    """The end of one run. `_run_one` creates it; `_run` reports it."""
+
+    status: int
+    """The run's exit status."""
+    problem: str | None = None
+    is_finished: bool = False
+    """Whether nothing is left to train. A finished run may have stopped SAEs and status 3."""
+    in_use: bool = False
+    """Whether another process holds the run's directory."""
+
+
 def _run(points: "list[Point]", record: outcome.Record) -> int:
     """Make the runs one after another; return the gravest exit status.
 
-    In a sweep an error ends one point. It is reported, with a traceback if it is a fault of this program, and the next
-    point starts. Several ranks stop at the first error, because not all of them may have had it.
+    In a sweep an error ends one point, and the next point starts. Several ranks stop at the first error, because not
+    all of them may have had it.
     """
     prepare_threads()  # before torch reads its settings, and after submitting: SLURM jobs would inherit them
     from sae_train.ranks.distributed import leave
-    from sae_train.training.run import run
 
     process = this_process()
-    statuses: dict[str, int] = {}
-    problem: str | None = None
-    in_use = False
+    ends: dict[str, End] = {}
     names = _names(points)
     for name, point in zip(names, points, strict=True):
         if name and process.rank == 0:
             sys.stderr.write(f"{name}\n")
-        try:
-            statuses[name] = run(point.config, saes=point.saes, overrides=point.overrides, entered=record.begin)
-        except UserError as error:
-            in_use = isinstance(error, DirectoryInUse)
-            problem = f"{name}: {error}" if name else str(error)
-            complain(problem, everywhere=isinstance(error, Preempted))
-            statuses[name] = error.status
-        except Exception as error:  # a fault of this program ends one point, not the sweep
-            if len(points) == 1 or process.size > 1:
-                raise  # no point comes after it in this process
-            problem, in_use = f"{name}: {type(error).__name__}: {error}", False
-            traceback.print_exc()
-            complain(f"{name}: failed with the error above, which is a fault of this program.", everywhere=False)
-            statuses[name] = BROKEN
-        if statuses[name] == PREEMPTED or (statuses[name] and process.size > 1):
+        end = ends[name] = _run_one(point, name, record, goes_on=len(points) > 1 and process.size == 1)
+        if end.status == PREEMPTED or not (end.is_finished or process.size == 1):
             break
-    unfinished = [name for name in names if statuses.get(name, UserError.status)]
+    unfinished = [name for name in names if name not in ends or not ends[name].is_finished]
+    reduced = [name for name, end in ends.items() if end.is_finished and end.status]
     if len(points) > 1 and unfinished:
         complain(f"Not finished: {'; '.join(unfinished)}.", everywhere=True)
+    if len(points) > 1 and reduced:
+        complain(f"Finished, with SAEs that were stopped by the numbers: {'; '.join(reduced)}.", everywhere=True)
     if not unfinished:
         with suppress(UserError):  # all is done, so a rank that is lost now does no harm
             leave()  # not earlier: a process group that was left cannot be joined again
-    status = max(statuses.values())
-    record.end(status, problem, in_use=in_use)
+    status = max(end.status for end in ends.values())
+    last = next((end for end in reversed(ends.values()) if end.problem), None)
+    record.end(status, last.problem if last else None, in_use=last is not None and last.in_use)
     return status
+
+
+def _run_one(point: "Point", name: str, record: outcome.Record, *, goes_on: bool) -> End:
+    """Make one run; report its error, with a traceback where it is a fault of this program.
+
+    Args:
+        name: the run's name in a sweep, which begins its messages.
+        goes_on: whether a fault of this program ends this run alone. Otherwise it is raised.
+    """
+    from sae_train.training.run import run
+
+    before = f"{name}: " if name else ""
+    try:
+        status = run(point.config, saes=point.saes, overrides=point.overrides, entered=record.begin)
+    except UserError as error:
+        complain(f"{before}{error}", everywhere=isinstance(error, Preempted))
+        return End(status=error.status, problem=f"{before}{error}", in_use=isinstance(error, DirectoryInUse))
+    except Exception as error:
+        if not goes_on:
+            raise
+        traceback.print_exc()
+        complain(f"{before}failed with the error above, which is a fault of this program.", everywhere=False)
+        return End(status=BROKEN, problem=f"{before}{type(error).__name__}: {error}")
+    is_finished = status in (0, StoppedByNumbers.status)
+    reason = f"{before}SAEs were stopped by the numbers. summary.json has the reasons."
+    return End(status=status, problem=reason if is_finished and status else None, is_finished=is_finished)
 
 
 def _names(points: "list[Point]") -> list[str]:

@@ -42,9 +42,10 @@ from sae_train.config.harvest import (
     ModuleLayerConfig,
     TensorsHarvestConfig,
 )
+from sae_train.config.identity import as_dict, identity, identity_digest
 from sae_train.config.lanes import LaneSizes
 from sae_train.config.optimizer import OptimizerConfig
-from sae_train.config.run import RunConfig, as_dict, identity, identity_digest
+from sae_train.config.run import RunConfig
 from sae_train.config.sae import SaeConfig
 from sae_train.config.source import SourceConfig
 from sae_train.config.sparsifiers import (

@@ -142,7 +142,7 @@ class BlockLayerConfig(LayerConfig):
 
     @property
     def names_several(self) -> bool:
-        return isinstance(self.index, str) and self.index != "middle"
+        return self.stride is not None
 
     def conflicts(self) -> list[str]:
         index = self.index

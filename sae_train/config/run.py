@@ -1,10 +1,8 @@
-"""All settings of a run, the checks between the groups, and the part that is the run's identity."""
+"""All settings of a run, and the checks between its groups."""
 
 import dataclasses
-import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -73,7 +71,7 @@ class RunConfig(Settings):
     variants: list[str] | None
     """Train an SAE for each entry, a text of key=value words: ["k=16","sparsifier=topk k=24"]. An entry changes what
     belongs to an SAE. Default: one SAE."""
-    grid: dict[str, Any] | None
+    grid: Any  # a mapping or null; OmegaConf cannot set a mapping where `dict | None` is null
     """Train an SAE for each combination of values: {layer:[residual,mlp],layer.index:all,k:[16,32]}. With variants,
     each entry takes every combination. Default: none."""
     model: ModelConfig
@@ -245,48 +243,3 @@ def _nearest_whole(value: float) -> list[int]:
     below = math.floor(value)
     both = [below, below + 1] if value - below == 0.5 else [round(value)]
     return [number for number in both if number >= 1] or [1]
-
-
-FREE_KEYS = ("name", "runs", "dry_run", "log_every", "evaluate_every", "checkpoint", "parallel", "plan", "tracking")
-"""Top-level keys that cannot change the exported SAE. They are not part of a run's identity."""
-LIST_KEYS = ("variants", "grid")
-"""Top-level keys that make the list of SAEs. The list itself is part of the identity."""
-SAE_KEYS = tuple(field.name for field in dataclasses.fields(SaeConfig))
-"""Top-level keys that belong to an SAE."""
-
-
-def as_dict(config: RunConfig, saes: Sequence[SaeConfig]) -> dict[str, Any]:
-    """Return the configuration as plain nested dictionaries, as it is written to config.yaml.
-
-    In a run of several SAEs the settings of an SAE stand under `identity` alone, by the name of the SAE.
-    """
-    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in SAE_KEYS}
-    return values | dataclasses.asdict(saes[0]) if len(saes) == 1 else values
-
-
-def identity(config: RunConfig, saes: Mapping[str, SaeConfig]) -> dict[str, Any]:
-    """Return the part of the configuration that can change the exported SAEs, before any 'auto' is resolved.
-
-    A run on ready-made tensors never reads a model, text or layer, so these are left out. The prefetch and the path of
-    the run that budgets were taken from are left out, too. Several SAEs stand under `saes`, by name.
-    """
-    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in (*FREE_KEYS, *LIST_KEYS)}
-    if not config.harvest.runs_model:
-        del values["model"]
-        values["data"] = {"seed": config.data.seed}
-    values["harvest"].pop("prefetch")  # when a batch is harvested changes nothing in it
-    values = {key: value for key, value in values.items() if key not in SAE_KEYS}
-    own = {name: _sae_identity(dataclasses.asdict(sae), config) for name, sae in saes.items()}
-    return values | (next(iter(own.values())) if len(own) == 1 else {"saes": own})
-
-
-def _sae_identity(values: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    if not config.harvest.runs_model:
-        del values["layer"]
-    values["budget"].pop("zipf_from", None)  # the exponent and shift that it gave are there
-    return values
-
-
-def identity_digest(values: dict[str, Any]) -> str:
-    """Return six hex digits of `identity(config, saes)`."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]

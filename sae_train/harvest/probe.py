@@ -126,7 +126,7 @@ def _run(built: nn.Module, places: Mapping[str, Place], settings: Any, *, given:
 
 
 def _site_problem(given: str, site: Tensor | None, side: str) -> str | None:
-    """Return the problem of a tensor that is no site, or None. `given` is the setting with which the message begins."""
+    """Return the reason why a tensor is no site, or None. `given` is the setting with which the message begins."""
     if site is None:
         return f"{given}: this module never runs in a forward pass. Choose one inside it."
     shaped = site.shape[:-1] in (_SHAPE, (_SHAPE[0] * _SHAPE[1],))  # some modules see all tokens in one row

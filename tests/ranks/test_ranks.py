@@ -8,13 +8,15 @@ import pytest
 from sae_train.config import as_dict
 from sae_train.errors import ConfigError, DataError
 from sae_train.harvest.build import StreamFacts
+from sae_train.harvest.stream import StreamSite
 from sae_train.ranks.interface import Ranks
 from sae_train.training.run import plan_of
 from sae_train.training.same_on_ranks import check_same_settings, check_same_source
 from tools.grid_of_threads import on_ranks
 from tools.small_runs import run_config
 
-FACTS = StreamFacts(d_model=16, label="tensors", pool_bytes=0, flops_per_token=0, record={})
+SITE = StreamSite(label="tensors", d_model=16, layer=None, record={})
+FACTS = StreamFacts(sites=(SITE,), name="tensors", pool_bytes=0, flops_per_token=0, record={})
 
 
 def said(*given: dict[str, Any]) -> list[str]:
@@ -25,7 +27,7 @@ def said(*given: dict[str, Any]) -> list[str]:
         columns = settings.pop("columns", 1)
         plan = dataclasses.replace(plan_of(run_config(), FACTS, n_ranks=ranks.size), columns=columns)
         try:
-            check_same_settings(as_dict(run_config(**settings), [run_config().sae]), plan, ranks=ranks)
+            check_same_settings(as_dict(run_config(**settings), [run_config(**settings).sae]), plan, ranks=ranks)
         except ConfigError as error:
             return str(error)
         return ""

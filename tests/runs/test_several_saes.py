@@ -1,6 +1,7 @@
 """Runs of several SAEs: each equals itself alone, stops alone, resumes with all others, and tells its own results."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,6 @@ def result_of(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     (run,) = folder.iterdir()
     summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
     return summary, {path.parent.name: path.read_bytes() for path in run.glob("saes/*/sae.safetensors")}
-
-
-def figures_of(summary: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in summary["saes"][name].items()}
 
 
 def test_an_sae_among_others_equals_the_same_sae_alone(tmp_path: Path, command: Command) -> None:
@@ -63,7 +60,9 @@ def look_at_results(folder: Path, done: Outcome) -> None:
         assert {row["sae"] for row in rows if row["step"] == step} == set(files)
     trained = [row for row in rows if "train/fvu" in row]
     for part in ("read", "tokenised", "harvested", "pooled", "trained"):
-        assert all(row[f"perf/{part}_tokens_per_second"] > 0 for row in trained)
+        speeds = [row.get(f"perf/{part}_tokens_per_second") for row in trained]
+        assert any(speeds)  # of an interval that refilled no pool most are absent
+        assert all(speed is None or speed > 0 for speed in speeds)
         assert summary["throughput"][part] > 0
     assert summary["throughput"]["slowest"] in summary["throughput"]
     assert "highest FVU" in done.stderr
@@ -109,39 +108,34 @@ def test_a_run_whose_saes_all_diverge_is_finished_with_status_3(tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_with_all_its_saes(tmp_path: Path) -> None:
-    import random
-
+@pytest.mark.parametrize("n_ranks", [[1, 1, 1], [2, 1, 2]], ids=["one process", "spread over one rank and two"])
+def test_a_killed_run_resumes_with_all_its_saes(tmp_path: Path, n_ranks: list[int]) -> None:
+    """With `parallel=saes` the bits are those of one process, whatever ranks it resumes on."""
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
-    more = ["grid={layer:[residual,mlp],k:[4,8]}", "checkpoint.every_tokens=512", "log_every=512", "aux_loss=aux_k"]
-    assert finish(launch(tmp_path / "whole", 1, more)).status == 0
+    grid = "grid={layer:[residual,mlp],k:[4,7]}"
+    assert finish(launch(tmp_path / "whole", 1, [grid])).status == 0
+    more = [grid, "parallel=saes"] if max(n_ranks) > 1 else [grid]
     chance = random.Random(0)
-    kills = 0
-    while kills < 3:
-        process = launch(tmp_path / "killed", 1, more)
-        if not kill_after_progress(process, tmp_path / "killed", chance):
-            break
-        kills += 1
-    assert kills
-    done = finish(launch(tmp_path / "killed", 1, more))
+    for size in n_ranks[:-1]:
+        kill_after_progress(launch(tmp_path / "killed", size, more), tmp_path / "killed", chance)
+    done = finish(launch(tmp_path / "killed", n_ranks[-1], more))
     assert done.status == 0, done.stdout
+    assert "resuming at step" in done.stdout
     whole, killed = result_of(tmp_path / "whole" / "runs"), result_of(tmp_path / "killed" / "runs")
     assert whole[1] == killed[1]
     assert whole[0]["saes"] == killed[0]["saes"]
 
 
 @pytest.mark.slow
-def test_saes_spread_over_ranks_equal_those_of_one_process(tmp_path: Path, command: Command, torchrun: Command) -> None:
-    grid = "grid={layer:[residual,mlp],k:[4,8],n_features:[128,256]}"
-    base = [text for text in tiny_run(tmp_path) if not text.startswith("n_features")]
-    one = command(*changed(base, f"runs={tmp_path / 'one'}"), grid, OMP_NUM_THREADS="1")
-    assert one.status == 0, one.stderr
-    two = torchrun(2, *changed(base, f"runs={tmp_path / 'two'}"), grid, "parallel=saes", "evaluate_every=4096")
-    assert two.status == 0, two.stderr
-    summary, files = result_of(tmp_path / "one")
-    assert result_of(tmp_path / "two")[1] == files
-    assert result_of(tmp_path / "two")[0]["saes"] == summary["saes"]
+def test_an_sae_that_diverges_on_one_rank_of_two_is_stopped_alone(tmp_path: Path, torchrun: Command) -> None:
+    settings = rows_of(tmp_path, 'variants=["k=4","k=3 optimizer.lr=1e8","sparsifier=topk"]')
+    for layout in ("saes", "features"):
+        done = torchrun(2, *changed(settings, f"runs={tmp_path / layout}"), f"parallel={layout}")
+        assert done.status == 1, done.stderr  # torchrun reports any status as 1
+        summary, files = result_of(tmp_path / layout)
+        assert [list(figures) == ["stopped"] for figures in summary["saes"].values()] == [False, True, False]
+        assert len(files) == 2
 
 
 def test_another_list_of_saes_in_a_named_directory_says_what_differs(tmp_path: Path, command: Command) -> None:

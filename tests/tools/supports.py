@@ -93,7 +93,8 @@ def densities(sae: SparseAutoencoder, batches: list[tuple[Tensor, Tensor]]) -> D
 
 def of_half(trainer: Trainer, half: Half) -> list[tuple[Tensor, Tensor]]:
     """Return the raw activations and contexts of a half of the held-out data."""
-    batches = trainer.stream.held_out.batches(half, max_tokens=trainer.source.evaluation_tokens)
+    max_tokens, ranks = trainer.source.evaluation_tokens, trainer.ranks
+    batches = [only(b.sites) for b in trainer.stream.held_out.batches(half, max_tokens=max_tokens, ranks=ranks)]
     return [(batch.raw_ND, batch.context_N) for batch in batches]
 
 

@@ -35,11 +35,11 @@ def contents(step: int) -> Contents:
         0: {"pool": torch.arange(6.0).view(2, 3)},
         1: {"pool": torch.ones(0, 3), "epoch": torch.tensor(4)},
     }
-    return Contents({"trainer/n_done": torch.tensor(step)}, lanes, {NAME: SaeContents((0, 5), state)})
+    return Contents({"trainer/n_done": torch.tensor(step)}, lanes, {NAME: SaeContents((0, 5), state, Solo())})
 
 
 def begin(directory: Path, step: int, *, keep: int = 0, in_background: bool = False) -> checkpoint.Saving:
-    notes = {"step": step, "tokens": 10 * step, "identity": "3fa9c1", "n_features": 5}
+    notes = {"step": step, "tokens": 10 * step, "identity": "3fa9c1", "widths": {NAME: 5}}
     return checkpoint.begin(
         directory, contents(step), notes=notes, ranks=Solo(), keep=keep, in_background=in_background
     )
@@ -204,8 +204,8 @@ def test_one_written_in_the_background_is_of_the_moment_it_was_begun(tmp_path: P
     state = State({"b_dec": given[0]}, {"rows": given})
     saving = checkpoint.begin(
         tmp_path,
-        Contents({"trainer/n_done": n_done}, {0: {"pool": n_done.clone()}}, {NAME: SaeContents((0, 4), state)}),
-        notes={"step": 2, "tokens": 20, "identity": "3fa9c1", "n_features": 4},
+        Contents({"trainer/n_done": n_done}, {0: {"pool": n_done.clone()}}, {NAME: SaeContents((0, 4), state, Solo())}),
+        notes={"step": 2, "tokens": 20, "identity": "3fa9c1", "widths": {NAME: 4}},
         ranks=Solo(),
         keep=1,
         in_background=True,
@@ -232,7 +232,7 @@ def test_a_checkpoint_of_an_older_version_is_refused_with_what_to_do(tmp_path: P
     notes = json.loads((path / "checkpoint.json").read_text())
     del notes["format"], notes["sha256"]
     (path / "checkpoint.json").write_text(json.dumps(notes | {"sha256": files.digest_of_notes(notes)}))
-    with pytest.raises(CheckpointError, match=r"in layout 1; this one reads layout 2\. Finish the run.*name="):
+    with pytest.raises(CheckpointError, match=r"in layout 1; this one reads layout 3\. Finish the run.*name="):
         restore.newest(tmp_path, ranks=Solo(), warn=pytest.fail)
     assert path.exists()
 
@@ -279,7 +279,7 @@ def saver_of(folder: Path) -> tuple[Saver, Callable[[], None]]:
     trainer = world.build(world.config_of(folder, [], precision="float32", steps=4, n_features=64), Solo())
     trainer.step(trainer.stream.batch(0))
     saver = Saver(folder / "saved", CheckpointConfig(every_tokens=None, keep=2, beside=True), ranks=Solo())
-    notes = {"step": trainer.n_done, "tokens": trainer.tokens, "identity": "3fa9c1", "n_features": 64}
+    notes = trainer.notes() | {"identity": "3fa9c1"}
     return saver, lambda: saver.save(trainer.contents(), notes, may_go_on=True)
 
 
