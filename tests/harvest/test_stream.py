@@ -25,7 +25,7 @@ from sae_train.harvest.live import LiveStream
 from sae_train.ranks.interface import Ranks, Solo
 from tools.grid_of_threads import LOADING, on_ranks
 from tools.one_of_each import only
-from tools.tiny_models import live_config, save_model, save_sentences, save_tokenizer
+from tools.tiny_models import live_config, save_loud_model, save_model, save_sentences, save_tokenizer
 
 STEPS = 30
 
@@ -187,22 +187,8 @@ def test_other_families_stream_too(tmp_path, text, kind):
     assert stream.language_model.has_loss == (kind == "gpt2")
 
 
-def with_loud_token(model: Path, folder: Path, *, factor: float) -> int:
-    """Write a copy of the model in which the token of ' river' has a huge embedding; return that token."""
-    from transformers import LlamaForCausalLM
-
-    copy = LlamaForCausalLM.from_pretrained(model)
-    copy.save_pretrained(folder)
-    save_tokenizer(folder, bos_token="<bos>", eos_token="<eos>")
-    loud = Tokenizer(live_config(folder).model).encode("old river")[-1]
-    with torch.no_grad():
-        copy.model.embed_tokens.weight[loud] *= factor
-    copy.save_pretrained(folder)
-    return loud
-
-
 def test_tokens_of_outlying_norm_are_trained_on_nowhere(model, text, tmp_path):
-    loud = with_loud_token(model, tmp_path, factor=1000)
+    loud = save_loud_model(model, tmp_path, factor=1000)
     layer = schema.ModuleLayerConfig(kind="module", path="model.embed_tokens", side="output")
     stream = stream_of(live_config(tmp_path, text, layer=layer))
     scaling = only(stream.scalings)
@@ -349,7 +335,7 @@ def test_a_tokenizer_that_does_not_belong_to_the_model(model, text, tmp_path):
 
 
 def test_activations_that_are_not_finite_name_site_and_way_out(model, text, tmp_path):
-    with_loud_token(model, tmp_path, factor=float("nan"))
+    save_loud_model(model, tmp_path, factor=float("nan"))
     with pytest.raises(UserError, match=r"residual1: .* because its weight model.embed_tokens.weight is not. No other"):
         stream_of(live_config(tmp_path, text))
 
@@ -379,5 +365,5 @@ def test_a_site_that_becomes_all_outliers_is_refused(config, monkeypatch):
         batch = only(stream.batch(step)).x_ND  # in the end, all rows are shortened to the limit
     raw = batch * only(stream.scalings).scale + only(stream.scalings).centre_D.float()
     assert torch.allclose(raw.norm(dim=1), torch.tensor(only(stream.scalings).limit), rtol=1e-4)
-    with pytest.raises(UserError, match="lane 0, residual1: 200 .* gave no token that the filters keep"):
+    with pytest.raises(UserError, match=r"lane 0, residual1: 200 .* gave no token that the filters keep"):
         [stream.batch(step) for step in range(STEPS, 1000)]
