@@ -60,9 +60,9 @@ MESSAGES = {
     "sparsifier@x=topk": "sparsifier@x=topk: no such key. Did you mean 'sparsifier'?",
     "aux_loss=null": "aux_loss=null: no such aux_loss. Known: aux_k, aux_zipf, none.",
     "sparsifier={a:1}": "sparsifier={a:1}: no such sparsifier. Known: batch_topk, feature_choice, gated, gradient, "
-    "jumprelu, mutual_choice, p_anneal, relu, temporal_mask, topk.",
-    "experiment=mine": "experiment=mine: there are no experiments here. Put mine.yaml into DIR/experiment/ and add "
-    "--config-dir=DIR.",
+    "jumprelu, jumprelu_gemma_scope, mutual_choice, p_anneal, relu, temporal_mask, topk.",
+    "experiment=mine": "experiment=mine: no such experiment. Known: batch_topk_gpt2, gemma_scope_2b, llama_scope_8b, "
+    "saebench_pythia_160m, suite.",
     "+k=3": "+k=3: '+' cannot add keys here. Write k=3.",
     "+kk=3": "+kk=3: '+' cannot add keys here, and there is no such key. Did you mean 'k'?",
     "++k=3": "++k=3: '++' cannot add keys here. Write k=3.",
