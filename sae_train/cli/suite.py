@@ -34,7 +34,7 @@ class Lists:
     overrides: list[Override]
     """The point's other overrides."""
     values: Mapping[str, Any]
-    """The value of each of the two settings, or null where it cannot be used."""
+    """The value of each of the two settings. Where there are problems, `grid` has its usable keys alone."""
     axes: list[list[Entry]]
     """The usable entries: those of `variants`, then those of each key of `grid`."""
     problems: list[str]
@@ -69,8 +69,10 @@ def read_lists(library: Library, point: Sequence[Override]) -> Lists:
     if (count := math.prod(map(len, axes))) > MOST_SAES:
         problems.append(f"variants and grid: {count} SAEs, and a run has at most {MOST_SAES}. Shorten them.")
         axes = []
-    usable = values if not problems else dict.fromkeys(LISTS)
-    return Lists(overrides=others, values=usable, axes=axes, problems=problems, bad=bad)
+    if problems:  # of a value that OmegaConf may not take, only the usable keys matter to other checks
+        keys = [axis[0].keys[0] for axis in axes if axis[0].home == "grid"]
+        values = {"variants": None, "grid": dict.fromkeys(keys)}
+    return Lists(overrides=others, values=values, axes=axes, problems=problems, bad=bad)
 
 
 def _usable(library: Library, axes: list[list[Entry]]) -> tuple[list[list[Entry]], list[str]]:
