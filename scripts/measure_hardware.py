@@ -25,13 +25,13 @@ from sae_train import kernels  # noqa: E402
 from sae_train.kernels import backend  # noqa: E402
 from sae_train.training.memory import available_bytes  # noqa: E402
 
-SECONDS = 1.0
+SECONDS = 0.9
 """Time for each rate."""
 TOKENS, WIDTH, FEATURES, K = 2048, 512, 4096, 32
 """A step's sizes."""
 
 
-def seconds_of(act: Callable[[], Any], *, within: float = SECONDS) -> float:
+def seconds_of(act: Callable[[], Any], within: float) -> float:
     """Return the median seconds of `act`, repeated for about `within` seconds, after two calls that do not count."""
     act()
     act()
@@ -43,50 +43,52 @@ def seconds_of(act: Callable[[], Any], *, within: float = SECONDS) -> float:
     return statistics.median(taken)
 
 
-def matrix_fp32() -> float:
+def matrix_fp32(within: float) -> float:
     """Return the operations a second of the encoder's product in fp32, whose result stays in the cache."""
     x_ND, W_FD, b_F = torch.randn(TOKENS, 1024), torch.randn(1024, 1024), torch.zeros(1024)
-    return 2 * TOKENS * 1024 * 1024 / seconds_of(lambda: kernels.affine(x_ND, W_FD, b_F, precision="float32"))
+    return 2 * TOKENS * 1024 * 1024 / seconds_of(lambda: kernels.affine(x_ND, W_FD, b_F, precision="float32"), within)
 
 
-def matrix_bf16() -> float:
+def matrix_bf16(within: float) -> float:
     """Return the operations a second of the product in bf16 that finds candidates."""
     x_ND, W_FD, b_F = torch.randn(TOKENS, 1024), torch.randn(1024, 1024), torch.zeros(1024)
-    return 2 * TOKENS * 1024 * 1024 / seconds_of(lambda: kernels.approximate(x_ND, W_FD, b_F))
+    return 2 * TOKENS * 1024 * 1024 / seconds_of(lambda: kernels.approximate(x_ND, W_FD, b_F), within)
 
 
-def memory() -> float:
+def memory(within: float) -> float:
     """Return the bytes a second of a pass of Adam over matrices that no cache holds."""
     n, halted = 8_000_000, torch.tensor(False)
     weight, gradient, mean, square = (torch.ones(n) for _ in range(4))
     rates: dict[str, Any] = {"scale": None, "halted": halted, "lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
     steps = [torch.zeros(())]
-    return 28 * n / seconds_of(lambda: kernels.adam([weight], [gradient], [mean], [square], steps, **rates))
+    return 28 * n / seconds_of(lambda: kernels.adam([weight], [gradient], [mean], [square], steps, **rates), within)
 
 
-def scan() -> float:
+def scan(within: float) -> float:
     """Return the bytes a second of a pass over pre-activations that takes maxima of groups of 8."""
     pre_NF = torch.randn(TOKENS, FEATURES)
-    return 4 * pre_NF.numel() / seconds_of(lambda: torch.nn.functional.max_pool1d(pre_NF, 8))
+    return 4 * pre_NF.numel() / seconds_of(lambda: torch.nn.functional.max_pool1d(pre_NF, 8), within)
 
 
-def gather() -> float:
+def gather(within: float) -> float:
     """Return the bytes a second of rows that a step's reconstruction reads."""
     W_FD, n_matches = torch.randn(FEATURES, WIDTH), TOKENS * K
     feature_M, value_M = torch.randint(FEATURES, (n_matches,), dtype=torch.int32), torch.rand(n_matches)
     start_N = torch.arange(0, n_matches + 1, K, dtype=torch.int32)
     token_M = torch.arange(TOKENS, dtype=torch.int32).repeat_interleave(K)
-    return 4 * WIDTH * n_matches / seconds_of(lambda: kernels.decode(value_M, W_FD, feature_M, token_M, start_N))
+    return (
+        4 * WIDTH * n_matches / seconds_of(lambda: kernels.decode(value_M, W_FD, feature_M, token_M, start_N), within)
+    )
 
 
-def order() -> float:
+def order(within: float) -> float:
     """Return the numbers a second of which the third that is largest is taken, and which are sorted."""
     values, features = torch.randn(3 * TOKENS * K), torch.randint(FEATURES, (TOKENS * K,), dtype=torch.int32)
-    both = seconds_of(lambda: (values.topk(TOKENS * K, sorted=False), features.sort(stable=True)))
+    both = seconds_of(lambda: (values.topk(TOKENS * K, sorted=False), features.sort(stable=True)), within)
     return (len(values) + len(features)) / both
 
 
-def lists() -> float:
+def lists(within: float) -> float:
     """Return the numbers a second of lists of matches: the mean of a comparison, a choice, a gather and a sum."""
     values, index = torch.randn(TOKENS * K), torch.randperm(TOKENS * K)
 
@@ -96,16 +98,16 @@ def lists() -> float:
         index.index_select(0, index)
         keep.sum()
 
-    return 4 * len(values) / seconds_of(act)
+    return 4 * len(values) / seconds_of(act, within)
 
 
-def fresh() -> float:
+def fresh(within: float) -> float:
     """Return the bytes a second of memory that the system hands out, page by page, and takes back."""
     n = 12_000_000  # 48 MB, which glibc does not keep
-    return 4 * n / seconds_of(lambda: torch.zeros(n))
+    return 4 * n / seconds_of(lambda: torch.zeros(n), within)
 
 
-def call() -> float:
+def call(within: float) -> float:
     """Return the seconds of an operation on a few numbers."""
     few = torch.ones(8)
 
@@ -113,10 +115,10 @@ def call() -> float:
         for _ in range(1000):
             few.add(1)
 
-    return seconds_of(act) / 1000
+    return seconds_of(act, within) / 1000
 
 
-MEASURED: dict[str, Callable[[], float]] = {
+MEASURED: dict[str, Callable[[float], float]] = {
     "matrix_bf16": matrix_bf16,
     "matrix_fp32": matrix_fp32,
     "memory": memory,
@@ -130,12 +132,20 @@ MEASURED: dict[str, Callable[[], float]] = {
 """How each field of conf/hardware.yaml is measured."""
 
 
-def measure(*, price: float, link: float, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Return the fields of this machine's CPU, with a line for each as it is measured."""
+def measure(
+    *, price: float, link: float, within: float = SECONDS, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Return the fields of this machine's CPU.
+
+    Args:
+        price, link: fields that are not measured.
+        within: seconds for each rate.
+        say: called with a line for each rate once it is measured.
+    """
     found: dict[str, Any] = {"kind": "cpu"}
     with torch.no_grad():
         for name, rate in MEASURED.items():
-            found[name] = float(f"{rate():.3g}")
+            found[name] = float(f"{rate(within):.3g}")
             say(f"{name}: {found[name]:.3g}")
     precision = "bf16" if backend.has_bf16(torch.device("cpu")) else "float32"
     return found | {

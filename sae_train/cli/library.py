@@ -72,7 +72,7 @@ class Library:
         self._parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         self._composed: dict[tuple[str, ...], tuple[DictConfig, dict[str, str]]] = {}
         self._choices: dict[str, list[str]] = {}
-        found = {*self._options("", ObjectType.GROUP), "experiment"} - {"hydra", "schema"}
+        found = {*self._options("", ObjectType.GROUP)} - {"hydra", "schema"}
         self.groups = sorted(found - set(DIALS))  # a folder `runs` in --config-dir is no group
 
     def _options(self, group: str, kind: ObjectType) -> list[str]:

@@ -32,7 +32,7 @@ def never_read(
         f"{entry.text}: is for the plan that dry_run=true prints, so this would change nothing. Remove it, or add "
         "dry_run=true."
         for entry in typed
-        if entry.group == "plan" and values.get("dry_run") is False
+        if entry.group == "plan" and not entry.is_group and values.get("dry_run") is False
     ]
     return found
 

@@ -101,11 +101,6 @@ def check_choice(entry: Typed, choices: Sequence[str]) -> str | None:
     """Return the problem of a choice that its group does not have."""
     if entry.value in choices or (entry.key == "experiment" and entry.value == "null"):
         return None
-    if not choices:
-        return (
-            f"{entry.text}: there are no {entry.key}s here. "
-            f"Put {entry.value}.yaml into DIR/{entry.key}/ and add --config-dir=DIR."
-        )
     return f"{entry.text}: no such {entry.key}.{suggest(entry.value, choices)}"
 
 

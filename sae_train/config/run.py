@@ -71,7 +71,7 @@ class RunConfig(Settings):
     variants: list[str] | None
     """Train an SAE for each entry, a text of key=value words: ["k=16","sparsifier=topk k=24"]. An entry changes what
     belongs to an SAE. Default: one SAE."""
-    grid: dict[str, Any] | None
+    grid: Any  # a mapping or null; OmegaConf cannot set a mapping where `dict | None` is null
     """Train an SAE for each combination of values: {layer:[residual,mlp],layer.index:all,k:[16,32]}. With variants,
     each entry takes every combination. Default: none."""
     model: ModelConfig

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # torch has no public way to run without weights
+from transformers import PreTrainedModel
 from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -32,7 +33,7 @@ def without_weights(model: ModelConfig, settings: Any, *, real: bool = False) ->
             stack.enter_context(torch.device("meta"))
             stack.enter_context(meta_device_safe_creation_ops())
         try:
-            built: nn.Module = loader_of(settings).from_config(
+            built: PreTrainedModel = loader_of(settings).from_config(
                 settings,
                 dtype=DTYPES[model.dtype],
                 attn_implementation=_kernel(model, settings),
@@ -49,7 +50,9 @@ def without_weights(model: ModelConfig, settings: Any, *, real: bool = False) ->
     if not real:
         with FakeTensorMode(allow_non_fake_inputs=True):
             built.to_empty(device="cpu")
-    return built.eval()
+        built.tie_weights()  # the line above gives every name a weight of its own
+    built.eval()
+    return built
 
 
 def _kernel(model: ModelConfig, settings: Any) -> str:

@@ -13,14 +13,10 @@ from typing import NoReturn
 
 import torch
 
-from sae_train.config import CheckpointConfig, LaneSizes, SourceConfig
+from sae_train.config import LaneSizes
 from sae_train.config.lanes import FORWARDS_A_POOL
-from sae_train.errors import ConfigError, UserError
-from sae_train.harvest.build import StreamFacts
-from sae_train.kernels import backend
+from sae_train.errors import UserError
 from sae_train.ranks.launcher_env import this_process
-from sae_train.sparsifiers import sparsifier_class
-from sae_train.training.sae_plan import SaePlan
 
 NAMED = 0.02
 """Share of a rank's memory above which a message names a holding."""
@@ -33,6 +29,7 @@ SIGNS = (
     "could not create a primitive",
 )
 """Texts of torch's RuntimeErrors where memory has run out: of its CPU allocator, CUDA, cuBLAS, C++ and oneDNN."""
+ALWAYS = "always"
 _CONTROL_GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -40,111 +37,24 @@ class OutOfMemory(UserError):
     """Memory ran out while a run was built or trained."""
 
 
-LEFT_TO_THE_MODEL = 0.2
-"""Share of the memory that a plan with a language model leaves to it, because it is not counted."""
-
-
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """Tensors that a rank holds together, estimated. `holdings` makes them for the plan."""
+    """Tensors that a rank holds together, estimated. `MemoryModel` makes them for the plan."""
 
     what: str
     n_bytes: int
     knobs: tuple[str, ...]
     """Settings that shrink them."""
+    phase: str = ALWAYS
+    """When they are held: always, or only in a step or an evaluation. Those of two phases are never held together."""
 
 
-def holdings(
-    source: SourceConfig,
-    saes: Iterable[SaePlan],
-    facts: StreamFacts,
-    *,
-    n_ranks: int,
-    columns: int,
-    copies_checkpoints: bool,
-) -> tuple[Holding, ...]:
-    """Return the largest tensors of one rank, estimated.
-
-    A step's matrices as large as its pre-activations, and the logits of a loss whose gradient is harvested, count both
-    where a batch is harvested during a step. Else they follow each other, and the larger counts.
-
-    Args:
-        columns: ranks that share the features of one copy of a dictionary.
-        copies_checkpoints: see `copies_in_host_memory`.
-    """
-    saes = list(saes)
-    element, batch_tokens = source.element_size, source.batch_tokens
-    parameters = sum(sae.parameters for sae in saes)
-    width = "n_features" if saes[0].config.n_features else "expansion"
-    matrices = [(sparsifier_class(sae.config.sparsifier.name).matrices_held, sae.n_features) for sae in saes]
-    held, widest = max(matrices, key=lambda pair: pair[0] * pair[1])
-    step = held * element * batch_tokens * widest // n_ranks
-    logits = facts.logit_bytes
-    if not facts.prefetch:
-        step, logits = (step, 0) if step >= logits else (0, logits)
-    name = f"[{widest}, {saes[0].d_model}]"
-    copied = (3 * element * parameters + facts.pool_bytes) // n_ranks if copies_checkpoints else 0
-    rounds = source.precision == "bf16" or (source.precision == "auto" and _has_bf16())
-    return (
-        Holding(f"weights, gradients and two moments, 8 of {name}", 4 * element * parameters // columns,
-                (f"lower {width}", "parallel=features over several ranks")),
-        Holding(f"weights rounded to bf16, 2 of {name}", 2 * parameters // columns * rounds,
-                (f"lower {width}",)),
-        Holding(f"copies of weights and moments, 6 of {name}, and of pools while a checkpoint is written", copied,
-                ("checkpoint.beside=false",)),
-        Holding(f"pre-activations and what is as large, {held} of [{batch_tokens}, {widest}]"
-                + (f" over {n_ranks} ranks" if n_ranks > 1 else ""), step,
-                ("lower batch_tokens", f"lower {width}")),
-        Holding("logits of the language model and the way back through them", logits,
-                ("lower harvest.contexts_per_forward",)),
-        Holding("pools", facts.pool_bytes // n_ranks, ("lower harvest.pool_batches", "lower batch_tokens")),
-        Holding("activations harvested ahead", facts.ahead_bytes // n_ranks, ("lower harvest.prefetch",)),
-    )  # fmt: skip
-
-
-def copies_in_host_memory(checkpoint: CheckpointConfig) -> bool:
-    """Return whether a checkpoint's copy takes this rank's memory. A GPU's state is copied to the host's memory."""
-    return bool(checkpoint.beside) and not torch.cuda.is_available()
-
-
-def _has_bf16() -> bool:
-    return backend.has_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def check_memory(
-    held: tuple[Holding, ...],
-    source: SourceConfig,
-    facts: StreamFacts,
-    saes: Iterable[SaePlan],
-    *,
-    n_ranks: int,
-    pool_copies: int,
-) -> None:
-    """Refuse holdings that cannot fit in this rank's memory, and name the largest pools that would fit.
-
-    Args:
-        pool_copies: how often a rank holds its pools, with the copy for a checkpoint.
-
-    Raises:
-        ConfigError: they do not fit.
-    """
-    needed, sizes = sum(each.n_bytes for each in held), facts.sizes
-    available = int(available_bytes() * (1 - LEFT_TO_THE_MODEL if sizes else 1))
-    if needed <= available:
-        return
-    n_features = max(sae.n_features for sae in saes)
-    given, way_out = f"n_features={n_features}, batch_tokens={source.batch_tokens}:", ""
-    batch_bytes = pool_copies * facts.pool_batch_bytes // n_ranks
-    fits = sizes and largest_pool(sizes, batch_bytes=batch_bytes, too_much=needed - available)
-    if sizes and fits:
-        pools = gigabytes(facts.pool_bytes // n_ranks)
-        given = f"harvest.pool_batches={sizes.pool_batches}: with pools of {pools} this"
-        way_out = f"Largest that fits: {fits}. "
-    raise ConfigError(
-        f"{given} needs about {gigabytes(needed)} a rank, and there are {gigabytes(available)} for each"
-        f"{' beside the language model' if sizes else ''}. "
-        f"{way_out}{largest(held)}"
-    )
+def needed_bytes(held: Iterable[Holding]) -> int:
+    """Return the memory of a rank: what it always holds, and the phase that adds the most."""
+    total: dict[str, int] = {}
+    for each in held:
+        total[each.phase] = total.get(each.phase, 0) + each.n_bytes
+    return total.pop(ALWAYS, 0) + max(total.values(), default=0)
 
 
 def available_bytes() -> int:

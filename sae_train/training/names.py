@@ -34,7 +34,7 @@ def sae_names(saes: Sequence[tuple[SaeConfig, str, int]]) -> list[str]:
     repeated = [name for name in dict.fromkeys(whole) if whole.count(name) > 1]
     raise_all([
         f"SAEs {' and '.join(str(place + 1) for place, other in enumerate(whole) if other == name)} of this run are "
-        f"equal ({name}). Remove all but one from variants and grid."
+        f"equal ({name[:-DIGITS]}). Remove all but one from variants and grid."
         for name in repeated
     ])  # fmt: skip
     return whole

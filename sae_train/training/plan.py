@@ -9,7 +9,9 @@ from sae_train.config import CheckpointConfig, LaneSizes, ParallelConfig, SaeCon
 from sae_train.errors import CheckpointError
 from sae_train.harvest.build import StreamFacts
 from sae_train.ranks.layout import feature_columns, owners
-from sae_train.training.memory import Holding, check_memory, copies_in_host_memory, holdings
+from sae_train.training.hardware import Hardware
+from sae_train.training.holdings import MemoryModel, copies_in_host_memory, rounds_weights
+from sae_train.training.memory import Holding, available_bytes, needed_bytes
 from sae_train.training.operations import HeldOutCost, held_out_cost, step_operations
 from sae_train.training.sae_plan import RULED, SaePlan, sae_plans
 
@@ -83,7 +85,7 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         """Memory of one rank, estimated."""
-        return sum(each.n_bytes for each in self.holdings)
+        return needed_bytes(self.holdings)
 
 
 def make_plan(
@@ -94,11 +96,13 @@ def make_plan(
     checkpoint: CheckpointConfig,
     parallel: ParallelConfig,
     n_ranks: int,
+    hardware: Hardware | None = None,
 ) -> Plan:
     """Return the plan of a run.
 
     Args:
         saes: the settings of each SAE, all of them at sites that `facts` lists.
+        hardware: the hardware whose memory counts; None: this machine's.
 
     Raises:
         ConfigError: settings contradict each other once the widths of the activations are known, two SAEs are equal,
@@ -109,16 +113,18 @@ def make_plan(
     planned = sae_plans(source, saes, facts, total=total)
     columns = feature_columns(parallel, n_ranks=n_ranks, n_features=min(sae.n_features for sae in planned.values()))
     where = owners({name: sae.parameters for name, sae in planned.items()}, parallel=parallel, n_ranks=n_ranks)
-    held = holdings(
-        source,
-        planned.values(),
-        facts,
+    memory = MemoryModel(
+        source=source,
+        facts=facts,
+        parallel=parallel,
         n_ranks=n_ranks,
-        columns=1 if where else columns,
+        columns=columns,
         copies_checkpoints=copies_in_host_memory(checkpoint),
+        rounds=rounds_weights(source.precision if hardware is None else hardware.resolved(source.precision)),
     )
-    copies = 2 if copies_in_host_memory(checkpoint) else 1
-    check_memory(held, source, facts, planned.values(), n_ranks=n_ranks, pool_copies=copies)
+    available = available_bytes() if hardware is None else int(hardware.memory_bytes)
+    place = "for each" if hardware is None else f"on one {hardware.name}"
+    memory.check(list(planned.values()), available=available, where=place)
     every = _checkpoint_every(checkpoint.every_tokens, total)
     kept = checkpoint.keep or max(1, total // max(every, 1))
     parameters = sum(sae.parameters for sae in planned.values())
@@ -133,7 +139,7 @@ def make_plan(
         columns=columns,
         owners=where,
         checkpoint_every=every,
-        holdings=held,
+        holdings=memory.holdings(list(planned.values())),
         prefetch=facts.prefetch,
         checkpoint_bytes=checkpoint_bytes,
         disk_bytes=2 * 4 * parameters + (kept + 1) * checkpoint_bytes,

@@ -24,10 +24,12 @@ from sae_train.training import signals
 from sae_train.training.checkpoint import Saver
 from sae_train.training.claiming import abandoned_if_refused, claim_on_first
 from sae_train.training.console import ProgressBar, say, warn
+from sae_train.training.hardware import Hardware, load_hardware
 from sae_train.training.memory import named_when_it_runs_out
 from sae_train.training.names import run_name, sae_names
 from sae_train.training.plan import Plan, make_plan
 from sae_train.training.plan_text import describe
+from sae_train.training.prediction import predict
 from sae_train.training.provenance import check_source, provenance, resolve_precision
 from sae_train.training.results import results_text
 from sae_train.training.run_directory import RunDirectory
@@ -74,14 +76,18 @@ def run(config: RunConfig, *, saes: Sequence[SaeConfig], overrides: list[str], e
     Raises:
         UserError: see errors.py; its `status` is the exit status. `Preempted` after a signal, once everything is saved.
     """
-    n_ranks = this_process().size
+    n_ranks, hardware = this_process().size, None
+    if config.dry_run and config.plan.devices is not None:
+        n_ranks = config.plan.devices
+    if config.dry_run and config.plan.hardware is not None:
+        hardware = load_hardware(config.plan.hardware)
     show = partial(ProgressBar, is_first=this_process().rank == 0)
     phases = Phases(show=show, alone=signals.leave_early) if n_ranks == 1 else Phases(show=show)
     phases.advance()
     source = config.source_for(saes)
     facts = check_stream(source, n_ranks=n_ranks, phases=phases)
     saes = at_every_site(saes, facts)
-    plan = plan_of(config, facts, n_ranks=n_ranks, saes=saes)
+    plan = plan_of(config, facts, n_ranks=n_ranks, saes=saes, hardware=hardware)
     by_name = {name: sae.config for name, sae in plan.saes.items()}
     sized = [(sae.config, sae.site, sae.n_features) for sae in plan.saes.values()]
     directory = RunDirectory(Path(config.runs).expanduser() / name_of(config, sized, model=facts.name))
@@ -90,7 +96,8 @@ def run(config: RunConfig, *, saes: Sequence[SaeConfig], overrides: list[str], e
     phases.advance()
     if config.dry_run:
         if this_process().rank == 0:
-            say(describe(plan, source, path=str(directory.path)))
+            predicted = None if hardware is None else predict(plan, source, facts, hardware)
+            say(describe(plan, source, path=str(directory.path), prediction=predicted))
         return 0
     ranks = find_ranks()
     signals.listen()
@@ -129,18 +136,27 @@ def at_every_site(saes: Sequence[SaeConfig], facts: StreamFacts) -> list[SaeConf
     return found
 
 
-def plan_of(config: RunConfig, facts: StreamFacts, *, n_ranks: int, saes: Sequence[SaeConfig] | None = None) -> Plan:
+def plan_of(
+    config: RunConfig,
+    facts: StreamFacts,
+    *,
+    n_ranks: int,
+    saes: Sequence[SaeConfig] | None = None,
+    hardware: Hardware | None = None,
+) -> Plan:
     """Return the plan of a run.
 
     Args:
         saes: the settings of each SAE; None: of the one SAE of `config`.
+        hardware: the hardware whose memory counts; None: this machine's.
 
     Raises:
         ConfigError: settings contradict each other once the width of the activations is known, or memory is too small.
     """
     saes = [config.sae] if saes is None else saes
     source = config.source_for(saes)
-    plan = make_plan(source, saes, facts, checkpoint=config.checkpoint, parallel=config.parallel, n_ranks=n_ranks)
+    layout = {"checkpoint": config.checkpoint, "parallel": config.parallel}
+    plan = make_plan(source, saes, facts, **layout, n_ranks=n_ranks, hardware=hardware)
     problems: list[str] = []
     for sae in plan.saes.values():
         problems += sparsifier_class(sae.config.sparsifier.name).problems(sae.config, sae.sizes)

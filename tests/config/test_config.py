@@ -71,7 +71,8 @@ def test_the_choices_are_those_that_are_promised() -> None:
             "model=bundled", "model=gpt2", "model=pythia_70m", "model=pythia_160m", "model=gemma_2_2b",
             "model=llama_3_2_1b", "model=huggingface", "data=bundled", "data=huggingface", "data=files",
             "harvest=live", "harvest=tensors", "layer=residual", "layer=mlp", "layer=attention", "layer=module",
-            "parallel=data", "tracking=wandb", "tracking=none"} <= set(CHOICES)  # fmt: skip
+            "parallel=data", "parallel=features", "parallel=mesh",
+            "parallel=saes", "plan=default", "tracking=wandb", "tracking=none"} <= set(CHOICES)  # fmt: skip
 
 
 def test_every_schema_is_used_by_a_choice() -> None:

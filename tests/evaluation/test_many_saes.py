@@ -84,12 +84,14 @@ def test_a_batch_that_one_rank_cannot_read_ends_all_ranks() -> None:
     assert on_ranks(3, work) == ["this batch is bad"] * 3
 
 
-@pytest.mark.parametrize("is_dealt", [True, False])
-def test_the_progress_counts_each_batch_once(is_dealt: bool) -> None:
+@pytest.mark.parametrize("n_readers", [0, 1, 2])
+def test_the_progress_counts_each_batch_once(n_readers: int) -> None:
+    """The ranks deal the batches out, or `n_readers` of them read all."""
+
     def work(ranks: Ranks) -> int:
-        deal = ranks if is_dealt else Solo()
+        deal = Solo() if n_readers else ranks
         batches = Rows().batches("evaluation", max_tokens=1, ranks=deal, sites=["here"])
-        own = iter(()) if ranks.rank == 0 and not is_dealt else batches
+        own = batches if n_readers == 0 or ranks.rank >= 2 - n_readers else iter(())
         return sum(turn.n_tokens for turn in rounds(own, ranks, deal=deal))
 
     assert on_ranks(2, work) == [sum(SIZES)] * 2

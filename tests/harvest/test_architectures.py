@@ -1,5 +1,7 @@
 """Many architectures of transformers: the plan without weights, and activations equal to a hook set by hand."""
 
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ from sae_train import config as schema
 from sae_train.config import RunConfig
 from sae_train.harvest.families import FAMILIES
 from sae_train.harvest.language_model import LanguageModel
-from sae_train.harvest.sites import site_facts
+from sae_train.harvest.sites import model_facts
 from tools.architectures import ARCHITECTURES, save_architecture
+from tools.one_of_each import only
 from tools.tiny_models import live_config
 
 CPU = torch.device("cpu")
@@ -53,44 +56,72 @@ def test_plan_and_activations(tmp_path: Path, name: str) -> None:
     right = output_of(by_hand, own)
     config = block_config(tmp_path) if expected.has_family else module_config(tmp_path, expected.block)
     language_model = LanguageModel(config.source, device=CPU)
-    facts = language_model.facts
-    assert (facts.module, facts.d_model, facts.has_loss) == (expected.block, right.shape[-1], expected.has_loss)
-    assert (facts.n_blocks, facts.index) == ((3, 1) if expected.has_family else (None, None))
-    torch.testing.assert_close(language_model.activations(IDS_BT), right, **NEAR)
-    assert torch.equal(language_model.activations(IDS_BT), output_of(language_model.model, facts.module))
+    facts, site = language_model.facts, only(language_model.sites)
+    assert (site.place.module, site.d_model, facts.has_loss) == (expected.block, right.shape[-1], expected.has_loss)
+    assert (facts.n_blocks, site.index) == ((3, 1) if expected.has_family else (None, None))
+    found = only(language_model.activations(IDS_BT))
+    torch.testing.assert_close(found, right, **NEAR)
+    assert torch.equal(found, output_of(language_model.model, site.place.module))
     assert facts.flops_per_token > 0
     assert (facts.note is not None) == (name == "jetmoe")
     if expected.has_loss:
         plain = language_model.logits(IDS_BT)
         torch.testing.assert_close(plain, by_hand(input_ids=IDS_BT).logits.detach(), **NEAR)
-        assert torch.equal(language_model.logits(IDS_BT, replace=lambda site: site.clone()), plain)
-        assert not torch.allclose(language_model.logits(IDS_BT, replace=torch.zeros_like), plain, atol=1e-4)
+        assert torch.equal(language_model.logits(IDS_BT, replace={site.label: Tensor.clone}), plain)
+        assert not torch.allclose(
+            language_model.logits(IDS_BT, replace={site.label: torch.zeros_like}), plain, atol=1e-4
+        )
     if expected.has_family:
-        assert site_facts(module_config(tmp_path, facts.module).source).module == facts.module
-        check_parts_of_a_block(language_model, tmp_path)
+        again = model_facts(module_config(tmp_path, site.place.module).source)
+        assert only(again.sites).place == site.place
+        language_model = LanguageModel(replace(config.source, layers=layers_of(language_model)), device=CPU)
+        check_parts_of_a_block(language_model, site.place.module)
+        check_each_site_alone(language_model)
 
 
-def check_parts_of_a_block(language_model: LanguageModel, folder: Path) -> None:
+def layers_of(language_model: LanguageModel) -> tuple[schema.LayerConfig, ...]:
+    """Return every kind of site that the architecture has, at two blocks."""
+    family = FAMILIES[language_model.model.config.get_text_config().model_type]
+    kinds = ("residual", *(["mlp"] if family.mlp else []), *(["attention"] if family.attention else []))
+    return tuple(schema.BlockLayerConfig(kind=kind, index=index) for index in (1, 0) for kind in kinds)
+
+
+def check_parts_of_a_block(language_model: LanguageModel, block: str) -> None:
     """`mlp` is added to the residual stream, and `attention` is what its projection reads."""
-    block, kind = language_model.facts.module, language_model.model.config.get_text_config().model_type
+    kind, found = language_model.model.config.get_text_config().model_type, language_model.activations(IDS_BT)
+    assert torch.equal(found["residual1"], output_of(language_model.model, block))
     before_norm = FAMILIES[kind].blocks in ("encoder.layer", "layer")
     if FAMILIES[kind].mlp is not None and not before_norm:
-        language_model.facts = site_facts(block_config(folder, "mlp").source)
-        added, full = language_model.activations(IDS_BT), output_of(language_model.model, block)
-        part = language_model.model.get_submodule(language_model.facts.module)
+        part = language_model.model.get_submodule(language_model.sites["mlp1"].place.module)
         handle = part.register_forward_hook(
             lambda _m, _a, out: torch.zeros_like(out) if isinstance(out, Tensor) else (out[0] * 0, *out[1:])
         )
         without = output_of(language_model.model, block)
         handle.remove()
         assert without.any(), "the stream itself is not added by the part"
-        assert torch.allclose(full, without + added, atol=1e-4)
-        assert not torch.allclose(full, without, atol=1e-4)
-    language_model.facts = site_facts(block_config(folder, "attention").source)
-    projection = language_model.model.get_submodule(language_model.facts.module)
-    heads = language_model.activations(IDS_BT)
-    assert torch.allclose(projection(heads), output_of(language_model.model, language_model.facts.module), atol=1e-6)
-    assert language_model.facts.side == "input"
+        assert torch.allclose(found["residual1"], without + found["mlp1"], atol=1e-4)
+        assert not torch.allclose(found["residual1"], without, atol=1e-4)
+    place = language_model.sites["attention1"].place
+    projection = language_model.model.get_submodule(place.module)
+    read = output_of(language_model.model, place.module)
+    assert torch.allclose(projection(found["attention1"]), read, atol=1e-6)
+    assert place.side == "input"
+
+
+def check_each_site_alone(language_model: LanguageModel) -> None:
+    """All sites of one pass are those of a pass of their own, bit for bit, though some models write in place."""
+    together = language_model.activations(IDS_BT)
+    both = language_model.activations_and_gradients(IDS_BT) if language_model.has_loss else None
+    for label, site in language_model.sites.items():
+        own = language_model.activations(IDS_BT, [label])
+        assert list(own) == [label]
+        assert torch.equal(own[label], together[label])
+        if both is not None:
+            alone = copy(language_model)
+            alone.sites = {label: site}
+            activations, gradients = alone.activations_and_gradients(IDS_BT)
+            assert torch.equal(activations[label], both[0][label])
+            assert torch.equal(gradients[label], both[1][label])
 
 
 def test_the_walk_is_as_wide_as_it_claims() -> None:

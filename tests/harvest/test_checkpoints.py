@@ -21,6 +21,7 @@ from sae_train.harvest.build import build_stream, check_stream
 from sae_train.harvest.hub import missing_library
 from sae_train.harvest.language_model import LanguageModel, Tokenizer
 from sae_train.ranks.interface import Solo
+from tools.one_of_each import only
 from tools.tiny_models import planned_config, save_model
 
 CPU = torch.device("cpu")
@@ -87,8 +88,8 @@ def test_a_quantised_checkpoint_that_runs_here_is_not_refused(copy, llama, dtype
     edit(copy / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
     config = planned_config(copy, dtype=dtype)
     check_stream(config.source, n_ranks=1)
-    found = LanguageModel(config.source, device=CPU).activations(IDS_BT)
-    right = LanguageModel(planned_config(plain, dtype=dtype).source, device=CPU).activations(IDS_BT)
+    found = only(LanguageModel(config.source, device=CPU).activations(IDS_BT))
+    right = only(LanguageModel(planned_config(plain, dtype=dtype).source, device=CPU).activations(IDS_BT))
     torch.testing.assert_close(found, right)
 
 
@@ -252,7 +253,7 @@ def test_nothing_asks_on_the_terminal(own):
 def test_foreign_code_runs_where_it_may(own):
     config = own_config(own, remote_code=True)
     facts = check_stream(config.source, n_ranks=1)
-    assert (facts.d_model, facts.note) == (32, "")
+    assert (facts.sites[0].d_model, facts.note) == (32, "")
     language_model = LanguageModel(config.source, device=CPU)
     weights, x = load_file(own / "model.safetensors"), None
     x = weights["embed.weight"][IDS_BT]
@@ -260,7 +261,7 @@ def test_foreign_code_runs_where_it_may(own):
         up, down = (weights[f"blocks.{block}.{name}.weight"] for name in ("up", "down"))
         hidden = (x @ up.T + weights[f"blocks.{block}.up.bias"]).relu()
         x = x + hidden @ down.T + weights[f"blocks.{block}.down.bias"]
-    torch.testing.assert_close(language_model.activations(IDS_BT), x)
+    torch.testing.assert_close(only(language_model.activations(IDS_BT)), x)
     assert language_model.has_loss
     assert language_model.logits(IDS_BT).shape == (2, 9, 320)
 
@@ -284,7 +285,7 @@ def test_code_that_looks_at_values_is_asked_with_weights_if_it_is_small(own, mon
     (own / "own.py").write_text(OWN_CODE.replace("x = self.embed(input_ids)", looks))
     config = own_config(own, remote_code=True)
     facts = check_stream(config.source, n_ranks=1)
-    assert facts.d_model == 32
+    assert facts.sites[0].d_model == 32
     assert "own_kind was run with arbitrary weights" in facts.note
     monkeypatch.setattr("sae_train.harvest.probe._LARGEST_REAL", 1000)
     message = planned(config)

@@ -10,7 +10,8 @@ from sae_train import config as schema
 from sae_train.errors import ConfigError
 from sae_train.harvest.build import check_stream
 from sae_train.harvest.language_model import LanguageModel
-from sae_train.harvest.sites import site_facts
+from sae_train.harvest.sites import model_facts
+from tools.one_of_each import only
 from tools.small_runs import CPU
 from tools.tiny_models import live_config, save_model
 
@@ -33,12 +34,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def loss_of(language_model: LanguageModel, site_BTD: Tensor) -> Tensor:
     """Return the summed cross-entropy, in nats, of what the model goes on to predict with `site_BTD` at its site."""
-    module = language_model.model.get_submodule(language_model.facts.module)
+    place = only(language_model.sites).place
+    module = language_model.model.get_submodule(place.module)
 
     def splice(_module: object, _args: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         return site_BTD if isinstance(output, Tensor) else (site_BTD, *output[1:])
 
-    if language_model.facts.side == "input":
+    if place.side == "input":
         handle = module.register_forward_pre_hook(lambda _m, args: (site_BTD, *args[1:]))
     else:
         handle = module.register_forward_hook(splice)
@@ -56,8 +58,8 @@ def test_it_is_the_gradient_of_the_summed_loss_at_the_site(models: dict[str, Pat
     config = live_config(models["llama"], layer=layer, attention="eager")
     language_model = LanguageModel(config.source, device=CPU)
     language_model.model.double()
-    plain = language_model.activations(IDS_BT)
-    site_BTD, gradient_BTD = language_model.activations_and_gradients(IDS_BT)
+    plain = only(language_model.activations(IDS_BT))
+    site_BTD, gradient_BTD = map(only, language_model.activations_and_gradients(IDS_BT))
     assert torch.equal(site_BTD, plain)
     leaf = plain.clone().requires_grad_()
     (expected,) = torch.autograd.grad(loss_of(language_model, leaf * 1), leaf)
@@ -69,7 +71,7 @@ def test_it_is_what_finite_differences_say(models: dict[str, Path]) -> None:
     """One entry, in float64, of a model whose norms do not round to fp32 on the way."""
     language_model = LanguageModel(live_config(models["gpt2"], attention="eager").source, device=CPU)
     language_model.model.double()
-    site_BTD, gradient_BTD = language_model.activations_and_gradients(IDS_BT)
+    site_BTD, gradient_BTD = map(only, language_model.activations_and_gradients(IDS_BT))
     step = torch.zeros_like(site_BTD)
     step[1, 3, 5] = 1e-5
     with torch.no_grad():
@@ -87,7 +89,7 @@ def test_only_what_follows_the_site_is_kept_and_weights_get_nothing(models: dict
         return block.input_layernorm.register_forward_hook(lambda _m, _a, out: seen.update({index: out.requires_grad}))
 
     handles = [note(index) for index in range(3)]
-    _, gradient_BTD = language_model.activations_and_gradients(IDS_BT)
+    gradient_BTD = only(language_model.activations_and_gradients(IDS_BT)[1])
     for handle in handles:
         handle.remove()
     assert seen == {0: False, 1: False, 2: True}
@@ -100,8 +102,8 @@ def test_only_what_follows_the_site_is_kept_and_weights_get_nothing(models: dict
 def test_a_gradient_belongs_to_the_later_tokens_of_its_context(models: dict[str, Path]) -> None:
     """No context hears of another, however many go together; the last position predicts nothing."""
     language_model = LanguageModel(live_config(models["gpt2"]).source, device=CPU)
-    both = language_model.activations_and_gradients(IDS_BT)
-    alone = [language_model.activations_and_gradients(ids) for ids in IDS_BT.split(1)]
+    both = [only(each) for each in language_model.activations_and_gradients(IDS_BT)]
+    alone = [map(only, language_model.activations_and_gradients(ids)) for ids in IDS_BT.split(1)]
     for here, parts in zip(both, zip(*alone, strict=True), strict=True):
         assert torch.allclose(here, torch.cat(parts), rtol=1e-4, atol=1e-5)
     gradient_BTD = both[1]
@@ -119,18 +121,18 @@ def test_a_site_that_the_loss_does_not_depend_on_is_refused(models: dict[str, Pa
 def test_where_a_module_sees_all_tokens_in_one_row(models: dict[str, Path]) -> None:
     layer = schema.ModuleLayerConfig(kind="module", path="model.decoder.layers.1.fc1", side="output")
     language_model = LanguageModel(live_config(models["opt"], layer=layer).source, device=CPU)
-    site_BTD, gradient_BTD = language_model.activations_and_gradients(IDS_BT)
+    site_BTD, gradient_BTD = map(only, language_model.activations_and_gradients(IDS_BT))
     assert site_BTD.shape == gradient_BTD.shape == (2, 9, 48)
-    assert torch.equal(site_BTD, language_model.activations(IDS_BT))
+    assert torch.equal(site_BTD, only(language_model.activations(IDS_BT)))
 
 
 def test_the_way_to_the_loss_and_back_is_counted(models: dict[str, Path]) -> None:
     config = live_config(models["llama"])
     block, vocab = 4 * 32 * 32 + 3 * 32 * 48, LanguageModel(config.source, device=CPU).vocab
-    assert site_facts(config.source).flops_per_token == 2 * 2 * block
+    assert model_facts(config.source).flops_per_token == 2 * 2 * block
     back = block + 32 * vocab
     assert (
-        site_facts(live_config(models["llama"], sparsifier="gradient").source).flops_per_token
+        model_facts(live_config(models["llama"], sparsifier="gradient").source).flops_per_token
         == 2 * (3 * block + 32 * vocab) + 2 * back
     )
 

@@ -15,6 +15,20 @@ SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 12), st.integers(0, 20)).ma
 )
 
 
+WIDTHS = {"here": 2, "there": 3}
+"""Width of each site. Rows of the second are minus the rows of the first, so that mixed-up rows are seen."""
+
+
+def rows_of(numbers: torch.Tensor, *, gradients: bool) -> dict[str, Batch]:
+    """Return rows of every site for numbered tokens."""
+    sign, found = 1.0, {}
+    for site, width in WIDTHS.items():
+        rows_ND = sign * numbers[:, None].repeat(1, width)
+        found[site] = Batch(rows_ND, 10 * rows_ND if gradients else None)
+        sign = -sign
+    return found
+
+
 class Source:
     """Numbered rows in blocks of varying size: what a lane's forward passes give."""
 
@@ -22,16 +36,19 @@ class Source:
         self.most, self.count, self.gradients = most, 0, gradients
         self._generator = torch.Generator().manual_seed(seed)
 
-    def block(self) -> Batch:
+    def block(self) -> dict[str, Batch]:
         n = int(torch.randint(0, self.most + 1, (1,), generator=self._generator))
-        rows = torch.arange(self.count, self.count + n, dtype=torch.float32)[:, None].repeat(1, 2)
+        rows = rows_of(torch.arange(self.count, self.count + n, dtype=torch.float32), gradients=self.gradients)
         self.count += n
-        return Batch(rows, -rows) if self.gradients else Batch(rows)
+        return rows
+
+
+def empty(n: int, *, gradients: bool = False) -> dict[str, Batch]:
+    return rows_of(torch.full((n,), float("nan")), gradients=gradients)
 
 
 def pool_of(shape: dict[str, int], *, lane: int = 3, seed: int = 0, gradients: bool = False) -> LanePool:
-    rows = torch.full((shape["capacity"], 2), float("nan"))
-    storage = Batch(rows, rows.clone()) if gradients else Batch(rows)
+    storage = empty(shape["capacity"], gradients=gradients)
     return LanePool(storage, lane=lane, share=shape["share"], forward_rows=shape["forward"], seed=seed)
 
 
@@ -41,21 +58,30 @@ def refill(pool: LanePool, source: Source) -> None:
     pool.shuffle()
 
 
+def taken_from(pool: LanePool, n: int, *, gradients: bool = False) -> list[float]:
+    """Take a share; return its numbers, which are the same at every site and in the gradients."""
+    out = empty(n, gradients=gradients)
+    pool.take(out)
+    numbers = out["here"].x_ND[:, 0]
+    for site, expected in rows_of(numbers, gradients=gradients).items():
+        assert torch.equal(out[site].x_ND, expected.x_ND)
+        assert gradients == (out[site].gradient_ND is not None)
+        if expected.gradient_ND is not None:
+            assert torch.equal(out[site].gradient_ND, expected.gradient_ND)
+    return numbers.tolist()
+
+
 def next_share(pool: LanePool, source: Source, share: int) -> list[float]:
     if pool.is_due:
         refill(pool, source)
-    out = Batch(torch.empty(share, 2), torch.empty(share, 2) if source.gradients else None)
-    pool.take(out)
-    if out.gradient_ND is not None:
-        assert torch.equal(out.gradient_ND, -out.x_ND)
-    return out.x_ND[:, 0].tolist()
+    return taken_from(pool, share, gradients=source.gradients)
 
 
 @given(shape=SHAPES, steps=st.integers(1, 30), seed=st.integers(0, 99), gradients=st.booleans())
 def test_every_row_comes_out_once(shape, steps, seed, gradients):
     pool, source = pool_of(shape, gradients=gradients), Source(shape["forward"], seed, gradients=gradients)
     taken = [row for _ in range(steps) for row in next_share(pool, source, shape["share"])]
-    left = pool.state()["rows"][:, 0].tolist()
+    left = pool.state()["rows/here"][:, 0].tolist()
     assert Counter(taken + left) == Counter(float(row) for row in range(source.count))
     assert pool.taken == len(taken)
     assert len(left) == pool.unread <= shape["capacity"]
@@ -88,7 +114,7 @@ def test_refilled_when_less_than_half_is_unread_until_a_forward_pass_might_not_f
     assert 25 <= pool.unread <= 32
     while not pool.is_due:
         assert pool.unread >= 16
-        pool.take(Batch(torch.empty(4, 2)))
+        pool.take(empty(4))
     assert 12 <= pool.unread < 16
 
 
@@ -97,10 +123,10 @@ def test_the_shuffle_is_keyed_by_seed_lane_and_refill():
 
     def first(lane: int, seed: int, refills: int = 1) -> list[float]:
         pool = pool_of(shape, lane=lane, seed=seed)
-        pool.add(Batch(torch.arange(32.0)[:, None].repeat(1, 2)))
+        pool.add(rows_of(torch.arange(32.0), gradients=False))
         for _ in range(refills):
             pool.shuffle()
-        return pool.state()["rows"][:, 0].tolist()
+        return pool.state()["rows/here"][:, 0].tolist()
 
     orders = [first(0, 0), first(1, 0), first(0, 1), first(0, 0, refills=2), list(range(32))]
     assert len({tuple(order) for order in orders}) == 5
@@ -116,8 +142,8 @@ def test_a_pool_that_could_starve_is_our_fault_not_silent():
 def test_what_is_taken_does_not_alias_the_pool():
     pool, source = pool_of({"share": 4, "forward": 8, "capacity": 32}), Source(8, 0)
     refill(pool, source)
-    out = Batch(torch.empty(4, 2))
+    out = empty(4)
     pool.take(out)
-    kept = out.map(torch.clone)
+    kept = {site: rows.map(torch.clone) for site, rows in out.items()}
     refill(pool, source)
-    assert torch.equal(out.x_ND, kept.x_ND)
+    assert all(torch.equal(rows.x_ND, kept[site].x_ND) for site, rows in out.items())

@@ -29,6 +29,7 @@ from sae_train.harvest.prefetch import Prefetcher
 from sae_train.harvest.tensors import TensorStream
 from sae_train.ranks.interface import Ranks, Solo
 from tools.grid_of_threads import LOADING, on_ranks
+from tools.one_of_each import only
 from tools.processes import checkpoints, finish, kill_after_progress, launch, rows, weights
 from tools.small_runs import identity_of, torch_threads
 from tools.tiny_models import live_config, save_model, save_sentences, tensors_config
@@ -95,7 +96,7 @@ def batches_of(config: RunConfig, ranks: Ranks | None = None, *, patient: bool =
         stream.start()
         batches = []
         for step in range(STEPS):
-            batches.append(stream.batch(step).x_ND)
+            batches.append(only(stream.batch(step)).x_ND)
             if patient:
                 until_idle(stream)
         return batches
@@ -131,7 +132,7 @@ def test_a_checkpoint_is_of_its_step_and_not_of_what_is_harvested_ahead(source: 
         plain.start()
         early.start()
         for step in range(STEPS):
-            assert torch.equal(plain.batch(step).x_ND, early.batch(step).x_ND)
+            assert torch.equal(only(plain.batch(step)).x_ND, only(early.batch(step)).x_ND)
             if step % 5 == 2:
                 until_idle(early)
             expected, found = states(plain), states(early)
@@ -158,7 +159,7 @@ def test_what_the_thread_does_is_what_would_be_done_anyway(
         stream, count = opened(config), 0
         activations = stream.language_model.activations
 
-        def counted(ids_BT: Tensor) -> Tensor:
+        def counted(ids_BT: Tensor) -> dict[str, Tensor]:
             nonlocal count
             count += 1
             return activations(ids_BT)
@@ -168,7 +169,7 @@ def test_what_the_thread_does_is_what_would_be_done_anyway(
         for step in range(STEPS):
             stream.batch(step)
             until_idle(stream)
-            ahead = [sum(len(outcome.get().rows) for outcome in lane._early) for lane in stream._lanes]
+            ahead = [sum(len(outcome.get()) for outcome in lane._early) for lane in stream._lanes]
             assert max(ahead) < prefetch * 16 + 2 * 15 or not prefetch
         stream.close()
         return count
@@ -264,7 +265,7 @@ def test_it_stands_still_while_the_language_model_is_used_elsewhere(source: Path
         for _ in range(20):
             with stream.quiet():
                 before = stream._prefetcher.seconds, [lane.in_hand for lane in stream._lanes]
-                list(stream.held_out.batches("evaluation", max_tokens=64))
+                list(stream.held_out.batches("evaluation", max_tokens=64, ranks=Solo()))
                 assert before == (stream._prefetcher.seconds, [lane.in_hand for lane in stream._lanes])
         until_idle(stream)
         assert stream.beside_seconds() > 0
@@ -276,13 +277,13 @@ def test_a_pool_knows_its_next_refill() -> None:
     """Against a pool that is taken from until it is due."""
     for filled in range(32, 97):
         for last_row in (0, 40, 64, 1000):
-            pool = LanePool(Batch(torch.zeros(96, 1)), lane=0, share=8, forward_rows=20, seed=0)
-            pool.add(Batch(torch.zeros(filled, 1)))
+            pool = LanePool({"here": Batch(torch.zeros(96, 1))}, lane=0, share=8, forward_rows=20, seed=0)
+            pool.add({"here": Batch(torch.zeros(filled, 1))})
             pool.shuffle()
-            pool.take(Batch(torch.empty(8, 1)))
+            pool.take({"here": Batch(torch.empty(8, 1))})
             told = [pool.will_have_room(n, last_row=last_row) for n in range(96)]
             while not pool.is_due:
-                pool.take(Batch(torch.empty(8, 1)))
+                pool.take({"here": Batch(torch.empty(8, 1))})
             made = pool.taken < last_row
             assert told == [made and pool.unread + n + 20 <= 96 for n in range(96)]
 

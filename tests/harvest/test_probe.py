@@ -16,8 +16,9 @@ from sae_train.harvest.architecture import without_weights
 from sae_train.harvest.build import check_stream
 from sae_train.harvest.checkpoints import read_model_config
 from sae_train.harvest.language_model import LanguageModel
-from sae_train.harvest.sites import site_facts
+from sae_train.harvest.sites import model_facts
 from tools.architectures import save_architecture
+from tools.one_of_each import only
 from tools.tiny_models import planned_config, save_model
 
 CPU = torch.device("cpu")
@@ -49,10 +50,10 @@ def block_of(name: str) -> str:
 def test_the_longest_context_is_the_one_that_the_real_model_takes(tmp_path: Path, name: str) -> None:
     save_architecture(tmp_path, name)
     config = module_config(tmp_path, block_of(name), harvest={"context_length": 32, "pool_batches": 64})
-    longest = site_facts(config.source).max_positions
+    longest = model_facts(config.source).max_positions
     assert longest is not None
     language_model = LanguageModel(config.source, device=CPU)
-    assert language_model.activations(torch.full((1, longest), 9)).shape[1] == longest
+    assert only(language_model.activations(torch.full((1, longest), 9))).shape[1] == longest
     with pytest.raises((IndexError, RuntimeError)):
         language_model.activations(torch.full((1, longest + 1), 9))
     for length, is_taken in ((longest, True), (longest + 1, False), (longest + 2, False)):
@@ -68,23 +69,23 @@ def test_padding_as_token_zero_moves_the_first_position_by_one(tmp_path: Path) -
     save_architecture(tmp_path, "xlm-roberta")
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"pad_token_id": 0}))
-    assert site_facts(planned_config(tmp_path).source).max_positions == 65
+    assert model_facts(planned_config(tmp_path).source).max_positions == 65
 
 
 def test_a_table_that_the_configuration_does_not_mention_ends_too(tmp_path: Path) -> None:
     """GPT-2's table is found by its lookups, whatever the configuration calls it."""
     save_model(tmp_path, "gpt2")
     config = planned_config(tmp_path)
-    assert site_facts(config.source).max_positions == 64
+    assert model_facts(config.source).max_positions == 64
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"n_positions": 20}))
-    assert site_facts(config.source).max_positions == 20
+    assert model_facts(config.source).max_positions == 20
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "mamba"])
 def test_a_model_without_a_table_takes_any_context(tmp_path: Path, name: str) -> None:
     save_architecture(tmp_path, name)
-    assert site_facts(module_config(tmp_path, block_of(name)).source).max_positions is None
+    assert model_facts(module_config(tmp_path, block_of(name)).source).max_positions is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -95,7 +96,8 @@ def test_the_probe_runs_in_the_models_dtype(tmp_path: Path, name: str, dtype: st
     built = without_weights(config.model, read_model_config(config.model))
     assert {weight.dtype for weight in built.parameters()} == {getattr(torch, dtype)}
     assert all(isinstance(weight.data, FakeTensor) for weight in built.parameters())
-    assert (site_facts(config.source).d_model, site_facts(config.source).note) == (32, None)
+    facts = model_facts(config.source)
+    assert (only(facts.sites).d_model, facts.note) == (32, None)
 
 
 def test_a_large_model_takes_no_memory(tmp_path: Path) -> None:
@@ -106,15 +108,15 @@ def test_a_large_model_takes_no_memory(tmp_path: Path) -> None:
     large["num_key_value_heads"] = 2**10
     (tmp_path / "config.json").write_text(json.dumps(values | large | {"head_dim": 128}))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    facts = site_facts(planned_config(tmp_path).source)
-    assert (facts.d_model, facts.n_blocks) == (2**17, 3)
+    facts = model_facts(planned_config(tmp_path).source)
+    assert (only(facts.sites).d_model, facts.n_blocks) == (2**17, 3)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
 
 
 def test_experts_that_are_chosen_are_counted(tmp_path: Path) -> None:
     """A token passes two of four experts: each has three matrices of 32 by 48."""
     save_architecture(tmp_path, "mixtral")
-    facts = site_facts(planned_config(tmp_path, layer=schema.BlockLayerConfig(kind="residual", index=0)).source)
+    facts = model_facts(planned_config(tmp_path, layer=schema.BlockLayerConfig(kind="residual", index=0)).source)
     attention, router, experts = 2 * 32 * 32 + 2 * 32 * 16, 4 * 32, 2 * 3 * 32 * 48
     assert facts.flops_per_token == 2 * (attention + router + experts)
 

@@ -12,6 +12,7 @@ from sae_train.harvest.corpus import Corpus
 from sae_train.harvest.lanes import Lane
 from sae_train.harvest.language_model import LanguageModel, Tokenizer
 from sae_train.harvest.raw_rows import Block, Patience, RawRows
+from tools.one_of_each import only
 from tools.small_runs import CPU
 from tools.tiny_models import live_config, save_model, save_sentences
 
@@ -32,7 +33,7 @@ class Setting:
                     context_length=LENGTH)  # fmt: skip
 
     def rows(self, *, gradients: bool = False, repeat: bool = False) -> RawRows:
-        return RawRows(self.lane(repeat=repeat), language_model=self.model, tokenizer=self.tokenizer, site="here",
+        return RawRows(self.lane(repeat=repeat), language_model=self.model, tokenizer=self.tokenizer,
                        contexts_per_forward=CONTEXTS, reads_gradients=gradients)  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def expected_rows(setting: Setting) -> tuple[Tensor, Tensor]:
     lane, found = setting.lane(), list[tuple[Tensor, Tensor]]()
     special = set(setting.tokenizer.special_ids)
     while len(ids_BT := lane.contexts(CONTEXTS)):
-        site_BTD, gradient_BTD = setting.model.activations_and_gradients(ids_BT)
+        site_BTD, gradient_BTD = map(only, setting.model.activations_and_gradients(ids_BT))
         for context, ids in enumerate(ids_BT.tolist()):
             places = [place for place, token in enumerate(ids) if place > 0 and token not in special]
             found += [(site_BTD[context, place], gradient_BTD[context, place]) for place in places]
@@ -64,10 +65,10 @@ def expected_rows(setting: Setting) -> tuple[Tensor, Tensor]:
 def test_they_are_those_of_every_trainable_token(setting: Setting) -> None:
     activations, gradients = expected_rows(setting)
     blocks, plain = blocks_of(setting.rows(gradients=True)), blocks_of(setting.rows())
-    assert torch.equal(torch.cat([block.raw_ND for block in blocks]), activations)
-    assert torch.equal(torch.cat([block.gradient_ND for block in blocks if block.gradient_ND is not None]), gradients)
-    assert torch.allclose(torch.cat([block.raw_ND for block in plain]), activations, rtol=1e-5, atol=1e-6)
-    assert all(block.gradient_ND is None for block in plain)
+    assert torch.equal(torch.cat([only(block.raw) for block in blocks]), activations)
+    assert torch.equal(torch.cat([only(block.gradients) for block in blocks]), gradients)
+    assert torch.allclose(torch.cat([only(block.raw) for block in plain]), activations, rtol=1e-5, atol=1e-6)
+    assert not any(block.gradients for block in plain)
     assert [block.is_last for block in blocks] == [False] * (len(blocks) - 1) + [True]
 
 
@@ -80,7 +81,7 @@ def test_a_blocks_cursor_leads_to_the_next_block(setting: Setting) -> None:
         again.go_to(here.cursor)
         found = again.next()
         assert found is not None
-        assert torch.equal(found.raw_ND, there.raw_ND)
+        assert torch.equal(only(found.raw), only(there.raw))
         assert all(torch.equal(value, there.cursor[name]) for name, value in again.cursor().items())
 
 
@@ -93,7 +94,7 @@ def test_the_rest_is_counted_from_the_cursor(setting: Setting) -> None:
 
 
 def test_patience_ends_after_200_passes_in_a_row_without_a_row() -> None:
-    patience = Patience(3)
+    patience = Patience("lane 3")
     for n_rows in [0] * 199 + [1] + [0] * 199:
         patience.see(n_rows)
     with pytest.raises(DataError, match="lane 3: 200 forward passes in a row gave no token"):

@@ -16,7 +16,8 @@ from sae_train.config import RunConfig
 from sae_train.errors import ConfigError, DataError, UserError
 from sae_train.harvest.hub import hub_error
 from sae_train.harvest.language_model import LanguageModel
-from sae_train.harvest.sites import site_facts
+from sae_train.harvest.sites import SiteFacts, model_facts
+from tools.one_of_each import only
 from tools.tiny_models import FAMILIES, OTHERS, live_config, save_model
 
 CPU = torch.device("cpu")
@@ -50,9 +51,17 @@ def loaded(config: RunConfig) -> LanguageModel:
     return _LOADED[key]
 
 
+def site_of(language_model: LanguageModel) -> SiteFacts:
+    return only(language_model.sites)
+
+
+def activations_of(language_model: LanguageModel) -> Tensor:
+    return only(language_model.activations(IDS_BT))
+
+
 def block_of(language_model: LanguageModel) -> nn.Module:
     """Return the block that holds the site."""
-    parts = language_model.facts.module.split(".")
+    parts = site_of(language_model).place.module.split(".")
     while not parts[-1].isdigit():
         parts.pop()
     return language_model.model.get_submodule(".".join(parts))
@@ -74,22 +83,22 @@ def test_residual_is_what_transformers_calls_the_hidden_state(models, family, in
     language_model = loaded(config_for(models, family, index=index))
     with torch.no_grad():
         hidden = language_model.model(IDS_BT, output_hidden_states=True).hidden_states[index + 1]
-    assert torch.equal(language_model.activations(IDS_BT), hidden)
-    assert language_model.facts.label == f"residual{index}"
+    assert torch.equal(activations_of(language_model), hidden)
+    assert site_of(language_model).label == f"residual{index}"
     assert language_model.facts.n_blocks == 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mlp_is_what_is_added_to_the_residual_stream(models, family):
     language_model = loaded(config_for(models, family, "mlp"))
-    block, added = block_of(language_model), language_model.activations(IDS_BT)
+    block, added = block_of(language_model), activations_of(language_model)
     if family in ("bert", "roberta"):  # post-norm: the sum is normalised after it
         before = all_outputs(language_model, block.attention)
         expected = block.output.LayerNorm(added + before)
         assert torch.allclose(expected, all_outputs(language_model, block), atol=1e-5)
         return
-    residual = loaded(config_for(models, family)).activations(IDS_BT)
-    target = language_model.model.get_submodule(language_model.facts.module)
+    residual = activations_of(loaded(config_for(models, family)))
+    target = language_model.model.get_submodule(site_of(language_model).place.module)
     handle = target.register_forward_hook(lambda _m, _a, out: torch.zeros_like(out))
     without = all_outputs(language_model, block)
     handle.remove()
@@ -99,11 +108,11 @@ def test_mlp_is_what_is_added_to_the_residual_stream(models, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_is_the_heads_output_before_its_projection(models, family):
     language_model = loaded(config_for(models, family, "attention"))
-    heads = language_model.activations(IDS_BT)
-    projection = language_model.model.get_submodule(language_model.facts.module)
+    heads = activations_of(language_model)
+    projection = language_model.model.get_submodule(site_of(language_model).place.module)
     assert torch.equal(projection(heads), all_outputs(language_model, projection))
     weight = projection.weight if isinstance(projection, nn.Linear) else projection.weight.T
-    assert language_model.facts.d_model == heads.shape[-1] == weight.shape[1]
+    assert site_of(language_model).d_model == heads.shape[-1] == weight.shape[1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,7 +123,7 @@ def test_nothing_runs_after_the_site_and_no_hook_stays(models, family, kind):
     before = hooks_of(language_model)
     full, stopped = ran_in(language_model, names, stop=False), ran_in(language_model, names, stop=True)
     assert stopped == full[: len(stopped)]
-    block = language_model.facts.module.split(".")
+    block = site_of(language_model).place.module.split(".")
     later = ".".join([*block[: block.index("1")], "2."])
     assert any(name.startswith(later) for name in full)
     assert not any(name.startswith(later) for name in stopped)
@@ -131,7 +140,7 @@ def ran_in(language_model: LanguageModel, names: list[str], *, stop: bool) -> li
 
     handles = [note(name) for name in names]
     if stop:
-        language_model.activations(IDS_BT)
+        activations_of(language_model)
     else:
         with torch.no_grad():
             language_model.model(IDS_BT)
@@ -157,9 +166,11 @@ def test_splicing(models, family, kind):
         given_to.append(site_BTD)
         return site_BTD.clone()
 
-    assert torch.equal(language_model.logits(IDS_BT, replace=identity), plain)
-    assert torch.equal(given_to[0], language_model.activations(IDS_BT))
-    assert not torch.allclose(language_model.logits(IDS_BT, replace=torch.zeros_like), plain, atol=1e-3)
+    assert torch.equal(language_model.logits(IDS_BT, replace={site_of(language_model).label: identity}), plain)
+    assert torch.equal(given_to[0], activations_of(language_model))
+    assert not torch.allclose(
+        language_model.logits(IDS_BT, replace={site_of(language_model).label: torch.zeros_like}), plain, atol=1e-3
+    )
     assert torch.equal(language_model.logits(IDS_BT), plain), "a splice must leave nothing behind"
 
 
@@ -171,7 +182,7 @@ def test_a_splice_that_fails_leaves_no_hook(models):
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
-        language_model.logits(IDS_BT, replace=broken)
+        language_model.logits(IDS_BT, replace={site_of(language_model).label: broken})
     assert hooks_of(language_model) == before
 
 
@@ -184,9 +195,9 @@ def test_a_splice_that_fails_leaves_no_hook(models):
 def test_any_named_module(models, family, path, width):
     language_model = loaded(module_config(models, family, path))
     expected = all_outputs(language_model, language_model.model.get_submodule(path))
-    assert torch.equal(language_model.activations(IDS_BT), expected.view(2, 9, -1))
-    assert language_model.facts.d_model == (width or expected.shape[-1])
-    assert language_model.facts.label == f"module.{path}"
+    assert torch.equal(activations_of(language_model), expected.view(2, 9, -1))
+    assert site_of(language_model).d_model == (width or expected.shape[-1])
+    assert site_of(language_model).label == f"module.{path}"
 
 
 def test_splicing_where_a_module_sees_all_tokens_in_one_row(models):
@@ -197,7 +208,9 @@ def test_splicing_where_a_module_sees_all_tokens_in_one_row(models):
         shapes.append(site_BTD.shape)
         return site_BTD.clone()
 
-    assert torch.equal(language_model.logits(IDS_BT, replace=identity), language_model.logits(IDS_BT))
+    assert torch.equal(
+        language_model.logits(IDS_BT, replace={site_of(language_model).label: identity}), language_model.logits(IDS_BT)
+    )
     assert shapes == [(2, 9, 48)]
 
 
@@ -205,18 +218,21 @@ def test_splicing_where_a_module_sees_all_tokens_in_one_row(models):
 def test_the_input_of_a_module_also_when_it_goes_by_name(models, path):
     language_model = loaded(module_config(models, "llama", path, side="input"))
     plain = language_model.logits(IDS_BT)
-    assert language_model.facts.label == f"module.{path}.input"
-    assert torch.equal(language_model.logits(IDS_BT, replace=lambda site: site.clone()), plain)
-    assert not torch.allclose(language_model.logits(IDS_BT, replace=torch.zeros_like), plain, atol=1e-3)
+    assert site_of(language_model).label == f"module.{path}.input"
+    assert torch.equal(language_model.logits(IDS_BT, replace={site_of(language_model).label: Tensor.clone}), plain)
+    assert not torch.allclose(
+        language_model.logits(IDS_BT, replace={site_of(language_model).label: torch.zeros_like}), plain, atol=1e-3
+    )
     if path == "model.layers.2":
         before = loaded(config_for(models, "llama", index=1))
-        assert torch.equal(language_model.activations(IDS_BT), before.activations(IDS_BT))
+        assert torch.equal(activations_of(language_model), activations_of(before))
 
 
 def test_facts_come_without_weights(models, tmp_path):
     (tmp_path / "config.json").write_text((models["llama"] / "config.json").read_text())
-    facts = site_facts(replace_model(config_for(models, "llama"), str(tmp_path)).source)
-    assert (facts.d_model, facts.n_blocks, facts.index, facts.max_positions) == (32, 3, 1, None)
+    facts = model_facts(replace_model(config_for(models, "llama"), str(tmp_path)).source)
+    site = only(facts.sites)
+    assert (site.d_model, facts.n_blocks, site.index, facts.max_positions) == (32, 3, 1, None)
     two_blocks = 2 * (4 * 32 * 32 + 3 * 32 * 48)
     assert facts.flops_per_token == 2 * two_blocks
 
@@ -225,21 +241,21 @@ def test_facts_come_without_weights(models, tmp_path):
 def test_block_indices(models, index):
     config = config_for(models, "gpt2", index=index)
     if -3 <= index < 3:
-        assert site_facts(config.source).index == index % 3
+        assert only(model_facts(config.source).sites).index == index % 3
     else:
         with pytest.raises(ConfigError, match=r"3 blocks. Choose -3 to 2"):
-            site_facts(config.source)
+            model_facts(config.source)
 
 
 def test_middle_is_half_of_the_blocks(models):
-    assert site_facts(config_for(models, "gpt2", index="middle").source).index == 1
+    assert only(model_facts(config_for(models, "gpt2", index="middle").source).sites).index == 1
 
 
 def test_dtype_is_the_configs_not_the_checkpoints(models):
     config = config_for(models, "llama")
     half = replace(config, model=replace(config.model, dtype="bfloat16"))
-    assert LanguageModel(half.source, device=CPU).activations(IDS_BT).dtype == torch.bfloat16
-    assert LanguageModel(config.source, device=CPU).activations(IDS_BT).dtype == torch.float32
+    assert activations_of(LanguageModel(half.source, device=CPU)).dtype == torch.bfloat16
+    assert activations_of(LanguageModel(config.source, device=CPU)).dtype == torch.float32
 
 
 def test_a_local_model_never_touches_the_network(models, monkeypatch):

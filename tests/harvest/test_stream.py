@@ -18,12 +18,14 @@ from sae_train.config import RunConfig
 from sae_train.errors import UserError
 from sae_train.harvest.build import build_stream, check_stream
 from sae_train.harvest.filter import trainable, within
+from sae_train.harvest.held_out import Half, HeldOutRows
 from sae_train.harvest.lanes import Lane
 from sae_train.harvest.language_model import Tokenizer
 from sae_train.harvest.live import LiveStream
 from sae_train.ranks.interface import Ranks, Solo
 from tools.grid_of_threads import LOADING, on_ranks
-from tools.tiny_models import live_config, save_model, save_sentences, save_tokenizer
+from tools.one_of_each import only
+from tools.tiny_models import live_config, save_loud_model, save_model, save_sentences, save_tokenizer
 
 STEPS = 30
 
@@ -54,7 +56,14 @@ def stream_of(config: RunConfig, ranks: Ranks | None = None, *, start: bool = Tr
 
 def batches_of(config: RunConfig, ranks: Ranks | None = None, *, steps: int = STEPS) -> list[Tensor]:
     stream = stream_of(config, ranks)
-    return [stream.batch(step).x_ND for step in range(steps)]
+    return [only(stream.batch(step)).x_ND for step in range(steps)]
+
+
+def held_out_rows(
+    stream: LiveStream, half: Half, *, max_tokens: int = 10**6, ranks: Ranks | None = None
+) -> list[HeldOutRows]:
+    batches = stream.held_out.batches(half, max_tokens=max_tokens, ranks=ranks or Solo())
+    return [only(batch.sites) for batch in batches]
 
 
 def as_counts(rows: Tensor) -> Counter[bytes]:
@@ -65,18 +74,20 @@ def as_counts(rows: Tensor) -> Counter[bytes]:
 def test_batches_and_pool_hold_what_the_lanes_read_nothing_lost_nothing_twice(model, text, calibration_tokens):
     config = live_config(model, text, harvest={"calibration_tokens": calibration_tokens})  # 4096: more than pools hold
     stream = stream_of(config)
-    taken = [stream.batch(step).x_ND for step in range(STEPS)]
+    taken = [only(stream.batch(step)).x_ND for step in range(STEPS)]
     tokenizer, harvest = Tokenizer(config.model), config.harvest
+    scaling = only(stream.scalings)
     for number, state in stream.lane_states().items():
         stretches = stream._corpus.stretches(4, context_length=harvest.context_length, tokenizer=tokenizer)
         lane = Lane(number, stretches=stretches, corpus=stream._corpus, tokenizer=tokenizer, seed=0, repeat=True,
                     context_length=harvest.context_length)  # fmt: skip
-        rows = torch.cat([batch[16 * number : 16 * (number + 1)] for batch in taken] + [state["rows"]])
+        rows = torch.cat([batch[16 * number : 16 * (number + 1)] for batch in taken] + [state["rows/residual1"]])
         expected: list[Tensor] = []
         while sum(map(len, expected)) < len(rows):
             ids_BT = lane.contexts(harvest.contexts_per_forward)
-            raw_ND = stream.language_model.activations(ids_BT)[trainable(ids_BT, tokenizer)]
-            expected.append(stream.scaling.normalise(raw_ND[within(raw_ND, limit=stream.scaling.limit)]).x_ND)
+            raw_ND = only(stream.language_model.activations(ids_BT))[trainable(ids_BT, tokenizer)]
+            assert within(raw_ND, limit=scaling.limit).all()
+            expected.append(scaling.normalise(raw_ND).x_ND)
         assert as_counts(rows) == as_counts(torch.cat(expected))
         assert torch.equal(lane.state()["cursor"], state["cursor"])
 
@@ -108,7 +119,7 @@ def test_a_restored_stream_goes_on_bit_for_bit_and_lanes_move_between_ranks(conf
     def second(ranks: Ranks) -> list[Tensor]:
         stream = stream_of(config, ranks, start=False)
         stream.restore(replicated, lanes.__getitem__)
-        return [stream.batch(number).x_ND for number in range(step, STEPS)]
+        return [only(stream.batch(number)).x_ND for number in range(step, STEPS)]
 
     for batch, parts in zip(expected[step:], zip(*on_ranks(after, second), strict=True), strict=True):
         assert torch.equal(batch, torch.cat(parts))
@@ -129,6 +140,7 @@ sys.path[:0] = {paths!r}
 torch.set_num_threads(1)
 from pathlib import Path
 from test_stream import batches_of
+from tools.one_of_each import only
 from tools.tiny_models import live_config
 from sae_train.ranks.distributed import find_ranks, leave
 ranks = find_ranks()
@@ -171,58 +183,45 @@ def test_normalised_in_the_runs_precision(model, text):
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_other_families_stream_too(tmp_path, text, kind):
     stream = stream_of(live_config(save_model(tmp_path, kind), text))
-    assert stream.batch(0).x_ND.shape == (64, 32)
+    assert only(stream.batch(0)).x_ND.shape == (64, 32)
     assert stream.language_model.has_loss == (kind == "gpt2")
 
 
-def with_loud_token(model: Path, folder: Path, *, factor: float) -> int:
-    """Write a copy of the model in which the token of ' river' has a huge embedding; return that token."""
-    from transformers import LlamaForCausalLM
-
-    copy = LlamaForCausalLM.from_pretrained(model)
-    copy.save_pretrained(folder)
-    save_tokenizer(folder, bos_token="<bos>", eos_token="<eos>")
-    loud = Tokenizer(live_config(folder).model).encode("old river")[-1]
-    with torch.no_grad():
-        copy.model.embed_tokens.weight[loud] *= factor
-    copy.save_pretrained(folder)
-    return loud
-
-
-def test_tokens_of_outlying_norm_are_left_out_everywhere(model, text, tmp_path):
-    loud = with_loud_token(model, tmp_path, factor=1000)
+def test_tokens_of_outlying_norm_are_trained_on_nowhere(model, text, tmp_path):
+    loud = save_loud_model(model, tmp_path, factor=1000)
     layer = schema.ModuleLayerConfig(kind="module", path="model.embed_tokens", side="output")
     stream = stream_of(live_config(tmp_path, text, layer=layer))
+    scaling = only(stream.scalings)
     for step in range(STEPS):
-        raw = stream.batch(step).x_ND * stream.scaling.scale + stream.scaling.centre_D.float()
-        assert (raw.norm(dim=1) <= stream.scaling.limit * 1.001).all()
-    assert 0 < stream.dropped_share() < 0.2
+        raw = only(stream.batch(step)).x_ND * scaling.scale + scaling.centre_D.float()
+        assert (raw.norm(dim=1) <= scaling.limit * 1.001).all()
+    assert 0 < only(stream.dropped_shares()) < 0.2
     tokenizer = Tokenizer(live_config(tmp_path).model)
-    for batch in stream.held_out.batches("evaluation", max_tokens=10**6):
+    for batch in stream.held_out.batches("evaluation", max_tokens=10**6, ranks=Solo()):
         expected = trainable(batch.ids_BT, tokenizer) & (batch.ids_BT != loud)
-        assert torch.equal(batch.kept_BT, expected)
+        assert torch.equal(only(batch.sites).kept_BT, expected)
 
 
 def test_held_out_batches(config):
     stream = stream_of(config)
-    calibration = list(stream.held_out.batches("calibration", max_tokens=10**6))
-    evaluation = list(stream.held_out.batches("evaluation", max_tokens=10**6))
-    for batch in (*calibration, *evaluation):
-        assert batch.raw_ND.dtype == torch.float32
-        assert torch.equal(stream.language_model.activations(batch.ids_BT)[batch.kept_BT], batch.raw_ND)
-        assert not batch.kept_BT[:, 0].any()
-        assert len(batch.context_N) == len(batch.raw_ND)
-    seen = [{int(index) for batch in half for index in batch.context_N} for half in (calibration, evaluation)]
+    model = stream.language_model
+    for half in ("calibration", "evaluation"):
+        for batch in stream.held_out.batches(half, max_tokens=10**6, ranks=Solo()):
+            rows = only(batch.sites)
+            assert rows.raw_ND.dtype == torch.float32
+            assert torch.equal(only(model.activations(batch.ids_BT))[rows.kept_BT], rows.raw_ND)
+            assert not rows.kept_BT[:, 0].any()
+            assert len(rows.context_N) == len(rows.raw_ND)
+    calibration, evaluation = held_out_rows(stream, "calibration"), held_out_rows(stream, "evaluation")
+    seen = [{int(index) for rows in half for index in rows.context_N} for half in (calibration, evaluation)]
     assert all(index % 2 == 0 for index in seen[0])
     assert all(index % 2 == 1 for index in seen[1])
-    again = [batch.raw_ND for batch in stream.held_out.batches("calibration", max_tokens=10**6)]
-    assert torch.equal(torch.cat(again), torch.cat([batch.raw_ND for batch in calibration]))
-    fewer = sum(len(batch.raw_ND) for batch in stream.held_out.batches("evaluation", max_tokens=20))
-    assert 20 <= fewer < 20 + 16
-    alone = [batch.raw_ND for batch in evaluation]
-    shares = on_ranks(2, lambda ranks: [b.raw_ND for b in stream_of(config, ranks).held_out.batches(
-        "evaluation", max_tokens=10**6)])  # fmt: skip
-    assert all(torch.equal(batch, shares[index % 2][index // 2]) for index, batch in enumerate(alone))
+    again = torch.cat([rows.raw_ND for rows in held_out_rows(stream, "calibration")])
+    assert torch.equal(again, torch.cat([rows.raw_ND for rows in calibration]))
+    assert 20 <= sum(len(rows.raw_ND) for rows in held_out_rows(stream, "evaluation", max_tokens=20)) < 20 + 16
+    shares = on_ranks(2, lambda ranks: held_out_rows(stream_of(config, ranks), "evaluation", ranks=ranks))
+    for index, rows in enumerate(evaluation):
+        assert torch.equal(rows.raw_ND, shares[index % 2][index // 2].raw_ND)
 
 
 def contexts_in_batches(config: RunConfig, monkeypatch: pytest.MonkeyPatch, *, steps: int) -> list[int]:
@@ -230,17 +229,20 @@ def contexts_in_batches(config: RunConfig, monkeypatch: pytest.MonkeyPatch, *, s
     stream = stream_of(config, start=False)
     count = 0
 
-    def numbered(ids_BT: Tensor) -> Tensor:
+    (site,) = stream.language_model.sites.values()
+
+    def numbered(ids_BT: Tensor) -> dict[str, Tensor]:
         nonlocal count
         numbers = torch.arange(count, count + len(ids_BT))
         count += len(ids_BT)
-        signs = (numbers[:, None] >> torch.arange(stream.d_model).clamp(max=30) & 1) * 2.0 - 1
-        return signs[:, None].expand(*ids_BT.shape, stream.d_model)
+        signs = (numbers[:, None] >> torch.arange(site.d_model).clamp(max=30) & 1) * 2.0 - 1
+        return {site.label: signs[:, None].expand(*ids_BT.shape, site.d_model)}
 
     monkeypatch.setattr(stream.language_model, "activations", numbered)
     stream.start()
-    offset = stream.scaling.centre_D.float()
-    batches = [stream.batch(step).x_ND * stream.scaling.scale + offset > 0 for step in range(steps)]
+    scaling = only(stream.scalings)
+    offset = scaling.centre_D.float()
+    batches = [only(stream.batch(step)).x_ND * scaling.scale + offset > 0 for step in range(steps)]
     return [len(batch.unique(dim=0)) for batch in batches]
 
 
@@ -291,10 +293,12 @@ def refusal(config: RunConfig, *, n_ranks: int = 1) -> str:
 
 def test_facts(config):
     facts = check_stream(config.source, n_ranks=2)
-    assert (facts.d_model, facts.label) == (32, "m.residual1")
+    (site,) = facts.sites
+    assert (facts.name, site.label, site.d_model, site.layer) == ("m", "residual1", 32, config.layer)
     assert facts.pool_bytes == 8 * 64 * 32 * 4 + 256 * 32 * 4
     assert facts.flops_per_token > 0
-    assert facts.record["module"] == "model.layers.1"
+    assert site.record == {"site": "residual1", "module": "model.layers.1", "side": "output"}
+    assert facts.sites_of(config.layer) == facts.sites
 
 
 def test_refusals_before_weights(config, model, text, tmp_path):
@@ -331,7 +335,7 @@ def test_a_tokenizer_that_does_not_belong_to_the_model(model, text, tmp_path):
 
 
 def test_activations_that_are_not_finite_name_site_and_way_out(model, text, tmp_path):
-    with_loud_token(model, tmp_path, factor=float("nan"))
+    save_loud_model(model, tmp_path, factor=float("nan"))
     with pytest.raises(UserError, match=r"residual1: .* because its weight model.embed_tokens.weight is not. No other"):
         stream_of(live_config(tmp_path, text))
 
@@ -354,6 +358,12 @@ def test_text_that_the_filters_empty_is_refused(model, tmp_path):
 def test_a_site_that_becomes_all_outliers_is_refused(config, monkeypatch):
     stream = stream_of(config)
     loud = torch.full((32,), 1e6)
-    monkeypatch.setattr(stream.language_model, "activations", lambda ids_BT: loud.expand(*ids_BT.shape, 32))
-    with pytest.raises(UserError, match="gave no token that the filters keep"):
-        [stream.batch(step).x_ND for step in range(STEPS)]
+    monkeypatch.setattr(
+        stream.language_model, "activations", lambda ids_BT: {"residual1": loud.expand(*ids_BT.shape, 32)}
+    )
+    for step in range(STEPS):
+        batch = only(stream.batch(step)).x_ND  # in the end, all rows are shortened to the limit
+    raw = batch * only(stream.scalings).scale + only(stream.scalings).centre_D.float()
+    assert torch.allclose(raw.norm(dim=1), torch.tensor(only(stream.scalings).limit), rtol=1e-4)
+    with pytest.raises(UserError, match=r"lane 0, residual1: 200 .* gave no token that the filters keep"):
+        [stream.batch(step) for step in range(STEPS, 1000)]

@@ -13,11 +13,13 @@ from torch import Tensor
 from sae_train.config import RunConfig
 from sae_train.errors import UserError
 from sae_train.harvest.build import build_stream, check_stream
+from sae_train.harvest.held_out import HALVES, Half, HeldOutRows
 from sae_train.harvest.scaling import fit_scaling
 from sae_train.harvest.tensor_files import TensorTable, read_headers
 from sae_train.harvest.tensors import TensorStream
 from sae_train.ranks.interface import Ranks, Solo
 from tools.grid_of_threads import on_ranks
+from tools.one_of_each import only
 from tools.tiny_models import tensors_config
 
 D = 8
@@ -49,9 +51,16 @@ def started(config: RunConfig, *, ranks: Ranks | None = None) -> TensorStream:
     return stream
 
 
+def held_out_rows(
+    stream: TensorStream, half: Half, *, max_tokens: int = 10**6, ranks: Ranks | None = None
+) -> list[HeldOutRows]:
+    batches = stream.held_out.batches(half, max_tokens=max_tokens, ranks=ranks or Solo())
+    return [only(batch.sites) for batch in batches]
+
+
 def numbers(stream: TensorStream, batch: Tensor, n: int) -> list[int]:
     """Return the numbers of the rows that a batch holds."""
-    raw = batch.double() * stream.scaling.scale + stream.scaling.centre_D
+    raw = batch.double() * only(stream.scalings).scale + only(stream.scalings).centre_D
     return [round(float(first) * n) for first in raw[:, 0]]
 
 
@@ -86,7 +95,7 @@ def test_every_row_once_an_epoch_over_epoch_boundaries(tmp_path_factory, n, batc
     stream = started(tensors_config(folder, data_seed=seed, batch_tokens=batch, tokens=batch * steps))
     n_training = n - min(int(0.05 * n), 100_000)
     per_epoch = -(-n_training // batch)
-    read = [row for step in range(2 * per_epoch) for row in numbers(stream, stream.batch(step).x_ND, n)]
+    read = [row for step in range(2 * per_epoch) for row in numbers(stream, only(stream.batch(step)).x_ND, n)]
     first, second = read[:n_training], read[n_training : 2 * n_training]
     assert sorted(first) == list(range(n_training))
     assert first != sorted(first)
@@ -97,12 +106,12 @@ def test_every_row_once_an_epoch_over_epoch_boundaries(tmp_path_factory, n, batc
 def test_any_step_can_be_asked_for_and_ranks_share_it(tmp_path):
     config = tensors_config(write(tmp_path / "t", rows_of(3000), rows_of(3000, seed=1)))
     alone = started(config)
-    batches = [alone.batch(step).x_ND for step in range(100)]
-    assert torch.equal(alone.batch(7).x_ND, batches[7])
+    batches = [only(alone.batch(step)).x_ND for step in range(100)]
+    assert torch.equal(only(alone.batch(7)).x_ND, batches[7])
 
     def on_rank(ranks: Ranks) -> list[Tensor]:
         stream = started(config, ranks=ranks)
-        return [stream.batch(step).x_ND for step in range(100)]
+        return [only(stream.batch(step)).x_ND for step in range(100)]
 
     for parts in zip(batches, *on_ranks(2, on_rank), strict=True):
         assert torch.equal(parts[0], torch.cat(parts[1:]))
@@ -111,11 +120,13 @@ def test_any_step_can_be_asked_for_and_ranks_share_it(tmp_path):
 def test_normalised_rows_have_unit_mean_square_and_no_mean(tmp_path):
     folder = write(tmp_path / "t", rows_of(8000))
     stream = started(tensors_config(folder, batch_tokens=6400, tokens=6400, calibration_tokens=7600))
-    batch = stream.batch(0).x_ND
+    batch = only(stream.batch(0)).x_ND
     assert batch.dtype == torch.float32
     assert float(batch.square().sum(1).mean()) == pytest.approx(1, abs=0.02)
     assert float(batch.mean(0).norm()) < 0.02
-    assert stream.scaling.gamma == pytest.approx(float(stream.scaling.centre_D.norm()) / stream.scaling.scale)
+    assert only(stream.scalings).gamma == pytest.approx(
+        float(only(stream.scalings).centre_D.norm()) / only(stream.scalings).scale
+    )
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
@@ -126,9 +137,9 @@ def test_batches_are_the_same_to_the_bit_from_one_file_or_three(tmp_path, dtype,
     given = {"precision": precision, "batch_tokens": 64}
     streams = [started(tensors_config(folder, **given)) for folder in (one, three)]
     for step in range(3):
-        batches = [stream.batch(step).x_ND for stream in streams]
+        batches = [only(stream.batch(step)).x_ND for stream in streams]
         assert torch.equal(*batches)
-        assert torch.equal(batches[0], streams[0].scaling.normalise(raw_of(streams[0], step)).x_ND)
+        assert torch.equal(batches[0], only(streams[0].scalings).normalise(raw_of(streams[0], step)).x_ND)
 
 
 def raw_of(stream: TensorStream, step: int) -> Tensor:
@@ -139,9 +150,9 @@ def raw_of(stream: TensorStream, step: int) -> Tensor:
 def test_float64_stays_float64(tmp_path):
     whole = rows_of(6000).double() + 1e-12
     stream = started(tensors_config(write(tmp_path / "t", whole), precision="float64", batch_tokens=32))
-    batch = stream.batch(0).x_ND
+    batch = only(stream.batch(0)).x_ND
     assert batch.dtype == torch.float64
-    raw = batch * stream.scaling.scale + stream.scaling.centre_D
+    raw = batch * only(stream.scalings).scale + only(stream.scalings).centre_D
     assert (raw[:, None] - whole[None]).abs().sum(-1).amin(1).max() < 1e-13
 
 
@@ -155,17 +166,17 @@ def test_rows_of_outlying_norm_are_left_out(tmp_path, size):
 
     def on_rank(ranks: Ranks) -> tuple[TensorStream, list[Tensor]]:
         stream = started(config, ranks=ranks)
-        return stream, [stream.batch(step).x_ND for step in range(100)]
+        return stream, [only(stream.batch(step)).x_ND for step in range(100)]
 
     results = on_ranks(size, on_rank)
     stream = results[0][0]
     median = whole[:5700].norm(dim=1).median()
-    assert stream.scaling.limit == pytest.approx(10 * float(median), rel=0.05)
+    assert only(stream.scalings).limit == pytest.approx(10 * float(median), rel=0.05)
     read = Counter(row for _, batches in results for batch in batches for row in numbers(stream, batch, n))
     assert set(read) == set(range(5700)) - set(outliers)
-    assert stream.dropped_share() == pytest.approx(3 / 5700)
-    held_out = [b for half in ("calibration", "evaluation") for b in stream.held_out.batches(half, max_tokens=10**6)]
-    assert sum(len(batch.raw_ND) for batch in held_out) == 299
+    assert only(stream.dropped_shares()) == pytest.approx(3 / 5700)
+    held_out = [rows for half in HALVES for rows in held_out_rows(stream, half)]
+    assert sum(len(rows.raw_ND) for rows in held_out) == 299
 
 
 def test_held_out_rows_are_the_last_ones_in_blocks_that_take_turns(tmp_path):
@@ -173,17 +184,17 @@ def test_held_out_rows_are_the_last_ones_in_blocks_that_take_turns(tmp_path):
     whole = rows_of(n)
     config = tensors_config(write(tmp_path / "t", whole))
     stream = started(config)
-    halves = {half: list(stream.held_out.batches(half, max_tokens=10**6)) for half in ("calibration", "evaluation")}
+    halves = {half: held_out_rows(stream, half) for half in HALVES}
     for parity, batches in enumerate(halves.values()):
         raw, context = torch.cat([b.raw_ND for b in batches]), torch.cat([b.context_N for b in batches])
         row = (raw[:, 0] * n).round().long()
         assert torch.equal((row - 38_000) // 256, context)
         assert (context % 2 == parity).all()
     assert sum(len(b.raw_ND) for batches in halves.values() for b in batches) == 2000
-    assert sum(len(b.raw_ND) for b in stream.held_out.batches("evaluation", max_tokens=300)) == 512
+    assert sum(len(b.raw_ND) for b in held_out_rows(stream, "evaluation", max_tokens=300)) == 512
 
     def share(ranks: Ranks) -> list[Tensor]:
-        return [b.raw_ND for b in started(config, ranks=ranks).held_out.batches("calibration", max_tokens=10**6)]
+        return [rows.raw_ND for rows in held_out_rows(started(config, ranks=ranks), "calibration", ranks=ranks)]
 
     parts = on_ranks(2, share)
     assert torch.equal(torch.cat([*parts[0], *parts[1]]), torch.cat([b.raw_ND for b in halves["calibration"]]))
@@ -192,9 +203,9 @@ def test_held_out_rows_are_the_last_ones_in_blocks_that_take_turns(tmp_path):
 def test_a_held_out_directory_leaves_all_rows_to_train_on(tmp_path):
     config = tensors_config(write(tmp_path / "t", rows_of(500)), held_out=write(tmp_path / "h", rows_of(600, seed=1)))
     stream = started(config)
-    read = [row for step in range(8) for row in numbers(stream, stream.batch(step).x_ND, 500)]
+    read = [row for step in range(8) for row in numbers(stream, only(stream.batch(step)).x_ND, 500)]
     assert set(read) == set(range(500))
-    assert sum(len(b.raw_ND) for b in stream.held_out.batches("evaluation", max_tokens=10**6)) == 256
+    assert sum(len(b.raw_ND) for b in held_out_rows(stream, "evaluation")) == 256
 
 
 def test_state_restores_without_a_scan(tmp_path, monkeypatch):
@@ -202,12 +213,12 @@ def test_state_restores_without_a_scan(tmp_path, monkeypatch):
     whole[3] *= 1000
     config = tensors_config(write(tmp_path / "t", whole))
     stream = started(config)
-    expected = [stream.batch(step).x_ND for step in range(50, 200)]
+    expected = [only(stream.batch(step)).x_ND for step in range(50, 200)]
     state = {key: value.clone() for key, value in stream.replicated_state().items()}
     resumed = stream_of(config)
     monkeypatch.setattr("sae_train.harvest.tensors.scan_rows", lambda *_a, **_k: pytest.fail("scanned again"))
     resumed.restore(state, lambda lane: pytest.fail("tensors have no lanes"))
-    assert all(torch.equal(resumed.batch(step + 50).x_ND, batch) for step, batch in enumerate(expected))
+    assert all(torch.equal(only(resumed.batch(step + 50)).x_ND, batch) for step, batch in enumerate(expected))
     assert stream.lane_states() == {}
     write(tmp_path / "t", rows_of(6001))
     with pytest.raises(UserError, match="not the files that the checkpoint was made from"):
@@ -222,8 +233,12 @@ def refusal(config: RunConfig, *, n_ranks: int = 1) -> str:
 
 
 def test_facts_come_from_headers(tmp_path):
-    facts = check_stream(tensors_config(write(tmp_path / "t", rows_of(6000))).source, n_ranks=2)
-    assert (facts.d_model, facts.label, facts.pool_bytes, facts.flops_per_token) == (D, "tensors", 0, 0)
+    config = tensors_config(write(tmp_path / "t", rows_of(6000)))
+    facts = check_stream(config.source, n_ranks=2)
+    (site,) = facts.sites
+    assert (site.d_model, site.label, site.layer, site.record) == (D, "tensors", None, {})
+    assert (facts.name, facts.pool_bytes, facts.flops_per_token, facts.model_bytes) == ("tensors", 0, 0, 0)
+    assert facts.sites_of(config.sae.layer) == facts.sites
 
 
 def test_refusals_from_headers(tmp_path):
@@ -274,7 +289,7 @@ def test_large_but_finite_rows_are_outliers(tmp_path):
     whole = rows_of(6000)
     whole[77] = 3e38
     stream = started(tensors_config(write(tmp_path / "t", whole)))
-    assert stream.dropped_share() == pytest.approx(1 / 5700)
+    assert only(stream.dropped_shares()) == pytest.approx(1 / 5700)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.7])

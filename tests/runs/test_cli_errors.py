@@ -60,9 +60,9 @@ MESSAGES = {
     "sparsifier@x=topk": "sparsifier@x=topk: no such key. Did you mean 'sparsifier'?",
     "aux_loss=null": "aux_loss=null: no such aux_loss. Known: aux_k, aux_zipf, none.",
     "sparsifier={a:1}": "sparsifier={a:1}: no such sparsifier. Known: batch_topk, feature_choice, gated, gradient, "
-    "jumprelu, mutual_choice, p_anneal, relu, temporal_mask, topk.",
-    "experiment=mine": "experiment=mine: there are no experiments here. Put mine.yaml into DIR/experiment/ and add "
-    "--config-dir=DIR.",
+    "jumprelu, jumprelu_gemma_scope, mutual_choice, p_anneal, relu, temporal_mask, topk.",
+    "experiment=mine": "experiment=mine: no such experiment. Known: batch_topk_gpt2, gemma_scope_2b, llama_scope_8b, "
+    "saebench_pythia_160m, suite.",
     "+k=3": "+k=3: '+' cannot add keys here. Write k=3.",
     "+kk=3": "+kk=3: '+' cannot add keys here, and there is no such key. Did you mean 'k'?",
     "++k=3": "++k=3: '++' cannot add keys here. Write k=3.",
@@ -143,12 +143,7 @@ def test_the_message_says_what_is_wrong_and_what_to_do(complaint: Complaint, typ
     assert complaint(*typed.split()) == [MESSAGES[typed]]
 
 
-@pytest.mark.parametrize(
-    "typed",
-    ["variants=['k=16','k=32']", "harvest=store", "parallel=saes",
-     "objective=transcoder", "sweep=wide",
-     "layer.index=[1,2]"],
-)  # fmt: skip
+@pytest.mark.parametrize("typed", ["harvest=store", "objective=transcoder", "sweep=wide"])
 def test_what_is_promised_for_later_is_refused_by_name(complaint: Complaint, typed: str) -> None:
     (line,) = complaint(typed)
     assert line.replace(" ", "").startswith(f"{typed}:")
@@ -218,7 +213,7 @@ def test_a_refused_command_leaves_nothing_behind(command: Command, tmp_path: Pat
 
 
 class Recorder:
-    """A stand-in for training.run that records the calls and ends each k as `outcomes` has it."""
+    """A stand-in for training.run that records the calls and ends each k as `outcomes` has it: a status or an error."""
 
     def __init__(self, **outcomes: object) -> None:
         self.outcomes, self.asked = outcomes, list[float]()
@@ -248,6 +243,29 @@ def test_a_sweep_goes_on_after_a_point_that_cannot_be_run(
     assert "run 2 of 4 (k=2): data.id=x: no such file." in said
     assert "run 3 of 4 (k=3): the loss is nan at step 3." in said
     assert said[-1] == "Not finished: run 2 of 4 (k=2); run 3 of 4 (k=3)."
+
+
+def test_a_sweep_goes_on_after_a_point_whose_saes_were_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    outcome = tmp_path / "outcome.json"
+    monkeypatch.setenv(VARIABLE, str(outcome))
+    recorder = Recorder(k2=3)
+    assert sweep(monkeypatch, recorder) == 3
+    assert recorder.asked == [1, 2, 3, 4]
+    said = capsys.readouterr().err
+    assert "Not finished" not in said
+    assert said.splitlines()[-1] == "Finished, with SAEs that were stopped by the numbers: run 2 of 4 (k=2)."
+    kept = read_outcome(outcome)
+    assert kept is not None
+    assert (kept.state, kept.status) == ("stopped", 3)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert sweep(monkeypatch, Recorder(k2=3)) == 3
+    capsys.readouterr()
+    train(monkeypatch, Recorder(k2=3).run)
+    assert run_command(["k=2"]) == 3
+    assert capsys.readouterr().err == ""  # the run itself reports its SAEs
 
 
 def test_a_sweep_ends_with_2_when_a_point_is_the_users_error(monkeypatch: pytest.MonkeyPatch) -> None:

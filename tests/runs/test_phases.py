@@ -107,8 +107,8 @@ def test_calibration_ends_at_the_forward_pass_that_is_told(model: Path, text: Pa
 def test_the_whole_pass_gives_the_bits_of_the_pass_up_to_the_site(model: Path) -> None:
     lm = LanguageModel(live_config(model).source, device=CPU)
     ids_BT = torch.randint(0, 200, (3, 16), generator=torch.Generator().manual_seed(0))
-    acts_BTD, logits_BTV = lm.activations_and_logits(ids_BT)
-    assert torch.equal(acts_BTD, lm.activations(ids_BT))
+    acts, logits_BTV = lm.activations_and_logits(ids_BT)
+    assert torch.equal(only(acts), only(lm.activations(ids_BT)))
     assert torch.equal(logits_BTV, lm.logits(ids_BT))
 
 

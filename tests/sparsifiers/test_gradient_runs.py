@@ -29,6 +29,7 @@ from sae_train.training.memory import LEFT_TO_THE_MODEL
 from sae_train.training.run import plan_of
 from tools import grid_world as world
 from tools.grid_of_threads import LOADING, on_grid, on_ranks
+from tools.one_of_each import only
 from tools.sae_parts import selected, sparsifier_of
 from tools.small_runs import CPU, kept_by_sorting, run_config
 from tools.tiny_models import live_config, save_model, save_sentences, tensors_config
@@ -56,7 +57,7 @@ def stream_of(config: RunConfig, ranks: Ranks | None = None, *, start: bool = Tr
 
 def batches_of(config: RunConfig, ranks: Ranks | None = None) -> list[Batch]:
     stream = stream_of(config, ranks)
-    return [stream.batch(step) for step in range(STEPS)]
+    return [only(stream.batch(step)) for step in range(STEPS)]
 
 
 def together(batches: Iterable[Batch]) -> Batch:
@@ -95,26 +96,28 @@ def test_every_gradient_stays_with_its_activation(live: Callable[..., RunConfig]
     config = live()
     stream = stream_of(config)
     assert isinstance(stream, LiveStream)
-    assert stream.scaling.gradient_scale is not None
-    taken = [stream.batch(step) for step in range(STEPS)]
+    scaling = only(stream.scalings)
+    assert scaling.gradient_scale is not None
+    taken = [only(stream.batch(step)) for step in range(STEPS)]
     tokenizer, squares = Tokenizer(config.model), list[float]()
     for number, state in stream.lane_states().items():
         lane = Lane(number, stretches=stream._corpus.stretches(4, context_length=16, tokenizer=tokenizer),
                     corpus=stream._corpus, tokenizer=tokenizer, seed=0, repeat=True, context_length=16)  # fmt: skip
-        left = Batch(state["rows"], state["gradients"])
+        left = Batch(state["rows/residual1"], state["gradients/residual1"])
         rows = together([batch[16 * number : 16 * (number + 1)] for batch in taken] + [left])
         expected: list[Batch] = []
         while sum(map(len, expected)) < len(rows):
             ids_BT = lane.contexts(2)
             kept_BT = trainable(ids_BT, tokenizer)
-            raw_ND, gradient_ND = (each[kept_BT] for each in stream.language_model.activations_and_gradients(ids_BT))
-            x_ND = (raw_ND - stream.scaling.centre_D.float()) / stream.scaling.scale
-            expected.append(Batch(x_ND, gradient_ND / stream.scaling.gradient_scale))
+            both = stream.language_model.activations_and_gradients(ids_BT)
+            raw_ND, gradient_ND = (only(each)[kept_BT] for each in both)
+            x_ND = (raw_ND - scaling.centre_D.float()) / scaling.scale
+            expected.append(Batch(x_ND, gradient_ND / scaling.gradient_scale))
         read = together(expected)
         assert as_counts(side_by_side(rows)) == as_counts(side_by_side(read))
         assert read.gradient_ND is not None
-        squares += (read.gradient_ND[:64] * stream.scaling.gradient_scale).double().square().sum(1).tolist()
-    assert stream.scaling.gradient_scale**2 == pytest.approx(sum(squares) / len(squares), rel=1e-6)
+        squares += (read.gradient_ND[:64] * scaling.gradient_scale).double().square().sum(1).tolist()
+    assert scaling.gradient_scale**2 == pytest.approx(sum(squares) / len(squares), rel=1e-6)
 
 
 def test_the_activation_alone_decides_what_is_left_out_and_goes_through_a_checkpoint() -> None:
@@ -143,14 +146,14 @@ def test_pools_with_gradients_are_restored_bit_for_bit(live: Callable[..., RunCo
     replicated, lanes = first.replicated_state(), first.lane_states()
     second = stream_of(live(), start=False)
     second.restore(replicated, lanes.__getitem__)
-    assert second.scaling.gradient_scale == first.scaling.gradient_scale
+    assert only(second.scalings).gradient_scale == only(first.scalings).gradient_scale
     for step in range(5, STEPS):
-        assert same(second.batch(step), expected[step])
+        assert same(only(second.batch(step)), expected[step])
 
 
 def test_pools_take_twice_the_room(live: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     plain, doubled = (check_stream(live(sparsifier=name).source, n_ranks=1) for name in ("topk", "gradient"))
-    assert (doubled.d_model, doubled.pool_bytes) == (plain.d_model, 2 * plain.pool_bytes)
+    assert (doubled.sites, doubled.pool_bytes) == (plain.sites, 2 * plain.pool_bytes)
     plans = [plan_of(live(sparsifier=name), facts, n_ranks=1)
              for name, facts in (("topk", plain), ("gradient", doubled))]  # fmt: skip
     assert plans[1].checkpoint_bytes - plans[0].checkpoint_bytes == plain.pool_bytes
@@ -190,6 +193,11 @@ def write(folder: Path, n: int = 6000, **tensors: Tensor) -> Path:
     return folder
 
 
+def held_out_width(stream: Stream) -> int:
+    batch = next(iter(stream.held_out.batches("evaluation", max_tokens=1, ranks=Solo())))
+    return only(batch.sites).raw_ND.shape[1]
+
+
 def test_gradients_of_files(tmp_path: Path) -> None:
     rows = torch.randn(6000, D, generator=torch.Generator().manual_seed(0)) + 1
     folder = write(tmp_path / "t", gradients=3 * rows[:3000].half())
@@ -199,17 +207,16 @@ def test_gradients_of_files(tmp_path: Path) -> None:
     config = tensors_config(folder, held_out=rows_only, sparsifier="gradient")
     stream = stream_of(config)
     assert isinstance(stream, TensorStream)
-    assert stream.scaling.gradient_scale is not None
+    scaling = only(stream.scalings)
+    assert scaling.gradient_scale is not None
     plain = batches_of(tensors_config(folder, held_out=rows_only, sparsifier="topk"))
     for step in range(STEPS):
-        x_ND, gradient_ND = stream.batch(step).x_ND, stream.batch(step).gradient_ND
+        x_ND, gradient_ND = only(stream.batch(step)).x_ND, only(stream.batch(step)).gradient_ND
         assert gradient_ND is not None
         assert torch.equal(x_ND, plain[step].x_ND)
-        raw_ND = x_ND * stream.scaling.scale + stream.scaling.centre_D.float()
-        assert torch.allclose(gradient_ND * stream.scaling.gradient_scale, 3 * raw_ND, rtol=1e-2, atol=1e-2)
-    assert next(iter(stream.held_out.batches("evaluation", max_tokens=1))).raw_ND.shape[1] == D
-    assert next(iter(stream_of(tensors_config(folder, sparsifier="gradient")).held_out.batches(
-        "evaluation", max_tokens=1))).raw_ND.shape[1] == D  # fmt: skip
+        raw_ND = x_ND * scaling.scale + scaling.centre_D.float()
+        assert torch.allclose(gradient_ND * scaling.gradient_scale, 3 * raw_ND, rtol=1e-2, atol=1e-2)
+    assert held_out_width(stream) == held_out_width(stream_of(tensors_config(folder, sparsifier="gradient"))) == D
     assert stream.fingerprint() != stream_of(tensors_config(folder, sparsifier="topk")).fingerprint()
 
 

@@ -84,6 +84,20 @@ def save_model(folder: Path, kind: str = "llama", **special: str) -> Path:
     return folder
 
 
+def save_loud_model(model: Path, folder: Path, *, factor: float) -> int:
+    """Write a copy of a tiny llama in which the token of ' river' has a huge embedding; return that token."""
+    copy = transformers.LlamaForCausalLM.from_pretrained(model)
+    copy.save_pretrained(folder)
+    save_tokenizer(folder, bos_token="<bos>", eos_token="<eos>")
+    loud: int = transformers.AutoTokenizer.from_pretrained(folder)("old river", add_special_tokens=False)["input_ids"][
+        -1
+    ]
+    with torch.no_grad():
+        copy.model.embed_tokens.weight[loud] *= factor
+    copy.save_pretrained(folder)
+    return loud
+
+
 def live_config(model: Path | str = "bundled", data: Path | str = "bundled", *, attention: str = "sdpa",
                 layer: schema.LayerConfig | None = None, repeat: bool = True, data_seed: int = 0, strict: bool = False,
                 held_out: Path | None = None, text_column: str = "text", dtype: str = "float32",

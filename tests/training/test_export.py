@@ -14,6 +14,7 @@ from sae_train.config import BlockLayerConfig, ParallelConfig, RunConfig, SaeCon
 from sae_train.errors import DataError
 from sae_train.formats import native
 from sae_train.harvest.build import StreamFacts, build_stream, check_stream
+from sae_train.phases import Phases
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.training import thresholds
 from sae_train.training.export import Exported, check_held_out, export_all, write_export
@@ -31,6 +32,7 @@ SAES = {
     "mutual": ("mlp2", run_config(n_features=64)),
     "feature": ("residual1", run_config(sparsifier="feature_choice", n_features=80)),
     "jump": ("attention0", run_config(sparsifier="jumprelu", n_features=64)),
+    "coefficient": ("mlp2", run_config(sparsifier="jumprelu", k=4.0, n_features=64)),
     "gated": ("mlp2", run_config(sparsifier="gated", n_features=48)),
 }
 
@@ -44,7 +46,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 def sae_of(name: str) -> SaeConfig:
     """Return the settings of one of `SAES`."""
     site, config = SAES[name]
-    return replace(config.sae, layer=BlockLayerConfig(kind=site[:-1], index=int(site[-1])))
+    sae = config.sae
+    if name == "coefficient":  # thresholds are exported as learned
+        sae = replace(sae, k=None, sparsifier=replace(sae.sparsifier, coefficient=1e-3))
+    return replace(sae, layer=BlockLayerConfig(kind=site[:-1], index=int(site[-1])))
 
 
 def built(config: RunConfig, names: list[str], ranks: Ranks) -> tuple[Trainer, StreamFacts]:
@@ -136,7 +141,19 @@ def test_saes_that_live_on_one_rank_each_are_exported_as_in_one_process(
     monkeypatch.setattr(thresholds, "CALIBRATION_BYTES", 1)  # several groups, in which some ranks have no SAE
     alone = {each.learner.name: each for each in export_all(trained(config, names)[0])}
     spread = replace(config, parallel=ParallelConfig(layout="saes"))
-    found = on_grid((1, size), lambda ranks: export_all(trained(spread, names, ranks)[0]))
+
+    def work(ranks: Ranks) -> tuple[list[Exported], int]:
+        trainer, meetings = trained(spread, names, ranks)[0], 0
+
+        def meet() -> None:
+            nonlocal meetings
+            meetings += 1
+
+        return export_all(trainer, Phases(together=meet)), meetings
+
+    results = on_grid((1, size), work)
+    assert len({meetings for _, meetings in results}) == 1  # else ranks would wait for each other for ever
+    found = [made for made, _ in results]
     assert sorted(each.learner.name for made in found for each in made) == sorted(alone)
     assert any(len(made) != len(found[0]) for made in found)
     for made in found:
@@ -158,8 +175,19 @@ def test_sae_json_names_the_site_and_what_all_sites_share(run: tuple[Trainer, St
         assert f".{site[-1]}" in entry["source"]["module"]
         assert entry["source"]["model"] == trainer.source.model.id
         assert entry["normalisation"]["scale"] == trainer.stream.scalings[site].scale
+        assert entry["normalisation"]["centre_norm"] == float(trainer.stream.scalings[site].centre_D.norm())
     scales = {entry["normalisation"]["scale"] for entry in written.values()}
     assert len(scales) == len(SITES)
+
+
+def test_learned_thresholds_are_in_the_units_of_their_own_site(run: tuple[Trainer, StreamFacts]) -> None:
+    trainer, _ = run
+    (made,) = (each for each in export_all(trainer) if each.learner.config.k is None)
+    rule = made.learner.sparsifier.export(made.learner.dictionary, made.learner.step_info(trainer.n_done))
+    assert rule.threshold_F is not None
+    scale = trainer.stream.scalings["mlp2"].scale
+    torch.testing.assert_close(made.sae.threshold, (rule.threshold_F * scale).float())
+    assert made.sae.k == made.figures["target_l0"]
 
 
 @pytest.mark.parametrize("site", SITES)
