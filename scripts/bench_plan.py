@@ -4,9 +4,9 @@
 
 Each row is a short run in a process of its own: of the bundled language model (D 256, F 2048), and of random rows of
 D 384 with F 1024, 6144 and 24576. The rates of the hardware are measured by turns with the intervals of the run,
-because a machine that others use changes its speed. Measured is `perf/step_ms`, the median over the intervals; predicted is the
-sum of the parts of training that `plan.hardware` prints, from the median rates. The harvest of the bundled model is
-compared, too; its pools are filled before the first interval.
+because a machine that others use changes its speed. Measured is `perf/step_ms`, the median over the intervals.
+Predicted is the sum of the parts of training that `plan.hardware` prints, from the median rates. The harvest of the
+bundled model is compared, too; its pools are filled before the first interval.
 """
 
 import argparse

@@ -76,7 +76,7 @@ class MemoryModel:
         raise ConfigError(f"{given} {where}. {way_out}{largest(held)}")
 
     def how_many_fit(self, saes: Sequence[SaePlan], *, available: int) -> int:
-        """Return how many of the first SAEs would fit together."""
+        """Return the number of SAEs, from the first on, that would fit together."""
         low, high = 0, len(saes)
         while low < high:
             middle = (low + high + 1) // 2

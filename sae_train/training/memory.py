@@ -18,7 +18,7 @@ from sae_train.config.lanes import FORWARDS_A_POOL
 from sae_train.errors import UserError
 from sae_train.ranks.launcher_env import this_process
 
-NAMED = 0.02
+NAMED = 0.01
 """Share of a rank's memory above which a message names a holding."""
 SIGNS = (
     "can't allocate memory",

@@ -2,11 +2,22 @@
 
 from sae_train.training.plan import Plan
 from sae_train.training.prediction import Prediction
+from sae_train.training.work import DEAD_SHARE
 
 LONGEST_SITE = 30
 """Characters of a site's label in the table, which is at most 100 characters wide."""
 UNCHECKED = "a prediction: no GPU has been measured"
 CHECKED = "a prediction; docs/plan.md compares such predictions with measured steps"
+
+PARTS = {
+    "encode": "encoder product",
+    "select": "selection over pre-activations",
+    "decode": "decoding and gradients of matches",
+    "update": "Adam, norms and renormalisation",
+    "rest": "errors, counters and totals",
+    "auxiliary": f"auxiliary loss, if {DEAD_SHARE:.0%} of the features are dead",
+}
+"""The parts of a step in words, where their names are short."""
 
 
 def sae_table(plan: Plan, prediction: Prediction | None) -> list[str]:
@@ -35,7 +46,7 @@ def prediction_rows(prediction: Prediction) -> list[tuple[str, str]]:
         ("predicted for", f"{devices} x {hardware.name}; {UNCHECKED if hardware.overlaps else CHECKED}"),
         ("step", f"{_ms(prediction.step_seconds)} ms: training {_ms(prediction.training_seconds)}, harvest "
                  f"{_ms(sum(prediction.harvest.values()))} {harvest}"),
-        *(("", f"{_ms(seconds):>9} ms  {name}") for name, seconds in prediction.training.items()),
+        *(("", f"{_ms(seconds):>9} ms  {PARTS.get(name, name)}") for name, seconds in prediction.training.items()),
         *(("", f"{_ms(seconds):>9} ms  harvest: {name}") for name, seconds in prediction.harvest.items()),
         ("speed", f"{prediction.tokens_per_second:,.0f} tokens/s"),
         ("time", f"{_hours(prediction.hours)} hours: training {_hours(training)}, thresholds and evaluation "

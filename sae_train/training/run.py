@@ -155,8 +155,15 @@ def plan_of(
     """
     saes = [config.sae] if saes is None else saes
     source = config.source_for(saes)
-    layout = {"checkpoint": config.checkpoint, "parallel": config.parallel}
-    plan = make_plan(source, saes, facts, **layout, n_ranks=n_ranks, hardware=hardware)
+    plan = make_plan(
+        source,
+        saes,
+        facts,
+        checkpoint=config.checkpoint,
+        parallel=config.parallel,
+        n_ranks=n_ranks,
+        hardware=hardware,
+    )
     problems: list[str] = []
     for sae in plan.saes.values():
         problems += sparsifier_class(sae.config.sparsifier.name).problems(sae.config, sae.sizes)

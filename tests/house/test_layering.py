@@ -34,7 +34,7 @@ OUTSIDE = {
     "wandb": {"training/wandb_worker.py"},
     "hydra": {"cli/*"},
     "omegaconf": {"cli/*"},
-    "yaml": {"cli/library.py", "training/run_directory.py"},
+    "yaml": {"cli/library.py", "training/hardware.py", "training/run_directory.py"},
     "tqdm": {"training/console.py"},
     "safetensors": {
         "training/checkpoint.py",
@@ -63,6 +63,7 @@ LIGHT = [
     "cli/library.py",
     "cli/never_read.py",
     "cli/overrides.py",
+    "cli/parsing.py",
     "cli/point.py",
     "cli/process.py",
     "cli/quoting.py",

@@ -18,7 +18,6 @@ from sae_train.harvest.build import check_stream
 from sae_train.kernels import attaching, backend, decoding, unit_rows
 from sae_train.ranks.interface import Solo
 from sae_train.sae.trainable import PARAMETRISATIONS
-from sae_train.training import memory
 from sae_train.training.optimizer import Adam
 from sae_train.training.provenance import device_notices, resolve_precision
 from sae_train.training.run import plan_of
@@ -336,7 +335,7 @@ def test_a_gpu_without_bf16_says_so_in_one_line(
     backend.why_not_triton.cache_clear()
     assert precision == ("float32" if falls_back else "bf16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(memory, "available_bytes", lambda: 10**12)
+    monkeypatch.setattr("sae_train.training.plan.available_bytes", lambda: 10**12)
     held = plan_of(config, facts, n_ranks=1).holdings
     assert [each.n_bytes > 0 for each in held if "rounded to bf16" in each.what] == [not falls_back]
     if not falls_back:

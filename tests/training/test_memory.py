@@ -20,7 +20,6 @@ from sae_train.harvest.build import check_stream
 from sae_train.harvest.prefetch import Result
 from sae_train.ranks.interface import Solo
 from sae_train.sparsifiers import SPARSIFIERS
-from sae_train.training import memory
 from sae_train.training.memory import Holding, OutOfMemory, available_bytes, largest_pool, named_when_it_runs_out
 from sae_train.training.run import plan_of
 from sae_train.training.scratch import Scratch
@@ -87,7 +86,7 @@ def test_the_estimate_is_of_a_step_that_begins_dense(rows: Path, case: str, prec
     assert held <= estimated <= held + 2.5
 
 
-NAMES = ("weights, gradients and two moments, 8 of [", "pre-activations and what is as large, 2 of [")
+NAMES = ("moments, 4 of [", "pre-activations and what is as large, 2 of [")
 KNOBS = ("lower n_features", "lower batch_tokens", "parallel=features")
 
 
@@ -160,10 +159,12 @@ def test_a_run_without_memory_says_what_is_large(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_fifth_of_the_memory_is_left_to_the_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_language_model_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose_config([])
-    needed = plan_of(config, check_stream(config.source, n_ranks=1), n_ranks=1).memory_bytes
-    for available, fits in ((1.3 * needed, True), (1.2 * needed, False)):
-        monkeypatch.setattr(memory, "available_bytes", lambda available=available: int(available))
-        with nullcontext() if fits else pytest.raises(ConfigError, match="beside the language model"):
-            plan_of(config, check_stream(config.source, n_ranks=1), n_ranks=1)
+    facts = check_stream(config.source, n_ranks=1)
+    plan = plan_of(config, facts, n_ranks=1)
+    assert {each.what: each.n_bytes for each in plan.holdings}["language model"] == facts.model_bytes > 0
+    for available, fits in ((plan.memory_bytes, True), (plan.memory_bytes - 1, False)):
+        monkeypatch.setattr("sae_train.training.plan.available_bytes", lambda available=available: available)
+        with nullcontext() if fits else pytest.raises(ConfigError, match=r"language model 0\.0"):
+            plan_of(config, facts, n_ranks=1)
