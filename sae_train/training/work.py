@@ -18,7 +18,7 @@ COARSE, CANDIDATES = 3, 1.2
 BATCH_LISTS, ROW_LISTS, COLUMN_LISTS, CODE_LISTS = 65, 85, 65, 20
 """Numbers of lists for each match, over all operations: to cut a batch, rows or columns, and to work with the code.
 
-They are sums over the operators that torch dispatches in a step (docs/plan.md says how to count them again).
+They are sums over the operators that torch dispatches in a step, which scripts/count_step.py counts.
 """
 FLAGS = 3 / 8
 """Numbers of lists for each pre-activation: whether the maximum of 8 neighbours reaches a bound, and where."""
