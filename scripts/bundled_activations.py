@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sae_train.cli.compose import compose_config
 from sae_train.harvest.build import build_stream
+from sae_train.harvest.held_out import HALVES
 from sae_train.harvest.stream import Stream
 from sae_train.ranks.interface import Solo
 
@@ -42,18 +43,19 @@ def save(rows_ND: Tensor, folder: Path) -> None:
 
 def write_train(stream: Stream, folder: Path, *, tokens: int) -> None:
     """Write the first `tokens` training rows (whole batches of them)."""
-    scale, centre_D = stream.scaling.scale, stream.scaling.centre_D
-    save(torch.cat([(stream.batch(step).x_ND * scale + centre_D).float() for step in range(tokens // BATCH)]), folder)
+    (site,) = stream.scalings
+    scale, centre_D = stream.scalings[site].scale, stream.scalings[site].centre_D
+    batches = (stream.batch(step)[site].x_ND for step in range(tokens // BATCH))
+    save(torch.cat([(x_ND * scale + centre_D).float() for x_ND in batches]), folder)
 
 
 def write_held_out(stream: Stream, folder: Path) -> None:
     """Write held-out rows, the halves as blocks by turns."""
-    rows = {
-        half: torch.cat([batch.raw_ND for batch in stream.held_out.batches(half, max_tokens=HELD_OUT)])
-        for half in ("calibration", "evaluation")
-    }
-    n_blocks = min(len(part) for part in rows.values()) // BLOCK
-    turns = torch.stack([part[: n_blocks * BLOCK].view(n_blocks, BLOCK, -1) for part in rows.values()], dim=1)
+    (site,) = stream.scalings
+    halves = [stream.held_out.batches(half, max_tokens=HELD_OUT, ranks=Solo()) for half in HALVES]
+    rows = [torch.cat([batch.sites[site].raw_ND for batch in batches]) for batches in halves]
+    n_blocks = min(map(len, rows)) // BLOCK
+    turns = torch.stack([part[: n_blocks * BLOCK].view(n_blocks, BLOCK, -1) for part in rows], dim=1)
     save(turns.flatten(0, 2), folder)
 
 

@@ -4,5 +4,6 @@
 passes it to `process.run_and_exit`, and a line under `[project.scripts]` in pyproject.toml.
 
 process.py has exit statuses and error messages. compose.py turns arguments into configurations by way of library.py
-(Hydra), overrides.py and never_read.py (checks of what was typed) and point.py (one run while it is checked).
+(Hydra), overrides.py and never_read.py (checks of what was typed), point.py (one run while it is checked), and
+entries.py and suite.py (the SAEs of a run). parsing.py is Hydra's grammar.
 """

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from sae_train.cli import launcher
 from sae_train.cli.library import CONFIG_NAME, Library, opened
 from sae_train.cli.overrides import check_repeats
+from sae_train.cli.parsing import expand
 from sae_train.cli.point import Point
 from sae_train.cli.quoting import text_of, typed_value
 from sae_train.cli.suite import check_point, read_lists
@@ -51,7 +52,7 @@ def compose_request(
         where, found = launcher_of(library, sent, sweep=sweep)
         problems += found
         points = list[Point]()
-        points_typed = library.expand(overrides)
+        points_typed = expand(overrides)
         if not points_typed:
             swept = [text_of(override) for override in overrides if override.is_sweep_override()]
             problems.append(f"{' '.join(swept)}: nothing that there is matches, so this sweep has no runs. Type the "

@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hydra.core.override_parser.types import Override
-
 from sae_train.cli.overrides import LISTS, suggest_key
+from sae_train.cli.parsing import parse
 from sae_train.cli.quoting import quoted, typed_keys, typed_words
 from sae_train.cli.schemas import keys_of_an_sae
 from sae_train.config import RunConfig, SaeConfig
@@ -93,12 +92,11 @@ def read_grid(value: dict[Any, Any]) -> tuple[list[list[Entry]], list[str]]:
     return axes, problems
 
 
-def word_problem(word: str, *, parse: Callable[[str], Override | None], bare: Callable[[str], str]) -> str | None:
+def word_problem(word: str, *, bare: Callable[[str], str]) -> str | None:
     """Return the problem of one word of an entry that is no override of an SAE's setting.
 
     Args:
         word: such as 'k=16'.
-        parse: returns an override, or None where it cannot be read.
         bare: returns the problem of a word without '='.
     """
     if "=" not in word:

@@ -5,7 +5,6 @@ Hydra composes the YAML of `conf/`; the dataclasses of config/ are its schemas (
 come in one message.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,7 +16,6 @@ from typing import Any, cast, get_args, get_type_hints
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -40,9 +38,10 @@ from sae_train.cli.overrides import (
     unreadable,
     wrong_type,
 )
+from sae_train.cli.parsing import is_one_value, parse
 from sae_train.cli.point import DraftPoint, build, flat, reason
-from sae_train.cli.quoting import text_of, typed_value, typed_values
-from sae_train.cli.schemas import DIALS, holds_text, register_schemas
+from sae_train.cli.quoting import text_of, typed_value
+from sae_train.cli.schemas import DIALS, register_schemas
 from sae_train.config import RunConfig
 from sae_train.config.launcher import GROUP
 from sae_train.config.ranges import Range, ranges
@@ -69,7 +68,6 @@ class Library:
     def __init__(self, *, config_dir: str | None, config_name: str) -> None:
         self._search = [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"] if config_dir else []
         self._config_name = config_name
-        self._parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         self._composed: dict[tuple[str, ...], tuple[DictConfig, dict[str, str]]] = {}
         self._choices: dict[str, list[str]] = {}
         found = {*self._options("", ObjectType.GROUP)} - {"hydra", "schema"}
@@ -92,7 +90,7 @@ class Library:
         overrides, refused = list[Override](), dict[str, str]()
         for argument in arguments:
             key = argument.partition("=")[0].lstrip("+~").strip()
-            override = self.parse(argument)
+            override = parse(argument)
             if override is None:
                 problem = self.unreadable(argument)
             elif not override.is_sweep_override() or (sweep and override.is_discrete_sweep()):
@@ -107,23 +105,10 @@ class Library:
             refused[key] = refused.get(key, problem) if key in LISTS else problem
         return overrides, refused
 
-    def parse(self, argument: str) -> Override | None:
-        """Return an argument as Hydra's parser reads it, or None where it cannot."""
-        try:
-            (override,) = self._parser.parse_overrides([argument])
-        except HydraException:
-            return None
-        return override
-
     def unreadable(self, argument: str) -> str:
         """Return the problem of an argument that Hydra's parser cannot read."""
         groups = {group: self.choices(group) for group in self.groups}
-        return unreadable(argument, groups, is_readable=self._is_readable)
-
-    def _is_readable(self, argument: str) -> bool:
-        """Return whether Hydra's parser takes an argument as one value."""
-        override = self.parse(argument)
-        return override is not None and not override.is_sweep_override()
+        return unreadable(argument, groups, is_readable=is_one_value)
 
     @staticmethod
     def split(overrides: list[Override]) -> tuple[list[Override], list[Override]]:
@@ -137,28 +122,6 @@ class Library:
         said = [*self._search, f"{GROUP}={choice}"]
         composed = compose(self._config_name, said, return_hydra_config=True)
         return cast(dict[str, Any], OmegaConf.to_container(composed.hydra.launcher))
-
-    def expand(self, overrides: list[Override]) -> list[list[Override]]:
-        """Return the points of a sweep, the last of the swept keys changing fastest."""
-        columns = [
-            self._parser.parse_overrides([f"{o.get_key_element()}={value}" for value in self._swept(o)])
-            if o.is_sweep_override()
-            else [o]
-            for o in overrides
-        ]
-        return [list(point) for point in itertools.product(*columns)]
-
-    def _swept(self, override: Override) -> list[str]:
-        """Return the values of a sweep, each as text to parse.
-
-        A value for a key that holds text stays as it was typed. Hydra would return 1000.0 for 1e3.
-        """
-        values = list(override.sweep_string_iterator())
-        text = text_of(override).partition("=")[2].strip()
-        if "(" in text.removeprefix("choice(") or not holds_text(override.get_key_element()):
-            return values
-        typed = typed_values(text)
-        return typed if len(typed) == len(values) else values
 
     def check(
         self, point: Sequence[Override], *, refused: Collection[str] = (), lists: Mapping[str, Any] | None = None

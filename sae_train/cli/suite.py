@@ -16,6 +16,7 @@ from sae_train.cli import entries
 from sae_train.cli.entries import Entry, label
 from sae_train.cli.library import Library
 from sae_train.cli.overrides import LISTS, check_repeats
+from sae_train.cli.parsing import parse
 from sae_train.cli.quoting import text_of
 from sae_train.config import RunConfig, SaeConfig
 from sae_train.errors import ConfigError
@@ -33,7 +34,7 @@ class Lists:
     overrides: list[Override]
     """The point's other overrides."""
     values: Mapping[str, Any]
-    """The value of each of the two settings, or null where it cannot be used."""
+    """The value of each of the two settings. Where there are problems, `grid` has its usable keys alone."""
     axes: list[list[Entry]]
     """The usable entries: those of `variants`, then those of each key of `grid`."""
     problems: list[str]
@@ -68,14 +69,16 @@ def read_lists(library: Library, point: Sequence[Override]) -> Lists:
     if (count := math.prod(map(len, axes))) > MOST_SAES:
         problems.append(f"variants and grid: {count} SAEs, and a run has at most {MOST_SAES}. Shorten them.")
         axes = []
-    usable = values if not problems else dict.fromkeys(LISTS)
-    return Lists(overrides=others, values=usable, axes=axes, problems=problems, bad=bad)
+    if problems:  # of a value that OmegaConf may not take, only the usable keys matter to other checks
+        keys = [axis[0].keys[0] for axis in axes if axis[0].home == "grid"]
+        values = {"variants": None, "grid": dict.fromkeys(keys)}
+    return Lists(overrides=others, values=values, axes=axes, problems=problems, bad=bad)
 
 
 def _usable(library: Library, axes: list[list[Entry]]) -> tuple[list[list[Entry]], list[str]]:
     """Return the entries whose words are overrides of an SAE's settings, and the problems of the others."""
     found = {
-        entry: [p for w in entry.words if (p := entries.word_problem(w, parse=library.parse, bare=library.unreadable))]
+        entry: [p for w in entry.words if (p := entries.word_problem(w, bare=library.unreadable))]
         for axis in axes
         for entry in axis
     }
@@ -135,7 +138,7 @@ def _composed(
 ) -> tuple[RunConfig | None, list[str]]:
     """Return the configuration of a run with one SAE, or None and its problems."""
     words = [word for entry in combination for word in entry.words]
-    parsed = [override for word in words if (override := library.parse(word)) is not None]
+    parsed = [override for word in words if (override := parse(word)) is not None]
     given = {key for entry in combination for key in entry.keys}
     kept = [override for override in lists.overrides if override.key_or_group not in given]
     try:

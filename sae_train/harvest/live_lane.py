@@ -54,7 +54,8 @@ class LiveLane:
     def __init__(self, raw: RawRows, pool: LanePool, *, meter: Meter) -> None:
         self.raw, self.pool, self._meter = raw, pool, meter
         self.seen, self.dropped = 0, dict.fromkeys(pool.sites, 0)
-        self._patience = {site: Patience(f"lane {raw.lane}, {site}") for site in pool.sites}
+        lacking = "no activation within the outlier limit. Look at its text, or choose another site."
+        self._patience = {site: Patience(f"lane {raw.lane}, {site}", lacking=lacking) for site in pool.sites}
         self._early: deque[Result[Kept | None]] = deque()
         self._early_rows = 0
         self.go_to(raw.cursor())

@@ -43,11 +43,12 @@ class Patience:
     `RawRows` has one, and `LiveLane` has one for each site.
     """
 
-    def __init__(self, reader: str) -> None:
+    def __init__(self, reader: str, *, lacking: str) -> None:
         """Args:
         reader: the lane, or the lane and the site, for the message.
+        lacking: what the passes did not give, and what to do, for the message.
         """
-        self._reader, self._fruitless = reader, 0
+        self._reader, self._lacking, self._fruitless = reader, lacking, 0
 
     def see(self, n_rows: int) -> None:
         """Count a forward pass of which `n_rows` rows were kept.
@@ -57,8 +58,7 @@ class Patience:
         """
         self._fruitless = 0 if n_rows else self._fruitless + 1
         if self._fruitless == _FRUITLESS_FORWARDS:
-            raise DataError(f"{self._reader}: {self._fruitless} forward passes in a row gave no token that the "
-                            "filters keep. Look at its text: it may be made of special tokens.")  # fmt: skip
+            raise DataError(f"{self._reader}: {self._fruitless} forward passes in a row gave {self._lacking}")
 
 
 class RawRows:
@@ -85,7 +85,8 @@ class RawRows:
         self._text, self._language_model, self._tokenizer = text, language_model, tokenizer
         self._contexts_per_forward, self._reads_gradients = contexts_per_forward, reads_gradients
         self._meter = meter or Meter()
-        self._patience = Patience(f"lane {text.index}")
+        self._patience = Patience(f"lane {text.index}", lacking="no token that the filters keep. Look at its text: it "
+                                  "may be made of special tokens.")  # fmt: skip
 
     def next(self) -> Block | None:
         """Return the block of the next contexts, or None where the text has ended.

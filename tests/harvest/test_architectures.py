@@ -19,7 +19,7 @@ from tools.tiny_models import live_config
 
 CPU = torch.device("cpu")
 IDS_BT = torch.randint(5, 250, (2, 9), generator=torch.Generator().manual_seed(0))
-FAST = ("mixtral", "gemma3", "xlm-roberta", "opt", "bloom", "bart", "jetmoe")
+FAST = ("mixtral", "gemma3", "xlm-roberta", "opt", "bloom", "bart", "jetmoe", "falcon")  # falcon writes into its sites
 NEAR = {"rtol": 1e-4, "atol": 1e-5}  # of two models that were loaded apart: products depend on where weights lie
 
 
@@ -111,6 +111,10 @@ def check_parts_of_a_block(language_model: LanguageModel, block: str) -> None:
 def check_each_site_alone(language_model: LanguageModel) -> None:
     """All sites of one pass are those of a pass of their own, bit for bit, though some models write in place."""
     together = language_model.activations(IDS_BT)
+    if language_model.has_loss:
+        of_whole_pass, logits = language_model.activations_and_logits(IDS_BT)
+        assert all(torch.equal(of_whole_pass[label], together[label]) for label in together)
+        assert torch.equal(logits, language_model.logits(IDS_BT))
     both = language_model.activations_and_gradients(IDS_BT) if language_model.has_loss else None
     for label, site in language_model.sites.items():
         own = language_model.activations(IDS_BT, [label])

@@ -112,5 +112,5 @@ def test_a_site_without_rows_within_its_limit_ends_the_run_after_200_forward_pas
 
     for limit in [0.1] * 199 + [LIMIT] + [0.1] * 199:
         assert len(kept(limit)) == 2
-    with pytest.raises(DataError, match="lane 5, there: 200 forward passes in a row gave no token"):
+    with pytest.raises(DataError, match="lane 5, there: 200 forward passes in a row gave no activation"):
         kept(0.1)

@@ -94,8 +94,8 @@ def test_the_rest_is_counted_from_the_cursor(setting: Setting) -> None:
 
 
 def test_patience_ends_after_200_passes_in_a_row_without_a_row() -> None:
-    patience = Patience("lane 3")
+    patience = Patience("lane 3", lacking="no token. Do this.")
     for n_rows in [0] * 199 + [1] + [0] * 199:
         patience.see(n_rows)
-    with pytest.raises(DataError, match="lane 3: 200 forward passes in a row gave no token"):
+    with pytest.raises(DataError, match=r"lane 3: 200 forward passes in a row gave no token. Do this."):
         patience.see(0)

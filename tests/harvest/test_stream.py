@@ -365,5 +365,5 @@ def test_a_site_that_becomes_all_outliers_is_refused(config, monkeypatch):
         batch = only(stream.batch(step)).x_ND  # in the end, all rows are shortened to the limit
     raw = batch * only(stream.scalings).scale + only(stream.scalings).centre_D.float()
     assert torch.allclose(raw.norm(dim=1), torch.tensor(only(stream.scalings).limit), rtol=1e-4)
-    with pytest.raises(UserError, match=r"lane 0, residual1: 200 .* gave no token that the filters keep"):
+    with pytest.raises(UserError, match=r"lane \d, residual1: 200 .* gave no activation within the outlier limit"):
         [stream.batch(step) for step in range(STEPS, 1000)]

@@ -63,6 +63,7 @@ LIGHT = [
     "cli/library.py",
     "cli/never_read.py",
     "cli/overrides.py",
+    "cli/parsing.py",
     "cli/point.py",
     "cli/process.py",
     "cli/quoting.py",

@@ -161,6 +161,9 @@ MESSAGES = {
     "sparsifier=batch_topk: the same SAE. Remove one, or give it another seed.",
     '\'variants=["k=16","k=16"]\'': 'variants: "k=16" is given 2 times, and two equal SAEs make no sense. Keep one.',
     '\'variants=["k=16","seed=1"]\' grid={k:[1,2]}': 'variants "k=16": grid gives k, too. Keep one.',
+    '\'variants=["k=16","seed=1"]\' grid={k:[1,2],layer.index:all}': 'variants "k=16": grid gives k, too. Keep one.',
+    "grid={kk:range(1,2),layer.index:all}": "grid kk: takes numbers, texts, true, false, null and lists of these. List "
+    "the values one by one, as in kk:[1,2].",
     "grid={kk:[1,2]}": "grid kk: no such key. Did you mean 'k'?",
     "grid={lr:[1,2]}": "grid lr: no such key. Did you mean 'optimizer.lr'?",
     "grid={optimizer.lrr:1}": "grid optimizer.lrr: no such key. Did you mean 'optimizer.lr'?",

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sae_train.cli.compose import launcher_of
 from sae_train.cli.library import Library, opened
+from sae_train.cli.parsing import expand
 from sae_train.cli.quoting import pasted, typed_values
 from sae_train.config import RunConfig
 
@@ -25,7 +26,7 @@ def points(library: Library, *arguments: str) -> list[RunConfig]:
     """Return the runs of a sweep."""
     overrides, refused = library.read(list(arguments), sweep=True)
     assert refused == {}
-    found = [library.check(point) for point in library.expand(overrides)]
+    found = [library.check(point) for point in expand(overrides)]
     assert [problems for _, problems in found if problems] == []
     return [config for config, _ in found if config is not None]
 
@@ -74,7 +75,7 @@ def test_text_that_looks_like_a_number_stays_as_it_was_typed(library: Library) -
 def test_a_point_of_a_sweep_can_be_typed_again(library: Library) -> None:
     """A SLURM job gets the arguments of its point like this."""
     overrides, _ = library.read(["name=1e3,'1_0'", "layer.index=1,2", "k=1e1"], sweep=True)
-    typed = [[str(override.input_line) for override in point] for point in library.expand(overrides)]
+    typed = [[str(override.input_line) for override in point] for point in expand(overrides)]
     assert typed[0] == ["name=1e3", "layer.index=1", "k=1e1"]
     assert [one(library, *words).name for words in typed] == ["1e3", "1e3", "1_0", "1_0"]
 
@@ -86,7 +87,7 @@ def test_null_quotes_functions_and_numbers_mean_what_they_did(library: Library) 
     swept = points(library, "name=range(1,3)", "layer.index=1,2")
     assert [(config.name, config.layer.index) for config in swept] == [("1", 1), ("1", 2), ("2", 1), ("2", 2)]
     overrides, _ = library.read(["k=1e1,2e1"], sweep=True)
-    assert [point[0].input_line for point in library.expand(overrides)] == ["k=10.0", "k=20.0"]
+    assert [point[0].input_line for point in expand(overrides)] == ["k=10.0", "k=20.0"]
     # as before: the name of a sweep's directory depends on it
 
 
