@@ -15,7 +15,7 @@ PARTS = {
     "decode": "decoding and gradients of matches",
     "update": "Adam, norms and renormalisation",
     "rest": "errors, counters and totals",
-    "auxiliary": f"auxiliary loss, if {DEAD_SHARE:.0%} of the features are dead",
+    "auxiliary": f"auxiliary loss, if {DEAD_SHARE:.1%} of the features are dead",
 }
 """The parts of a step in words, where their names are short."""
 
