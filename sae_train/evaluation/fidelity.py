@@ -20,8 +20,7 @@ class Fidelity(Metric):
     in_rows = ("fvu", "nmse", "cosine")
 
     def __init__(self, subject: Subject) -> None:
-        # any point near the mean avoids cancellation; b_dec is the same on every rank
-        self._shift_D = subject.sae.b_dec.detach().double()
+        self._shift_D = subject.centre_D.double()  # any point near the mean avoids cancellation
         self._shifted_sum_D = torch.zeros_like(self._shift_D)
         names = ("tokens", "error", "shifted_square", "nmse", "cosine", "nonzero_tokens")
         self._sums = Sums(*names, device=self._shift_D.device)

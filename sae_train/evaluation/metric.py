@@ -25,6 +25,8 @@ class Subject:
     """This rank's features, and the whole `b_dec`."""
     site: str
     """Label of the site whose activations it reads."""
+    centre_D: Tensor
+    """[D] a point near the mean of the site's activations, equal on all ranks."""
     n_features: int
     """Width of the whole dictionary."""
     ranks: Ranks

@@ -34,7 +34,7 @@ def suite_entry(
         site: label of its site, such as 'residual2'.
         d_model: width of the site's activations.
         n_features: width of the dictionary.
-        tokens: tokens that it was trained on.
+        tokens: tokens of the whole run; left out of the entry of a stopped SAE.
         source: what all activations of the run come from: model, revision, data.
     """
     entry: dict[str, Any] = {
@@ -46,13 +46,12 @@ def suite_entry(
         "k": config.k,
         "sparsifier": config.sparsifier.name,
         "seed": config.seed,
-        "tokens": tokens,
         **{key: source.get(key) for key in ("model", "revision", "data")},
     }
     if "stopped" in figures:
         entry["stopped"] = figures["stopped"]
     else:
-        entry |= {key: figures.get(key) for key in FIGURES} | {"path": f"saes/{name}"}
+        entry |= {key: figures.get(key) for key in FIGURES} | {"tokens": tokens, "path": f"saes/{name}"}
     return {key: value for key, value in entry.items() if value is not None}
 
 

@@ -107,7 +107,7 @@ class MemoryModel:
         logits = facts.logit_bytes
         if not facts.prefetch:
             step, logits = (step, 0) if step >= logits else (0, logits)
-        copied = (3 * element * parameters + facts.pool_bytes) // self.n_ranks if self.copies_checkpoints else 0
+        copied = 3 * element * parameters // step_ranks + facts.pool_bytes // self.n_ranks
         widths = {sae.site: sae.d_model for sae in saes}
         gathered = element * source.batch_tokens * sum(widths.values()) * self.columns // self.n_ranks
         narrower = ("lower n_features" if any(sae.config.n_features for sae in saes) else "lower expansion",)
@@ -123,7 +123,8 @@ class MemoryModel:
             Holding(f"weights rounded to bf16, 2 of {shape}", 2 * parameters // columns * self.rounds, narrower),
             Holding(f"exported copies while evaluating, 2 of {shape}", FP32 * parameters // columns, fewer,
                     phase="evaluation"),
-            Holding("copies of weights, moments and pools while a checkpoint is written", copied,
+            Holding("copies of weights, moments and pools while a checkpoint is written",
+                    copied if self.copies_checkpoints else 0,
                     ("checkpoint.beside=false",)),
             Holding(matrices, step, ("lower batch_tokens", *narrower)),
             Holding("logits of the language model and the way back through them", logits,

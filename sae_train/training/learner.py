@@ -149,7 +149,7 @@ class Learner:
 
     def check_finite(self) -> None:
         """Raise StoppedByNumbers on every rank if a loss or gradient was not finite. Collective."""
-        self.nonfinite.check(self.ranks, sae=self.name)
+        self.nonfinite.check(self.ranks)
 
     def dead_fraction(self) -> float:
         """Return the share of all features that is dead by training's own counters. Collective."""

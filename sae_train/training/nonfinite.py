@@ -51,11 +51,11 @@ class NonFinite:
         self._facts = torch.where(self.flag | ~bad, self._facts, facts)
         self.flag = self.flag | bad
 
-    def check(self, ranks: Ranks, *, sae: str) -> None:
+    def check(self, ranks: Ranks) -> None:
         """Raise on every rank if the flag is set. Collective only then: the flag is equal on all ranks.
 
         Raises:
-            StoppedByNumbers: with the step, the SAE, the loss and statistics of the batch.
+            StoppedByNumbers: with the step, the loss and statistics of the batch.
         """
         if not bool(self.flag):
             return
@@ -64,7 +64,7 @@ class NonFinite:
         bad, tokens = facts_R[:, FACTS.index("bad_activations")], facts_R[:, FACTS.index("tokens")]
         where = "" if ranks.size == 1 or not bad.any() else f" (most of them on rank {int(bad.argmax())})"
         raise StoppedByNumbers(
-            f"{sae}: loss is {facts['loss']:g} and the gradient's norm {facts['grad_norm']:g} at step "
+            f"loss is {facts['loss']:g} and the gradient's norm {facts['grad_norm']:g} at step "
             f"{facts['step']:.0f}: not finite. Of the batch's {float(tokens.sum()):.0f} activations "
             f"{float(bad.sum()):.0f} are not finite{where}; the largest norm is "
             f"{float(facts_R[:, FACTS.index('largest_norm')].max()):.3g} (mean square 1 if scaled). That step changed "

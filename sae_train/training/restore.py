@@ -25,7 +25,7 @@ class OldLayout(CheckpointError):
 
 
 class Checkpoint:
-    """A checkpoint that was read and found whole; `newest` and `load` make it, `Trainer.load_state` reads from it.
+    """A checkpoint that was read and found whole; `newest` and `load` make it, `Trainer.restore` reads from it.
 
     Attributes:
         notes: step, tokens, identity, metrics_rows, seconds ... as given to `checkpoint.begin`.

@@ -93,7 +93,9 @@ def results_text(summary: dict[str, Any], plan: Plan, facts: StreamFacts, *, pat
         return f"{summary['run']}: {verdict(figures, sparsity=plan.saes[name].config.sparsity)}; {speed}"
     n_stopped = sum("stopped" in figures for figures in saes.values())
     stopped = f", {n_stopped} of them stopped" if n_stopped else ""
-    return f"{suite_table(suite_of(summary, plan, facts))}\n{summary['run']}: {len(saes)} SAEs{stopped}; {speed}"
+    reasons = [f"{name} was stopped: {figures['stopped']}" for name, figures in saes.items() if "stopped" in figures]
+    last = f"{summary['run']}: {len(saes)} SAEs{stopped}; {speed}"
+    return "\n".join([suite_table(suite_of(summary, plan, facts)), *reasons, last])
 
 
 def verdict(figures: dict[str, Any], *, sparsity: str) -> str:

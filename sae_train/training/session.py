@@ -28,6 +28,12 @@ from sae_train.training.together import on_first, together
 from sae_train.training.tracking import Dashboard, MetricsFile
 from sae_train.training.trainer import Events, Trainer
 
+NOT_FINITE = (
+    "its reconstructions of held-out activations are not finite: training has diverged, or the activations are too "
+    "large for float32. Lower optimizer.lr, or rescale the activations."
+)
+"""Reason of an SAE that could not be evaluated at the end."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
@@ -141,7 +147,6 @@ class Session:
         notes, plan, directory = found.notes, self._plan, self._parts.directory
         self._check_own(notes)
         together(lambda: self._trainer.restore(found), ranks=self._ranks)
-        self._told_stopped.update(self._trainer.stopped)
         self._evaluation_due = notes.get("evaluation_due", False)
         self._seconds_before = notes.get("seconds", 0.0)
         self._saver.saved_at = step = self._trainer.n_done
@@ -229,6 +234,8 @@ class Session:
     def _export(self) -> dict[str, dict[str, Any]]:
         """Write `saes/NAME/` of every SAE; return the entries of the summary by name, of all ranks. Collective."""
         made = export_all(self._trainer, self._phases)
+        whole = {learner.name for learner, _, _ in made}
+        self._trainer.stop({each.name: NOT_FINITE for each in self._trainer.learners if each.name not in whole})
         self._log(self._evaluation_rows({learner.name: figures for learner, _, figures in made}))
         own = write_saes(made, self._trainer, self._parts.directory, self._parts.facts, phases=self._phases)
         return self._trainer.of_all_ranks(own)
@@ -238,7 +245,8 @@ class Session:
         self._saver.publish()
         if self._saver.saved_at != self._trainer.n_done:
             self._trainer.stop_nonfinite()
-            self._checkpoint(is_last=True)
+            if not self._trainer.is_empty:  # the checkpoint before has the SAEs that are stopped now
+                self._checkpoint(is_last=True)
 
     def _checkpoint(self, *, is_last: bool = False) -> None:
         """Write a checkpoint, or begin to.

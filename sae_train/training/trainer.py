@@ -88,7 +88,9 @@ class Trainer:
             if self._is_due(self.source.log_every):
                 events.log(self.rows())
             if self._is_due(self.source.evaluate_every) and not self.is_done:
-                events.evaluate()
+                self.stop_nonfinite()
+                if not self.is_empty:
+                    events.evaluate()
             if self._is_due(self.plan.checkpoint_every):
                 self.stop_nonfinite()
                 if not self.is_empty:  # the checkpoint before has the SAEs that are stopped now
@@ -175,11 +177,19 @@ class Trainer:
                 results[learner.name] = action(learner)
             except StoppedByNumbers as error:
                 stopped[learner.name] = str(error)
-        self._leave_out(self.of_all_ranks(stopped))
+        self.stop(stopped)
         return self.of_all_ranks(results)
 
+    def stop(self, reasons: dict[str, str]) -> None:
+        """Train and export some SAEs no more. Collective.
+
+        Args:
+            reasons: by name of an SAE of this rank. Ranks that share an SAE give the same.
+        """
+        self._leave_out(self.of_all_ranks(reasons))
+
     def _leave_out(self, stopped: dict[str, str]) -> None:
-        """Train the named SAEs no more."""
+        """Drop the learners of SAEs of any rank."""
         self.stopped |= stopped
         self.learners = [learner for learner in self.learners if learner.name not in self.stopped]
 

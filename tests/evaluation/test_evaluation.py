@@ -22,7 +22,8 @@ from tools.random_sae import random_sae
 
 def measured(sae: SparseAutoencoder, x: Tensor, context: Tensor, *, batch: int) -> dict[str, Any]:
     """Return the figures of every metric, from batches of so many tokens and without a language model."""
-    metrics = [metric(Subject(sae=sae, site="here", n_features=sae.n_features, ranks=Solo())) for metric in METRICS]
+    subject = Subject(sae=sae, site="here", centre_D=sae.b_dec.detach(), n_features=sae.n_features, ranks=Solo())
+    metrics = [metric(subject) for metric in METRICS]
     for raw, where in zip(x.split(batch), context.split(batch), strict=True):
         made = reconstruct(sae, raw, n_features=sae.n_features, ranks=Solo())
         for metric in metrics:

@@ -27,7 +27,7 @@ LAYOUTS = {2: [2, 1], 4: [4, 2]}
 def export(case: Case, directory: Path, ranks: Ranks) -> dict[str, Any]:
     """Write the export; return every figure."""
     sae, found = calibrated(case, ranks)
-    subjects = [Subject(sae=sae, site="here", n_features=F, ranks=ranks)]
+    subjects = [Subject(sae=sae, site="here", centre_D=sae.b_dec.detach(), n_features=F, ranks=ranks)]
     (figures,) = evaluate_all(subjects, Rows(), max_tokens=1, language_model=None, ranks=ranks)
     figures |= {"target_l0": found.target_l0, "used_share": found.used_share} | figures.pop("density")
     native.save(sae, directory, manifest=manifest_of(sae, n_features=F, site="here"), ranks=ranks)

@@ -90,10 +90,24 @@ def test_an_sae_that_diverges_is_stopped_and_the_others_go_on(tmp_path: Path, co
     assert again.status == 3
     assert "already finished" in again.stdout
     assert "3 SAEs, 1 of them stopped" in again.stdout
+    assert f"{stopped} was stopped: {summary['saes'][stopped]['stopped']}" in again.stdout
     alone = command(*rows_of(tmp_path / "alone", "k=4"))
     assert alone.status == 0, alone.stderr
     (weights,) = result_of(tmp_path / "alone" / "runs")[1].values()
     assert weights in files.values()
+
+
+@pytest.mark.parametrize("rate", ["1e8", "1e20"])
+def test_an_evaluation_does_not_end_a_run_of_which_one_sae_diverges(
+    tmp_path: Path, command: Command, rate: str
+) -> None:
+    """No row is due before the evaluation: at 1e8 weights are huge and finite, at 1e20 the loss is not."""
+    lists = f'variants=["k=4","k=3 optimizer.lr={rate}"]'
+    done = command(*changed(rows_run(tmp_path), "log_every=4096", "evaluate_every=512"), lists)
+    assert done.status == 3, done.stderr
+    summary, files = result_of(tmp_path / "runs")
+    assert ["stopped" in figures for figures in summary["saes"].values()] == [False, True]
+    assert len(files) == 1
 
 
 def test_a_run_whose_saes_all_diverge_is_finished_with_status_3(tmp_path: Path, command: Command) -> None:

@@ -104,7 +104,8 @@ def calibrated(case: Case, ranks: Ranks) -> tuple[SparseAutoencoder, Calibration
 
 def subject(name: str, ranks: Ranks, *, site: str = "here") -> Subject:
     """Return a calibrated SAE of a case as a subject of an evaluation."""
-    return Subject(sae=calibrated(CASES[name], ranks)[0], site=site, n_features=F, ranks=ranks)
+    sae = calibrated(CASES[name], ranks)[0]
+    return Subject(sae=sae, site=site, centre_D=sae.b_dec.detach(), n_features=F, ranks=ranks)
 
 
 def held_out_text(config: Any, model: LanguageModel) -> TextHeldOut:

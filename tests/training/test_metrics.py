@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae_train.harvest.meter import Meter
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.code import SparseCode
 from sae_train.sae.state import State
 from sae_train.training.metrics import Totals
+from sae_train.training.throughput import Throughput
 from sae_train.training.tracking import MetricsFile
 from tools.grid_of_threads import on_ranks
 
@@ -131,3 +133,19 @@ def test_a_row_cut_in_half_is_dropped_wherever_it_stands(tmp_path: Path) -> None
     file.keep_first(5)
     file.append([{"step": 1}])
     assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [0, 1]
+
+
+def test_speeds_count_what_came_before_a_resume_in_the_summary_alone() -> None:
+    first, second = Meter(), Meter()
+    before = Throughput(first, ranks=Solo())
+    with first.timed("trained", 100):
+        pass
+    first.seconds["trained"] = 10.0
+    assert before.row() == {"perf/trained_tokens_per_second": 10.0}
+    assert before.row() == {}
+    after = Throughput(second, ranks=Solo())
+    after.load_totals(before.totals().tolist())
+    second.count("trained", 300)
+    second.seconds["trained"] = 10.0
+    assert after.row() == {"perf/trained_tokens_per_second": 30.0}
+    assert after.summary() == {"trained": 20.0, "slowest": "trained"}

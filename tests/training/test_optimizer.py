@@ -141,13 +141,13 @@ def test_halt_keeps_the_first_bad_step() -> None:
     halt, good, bad = NonFinite(torch.device("cpu")), torch.tensor(1.0), torch.tensor(float("nan"))
     norm_N = torch.ones(4)
     halt.watch(step=1, loss=good, grad_norm=good, norm_N=norm_N)
-    halt.check(Solo(), sae="here")
+    halt.check(Solo())
     halt.watch(step=2, loss=bad, grad_norm=good, norm_N=torch.tensor([float("inf"), 2.0]))
     halt.watch(step=3, loss=good, grad_norm=bad, norm_N=norm_N)
     with pytest.raises(
-        StoppedByNumbers, match=r"here: loss is nan .* step 2: .* 2 activations 1 are not finite.* norm is 2 "
+        StoppedByNumbers, match=r"^loss is nan .* step 2: .* 2 activations 1 are not finite.* norm is 2 "
     ):
-        halt.check(Solo(), sae="here")
+        halt.check(Solo())
 
 
 @settings(deadline=None)

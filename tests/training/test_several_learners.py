@@ -86,3 +86,16 @@ def test_all_go_on_from_a_checkpoint_bit_for_bit(rows: Path, tmp_path: Path) -> 
     resumed.restore(restore.load(path))
     for name, state in tensors_of(trained(resumed)).items():
         check_equal(state, together(rows, "float32")[name])
+
+
+def test_an_sae_that_was_stopped_stays_out_after_a_resume(rows: Path, tmp_path: Path) -> None:
+    half = trained(build(rows, PLAIN, "float32"), to=STEPS // 2)
+    gone = half.learners[1]
+    half.stop({gone.name: "diverged"})
+    path = begin(tmp_path, half.contents(), notes=half.notes(), ranks=Solo(), keep=0).publish()
+    resumed = build(rows, PLAIN, "float32")
+    resumed.restore(restore.load(path))
+    assert resumed.stopped == {gone.name: "diverged"}
+    for name, state in tensors_of(trained(resumed)).items():
+        assert name != gone.config.sparsifier.name
+        check_equal(state, together(rows, "float32")[name])
