@@ -126,6 +126,7 @@ class Session:
         """
         seconds, directory, tokens = self._seconds(), self._parts.directory, self._trainer.tokens
         began = time.perf_counter()
+        self._tell_stopped()
         figures = {} if self._trainer.is_empty else self._export()
         summary: dict[str, Any] = {
             "run": directory.path.name,
@@ -205,7 +206,7 @@ class Session:
         """Tell the user about each SAE that was stopped since the last call, where others go on."""
         for name, reason in self._trainer.stopped.items():
             if name not in self._told_stopped and self._ranks.is_first:
-                warn(f"{name} is stopped and left out. {reason}")
+                warn(f"{name} is stopped and left out: {reason}")
             self._told_stopped.add(name)
 
     def _evaluate(self) -> None:

@@ -83,7 +83,7 @@ def test_an_sae_that_diverges_is_stopped_and_the_others_go_on(tmp_path: Path, co
     assert ".k3." in stopped
     assert list(summary["saes"][stopped]) == ["stopped"]
     assert set(files) == set(summary["saes"]) - {stopped}
-    assert f"{stopped} is stopped and left out." in done.stderr
+    assert f"{stopped} is stopped and left out: " in done.stderr
     entries = {entry["name"]: entry for entry in json.loads(next(tmp_path.glob("runs/*/suite.json")).read_text())}
     assert entries[stopped]["stopped"] == summary["saes"][stopped]["stopped"]
     again = command(*settings)

@@ -120,7 +120,9 @@ def test_a_loss_that_is_not_finite_stops_with_3(tmp_path: Path, command: Command
     assert done.status == 3, done.stderr
     assert re.search(r"not finite", done.stderr)
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "runs" / "x" / "summary.json").exists()
+    assert "is stopped and left out: loss is " in done.stderr
+    (figures,) = json.loads((tmp_path / "runs" / "x" / "summary.json").read_text())["saes"].values()
+    assert list(figures) == ["stopped"]
     for path in (tmp_path / "runs" / "x" / "checkpoints").iterdir():
         found = load(path)
         (sae,) = found.sae_names()

@@ -361,7 +361,8 @@ def test_one_factor_brings_l0_to_k_unless_it_would_be_another_sae(rows: Path, ti
     sae = SparseAutoencoder.fold(
         trainer.learners[0].dictionary, centre_D=scaling.centre_D, scale=scaling.scale, k=5, inference="threshold"
     )
-    raw = torch.cat([batch.raw_ND for batch in trainer.stream.held_out.batches("calibration", max_tokens=10**6)])
+    batches = trainer.stream.held_out.batches("calibration", max_tokens=10**6, ranks=Solo())
+    raw = torch.cat([only(batch.sites).raw_ND for batch in batches])
     learned = times * scaling.scale * sparsifier.thresholds(trainer.learners[0].dictionary).detach().double()
     found = calibrate(sae, raw, k=5, batch_tokens=world.N, n_features=128, ranks=Solo(), learned_F=learned)
     assert found.correction is not None

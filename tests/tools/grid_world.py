@@ -218,8 +218,7 @@ def resume(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, torch.Ten
 
 def hand_over(first: Trainer, second: Trainer, folder: Path) -> None:
     """Let `second` continue where `first` is, by way of a checkpoint in `folder`."""
-    notes = {"step": first.n_done, "tokens": first.tokens}
-    path = checkpoint.begin(folder, first.contents(), notes=notes, ranks=first.ranks, keep=1).publish()
+    path = checkpoint.begin(folder, first.contents(), notes=first.notes(), ranks=first.ranks, keep=1).publish()
     second.restore(restore.load(path))
 
 
