@@ -14,7 +14,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from sae_train.config import ModelConfig
 from sae_train.errors import ConfigError, UserError
 from sae_train.harvest.checkpoints import DTYPES, load_error, loader_of
-from sae_train.harvest.families import text_part
+from sae_train.sites.families import text_part
 
 
 def without_weights(model: ModelConfig, settings: Any, *, real: bool = False) -> nn.Module:

@@ -11,11 +11,11 @@ from sae_train.harvest.corpus import Corpus
 from sae_train.harvest.hub import local_path
 from sae_train.harvest.lanes import check_lanes
 from sae_train.harvest.language_model import Tokenizer
-from sae_train.harvest.layers import LayerSite
+from sae_train.harvest.model_facts import ModelFacts, model_facts
 from sae_train.harvest.open_text import check_data, is_local
-from sae_train.harvest.sites import ModelFacts, model_facts
 from sae_train.harvest.stream import StreamFacts, StreamSite, prefetch_of, row_bytes
 from sae_train.phases import Phases
+from sae_train.sites.layers import LayerSite
 
 _LOGITS_HELD = 4
 """Matrices of fp32 as large as a forward pass's logits that their gradient holds at most (peak memory, measured in fp32

@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from sae_train.config import ModelConfig
 from sae_train.errors import ConfigError, DataError, UserError, raise_all
 from sae_train.harvest.architecture import without_weights
-from sae_train.harvest.families import text_part
-from sae_train.harvest.hooks import Place, Reached, hooked, run_until
+from sae_train.sites.families import text_part
+from sae_train.sites.hooks import Place, Reached, hooked, run_until
 
 _SHAPE = (2, 4)
 _LARGEST_REAL = 4 * 2**30

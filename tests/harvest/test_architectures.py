@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from sae_train import config as schema
 from sae_train.config import RunConfig
-from sae_train.harvest.families import FAMILIES
 from sae_train.harvest.language_model import LanguageModel
-from sae_train.harvest.sites import model_facts
+from sae_train.harvest.model_facts import model_facts
+from sae_train.sites.families import FAMILIES
 from tools.architectures import ARCHITECTURES, save_architecture
 from tools.one_of_each import only
 from tools.tiny_models import live_config

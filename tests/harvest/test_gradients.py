@@ -10,7 +10,7 @@ from sae_train import config as schema
 from sae_train.errors import ConfigError
 from sae_train.harvest.build import check_stream
 from sae_train.harvest.language_model import LanguageModel
-from sae_train.harvest.sites import model_facts
+from sae_train.harvest.model_facts import model_facts
 from tools.one_of_each import only
 from tools.small_runs import CPU
 from tools.tiny_models import live_config, save_model

@@ -12,7 +12,7 @@ from sae_train.config import SourceConfig
 from sae_train.errors import UserError
 from sae_train.harvest.build import StreamFacts, StreamSite, check_stream
 from sae_train.harvest.language_model import LanguageModel
-from sae_train.harvest.sites import model_facts
+from sae_train.harvest.model_facts import model_facts
 from tools.small_runs import CPU
 from tools.tiny_models import planned_config, save_model
 

@@ -16,7 +16,7 @@ from sae_train.harvest.architecture import without_weights
 from sae_train.harvest.build import check_stream
 from sae_train.harvest.checkpoints import read_model_config
 from sae_train.harvest.language_model import LanguageModel
-from sae_train.harvest.sites import model_facts
+from sae_train.harvest.model_facts import model_facts
 from tools.architectures import save_architecture
 from tools.one_of_each import only
 from tools.tiny_models import planned_config, save_model

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_train.harvest.families import FAMILIES
+from sae_train.sites.families import FAMILIES
 
 ROOT = next(path for path in Path(__file__).resolve().parents if (path / "pyproject.toml").exists())
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tests").glob("*.md")])

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors", "assets", "phases"},
     {"config"},
-    {"ranks"},
+    {"ranks", "sites"},
     {"kernels"},
     {"sae"},
     {"sparsifiers", "harvest", "formats"},
@@ -46,7 +46,7 @@ OUTSIDE = {
     "triton": {"kernels/triton_*"},
     "transformers": {
         "harvest/language_model.py",
-        "harvest/sites.py",
+        "harvest/model_facts.py",
         "harvest/checkpoints.py",
         "harvest/architecture.py",
     },

@@ -18,8 +18,8 @@ from sae_train.harvest.filter import trainable, within
 from sae_train.harvest.lanes import Lane
 from sae_train.harvest.language_model import Tokenizer
 from sae_train.harvest.live import LiveStream
+from sae_train.harvest.model_facts import read_model_config
 from sae_train.harvest.scaling import Scaling
-from sae_train.harvest.sites import read_model_config
 from sae_train.harvest.tensors import TensorStream
 from sae_train.ranks.interface import Ranks, Solo
 from sae_train.sae.code import SparseCode

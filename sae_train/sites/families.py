@@ -12,7 +12,7 @@ from torch import nn
 class Family(NamedTuple):
     """The names of an architecture's sites, relative to the module that holds the list of blocks.
 
-    `FAMILIES` lists them, and `sites.py` reads them.
+    `FAMILIES` lists them, and `layers.py` reads them.
     """
 
     blocks: str

@@ -8,8 +8,8 @@ from torch import nn
 from sae_train.config import BlockLayerConfig, ModuleLayerConfig
 from sae_train.config.harvest import LayerConfig
 from sae_train.errors import ConfigError, suggest
-from sae_train.harvest.families import FAMILIES, text_part
-from sae_train.harvest.hooks import Place
+from sae_train.sites.families import FAMILIES, text_part
+from sae_train.sites.hooks import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Sites: the places in a language model where activations are taken.
 
-`residual`, `mlp` and `attention` belong to a block, in the modules that `families.py` lists. `module` is the output or
+`residual`, `mlp` and `attention` belong to a block, in the modules that `sites/families.py` lists. `module` is the output or
 input of any module. Facts come from a run of the architecture on tensors without storage, so no weight is ever read.
 """
 
@@ -16,10 +16,10 @@ from sae_train.config.source import SourceConfig
 from sae_train.harvest.architecture import without_weights
 from sae_train.harvest.checkpoints import check_quantised, loader_of, read_model_config
 from sae_train.harvest.checks import Findings
-from sae_train.harvest.families import blocks_name
-from sae_train.harvest.hooks import Place
-from sae_train.harvest.layers import LayerSite, given, list_of_blocks, sites_of_layer
 from sae_train.harvest.probe import probe
+from sae_train.sites.families import blocks_name
+from sae_train.sites.hooks import Place
+from sae_train.sites.layers import LayerSite, given, list_of_blocks, sites_of_layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
