@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sae_train.formats.native import load
+    from sae_train.formats.load import load
     from sae_train.sae.autoencoder import SparseAutoencoder
     from sae_train.sae.code import SparseCode
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["SparseAutoencoder", "SparseCode", "__version__", "load"]
 
 _HOMES = {
-    "load": "sae_train.formats.native",
+    "load": "sae_train.formats.load",
     "SparseAutoencoder": "sae_train.sae.autoencoder",
     "SparseCode": "sae_train.sae.code",
 }

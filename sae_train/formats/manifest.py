@@ -34,6 +34,8 @@ class ActivationSource:
     """Whether every context begins with the tokenizer's beginning token."""
     data: str | None = None
     """Hub id of the dataset, path of the text, or directory of the activations."""
+    data_revision: str | None = None
+    """Commit of the dataset on the Hub."""
     subset: str | None = None
     """The dataset's configuration on the Hub."""
     split: str | None = None

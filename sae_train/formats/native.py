@@ -197,6 +197,11 @@ def _explained(directory: Path) -> Iterator[None]:
         ) from error
 
 
+def holds_saes(path: Path) -> bool:
+    """Return whether a directory is an exported SAE in our format, or a run's directory."""
+    return (path / "sae.json").is_file() or (path / "saes").is_dir() or (path / "config.yaml").is_file()
+
+
 def find(path: Path, name: str | None = None) -> Path:
     """Return the directory of the exported SAE `name` under `path`, or of the only one there."""
     if (path / "sae.json").is_file():

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar, set_tqdm_hook
 from sae_train.assets import model_directory
 from sae_train.config import ModelConfig
 from sae_train.errors import DataError
-from sae_train.harvest.hub import hub_error, is_installed, local_path, missing_library, needs_library
+from sae_train.hub import hub_error, is_installed, local_path, missing_library, needs_library
 from sae_train.phases import Phases
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

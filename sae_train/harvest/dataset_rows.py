@@ -14,8 +14,8 @@ import torch
 from sae_train.config import DataConfig
 from sae_train.errors import DataError, suggest
 from sae_train.harvest.documents import Document, Documents, Flaw
-from sae_train.harvest.hub import hub_error
 from sae_train.harvest.json_lines import TextsInMemory
+from sae_train.hub import hub_error
 from sae_train.phases import Phases
 
 _ROWS_AT_ONCE = 65_536

@@ -15,8 +15,8 @@ from sae_train.config import ModelConfig
 from sae_train.config.source import SourceConfig
 from sae_train.errors import ConfigError, DataError
 from sae_train.harvest.checkpoints import load_error, load_weights, source_of
-from sae_train.harvest.hub import hub_error, missing_library
 from sae_train.harvest.model_facts import ModelFacts, model_facts
+from sae_train.hub import hub_error, missing_library
 from sae_train.phases import SILENT, Phases
 from sae_train.sites.families import text_part
 from sae_train.sites.hooks import Place, hooked, run_until

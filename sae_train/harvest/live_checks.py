@@ -8,12 +8,12 @@ from sae_train.errors import ConfigError
 from sae_train.harvest.checkpoints import check_weights
 from sae_train.harvest.checks import Findings, check_lane_count
 from sae_train.harvest.corpus import Corpus
-from sae_train.harvest.hub import local_path
 from sae_train.harvest.lanes import check_lanes
 from sae_train.harvest.language_model import Tokenizer
 from sae_train.harvest.model_facts import ModelFacts, model_facts
 from sae_train.harvest.open_text import check_data, is_local
 from sae_train.harvest.stream import StreamFacts, StreamSite, prefetch_of, row_bytes
+from sae_train.hub import local_path
 from sae_train.phases import Phases
 from sae_train.sites.layers import LayerSite
 

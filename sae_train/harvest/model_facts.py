@@ -1,7 +1,8 @@
 """Sites: the places in a language model where activations are taken.
 
-`residual`, `mlp` and `attention` belong to a block, in the modules that `sites/families.py` lists. `module` is the output or
-input of any module. Facts come from a run of the architecture on tensors without storage, so no weight is ever read.
+`residual`, `mlp` and `attention` belong to a block, in the modules that `sites/families.py` lists. `module` is the
+output or input of any module. Facts come from a run of the architecture on tensors without storage, so no weight is
+ever read.
 """
 
 from dataclasses import dataclass, field

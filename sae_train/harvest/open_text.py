@@ -7,10 +7,10 @@ from sae_train.config import DataConfig
 from sae_train.errors import DataError, suggest
 from sae_train.harvest.dataset_rows import check_hub, is_saved, open_hub, open_parquet, open_saved, saved_splits
 from sae_train.harvest.documents import SCANNED_BYTES, Documents, Joined
-from sae_train.harvest.hub import local_path
 from sae_train.harvest.json_lines import open_json_lines
 from sae_train.harvest.plain_text import TextBlocks, block_bytes_of
 from sae_train.harvest.text_files import SUFFIXES, text_files
+from sae_train.hub import local_path
 from sae_train.phases import SILENT, Phases
 
 UNPACKED = 5

@@ -18,8 +18,8 @@ from sae_train import config as schema
 from sae_train.config import RunConfig
 from sae_train.errors import UserError
 from sae_train.harvest.build import build_stream, check_stream
-from sae_train.harvest.hub import missing_library
 from sae_train.harvest.language_model import LanguageModel, Tokenizer
+from sae_train.hub import missing_library
 from sae_train.ranks.interface import Solo
 from tools.one_of_each import only
 from tools.tiny_models import planned_config, save_model

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from sae_train import config as schema
 from sae_train.config import RunConfig
 from sae_train.errors import ConfigError, DataError, UserError
-from sae_train.harvest.hub import hub_error
 from sae_train.harvest.language_model import LanguageModel
 from sae_train.harvest.model_facts import SiteFacts, model_facts
+from sae_train.hub import hub_error
 from tools.one_of_each import only
 from tools.tiny_models import FAMILIES, OTHERS, live_config, save_model
 

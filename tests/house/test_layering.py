@@ -13,6 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
     {"errors", "assets", "phases"},
+    {"hub"},
     {"config"},
     {"ranks", "sites"},
     {"kernels"},

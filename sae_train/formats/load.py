@@ -1,0 +1,93 @@
+"""`sae_train.load`: an SAE by path or Hub id, in our format or any that this room reads."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from sae_train.errors import CheckpointError, suggest
+from sae_train.formats import native
+from sae_train.formats.foreign import Format, Opened
+from sae_train.formats.record import with_record
+from sae_train.formats.registry import FORMATS
+from sae_train.sae.autoencoder import SparseAutoencoder
+
+DEEPEST = 6
+"""Folders below a directory in which SAEs are looked for. gemma_scope has four."""
+
+
+def load(path: str | Path, name: str | None = None, *, device: torch.device | str = "cpu") -> SparseAutoencoder:
+    """Load an SAE: of a run, of an export, or of another program.
+
+    Example: `load("runs/suite", "residual2.mutual_choice.k32.f2048.s0")`.
+
+    Args:
+        path: a run's directory; a directory or file in our format or a foreign one (docs/formats.md).
+        name: the SAE of a directory with several: as in `saes/NAME/`, else its folder below `path`.
+        device: the device of its tensors.
+
+    Returns:
+        The SAE in eval mode, fp32, on raw activations. Its `config` is the content of sae.json; that of a foreign file
+        also has `format` and `assumed`, a list of sentences. Each of these is also a warning.
+
+    Raises:
+        CheckpointError: there is no SAE there, there are several and no name is given, the files are damaged, or the
+            native form cannot hold the SAE exactly.
+    """
+    where = Path(path).expanduser()
+    if native.holds_saes(where):
+        return native.load(where, name, device=device)
+    return opened(where, name).finished().to(device)
+
+
+def opened(path: Path, name: str | None = None) -> Opened:
+    """Return an SAE of a foreign format with all that is known of it. Arguments and errors are those of `load`."""
+    each, file = find_foreign(path, name)
+    _check_inside(file, path)
+    found = each.read(file)
+    return with_record(found, file.parent, format_name=each.NAME)
+
+
+def find_foreign(path: Path, name: str | None = None) -> tuple[Format, Path]:
+    """Return the format and the main file of the only SAE at `path`, or of the one in the folder `name` below it."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory. Give a run, an export, or hf://ORG/NAME.")
+    found = {_name_of(file, path): (each, file) for each, file in _all(path, DEEPEST)}
+    if name is not None and name in found:
+        return found[name]
+    if not found:
+        raise CheckpointError(
+            f"{path}: holds no SAE of a known format: ours (sae.json), {', '.join(FORMATS)}. Give its directory."
+        )
+    listed = "".join(f"\n  {each}" for each in found)
+    if name is not None:
+        raise CheckpointError(f"{path}: holds no SAE {name!r}.{suggest(name, found) or listed}")
+    if len(found) > 1:
+        raise CheckpointError(f"{path}: holds {len(found)} SAEs. Give the name of one, as in load(PATH, NAME).{listed}")
+    return next(iter(found.values()))
+
+
+def _name_of(file: Path, path: Path) -> str:
+    return file.parent.relative_to(path).as_posix() if file != path else file.name
+
+
+def _all(path: Path, depth: int) -> Iterator[tuple[Format, Path]]:
+    """Yield the format and main file of each SAE at or below `path`. Links to directories are not followed."""
+    here = [(each, file) for each in FORMATS.values() if (file := each.find(path)) is not None]
+    yield from here
+    if here or depth == 0 or not path.is_dir():
+        return
+    for below in sorted(path.iterdir()):
+        if below.is_dir() and not below.is_symlink() and not below.name.startswith("."):
+            yield from _all(below, depth - 1)
+
+
+def _check_inside(file: Path, given: Path) -> None:
+    """Refuse links out of the directory that was given, other than those of the Hub's cache into its own blobs."""
+    root = (given if given.is_dir() else given.parent).resolve()
+    cache = next((parent for parent in root.parents if parent.name.startswith("models--")), None)
+    for each in file.parent.iterdir():
+        target = each.resolve()
+        inside = target.is_relative_to(root) or (cache is not None and target.is_relative_to(cache / "blobs"))
+        if each.is_symlink() and not inside:
+            raise CheckpointError(f"{each}: is a link to {target}, outside of {given}. Copy the file there instead.")

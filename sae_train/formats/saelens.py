@@ -1,0 +1,157 @@
+"""SAELens: `cfg.json` and `sae_weights.safetensors`, read by `SAE.load_from_disk` and `SAE.from_pretrained`.
+
+Written for the format of sae-lens 6. `apply_b_dec_to_input` is false, so the tensors are ours, bit for bit.
+"""
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae_train.errors import CheckpointError
+from sae_train.formats.durable import write_text
+from sae_train.formats.folding import has_unit_rows, native_sae
+from sae_train.formats.foreign import Opened, Origin, manifest_of
+from sae_train.formats.manifest import ActivationSource, SaeManifest
+from sae_train.formats.reading import (
+    check_names,
+    check_shapes,
+    choice,
+    matrix_sizes,
+    precision_note,
+    read_json,
+    read_safetensors,
+    whole_number,
+)
+from sae_train.sae.autoencoder import SparseAutoencoder
+
+NAME = "saelens"
+HOLDS = "every SAE"
+VERSION = "6.54.12"
+"""Version of sae-lens whose format this is. Files without one are converted by older rules, which drop the metadata."""
+WEIGHTS, HEADER = "sae_weights.safetensors", "cfg.json"
+ARCHITECTURES = ("standard", "topk", "jumprelu", "gated")
+HOOKS = {"residual": "hook_resid_post", "mlp": "hook_mlp_out", "attention": "attn.hook_z"}
+"""Names of TransformerLens, within a block."""
+NO_NORMALISATION = (None, "none")
+
+
+def refusal(sae: SparseAutoencoder) -> str | None:
+    return None
+
+
+def folder(manifest: SaeManifest, origin: Origin) -> PurePosixPath | None:
+    return None
+
+
+def write(sae: SparseAutoencoder, manifest: SaeManifest, origin: Origin, directory: Path) -> None:
+    tensors: dict[str, Tensor] = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    own: dict[str, Any] = {"architecture": "jumprelu"}
+    if sae.inference == "topk":
+        # unit rows make the rescaling exact, and SAELens folds norms and draws dashboards with it only
+        own = {"architecture": "topk", "k": round(sae.k), "rescale_acts_by_decoder_norm": has_unit_rows(sae.W_dec)}
+    else:
+        tensors["threshold"] = sae.threshold
+    header = own | {
+        "d_in": sae.d_model,
+        "d_sae": sae.n_features,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "hook_z" if origin.site == "attention" else "none",
+        "metadata": {
+            "sae_lens_version": VERSION,
+            "sae_lens_training_version": None,
+            "model_name": origin.model,
+            "hook_name": f"blocks.{origin.layer}.{HOOKS[origin.site]}",
+            "hook_head_index": None,
+            "prepend_bos": origin.prepends_bos,
+            "context_size": origin.context_length,
+            # TransformerLens would else take the mean off the residual stream of models with LayerNorm
+            "model_from_pretrained_kwargs": {"center_writing_weights": False},
+        },
+    }
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, directory / WEIGHTS)
+    write_text(directory / HEADER, json.dumps(header, indent=2) + "\n")
+
+
+def find(path: Path) -> Path | None:
+    file = path / WEIGHTS if path.is_dir() else path
+    return file if file.name == WEIGHTS and file.is_file() and (file.parent / HEADER).is_file() else None
+
+
+def read(file: Path) -> Opened:
+    path = file.parent / HEADER
+    header, tensors = read_json(path), read_safetensors(file)
+    metadata = header.get("metadata") if isinstance(header.get("metadata"), dict) else header
+    assert isinstance(metadata, dict)
+    architecture = choice(path, header, "architecture", ARCHITECTURES)
+    normalisation = header.get("normalize_activations")
+    if normalisation not in NO_NORMALISATION:
+        raise CheckpointError(
+            f"{path}: normalize_activations={normalisation!r}: each token or data set would be normalised first, which "
+            "is not among the weights. Fold it in SAELens, or give another SAE."
+        )
+    k, own = 0.0, _own_tensors(architecture)
+    check_names(file, tensors, ("W_enc", "W_dec", "b_dec", *own), optional=("scaling_factor",))
+    D, F = matrix_sizes(file, tensors, "W_enc")
+    check_shapes(file, tensors, {"W_enc": (D, F), "W_dec": (F, D), "b_dec": (D,), **dict.fromkeys(own, (F,))})
+    if "scaling_factor" in tensors and not tensors["scaling_factor"].eq(1).all():
+        raise CheckpointError(f"{file}: holds a scaling_factor other than 1, which SAELens itself does not load.")
+    folds_rows = True
+    if architecture == "topk":
+        k = float(whole_number(path, header, "k"))
+        folds_rows = bool(header.get("rescale_acts_by_decoder_norm", False))
+    W_enc, b_enc, threshold = _encoder(architecture, tensors)
+    shifts = header.get("apply_b_dec_to_input", True)
+    sae = native_sae(W_enc=W_enc, b_enc=b_enc, W_dec=tensors["W_dec"], b_dec=tensors["b_dec"], threshold=threshold,
+                     k=k, shifts_input=bool(shifts), folds_rows=folds_rows)  # fmt: skip
+    assumed = precision_note(tensors)
+    if "apply_b_dec_to_input" not in header:
+        assumed += ("apply_b_dec_to_input is not given; SAELens takes it as true.",)
+    hook = metadata.get("hook_name")
+    site = _site(hook if isinstance(hook, str) else "")
+    if site is None and hook is not None:
+        assumed += (f"hook_name={hook!r} is no site that this program names.",)
+    model = metadata.get("model_name")
+    source = ActivationSource(
+        model=model if isinstance(model, str) else None,
+        context_length=metadata.get("context_size") if isinstance(metadata.get("context_size"), int) else None,
+        prepends_bos=metadata.get("prepend_bos") if isinstance(metadata.get("prepend_bos"), bool) else None,
+    )
+    return Opened(sae=sae, manifest=manifest_of(sae, source=source, site=site), format_name=NAME, assumed=assumed)
+
+
+def _own_tensors(architecture: str) -> tuple[str, ...]:
+    """Return the names of an architecture's tensors [n_features]."""
+    if architecture == "gated":
+        return ("b_gate", "r_mag", "b_mag")
+    return ("b_enc", "threshold") if architecture == "jumprelu" else ("b_enc",)
+
+
+def _encoder(architecture: str, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return W_enc, b_enc and the thresholds of an architecture; no thresholds where the k largest are kept.
+
+    A gated SAE opens where x W + b_gate > 0 and gives relu(e^r x W + b_mag). With pre = e^r x W + b_mag, it is open
+    where pre > b_mag - e^r b_gate.
+    """
+    W_enc = tensors["W_enc"]
+    if architecture == "gated":
+        scale_F = tensors["r_mag"].double().exp()
+        return W_enc.double() * scale_F, tensors["b_mag"], tensors["b_mag"].double() - scale_F * tensors["b_gate"]
+    if architecture == "topk":
+        return W_enc, tensors["b_enc"], None
+    return W_enc, tensors["b_enc"], tensors.get("threshold", torch.zeros_like(tensors["b_enc"]))
+
+
+def _site(hook: str) -> str | None:
+    """Return our label of a TransformerLens hook, such as 'residual2'."""
+    parts = hook.split(".", 2)
+    kinds = {own: site for site, own in HOOKS.items()}
+    if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdecimal() and parts[2] in kinds:
+        return f"{kinds[parts[2]]}{parts[1]}"
+    return None
