@@ -27,7 +27,7 @@ def load(path: str | Path, name: str | None = None, *, device: torch.device | st
         device: the device of its tensors.
 
     Returns:
-        The SAE in eval mode, fp32, on raw activations. Its `config` is the content of sae.json; that of a foreign file
+        The SAE in eval mode, fp32, on raw activations. Its `config` is the content of sae.json. A foreign file's config
         also has `format` and `assumed`, a list of sentences. Each of these is also a warning.
 
     Raises:

@@ -63,7 +63,7 @@ def write_record(directory: Path, record: Mapping[str, Any]) -> None:
 
 
 def with_record(opened: Opened, directory: Path, *, format_name: str) -> Opened:
-    """Return an SAE as read, with the facts of the sae_train.json beside it where there is one.
+    """Return an SAE as read, with the facts of its sae_train.json, where there is one.
 
     The tensors, the rule and the sizes stay those of the foreign files.
 

@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from sae_train.cli.train import run_command
-from sae_train.harvest import corpus, row_plan, sites
+from sae_train.harvest import corpus, model_facts, row_plan
 from sae_train.harvest.build import build_stream, check_stream
 from sae_train.ranks.interface import Solo
 from tools.tiny_models import planned_config
@@ -19,8 +19,8 @@ Opens = Counter[str]
 OPENERS: dict[str, tuple[Any, str]] = {
     "text": (corpus, "open_text"),
     "tokenizer": (transformers.AutoTokenizer, "from_pretrained"),
-    "configuration": (sites, "read_model_config"),
-    "architecture": (sites, "without_weights"),
+    "configuration": (model_facts, "read_model_config"),
+    "architecture": (model_facts, "without_weights"),
     "headers": (row_plan, "read_headers"),
 }
 
