@@ -77,3 +77,13 @@ def native_sae(
         k=k,
         inference="topk" if threshold is None else "threshold",
     ).eval()
+
+
+def gated_encoder(W_enc: Tensor, *, b_mag: Tensor, b_gate: Tensor, r_mag: Tensor) -> tuple[Tensor, Tensor]:
+    """Return encoder [d_model, n_features] and thresholds [n_features] of a gated SAE; `b_mag` is its bias.
+
+    A feature is open where x W + b_gate > 0, and its value is relu(e^r x W + b_mag). With pre = e^r x W + b_mag, it is
+    open where pre > b_mag - e^r b_gate.
+    """
+    scale_F = r_mag.double().exp()
+    return W_enc.double() * scale_F, b_mag.double() - scale_F * b_gate.double()

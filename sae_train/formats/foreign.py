@@ -2,9 +2,10 @@
 
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 from sae_train.formats.manifest import ActivationSource, SaeManifest
 from sae_train.sae.autoencoder import SparseAutoencoder
@@ -136,3 +137,18 @@ def manifest_of(
         source=source,
         sparsifier=sparsifier,
     )
+
+
+def label_of(text: Any, layer: Any, sites: Mapping[str, str]) -> str | None:
+    """Return the label of a site, such as 'residual2', or None where a header does not name one.
+
+    Args:
+        text: what the header says of the site. It begins with the format's word.
+        layer: the block that the header names.
+        sites: the format's word for each kind of site.
+    """
+    if isinstance(text, str) and isinstance(layer, int) and not isinstance(layer, bool):
+        for site, word in sites.items():
+            if text.startswith(word):
+                return f"{site}{layer}"
+    return None

@@ -1,6 +1,7 @@
 """`sae_train.load`: an SAE by path or Hub id, in our format or any that this room reads."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,8 +45,12 @@ def opened(path: Path, name: str | None = None) -> Opened:
     """Return an SAE of a foreign format with all that is known of it. Arguments and errors are those of `load`."""
     each, file = find_foreign(path, name)
     _check_inside(file, path)
-    found = each.read(file)
-    return with_record(found, file.parent, format_name=each.NAME)
+    found = with_record(each.read(file), file.parent, format_name=each.NAME)
+    if found.sae.k == 0:
+        found = replace(
+            found, assumed=(*found.assumed, "k=0, because the files do not say how many features are active.")
+        )
+    return found
 
 
 def find_foreign(path: Path, name: str | None = None) -> tuple[Format, Path]:

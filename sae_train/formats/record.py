@@ -81,7 +81,7 @@ def with_record(opened: Opened, directory: Path, *, format_name: str) -> Opened:
     own = opened.manifest
     pairs = {key: (getattr(own, key), getattr(recorded, key)) for key in ("inference", "d_model", "n_features")}
     if own.inference == "topk":
-        pairs["k"] = own.k, float(round(recorded.k))
+        pairs["k"] = own.k, float(min(round(recorded.k), recorded.n_features))
     differ = [f"{key} {found!r} there, {said!r} in the record" for key, (found, said) in pairs.items() if found != said]
     if differ or record.get("format") != format_name:
         reason = ", ".join(differ) or f"it is of an export to {record.get('format')!r}"

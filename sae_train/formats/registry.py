@@ -4,14 +4,31 @@ from typing import TYPE_CHECKING, cast
 
 from sae_train.errors import CheckpointError, suggest
 from sae_train.formats import (
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    llamascopium,
+    openai,
+    qwen_scope,
     saelens,
+    sparsify,
 )
 
 if TYPE_CHECKING:
     from sae_train.formats.foreign import Format
     from sae_train.sae.autoencoder import SparseAutoencoder
 
-FORMATS = {module.NAME: cast("Format", module) for module in (saelens,)}
+MODULES = (
+    saelens,
+    sparsify,
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    qwen_scope,
+    llamascopium,
+    openai,
+)
+FORMATS = {module.NAME: cast("Format", module) for module in MODULES}
 
 
 def format_named(name: str) -> "Format":

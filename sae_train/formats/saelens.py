@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_train.errors import CheckpointError
 from sae_train.formats.durable import write_text
-from sae_train.formats.folding import has_unit_rows, native_sae
+from sae_train.formats.folding import gated_encoder, has_unit_rows, native_sae
 from sae_train.formats.foreign import Opened, Origin, manifest_of
 from sae_train.formats.manifest import ActivationSource, SaeManifest
 from sae_train.formats.reading import (
@@ -26,6 +26,7 @@ from sae_train.formats.reading import (
     read_safetensors,
     whole_number,
 )
+from sae_train.formats.transformer_lens import hook_name, site_of_hook
 from sae_train.sae.autoencoder import SparseAutoencoder
 
 NAME = "saelens"
@@ -34,8 +35,6 @@ VERSION = "6.54.12"
 """Version of sae-lens whose format this is. Files without one are converted by older rules, which drop the metadata."""
 WEIGHTS, HEADER = "sae_weights.safetensors", "cfg.json"
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated")
-HOOKS = {"residual": "hook_resid_post", "mlp": "hook_mlp_out", "attention": "attn.hook_z"}
-"""Names of TransformerLens, within a block."""
 NO_NORMALISATION = (None, "none")
 
 
@@ -67,7 +66,7 @@ def write(sae: SparseAutoencoder, manifest: SaeManifest, origin: Origin, directo
             "sae_lens_version": VERSION,
             "sae_lens_training_version": None,
             "model_name": origin.model,
-            "hook_name": f"blocks.{origin.layer}.{HOOKS[origin.site]}",
+            "hook_name": hook_name(origin),
             "hook_head_index": None,
             "prepend_bos": origin.prepends_bos,
             "context_size": origin.context_length,
@@ -114,7 +113,7 @@ def read(file: Path) -> Opened:
     if "apply_b_dec_to_input" not in header:
         assumed += ("apply_b_dec_to_input is not given; SAELens takes it as true.",)
     hook = metadata.get("hook_name")
-    site = _site(hook if isinstance(hook, str) else "")
+    site = site_of_hook(hook)
     if site is None and hook is not None:
         assumed += (f"hook_name={hook!r} is no site that this program names.",)
     model = metadata.get("model_name")
@@ -134,24 +133,12 @@ def _own_tensors(architecture: str) -> tuple[str, ...]:
 
 
 def _encoder(architecture: str, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return W_enc, b_enc and the thresholds of an architecture; no thresholds where the k largest are kept.
-
-    A gated SAE opens where x W + b_gate > 0 and gives relu(e^r x W + b_mag). With pre = e^r x W + b_mag, it is open
-    where pre > b_mag - e^r b_gate.
-    """
+    """Return W_enc, b_enc and the thresholds of an architecture; no thresholds where the k largest are kept."""
     W_enc = tensors["W_enc"]
     if architecture == "gated":
-        scale_F = tensors["r_mag"].double().exp()
-        return W_enc.double() * scale_F, tensors["b_mag"], tensors["b_mag"].double() - scale_F * tensors["b_gate"]
+        b_mag = tensors["b_mag"]
+        W_enc, threshold = gated_encoder(W_enc, b_mag=b_mag, b_gate=tensors["b_gate"], r_mag=tensors["r_mag"])
+        return W_enc, b_mag, threshold
     if architecture == "topk":
         return W_enc, tensors["b_enc"], None
     return W_enc, tensors["b_enc"], tensors.get("threshold", torch.zeros_like(tensors["b_enc"]))
-
-
-def _site(hook: str) -> str | None:
-    """Return our label of a TransformerLens hook, such as 'residual2'."""
-    parts = hook.split(".", 2)
-    kinds = {own: site for site, own in HOOKS.items()}
-    if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdecimal() and parts[2] in kinds:
-        return f"{kinds[parts[2]]}{parts[1]}"
-    return None
