@@ -16,7 +16,9 @@ def explained(path: Path, *, what: str = "written") -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         advice = "Free space there, or choose" if what == "written" else "Choose"
-        message = f"{path}: cannot be {what}: {reason}. {advice} another directory with runs=DIR."
+        message = (
+            f"{path}: cannot be {what}: {reason}. {advice} another directory with runs=DIR (an export: --out DIR)."
+        )
         raise CheckpointError(message) from error
 
 

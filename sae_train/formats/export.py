@@ -1,4 +1,4 @@
-"""Exports to foreign formats.
+"""Exports to a format: foreign ones, and our own for an upload.
 
 Every SAE is checked first. All are written to a temporary directory, which is then renamed.
 """
@@ -6,19 +6,23 @@ Every SAE is checked first. All are written to a temporary directory, which is t
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 from sae_train.errors import CheckpointError
-from sae_train.formats import record
+from sae_train.formats import own, record
 from sae_train.formats.durable import explained, sync_directory, sync_file, write_text
-from sae_train.formats.foreign import Format, Opened, Origin, origin_of
+from sae_train.formats.foreign import GIVES_ONE, Format, Opened, Origin, origin_of
 from sae_train.formats.manifest import SaeManifest
 from sae_train.formats.reading import read_json
 from sae_train.formats.registry import formats_that_hold
 from sae_train.formats.suite import FIGURES
 from sae_train.phases import SILENT, Phases
+from sae_train.sae.autoencoder import SparseAutoencoder
+
+BESIDE = ("suite.json", "README.md")
+"""Files that an export may have at its top besides its SAEs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +45,18 @@ class Written:
     directory: Path
     manifest: SaeManifest
     origin: Origin
+    verified: Any = None
+    """Result of the comparison with the SAE that was exported; None without one."""
+
+    def folder(self, out: Path) -> PurePosixPath:
+        """Return its folder below the export's directory."""
+        return PurePosixPath(self.directory.relative_to(out).as_posix())
+
+
+class Check(Protocol):
+    """Compares a written SAE with the SAE that was exported."""
+
+    def __call__(self, to: Format, directory: Path, sae: SparseAutoencoder) -> Any: ...
 
 
 def export(
@@ -51,6 +67,8 @@ def export(
     model: str | None = None,
     layer: int | None = None,
     site: str | None = None,
+    check: Check | None = None,
+    complete: Callable[[Path, Sequence[Written]], None] | None = None,
     phases: Phases = SILENT,
 ) -> list[Written]:
     """Write SAEs in a foreign format. A single SAE goes straight into `out`, several into folders of their names.
@@ -65,11 +83,13 @@ def export(
         model: replaces the recorded model in headers.
         layer: replaces the recorded block.
         site: replaces the recorded kind of site.
+        check: called with each SAE once it is written, and raises where files and SAE differ.
+        complete: called with the temporary directory once all SAEs are written; it may add files there.
         phases: receives the progress, in SAEs.
 
     Raises:
-        CheckpointError: the format cannot hold one of the SAEs exactly, or `out` holds something else or cannot be
-            written. Then `out` is as before.
+        CheckpointError: a check failed, the format cannot hold one of the SAEs exactly, or `out` holds something else
+            or cannot be written. Then `out` is as before.
     """
     check_out(out, [source.name for source in sources], to)
     with phases.of("checking", total=len(sources), unit="SAE"):
@@ -85,17 +105,22 @@ def export(
             with phases.of("exporting", total=len(sources), unit="SAE"):
                 for source in sources:
                     opened = source.open()
-                    origin = origin_of(opened.manifest, model=model, layer=layer, site=site)
-                    below = _folder(to, source, opened.manifest, origin, several=len(sources) > 1)
+                    origin = _with_notes(origin_of(opened.manifest, model=model, layer=layer, site=site), opened)
+                    manifest = _as_told(opened.manifest, origin, model=model, place=(layer, site))
+                    below = _folder(to, source, manifest, origin, several=len(sources) > 1)
                     if (partial / below).exists() and below != PurePosixPath():
                         below = below.with_name(f"{below.name}-{source.name}")
-                    _write(to, source, opened, origin, partial / below)
+                    _write(to, source, opened.sae, manifest, origin, partial / below)
+                    found = None if check is None else check(to, partial / below, opened.sae)
                     written.append(
-                        Written(source=source, directory=out / below, manifest=opened.manifest, origin=origin)
+                        Written(source=source, directory=out / below, manifest=manifest, origin=origin, verified=found)
                     )
                     phases.advance(1)
             if any(each.directory != out for each in written):
-                write_text(partial / "suite.json", json.dumps([_entry(each, out) for each in written], indent=2) + "\n")
+                entries = [suite_entry_of(each, out) for each in written]
+                write_text(partial / "suite.json", json.dumps(entries, indent=2) + "\n")
+            if complete is not None:
+                complete(partial, written)
             _publish(partial, out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -109,10 +134,14 @@ def check_out(out: Path, names: Sequence[str], to: Format) -> None:
             return
         if not out.is_dir():
             raise CheckpointError(f"--out {out}: is a file. Choose a directory.")
-        if not any(out.iterdir()):
+        there = {path for path in out.rglob("*") if not path.is_dir()}
+        if not there:
             return
-        records = [read_json(path) for path in sorted(out.rglob(record.FILE))]
-    if not records or {(r.get("format"), r.get("name")) for r in records} != {(to.NAME, name) for name in names}:
+        records = {path: read_json(path) for path in sorted(there) if path.name == record.FILE}
+    found = {(each.get("format"), each.get("name")) for each in records.values()}
+    known = {out / name for name in BESIDE} | set(records)
+    known |= {path.parent / str(name) for path, each in records.items() for name in each.get("files", [])}
+    if found != {(to.NAME, name) for name in names} or there - known:
         raise CheckpointError(
             f"--out {out}: holds something else than an earlier export of the same SAEs to {to.NAME}. Choose an empty "
             "or a new directory."
@@ -129,24 +158,49 @@ def _refuse(source: Source, to: Format) -> None:
 
 
 def _folder(to: Format, source: Source, manifest: SaeManifest, origin: Origin, *, several: bool) -> PurePosixPath:
-    own = to.folder(manifest, origin)
-    if own is not None:
-        return own
-    return PurePosixPath(source.name) if several else PurePosixPath()
+    layout = to.folder(manifest, origin)
+    if layout is not None:
+        return layout
+    if not several:
+        return PurePosixPath()
+    return PurePosixPath(own.PARENT, source.name) if to.NAME == own.NAME else PurePosixPath(source.name)
 
 
-def _write(to: Format, source: Source, opened: Opened, origin: Origin, directory: Path) -> None:
+def _with_notes(origin: Origin, opened: Opened) -> Origin:
+    """Return an origin that also holds the notes of the reader, but not those of an earlier export on the origin."""
+    notes = [each for each in opened.assumed if not each.endswith(GIVES_ONE)]
+    return replace(origin, assumed=(*origin.assumed, *notes))
+
+
+def _as_told(
+    manifest: SaeManifest, origin: Origin, *, model: str | None, place: tuple[int | None, str | None]
+) -> SaeManifest:
+    """Return the manifest with what the user gave, so that a later export begins with it."""
+    if model is not None:
+        manifest = replace(manifest, source=replace(manifest.source, model=model, revision=None))
+    if place != (None, None):
+        label = f"{origin.site}{origin.layer}"
+        manifest = replace(manifest, site=label, source=replace(manifest.source, site=label, module=None, side=None))
+    return manifest
+
+
+def _write(
+    to: Format, source: Source, sae: SparseAutoencoder, manifest: SaeManifest, origin: Origin, directory: Path
+) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    to.write(opened.sae, opened.manifest, origin, directory)
-    content = record.record_of(opened.manifest, origin, name=source.name, format_name=to.NAME, run=source.run)
+    to.write(sae, manifest, origin, directory)
+    files = sorted(path.name for path in directory.iterdir())
+    content = record.record_of(manifest, origin, name=source.name, format_name=to.NAME, run=source.run, files=files)
     record.write_record(directory, content)
+    mode = (directory / record.FILE).stat().st_mode
     for file in directory.iterdir():
         if file.is_file():
+            file.chmod(mode)  # safetensors makes files that no other user can read
             sync_file(file)
     sync_directory(directory)
 
 
-def _entry(written: Written, out: Path) -> dict[str, Any]:
+def suite_entry_of(written: Written, out: Path) -> dict[str, Any]:
     """Return the entry of one SAE in suite.json, with the keys of a run's suite.json. What is not known is absent."""
     manifest, origin = written.manifest, written.origin
     entry = {
@@ -163,7 +217,7 @@ def _entry(written: Written, out: Path) -> dict[str, Any]:
         "data": manifest.source.data,
         **{key: manifest.figures.get(key) for key in FIGURES},
         "tokens": manifest.tokens,
-        "path": written.directory.relative_to(out).as_posix(),
+        "path": str(written.folder(out)),
     }
     return {key: value for key, value in entry.items() if value is not None}
 

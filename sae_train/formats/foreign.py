@@ -13,6 +13,8 @@ from sae_train.sae.autoencoder import SparseAutoencoder
 SITES = ("residual", "mlp", "attention")
 """Kinds of sites that foreign headers can name."""
 UNKNOWN_MODEL = "unknown"
+GIVES_ONE = "gives one."
+"""End of the sentences in `Origin.assumed`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,11 +50,11 @@ def origin_of(
     recorded = re.fullmatch(r"(residual|mlp|attention)(\d+)", manifest.site or "")
     assumed = []
     if (model or manifest.source.model) is None:
-        assumed.append(f"model {UNKNOWN_MODEL!r}: none is recorded. --model gives one.")
+        assumed.append(f"model {UNKNOWN_MODEL!r}: none is recorded. --model {GIVES_ONE}")
     if layer is None and recorded is None:
-        assumed.append(f"layer 0: {_unnamed(manifest)} names no block. --layer gives one.")
+        assumed.append(f"layer 0: {_unnamed(manifest)} names no block. --layer {GIVES_ONE}")
     if site is None and recorded is None:
-        assumed.append(f"site residual: {_unnamed(manifest)} names no kind of site. --site gives one.")
+        assumed.append(f"site residual: {_unnamed(manifest)} names no kind of site. --site {GIVES_ONE}")
     replaced = layer is not None or site is not None
     return Origin(
         model=model or manifest.source.model or UNKNOWN_MODEL,

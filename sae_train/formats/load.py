@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from sae_train.errors import CheckpointError, suggest
-from sae_train.formats import native
+from sae_train.formats import hub_files, native
 from sae_train.formats.foreign import Format, Opened
-from sae_train.formats.record import with_record
+from sae_train.formats.record import name_in, with_record
 from sae_train.formats.registry import FORMATS
+from sae_train.hub import SCHEME, address_of
 from sae_train.sae.autoencoder import SparseAutoencoder
 
 DEEPEST = 6
@@ -23,8 +24,10 @@ def load(path: str | Path, name: str | None = None, *, device: torch.device | st
     Example: `load("runs/suite", "residual2.mutual_choice.k32.f2048.s0")`.
 
     Args:
-        path: a run's directory; a directory or file in our format or a foreign one (docs/formats.md).
-        name: the SAE of a directory with several: as in `saes/NAME/`, else its folder below `path`.
+        path: a run's directory; a directory or file in our format or a foreign one (docs/formats.md); or
+            `hf://ORG/NAME`, `hf://ORG/NAME@REVISION/FOLDER` on the Hugging Face Hub (docs/hub.md).
+        name: the SAE of a directory with several: as in `saes/NAME/`, else its folder below `path`, or its name in the
+            run that it comes from.
         device: the device of its tensors.
 
     Returns:
@@ -35,10 +38,17 @@ def load(path: str | Path, name: str | None = None, *, device: torch.device | st
         CheckpointError: there is no SAE there, there are several and no name is given, the files are damaged, or the
             native form cannot hold the SAE exactly.
     """
-    where = Path(path).expanduser()
+    where, name = located(path, name)
     if native.holds_saes(where):
         return native.load(where, name, device=device)
     return opened(where, name).finished().to(device)
+
+
+def located(path: str | Path, name: str | None = None) -> tuple[Path, str | None]:
+    """Return a local path, and the name of the SAE there. An SAE on the Hub is downloaded, and its name is settled."""
+    if isinstance(path, str) and path.startswith(SCHEME):
+        return hub_files.fetch(address_of(path), name), None
+    return Path(path).expanduser(), name
 
 
 def opened(path: Path, name: str | None = None) -> Opened:
@@ -57,9 +67,13 @@ def find_foreign(path: Path, name: str | None = None) -> tuple[Format, Path]:
     """Return the format and the main file of the only SAE at `path`, or of the one in the folder `name` below it."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory. Give a run, an export, or hf://ORG/NAME.")
-    found = {_name_of(file, path): (each, file) for each, file in _all(path, DEEPEST)}
+    found = foreign_saes(path)
     if name is not None and name in found:
         return found[name]
+    if name is not None:
+        by_record = [(each, file) for each, file in found.values() if name_in(file.parent) == name]
+        if len(by_record) == 1:
+            return by_record[0]
     if not found:
         raise CheckpointError(
             f"{path}: holds no SAE of a known format: ours (sae.json), {', '.join(FORMATS)}. Give its directory."
@@ -70,6 +84,11 @@ def find_foreign(path: Path, name: str | None = None) -> tuple[Format, Path]:
     if len(found) > 1:
         raise CheckpointError(f"{path}: holds {len(found)} SAEs. Give the name of one, as in load(PATH, NAME).{listed}")
     return next(iter(found.values()))
+
+
+def foreign_saes(path: Path) -> dict[str, tuple[Format, Path]]:
+    """Return the format and the main file of each SAE of a foreign format at or below `path`, by its folder."""
+    return {_name_of(file, path): (each, file) for each, file in _all(path, DEEPEST)}
 
 
 def _name_of(file: Path, path: Path) -> str:
@@ -88,11 +107,14 @@ def _all(path: Path, depth: int) -> Iterator[tuple[Format, Path]]:
 
 
 def _check_inside(file: Path, given: Path) -> None:
-    """Refuse links out of the directory that was given, other than those of the Hub's cache into its own blobs."""
+    """Refuse links out of the directory that was given, other than those of the Hub's cache into its own blobs.
+
+    Blobs are those of the repository, or those that repositories share.
+    """
     root = (given if given.is_dir() else given.parent).resolve()
     cache = next((parent for parent in root.parents if parent.name.startswith("models--")), None)
+    allowed = [root] if cache is None else [root, cache / "blobs", cache.parent / "blobs"]
     for each in file.parent.iterdir():
         target = each.resolve()
-        inside = target.is_relative_to(root) or (cache is not None and target.is_relative_to(cache / "blobs"))
-        if each.is_symlink() and not inside:
+        if each.is_symlink() and not any(target.is_relative_to(place) for place in allowed):
             raise CheckpointError(f"{each}: is a link to {target}, outside of {given}. Copy the file there instead.")

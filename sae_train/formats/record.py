@@ -4,7 +4,7 @@ Foreign headers hold little of it. `load` takes it back, so that an SAE keeps it
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from sae_train.errors import CheckpointError
 from sae_train.formats.durable import write_text
 from sae_train.formats.foreign import Opened, Origin
 from sae_train.formats.manifest import SaeManifest
-from sae_train.formats.reading import read_json
+from sae_train.formats.reading import explained, read_json
 
 FILE = "sae_train.json"
 FIGURES = ("l0", "fvu", "delta_ce", "dead_fraction")
@@ -22,7 +22,13 @@ RECORD_VERSION = 1
 
 
 def record_of(
-    manifest: SaeManifest, origin: Origin, *, name: str, format_name: str, run: Mapping[str, Any] | None
+    manifest: SaeManifest,
+    origin: Origin,
+    *,
+    name: str,
+    format_name: str,
+    run: Mapping[str, Any] | None,
+    files: Sequence[str],
 ) -> dict[str, Any]:
     """Return the content of sae_train.json. What is not known is absent.
 
@@ -32,6 +38,7 @@ def record_of(
         name: the SAE's name in its run.
         format_name: of the export.
         run: config.yaml of the run that trained it, if there is one.
+        files: names of the files of the format.
     """
     source = manifest.source
     values = {
@@ -39,6 +46,7 @@ def record_of(
         "sae_train_version": sae_train.__version__,
         "format": format_name,
         "name": name,
+        "files": list(files),
         "model": origin.model,
         "model_revision": source.revision,
         "layer": origin.layer,
@@ -48,13 +56,66 @@ def record_of(
         "seed": manifest.seed,
         "data": source.data,
         "data_revision": source.data_revision,
-        "filters": None if manifest.normalisation is None else {"outlier_limit": manifest.normalisation.outlier_limit},
+        "filters": _filters(manifest),
         **{key: manifest.figures.get(key) for key in FIGURES},
         "sae": manifest.as_json(),
-        "config": None if run is None else run.get("config"),
-        "run": None if run is None else {key: run.get(key) for key in ("version", "git_commit", "torch", "overrides")},
+        **({} if run is None else _run_part(run, name)),
     }
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _filters(manifest: SaeManifest) -> dict[str, Any] | None:
+    """Return the rules that left activations out of training (harvest/filter.py). None where nothing is recorded."""
+    if manifest.normalisation is None:
+        return None
+    limit = {"outlier_limit": manifest.normalisation.outlier_limit}
+    share = manifest.figures.get("filtered_share")
+    counted = limit if share is None else limit | {"share_over_limit": share}
+    if manifest.source.context_length is None:  # from files, whose tokens are not known
+        return counted | {"over_limit": "left out"}
+    return counted | {"over_limit": "replaced by the next row within the limit", "special_tokens": "left out",
+                      "first_position": "left out"}  # fmt: skip
+
+
+def _run_part(run: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the entries that come from a run's config.yaml.
+
+    Settings of one SAE among several stand there under its name. The plan holds the numbers that settings left open.
+    """
+    own = run.get("identity", {}).get("saes", {}).get(name, {})
+    plan = run.get("plan", {})
+    return {
+        "config": {**run.get("config", {}), **own},
+        "plan": plan.get(name, plan) or None,
+        "run": run.get("provenance"),
+    }
+
+
+def run_in(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the entries of a run's config.yaml that a record holds, in the form that `record_of` takes."""
+    if not isinstance(record.get("config"), dict):
+        return None
+    return {"config": record["config"], "plan": record.get("plan", {}), "provenance": record.get("run")}
+
+
+def name_in(directory: Path) -> str | None:
+    """Return the name that an SAE has in the run that it comes from, if a record in its directory holds one."""
+    path = directory / FILE
+    name = read_json(path).get("name") if path.is_file() else None
+    return name if isinstance(name, str) else None
+
+
+def suite_paths(path: Path) -> list[tuple[str, str]]:
+    """Return the name and the folder of each SAE in the suite.json of an export.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    with explained(path):
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
+            raise ValueError("not a list of SAEs")
+    return [(str(entry.get("name")), str(entry["path"])) for entry in entries if "path" in entry]
 
 
 def write_record(directory: Path, record: Mapping[str, Any]) -> None:

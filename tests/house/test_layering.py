@@ -30,6 +30,7 @@ LAYERS = [
 OUTSIDE = {
     "accelerate": {"ranks/distributed.py"},
     "datasets": {"harvest/dataset_rows.py"},
+    "huggingface_hub": {"formats/hub_files.py"},
     "pyarrow": {"harvest/dataset_rows.py"},
     "submitit": {"sweeps/submit.py"},
     "wandb": {"training/wandb_worker.py"},
@@ -59,6 +60,8 @@ LIGHT = [
     "__main__.py",
     "cli/compose.py",
     "cli/entries.py",
+    "cli/export.py",
+    "cli/export_help.py",
     "cli/help.py",
     "cli/hydra_flags.py",
     "cli/library.py",
