@@ -11,6 +11,8 @@ from sae_train.errors import CheckpointError, DataError
 SCHEME = "hf://"
 _ID = r"[A-Za-z0-9][\w.-]*"
 
+_GATED = re.compile(r"access a gated repo|is a gated repo|gated dataset", re.IGNORECASE)
+"""Words of errors without a class of their own. A missing repository is reported with "a private or gated repo"."""
 _OFFLINE = {
     "LocalEntryNotFoundError",
     "IncompleteSnapshotError",
@@ -72,7 +74,7 @@ def hub_error(key: str, name: str, error: BaseException) -> DataError:
 def hub_reason(error: BaseException) -> str | None:
     """Return the reason of a failure to read from the Hub: terms, network or revision; None for another failure."""
     kinds = kinds_of(error)
-    if "GatedRepoError" in kinds or any("gated" in str(cause).lower() for cause in _causes(error)):
+    if "GatedRepoError" in kinds or any(_GATED.search(str(cause)) for cause in _causes(error)):
         return (
             "gated on the Hugging Face hub. Accept its terms on its page there, then log in with `hf auth login` or "
             "set HF_TOKEN."

@@ -71,6 +71,11 @@ class Corpus:
     def __len__(self) -> int:
         return len(self._training)
 
+    @property
+    def revision(self) -> str | None:
+        """Commit of the dataset on the Hub. None for other texts."""
+        return self._training.documents.revision
+
     def holds_out(self, index: int) -> bool:
         """Return whether a document is kept out of training."""
         if self._side_N[index] == _UNKNOWN:

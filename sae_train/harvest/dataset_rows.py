@@ -4,6 +4,7 @@ This is the only file that imports `datasets`, which maps tables into memory. A 
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +147,18 @@ def open_hub(data: DataConfig, split: str, phases: Phases) -> DatasetRows:
 
     try:
         rows = datasets.load_dataset(data.id, data.subset, split=split)
-        return DatasetRows(rows, data, source=data.id, phases=phases)
+        documents = DatasetRows(rows, data, source=data.id, phases=phases)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         _refuse_cache(error)
         raise _hub_data_error(data, error, split=split) from error
+    documents.revision = _commit_of(rows)
+    return documents
+
+
+def _commit_of(rows: Any) -> str | None:
+    """Return the commit of a dataset from the Hub, which names its directory in the cache. None where none does."""
+    folders = {Path(file["filename"]).parent.name for file in rows.cache_files}
+    return next((name for name in folders if re.fullmatch(r"[0-9a-f]{40}", name)), None)
 
 
 def check_hub(data: DataConfig) -> None:

@@ -49,10 +49,12 @@ class Documents(ABC):
     Attributes:
         n_bytes: int64 [documents], lengths of the texts in UTF-8; upper bounds where `is_exact` is false.
         is_exact: whether `n_bytes` are exact, so that 0 means empty.
+        revision: commit of the dataset on the Hub. None for other texts.
     """
 
     n_bytes: Tensor
     is_exact: bool
+    revision: str | None = None
 
     def __len__(self) -> int:
         return len(self.n_bytes)

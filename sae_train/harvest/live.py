@@ -43,6 +43,7 @@ class LiveStream(Stream):
         self._source, self._ranks, self._harvest, self._sizes = source, ranks, source.live, source.lane_sizes
         self._dtype, tokenizer, self.meter = run_dtype(source.precision), parts.tokenizer, Meter()
         self._corpus = self._fetch(tokenizer, phases) if parts.corpus is None else parts.corpus
+        self.data_revision = self._corpus.revision
         phases.meet()
         self.language_model = LanguageModel(source, device=ranks.device, facts=parts.model, phases=phases)
         phases.meet()

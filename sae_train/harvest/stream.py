@@ -105,12 +105,14 @@ class Stream(ABC):
         language_model: None when activations are read from files.
         held_out: activations that are never trained on.
         meter: seconds and tokens of the parts of the run.
+        data_revision: commit of the text on the Hub. None for other data. It is no part of the run's identity.
     """
 
     meter: Meter
     scalings: dict[str, Scaling]
     language_model: "LanguageModel | None"
     held_out: HeldOut
+    data_revision: str | None = None
 
     @abstractmethod
     def start(self, phases: Phases = SILENT) -> None:

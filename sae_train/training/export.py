@@ -147,7 +147,9 @@ def write_export(
         d_model=sae.d_model,
         n_features=n_features,
         site=site.label,
-        source=_activation_source(trainer.source, facts.record | site.record),
+        source=_activation_source(
+            trainer.source, facts.record | site.record, data_revision=trainer.stream.data_revision
+        ),
         tokens=trainer.tokens,
         sparsifier=config.sparsifier.name,
         prefixes=list(learner.prefixes),
@@ -166,7 +168,9 @@ def write_export(
         native.save(sae, directory, manifest=manifest, ranks=learner.ranks, phases=phases)
 
 
-def _activation_source(config: SourceConfig, record: Mapping[str, Any]) -> ActivationSource:
+def _activation_source(
+    config: SourceConfig, record: Mapping[str, Any], *, data_revision: str | None
+) -> ActivationSource:
     """Return the origin of an SAE's activations: `record`, and the settings of a language model and text."""
     source = ActivationSource(**record)
     if not config.harvest.runs_model:
@@ -174,6 +178,7 @@ def _activation_source(config: SourceConfig, record: Mapping[str, Any]) -> Activ
     return replace(
         source,
         dtype=config.model.dtype,
+        data_revision=data_revision,
         context_length=config.live.context_length,
         subset=config.data.subset,
         split=config.data.split,
