@@ -104,7 +104,9 @@ def parse(arguments: list[str]) -> Options | None:
     flags = [text for text in unknown if text.startswith("-")]
     problems = [_unknown(text, known) for text in flags or unknown]  # other texts may be the values of these flags
     options = vars(found)
-    problems += _problems(options, unknown)
+    problems += _wrong(options)
+    if not unknown:  # it may be among these, misspelt
+        problems += _missing(options)
     raise_all(problems)
     return Options(**options | {"layer": None if found.layer is None else int(found.layer)})
 
@@ -116,18 +118,12 @@ def _unknown(text: str, known: Iterable[str]) -> str:
     return f"{text}: a second RUN, or the value of a flag that takes none. Give one RUN."
 
 
-def _problems(options: dict[str, str | None], unknown: list[str]) -> list[str]:
-    """Return a message for each option that is wrong by itself, and for each that is missing."""
+def _wrong(options: dict[str, str | None]) -> list[str]:
+    """Return a message for each option that is wrong by itself, or has no effect."""
     problems, formats = [], descriptions()
-    to, out, push = options["to"], options["out"], options["push"]
-    if options["run"] is None and not unknown:
-        problems.append("RUN is missing. Give a run's directory, an SAE or hf://ORG/NAME.")
+    to, push = options["to"], options["push"]
     if to is not None and to not in formats:
         problems.append(f"--to {to}: no such format.{suggest(to, formats)}")
-    if to is None and not (push or options["card"]):
-        problems.append(f"--to FORMAT is missing. Known: {', '.join(formats)}. Or push our own format with --push.")
-    if out is None and push is None:
-        problems.append("--out DIR is missing.")
     if options["layer"] is not None and not re.fullmatch(r"[0-9]{1,6}", options["layer"]):
         problems.append(f"--layer {options['layer']}: not a block. Give a whole number, from 0.")
     if options["site"] is not None and options["site"] not in SITES:
@@ -138,6 +134,19 @@ def _problems(options: dict[str, str | None], unknown: list[str]) -> list[str]:
         problems.append("--private: of the repository of --push. Remove it, or add --push ORG/NAME.")
     if options["license"] is not None and not (push or options["card"]):
         problems.append("--license: of the model card. Remove it, or add --card.")
+    return problems
+
+
+def _missing(options: dict[str, str | None]) -> list[str]:
+    """Return a message for each option that is missing."""
+    problems, push = [], options["push"]
+    if options["run"] is None:
+        problems.append("RUN is missing. Give a run's directory, an SAE or hf://ORG/NAME.")
+    if options["to"] is None and not (push or options["card"]):
+        known = ", ".join(descriptions())
+        problems.append(f"--to FORMAT is missing. Known: {known}. Or push our own format with --push ORG/NAME.")
+    if options["out"] is None and push is None:
+        problems.append("--out DIR is missing. Give a new directory.")
     return problems
 
 

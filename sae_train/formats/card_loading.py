@@ -69,7 +69,8 @@ def _peer(name: str, format_name: str, *, repo: str | None, inside: str, address
         ]
     if repo is None:
         return [_code(LOADERS[name].format(directory=f'"DIR{inside}"'))]
-    fetched = f'from huggingface_hub import snapshot_download\n\ndirectory = snapshot_download("{repo}")\n\n'
+    only = f', allow_patterns="{inside[1:]}/*"' if inside else ""
+    fetched = f'from huggingface_hub import snapshot_download\n\ndirectory = snapshot_download("{repo}"{only})\n\n'
     directory = f'f"{{directory}}{inside}"' if inside else "directory"
     return [_code(fetched + LOADERS[name].format(directory=directory))]
 
