@@ -48,7 +48,7 @@ def answer(content: Any, status: int = 200, **headers: str) -> Answer:
     return status, {key.replace("_", "-"): value for key, value in headers.items()}, json.dumps(content).encode()
 
 
-def whoami(handler: Handler, body: bytes) -> Answer:
+def whoami(handler: "Handler", body: bytes) -> Answer:
     if not handler.is_known:
         return answer({"error": "Invalid credentials in Authorization header"}, 401,
                       X_Error_Message="Invalid credentials in Authorization header")  # fmt: skip
@@ -56,7 +56,7 @@ def whoami(handler: Handler, body: bytes) -> Answer:
     return answer({"type": "user", "name": own, "orgs": [{"name": name} for name in others]})
 
 
-def create(handler: Handler, body: bytes) -> Answer:
+def create(handler: "Handler", body: bytes) -> Answer:
     given = json.loads(body)
     if not handler.is_known:
         return answer({"error": "Unauthorized"}, 401)
@@ -73,7 +73,7 @@ def create(handler: Handler, body: bytes) -> Answer:
     return answer(url)
 
 
-def info(handler: Handler, body: bytes, kind: str, name: str, revision: str | None = None) -> Answer:
+def info(handler: "Handler", body: bytes, kind: str, name: str, revision: str | None = None) -> Answer:
     repo = handler.found(kind, name)
     if not isinstance(repo, Repo):
         return repo
@@ -92,7 +92,7 @@ def entry_of(path: str, content: bytes) -> dict[str, Any]:
     return entry
 
 
-def tree(handler: Handler, body: bytes, kind: str, name: str, revision: str, path: str | None = None) -> Answer:
+def tree(handler: "Handler", body: bytes, kind: str, name: str, revision: str, path: str | None = None) -> Answer:
     repo = handler.found(kind, name)
     if not isinstance(repo, Repo):
         return repo
@@ -106,7 +106,7 @@ def tree(handler: Handler, body: bytes, kind: str, name: str, revision: str, pat
     return answer(found)
 
 
-def paths_info(handler: Handler, body: bytes, kind: str, name: str, revision: str) -> Answer:
+def paths_info(handler: "Handler", body: bytes, kind: str, name: str, revision: str) -> Answer:
     repo = handler.found(kind, name)
     if not isinstance(repo, Repo):
         return repo
@@ -115,7 +115,7 @@ def paths_info(handler: Handler, body: bytes, kind: str, name: str, revision: st
     return answer([entry_of(path, files[path]) for path in wanted if path in files])
 
 
-def preupload(handler: Handler, body: bytes, kind: str, name: str, revision: str) -> Answer:
+def preupload(handler: "Handler", body: bytes, kind: str, name: str, revision: str) -> Answer:
     repo = handler.found(kind, name)
     if not isinstance(repo, Repo):
         return repo
@@ -126,7 +126,7 @@ def preupload(handler: Handler, body: bytes, kind: str, name: str, revision: str
     return answer({"files": files})
 
 
-def batch(handler: Handler, body: bytes, name: str) -> Answer:
+def batch(handler: "Handler", body: bytes, name: str) -> Answer:
     objects = [
         {**each, "actions": {"upload": {"href": f"{handler.server.url}/large/{each['oid']}"}}}
         for each in json.loads(body)["objects"]
@@ -134,14 +134,14 @@ def batch(handler: Handler, body: bytes, name: str) -> Answer:
     return answer({"transfer": "basic", "objects": objects})
 
 
-def put_large(handler: Handler, body: bytes, oid: str) -> Answer:
+def put_large(handler: "Handler", body: bytes, oid: str) -> Answer:
     if sha256(body) != oid:
         return answer({"error": "another content"}, 400)
     handler.server.large[oid] = body
     return answer({})
 
 
-def commit(handler: Handler, body: bytes, kind: str, name: str, revision: str) -> Answer:
+def commit(handler: "Handler", body: bytes, kind: str, name: str, revision: str) -> Answer:
     repo = handler.found(kind, name)
     if not isinstance(repo, Repo):
         return repo
@@ -162,7 +162,7 @@ def commit(handler: Handler, body: bytes, kind: str, name: str, revision: str) -
                    "success": True})  # fmt: skip
 
 
-def resolve(handler: Handler, body: bytes, name: str, revision: str, path: str, kind: str = "models") -> Answer:
+def resolve(handler: "Handler", body: bytes, name: str, revision: str, path: str, kind: str = "models") -> Answer:
     repo = handler.found(kind or "models", name)
     if not isinstance(repo, Repo):
         return repo
@@ -181,7 +181,7 @@ def resolve(handler: Handler, body: bytes, name: str, revision: str, path: str, 
     return 200, headers, content
 
 
-def validate_yaml(handler: Handler, body: bytes) -> Answer:
+def validate_yaml(handler: "Handler", body: bytes) -> Answer:
     return answer({"errors": [], "warnings": []})
 
 
