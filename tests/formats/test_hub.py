@@ -11,6 +11,8 @@ from typing import NamedTuple
 import pytest
 import yaml
 
+from sae_train import load
+from sae_train.cli.export import run_command
 from sae_train.errors import CheckpointError
 from sae_train.formats.hub_files import units_of
 from sae_train.hub import address_of
@@ -186,6 +188,25 @@ def test_without_a_network_the_cache_serves_and_the_rest_is_refused(place: Place
         done = place.client.export(str(place.one), "--push", "org/cached", "--out", str(tmp_path / "x"), token=TOKEN)
         assert (done.status, "the Hugging Face hub cannot be reached" in done.stderr) == (2, True)
         assert not (tmp_path / "x").exists()
+
+
+def test_links_of_the_cache_lead_to_blobs_alone(tmp_path: Path) -> None:
+    cache = tmp_path / "hub" / "models--org--name"
+    snapshot, blobs, shared = cache / "snapshots" / "abc", cache / "blobs", tmp_path / "hub" / "blobs"
+    sae = write_sae(tmp_path / "sae")
+    assert run_command([str(tmp_path / "sae"), "--to", "saelens", "--out", str(tmp_path / "out"), "--layer", "2"]) == 0
+    for folder in (snapshot, blobs, shared):
+        folder.mkdir(parents=True)
+    for number, file in enumerate(sorted((tmp_path / "out").iterdir())):
+        store = blobs if number else shared
+        file.rename(store / file.name)
+        (snapshot / file.name).symlink_to(store / file.name)
+    with pytest.warns(UserWarning, match="model 'unknown'"):
+        assert digest(load(snapshot)) == digest(sae)
+    (tmp_path / "secret.json").write_text("{}")
+    (snapshot / "secret.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(CheckpointError, match=r"secret.json: is a link to .* outside of "):
+        load(snapshot)
 
 
 def front_matter(place: Place, name: str) -> dict[str, object]:

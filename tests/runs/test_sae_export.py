@@ -14,6 +14,7 @@ import yaml
 import sae_train
 from sae_train.cli.export import run_command
 from sae_train.cli.export_help import descriptions
+from sae_train.formats.card_loading import LOADERS, TITLES
 from sae_train.formats.registry import FORMATS, formats_that_hold
 from tools.command_line import changed
 from tools.exports import write_sae
@@ -285,6 +286,8 @@ def test_the_model_card_can_be_read_by_the_hub_and_its_code_runs(runs: Runs, exp
     names = {"x": torch.randn(5, 16)}
     exec(loading[1].replace("DIR", str(out)), names)
     assert names["reconstruction"].shape == (5, 16)
+    peers = [name for name in formats_that_hold(sae_train.load(runs.three, ONE)) if name in LOADERS]
+    assert sum(f"### {title}\n" in card.text for title in TITLES.values()) == min(2, len(peers))
     for code in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
         compile(code, "card", "exec")
 
