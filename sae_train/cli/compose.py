@@ -3,6 +3,7 @@
 Nothing here starts a run or writes a file.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 
 from sae_train.cli import launcher
 from sae_train.cli.library import CONFIG_NAME, Library, opened
-from sae_train.cli.overrides import check_repeats
+from sae_train.cli.overrides import check_repeats, several_values
 from sae_train.cli.parsing import expand
 from sae_train.cli.point import Point
 from sae_train.cli.quoting import text_of, typed_value
@@ -38,15 +39,27 @@ def compose_config(overrides: list[str]) -> RunConfig:
 
 
 def compose_request(
-    arguments: list[str], *, sweep: bool, config_dir: str | None = None, config_name: str = CONFIG_NAME
+    arguments: list[str],
+    *,
+    sweep: bool,
+    config_dir: str | None = None,
+    config_name: str = CONFIG_NAME,
+    several: Callable[[str], str] = several_values,
 ) -> Request:
     """Return every run that the arguments ask for, and their launcher.
+
+    Args:
+        arguments: the settings, as typed.
+        sweep: whether an argument may have several values.
+        config_dir: a directory with further choices.
+        config_name: the main configuration.
+        several: returns the problem of an argument with several values where there is no sweep.
 
     Raises:
         ConfigError: lists the problems of all points, before anything is loaded or written.
     """
     with opened(config_dir=config_dir, config_name=config_name) as library:
-        overrides, refused = library.read(arguments, sweep=sweep)
+        overrides, refused = library.read(arguments, sweep=sweep, several=several)
         problems = list(refused.values())
         sent, overrides = library.split(overrides)
         where, found = launcher_of(library, sent, sweep=sweep)

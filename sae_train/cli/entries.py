@@ -4,14 +4,13 @@
 the entries and composes the SAEs.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from sae_train.cli.overrides import LISTS, suggest_key
 from sae_train.cli.parsing import parse
-from sae_train.cli.quoting import quoted, typed_keys, typed_words
+from sae_train.cli.quoting import grammar_text, quoted, typed_keys, typed_words
 from sae_train.cli.schemas import keys_of_an_sae
 from sae_train.config import RunConfig, SaeConfig
 
@@ -85,7 +84,7 @@ def read_grid(value: dict[Any, Any]) -> tuple[list[list[Entry]], list[str]]:
             problems.append(f"{axis}: {problem}")
         else:
             entries = [
-                Entry(home="grid", text=f"{key}={_shown(each)}", words=(f"{key}={_typed(each)}",)) for each in values
+                Entry(home="grid", text=f"{key}={_shown(each)}", words=(f"{key}={grammar_text(each)}",)) for each in values
             ]
             axes.append(entries)
             problems += _repeated(axis, entries)
@@ -150,20 +149,4 @@ def _is_value(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else _typed(value)
-
-
-def _typed(value: Any) -> str:
-    """Return a value as Hydra's grammar reads it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(_typed(each) for each in value)}]"
-    if not isinstance(value, str):
-        return str(value)
-    is_plain = re.fullmatch(r"[A-Za-z_][\w./-]*|\$\{[\w.]+\}", value) and value.lower() not in _WORDS
-    return value if is_plain else quoted(value)
-
-
-_WORDS = ("null", "true", "false", "nan", "inf")
-"""Words that Hydra's grammar reads as values of another type than text."""
+    return value if isinstance(value, str) else grammar_text(value)

@@ -7,7 +7,7 @@ come in one message.
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -85,8 +85,15 @@ class Library:
             self._choices[group] = self._options(group, ObjectType.CONFIG) + inner
         return self._choices[group]
 
-    def read(self, arguments: list[str], *, sweep: bool) -> tuple[list[Override], dict[str, str]]:
-        """Return the arguments that can be used, parsed, and the problem of each other one by its key."""
+    def read(
+        self, arguments: list[str], *, sweep: bool, several: Callable[[str], str] = several_values
+    ) -> tuple[list[Override], dict[str, str]]:
+        """Return the arguments that can be used, parsed, and the problem of each other one by its key.
+
+        Args:
+            sweep: whether an argument may have several values.
+            several: returns the problem of an argument with several values where there is no sweep.
+        """
         overrides, refused = list[Override](), dict[str, str]()
         for argument in arguments:
             key = argument.partition("=")[0].lstrip("+~").strip()
@@ -99,7 +106,7 @@ class Library:
             else:
                 problem = f"{argument}: a sweep needs its values one by one, as in k=16,32."
                 if not sweep:
-                    problem = several_values(argument)
+                    problem = several(argument)
             if key in refused and key not in LISTS:  # a shell makes many arguments of one grid: one message is enough
                 problem = f"{refused[key]}\n{problem}"
             refused[key] = refused.get(key, problem) if key in LISTS else problem

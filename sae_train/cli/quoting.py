@@ -31,6 +31,22 @@ def quoted(value: str) -> str:
     return f"{quote}{inner}{trailing * chr(92)}{quote}"
 
 
+def grammar_text(value: Any) -> str:
+    """Return a value as Hydra's grammar reads it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(grammar_text(each) for each in value)}]"
+    if not isinstance(value, str):
+        return str(value)
+    is_plain = re.fullmatch(r"[A-Za-z_][\w./-]*|\$\{[\w.]+\}", value) and value.lower() not in _WORDS
+    return value if is_plain else quoted(value)
+
+
+_WORDS = ("null", "true", "false", "nan", "inf")
+"""Words that Hydra's grammar reads as values of another type than text."""
+
+
 def typed_values(text: str) -> list[str]:
     """Return the values of a list `a,b` or `choice(a,b)` as they were typed; any other text is one value."""
     if text.startswith("choice(") and text.endswith(")"):

@@ -11,7 +11,12 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.utils.logging import disable_progress_bar, set_tqdm_hook
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+    set_tqdm_hook,
+)
 
 from sae_train.assets import model_directory
 from sae_train.config import ModelConfig
@@ -181,12 +186,10 @@ def load_weights(model: ModelConfig, settings: Any, *, is_quantised: bool, devic
         DataError: the weights cannot be read, or some are missing.
     """
     name, options = source_of(model)
-    if "local_files_only" in options:
-        disable_progress_bar()  # a bar is for downloads
     if is_quantised:
         options["device_map"] = {"": device}  # such weights cannot be moved afterwards
     try:
-        with _reported(phases):
+        with _reported(phases, is_local="local_files_only" in options):
             loaded, report = loader_of(settings).from_pretrained(
                 name, dtype=DTYPES[model.dtype], attn_implementation=model.attention, output_loading_info=True,
                 **options,
@@ -212,8 +215,8 @@ def load_weights(model: ModelConfig, settings: Any, *, is_quantised: bool, devic
 
 
 @contextmanager
-def _reported(phases: Phases) -> Iterator[None]:
-    """Show how many weights are loaded."""
+def _reported(phases: Phases, *, is_local: bool) -> Iterator[None]:
+    """Show how many weights are loaded; hide transformers' own bars, which are for downloads, where there is none."""
 
     def counted(items: Iterable[Any], total: int) -> Iterator[Any]:
         with phases.of("loading the language model", total=total, unit="weight"):
@@ -227,8 +230,13 @@ def _reported(phases: Phases) -> Iterator[None]:
             return factory(*args, **options)
         return counted(cast("Iterable[Any]", items), len(items))
 
+    hides = is_local and is_progress_bar_enabled()
     before = set_tqdm_hook(bar)
+    if hides:
+        disable_progress_bar()
     try:
         yield
     finally:
         set_tqdm_hook(before)
+        if hides:
+            enable_progress_bar()

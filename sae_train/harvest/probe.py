@@ -61,6 +61,19 @@ class _TablesEnd(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the log of fake tensors, which repeats every error that they raise."""
+    log = logging.getLogger(FakeTensor.__module__)
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+@_quiet()
 def probe(built: nn.Module, places: Mapping[str, Place], *, settings: Any, model: ModelConfig,
           given: Mapping[str, str], context_length: int, reads_gradients: bool) -> Probe:  # fmt: skip
     """Run the architecture without storage. Where that fails and it is small enough, run it with storage.
@@ -76,7 +89,6 @@ def probe(built: nn.Module, places: Mapping[str, Place], *, settings: Any, model
         DataError: the architecture cannot be run on token ids, or not without its weights.
     """
     kind, note = settings.model_type, None
-    logging.getLogger(FakeTensor.__module__).setLevel(logging.CRITICAL)  # it logs every error that it raises
     try:
         widths, flops, logits = _run(built, places, settings, given=given, reads_gradients=reads_gradients)
     except UserError:

@@ -8,7 +8,8 @@ cores from other processes. No import of this module leads to torch.
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from sae_train.ranks.launcher_env import ProcessInfo, this_process
@@ -27,6 +28,32 @@ def prepare_threads(environment: MutableMapping[str, str] = os.environ) -> None:
         environment["GOMP_SPINCOUNT"] = str(SPINS)
     if not environment.get("OMP_NUM_THREADS"):
         environment["OMP_NUM_THREADS"] = str(n_threads(environment))
+
+
+@contextmanager
+def borrowed_threads() -> Iterator[None]:
+    """Compute inside the block with as many threads as the command would, and put the process's own number back.
+
+    `sae_train.train` uses it: sums depend on the number of threads, so its results equal the command's. The
+    environment is the same before and after. Where torch is not loaded yet, it is loaded with the command's settings.
+    """
+    before = {name: os.environ.get(name) for name in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS")}
+    prepare_threads()
+    typed = os.environ["OMP_NUM_THREADS"].partition(",")[0]  # OpenMP takes a number for each nesting level
+    try:
+        import torch
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+    n_before = torch.get_num_threads()
+    torch.set_num_threads(int(typed) if typed.isdecimal() and int(typed) else n_threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_before)
 
 
 def n_threads(environment: Mapping[str, str] = os.environ, *, process: ProcessInfo | None = None) -> int:

@@ -31,13 +31,15 @@ class ProgressBar:
 
     `Phases` makes one for each phase. Training shows it at once, other phases after half a second, or after five inside
     another phase. A terminal shows it as long as the phase lasts; a file gets a line every 15 seconds and one at the
-    end.
+    end. A notebook with ipywidgets shows a widget.
     """
 
     def __init__(self, name: str, *, total: int, unit: str, done: int, is_nested: bool, is_first: bool) -> None:
+        is_notebook = _is_notebook()
         is_terminal = sys.stderr.isatty()
-        self._later = SECONDS_ON_A_TERMINAL if is_terminal else SECONDS_IN_A_FILE
-        self._bar = tqdm(
+        is_live = is_terminal or is_notebook
+        self._later = SECONDS_ON_A_TERMINAL if is_live else SECONDS_IN_A_FILE
+        self._bar = (_widget() if is_notebook else tqdm)(
             desc=name,
             total=total,
             initial=done,
@@ -47,10 +49,10 @@ class ProgressBar:
             delay=0.0 if name == TRAINING else SECONDS_INSIDE if is_nested else SECONDS_TO_THE_FIRST,
             mininterval=SECONDS_TO_THE_FIRST,
             miniters=0,
-            leave=name == TRAINING or not is_terminal,
+            leave=name == TRAINING or not is_live,
             position=None if is_terminal else 0,  # in a file nothing is moved up or down
             file=sys.stderr,
-            **_room(),
+            **({"dynamic_ncols": True} if is_notebook else _room()),
         )
 
     def advance(self, n: int) -> None:
@@ -62,6 +64,21 @@ class ProgressBar:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _is_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook."""
+    if "ipykernel.zmqshell" not in sys.modules:
+        return False
+    shell = sys.modules["IPython"].get_ipython()
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+def _widget() -> Any:
+    """Return tqdm's widget for notebooks, or its text bar where ipywidgets is not installed."""
+    from tqdm import notebook
+
+    return tqdm if notebook.IProgress is None else notebook.tqdm
 
 
 def _room() -> dict[str, Any]:

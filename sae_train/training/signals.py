@@ -7,7 +7,8 @@ steps check for signals, too (phases.py).
 A scheduler sends SIGTERM when it takes a machine back, or when somebody cancels a job. The run is saved, and the sender
 decides about the rest. `sbatch --signal` sends SIGUSR1 or SIGUSR2 before the time is up. The run is saved, and the job
 goes back into the queue. Where a SIGTERM follows, somebody has cancelled the job, or its time was up before it was
-saved; SLURM's job record tells which. SIGINT stays Python's.
+saved; SLURM's job record tells which. SIGINT stays Python's, except in a process that only calls this program
+(`borrowed`).
 
 Light: imports no torch, so that the handlers are there before anything heavy is.
 """
@@ -18,7 +19,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -68,6 +70,46 @@ def release() -> None:
     atexit.unregister(_ignore)
     for number in WISHES:
         signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def borrowed() -> Iterator[None]:
+    """Record signals inside the block, SIGINT among them, and put the process's own handlers back at its end.
+
+    `sae_train.train` uses it, because the process and its handlers belong to the user. A second SIGINT goes to the
+    process's own handler, which ends the run at once. Python delivers signals to the main thread alone, so in another
+    thread this does nothing.
+    """
+    global _received
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (*WISHES, signal.SIGINT)}
+    own = before[signal.SIGINT]
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        global _received
+        if wish() and callable(own):
+            own(number, frame)
+        else:
+            _received = SAVE * _SHIFT + signal.SIGINT
+
+    _received = NONE
+    try:
+        listen()
+        if callable(own):  # else the process ignores interrupts
+            signal.signal(signal.SIGINT, interrupt)
+        yield
+    finally:
+        atexit.unregister(_ignore)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        _received = NONE
+
+
+def is_interrupt() -> bool:
+    """Return whether the signal that ends the run is SIGINT. Only a `borrowed` process records that one."""
+    return _received % _SHIFT == signal.SIGINT
 
 
 def _arm(rank: int) -> None:

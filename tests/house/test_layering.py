@@ -31,6 +31,7 @@ OUTSIDE = {
     "accelerate": {"ranks/distributed.py"},
     "datasets": {"harvest/dataset_rows.py"},
     "huggingface_hub": {"formats/hub_files.py"},
+    "pandas": {"training/finished_run.py"},
     "pyarrow": {"harvest/dataset_rows.py"},
     "submitit": {"sweeps/submit.py"},
     "wandb": {"training/wandb_worker.py"},
