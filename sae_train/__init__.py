@@ -1,7 +1,7 @@
 """Sparse autoencoders on the activations of language models: train from the command line or from here.
 
-`sae_train.train("k=32", ...)` trains in this process, and `sae_train.load(path)` reads an exported SAE. Importing the package costs nothing: torch is imported with the
-first of its names that is used.
+`sae_train.train("k=32", ...)` trains in this process, and `sae_train.load(path)` reads an exported SAE. Importing the
+package costs nothing: torch is imported with the first of its names that is used.
 """
 
 from importlib import import_module

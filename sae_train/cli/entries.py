@@ -84,7 +84,8 @@ def read_grid(value: dict[Any, Any]) -> tuple[list[list[Entry]], list[str]]:
             problems.append(f"{axis}: {problem}")
         else:
             entries = [
-                Entry(home="grid", text=f"{key}={_shown(each)}", words=(f"{key}={grammar_text(each)}",)) for each in values
+                Entry(home="grid", text=f"{key}={_shown(each)}", words=(f"{key}={grammar_text(each)}",))
+                for each in values
             ]
             axes.append(entries)
             problems += _repeated(axis, entries)

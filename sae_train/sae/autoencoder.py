@@ -1,7 +1,8 @@
 """The exported sparse autoencoder: raw activations in, codes and reconstructions out."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from sae_train import kernels
 from sae_train.ranks.interface import Solo
 from sae_train.sae.code import SparseCode
 from sae_train.sae.trainable import TrainableAutoencoder
+
+if TYPE_CHECKING:
+    from sae_train.sae.attach import Attached
 
 CHUNK_BYTES = 64 * 2**20
 """Bytes of pre-activations that are computed at a time."""
@@ -144,6 +148,41 @@ class SparseAutoencoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction of `x` [..., d_model]. Raises the errors of `encode`."""
         return self.decode(self.encode_sparse(x))
+
+    def attach(
+        self,
+        model: nn.Module,
+        site: str | None = None,
+        *,
+        splice: bool = False,
+        steer: Mapping[int, float] | None = None,
+        where: Tensor | Literal["all"] | None = None,
+        collect: bool = True,
+    ) -> "AbstractContextManager[Attached]":
+        """Read or change the activations of a language model inside a `with` block; see `sae_train/sae/attach.py`.
+
+        Example: `with sae.attach(model) as attached: model(ids)` puts the codes of `ids` into `attached.codes`.
+
+        Args:
+            model: a Hugging Face model, or any module in which `site` names a module.
+            site: 'residual2', 'mlp0', 'attention-1', 'residual middle', or a module's dotted name, with '.input' for
+                its input. Default: the site of `config`.
+            splice: replace activations by their reconstructions.
+            steer: amounts by feature, in units of its codes. Each is added times the feature's row of W_dec.
+            where: the tokens that change: a mask [B, T], or 'all'. Default: `steer` changes every token, and `splice`
+                all but special tokens, first positions and outliers.
+            collect: keep the code of each forward pass.
+
+        Raises:
+            ConfigError: there is no such site or feature, or its width is not d_model. Inside the block, at a forward
+                pass: activations of another width or device, or a mask of another shape.
+        """
+        from sae_train.sae.attach import attached  # it imports this module
+
+        return attached(self, model, site, splice=splice, steer=steer or {}, where=where, collect=collect)
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, n_features={self.n_features}, k={self.k:g}, inference={self.inference!r}"
 
     def pre_activations(self, x: Tensor) -> Iterator[Tensor]:
         """Yield pre-activations [tokens, n_features] of `x` [..., d_model], a bounded number of tokens at a time."""

@@ -37,13 +37,12 @@ def hooked(
     """
     with ExitStack() as stack:
         for label, place in places.items():
-            stack.enter_context(_hooked_once(model, place, partial(function, label)))
+            stack.enter_context(hooked_always(model, place, _once(partial(function, label))))
         yield
 
 
-@contextmanager
-def _hooked_once(model: nn.Module, place: Place, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `function` with the tensor of one place when it is first computed."""
+def _once(function: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+    """Return a function that calls `function` the first time and returns None from then on."""
     calls: list[bool] = []
 
     def once(tensor: Tensor) -> Tensor | None:
@@ -52,22 +51,29 @@ def _hooked_once(model: nn.Module, place: Place, function: Callable[[Tensor], Te
         calls.append(True)
         return function(tensor)
 
+    return once
+
+
+@contextmanager
+def hooked_always(model: nn.Module, place: Place, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `function` with the tensor of one place whenever it is computed; see `hooked`."""
+
     def after(_module: nn.Module, _args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
-            return once(output)
+            return function(output)
         if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
-            replaced = once(output[0])
+            replaced = function(output[0])
             return None if replaced is None else type(output)([replaced, *output[1:]])
         raise ConfigError(f"layer.path={place.module}: its output is a {type(output).__name__}, not a tensor. "
                           "Choose a module inside it.")  # fmt: skip
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args and isinstance(args[0], Tensor):
-            replaced = once(args[0])
+            replaced = function(args[0])
             return None if replaced is None else ((replaced, *args[1:]), kwargs)
         for key, value in kwargs.items():
             if isinstance(value, Tensor):
-                replaced = once(value)
+                replaced = function(value)
                 return None if replaced is None else (args, {**kwargs, key: replaced})
         raise ConfigError(f"layer.path={place.module}: it takes no tensor. Choose a module inside it.")
 
