@@ -82,8 +82,8 @@ def _checked(settings: list[str | Mapping[str, Any]], *, config_dir: str | Path 
         (point,) = compose_request(texts, sweep=False, config_dir=folder, several=_several_values).points
     if point.config.dry_run:
         raise ConfigError(
-            "dry_run=true: sae_train.train returns a run, and a plan makes none. Type `sae-train dry_run=true` with the "
-            "other settings on the command line."
+            "dry_run=true: sae_train.train returns a run, and a plan makes none. Type `sae-train dry_run=true` with "
+            "the other settings on the command line."
         )
     return point
 

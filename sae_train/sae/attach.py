@@ -11,6 +11,7 @@ padding, and activations whose norm is over the SAE's outlier limit or not finit
 replaces both rules. forward_pass.py finds these tokens. Letters: B contexts, T positions, D d_model.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
@@ -72,7 +73,8 @@ class Attached:
         if now.is_visited:  # a module that the model calls again, as ALBERT does: the first call is the site
             return None
         now.is_visited = True
-        x_BTD = site.unflatten(0, now.shape) if site.ndim == 2 and len(now.shape) == 2 else site
+        is_one_row = site.ndim == 2 and len(site) == math.prod(now.shape)
+        x_BTD = site.unflatten(0, now.shape) if is_one_row and now.shape else site
         self._check(x_BTD)
         plain_BT = now.plain(x_BTD.shape[:-1], device=x_BTD.device) & self._within_limit(x_BTD)
         code = None
@@ -89,12 +91,12 @@ class Attached:
             mask_BT = now.mask(self._where, torch.ones_like(plain_BT))
             delta_D = sum(amount * self._sae.W_dec[feature] for feature, amount in self._steer.items())
             changed = changed + mask_BT[..., None] * torch.as_tensor(delta_D).to(x_BTD.dtype)
-        return None if changed is x_BTD else changed.view_as(site)
+        return None if changed is x_BTD else changed.reshape(site.shape)
 
     def _within_limit(self, x_BTD: Tensor) -> Tensor:
         """Return [B, T] bool: false for activations over the outlier limit, and for those that are not finite."""
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
-        norm_BT = torch.linalg.vector_norm(x_BTD.detach(), dim=-1, dtype=dtype)
+        norm_BT: Tensor = torch.linalg.vector_norm(x_BTD.detach(), dim=-1, dtype=dtype)
         return (norm_BT <= self._limit) & norm_BT.isfinite()
 
     def _check(self, x_BTD: Tensor) -> None:
@@ -123,6 +125,20 @@ def attached(
     collect: bool,
 ) -> Iterator[Attached]:
     """Attach an SAE to a model inside the block; see `SparseAutoencoder.attach` for arguments and errors."""
+    _check(sae, model, steer=steer, where=where)
+    found = find_site(model, site, config=sae.config, d_model=sae.d_model)
+    watcher = PassWatcher(special_ids(model))
+    held = Attached(sae, found, watcher, splice=splice, steer=steer, where=where, collect=collect)
+    with watcher.watching(model, found.place.module), hooked_always(model, found.place, held.visit):
+        yield held
+
+
+def _check(sae: SparseAutoencoder, model: nn.Module, *, steer: Mapping[int, float], where: Where) -> None:
+    """Refuse arguments that cannot be used.
+
+    Raises:
+        ConfigError: for the first of them.
+    """
     if not isinstance(model, nn.Module):
         has_one = isinstance(getattr(model, "model", None), nn.Module)
         raise ConfigError(
@@ -131,10 +147,6 @@ def attached(
     for feature in steer:
         if isinstance(feature, bool) or not isinstance(feature, int) or not 0 <= feature < sae.n_features:
             raise ConfigError(f"steer={{{feature!r}: ...}}: no such feature. Choose 0 to {sae.n_features - 1}.")
-    if not (where is None or where == "all" if not isinstance(where, Tensor) else where.dtype == torch.bool):
+    is_usable = where.dtype == torch.bool if isinstance(where, Tensor) else where in (None, "all")
+    if not is_usable:
         raise ConfigError("where: neither 'all' nor a tensor of truth values. Give a mask [B, T], or leave it out.")
-    found = find_site(model, site, config=sae.config, d_model=sae.d_model)
-    watcher = PassWatcher(special_ids(model))
-    held = Attached(sae, found, watcher, splice=splice, steer=steer, where=where, collect=collect)
-    with watcher.watching(model, found.place.module), hooked_always(model, found.place, held.visit):
-        yield held

@@ -88,7 +88,7 @@ def _named(model: nn.Module, site: str) -> Site:
             layer, model_id=type(model).__name__, model=model, settings=model.config, blocks=blocks
         )
     except ConfigError as error:
-        raise ConfigError(f"site={site!r}: {error}") from None
+        raise ConfigError(f"site={site!r}: {str(error).partition(': ')[2]}") from None
     return Site(found.label, found.place)
 
 

@@ -57,8 +57,9 @@ class ForwardPass:
         if isinstance(attention, Tensor) and attention.ndim == 2:
             self._attention = attention
         cache = arguments.get("past_key_values")
-        if hasattr(cache, "get_seq_length"):
-            self._n_before = int(cache.get_seq_length())
+        length = getattr(cache, "get_seq_length", None)
+        if length is not None:
+            self._n_before = int(length())
 
     def plain(self, shape: torch.Size, *, device: torch.device) -> Tensor:
         """Return [B, T] bool: true but for special tokens, padding, and the first token of each context.
@@ -91,14 +92,15 @@ class ForwardPass:
             return rule_BT
         if not isinstance(where, Tensor):
             return torch.ones_like(rule_BT)
-        n_before, (n_contexts, n_positions) = self._n_before, rule_BT.shape
-        if where.ndim != 2 or len(where) != n_contexts or (n_before == 0 and where.shape[1] != n_positions):
+        shape, n_positions = rule_BT.shape, rule_BT.shape[-1]
+        is_first = self._n_before == 0
+        if where.shape != shape if is_first else where.shape[:-1] != shape[:-1]:
             raise ConfigError(
-                f"where: a mask of shape {list(where.shape)}, and the forward pass has {n_contexts} contexts of "
-                f"{n_positions} positions. Give a mask [{n_contexts}, {n_positions}], or 'all'."
+                f"where: a mask of shape {list(where.shape)}, and the forward pass has tokens {list(shape)}. Give a "
+                "mask of that shape, or 'all'."
             )
-        own_BT = where[:, n_before : n_before + n_positions].to(rule_BT.device)
-        return torch.nn.functional.pad(own_BT, (0, n_positions - own_BT.shape[1]))
+        own_BT = where[..., self._n_before :][..., :n_positions].to(rule_BT.device)
+        return torch.nn.functional.pad(own_BT, (0, n_positions - own_BT.shape[-1]))
 
 
 class PassWatcher:
