@@ -23,7 +23,7 @@ from tools.command_line import Command, changed
 from tools.processes import weights
 from tools.tiny_runs import rows_run
 
-LONG = ["tokens=65536", "checkpoint.every_tokens=16384", "log_every=2048"]
+LONG = ["tokens=32768", "checkpoint.every_tokens=8192", "log_every=1024"]
 """A run of a second or two, in which a signal can arrive."""
 
 
@@ -259,12 +259,12 @@ def test_the_users_hydra_is_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "conf"
     folder.mkdir()
     (folder / "mine.yaml").write_text("a: 1\n")
-    with hydra.initialize_config_dir(str(folder), version_base="1.1"):
+    with hydra.initialize_config_dir(str(folder), version_base="1.2"):
         assert sae_train.train(*rows_run(tmp_path)).sae.k == 4
         with pytest.raises(ConfigError):
             sae_train.train("k=0")
         assert hydra.compose("mine").a == 1
-        assert hydra.version.VersionBase.instance().getbase() == hydra.version._get_version("1.1")
+        assert hydra.version.VersionBase.instance().getbase() == hydra.version._get_version("1.2")
     assert not GlobalHydra.instance().is_initialized()
 
 
