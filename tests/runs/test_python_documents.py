@@ -57,7 +57,7 @@ def test_the_cells_of_the_notebook_run(capsys: pytest.CaptureFixture[str]) -> No
     assert len(values[1]) == 8
     assert values[1]["train/fvu"].iloc[-1] < values[1]["train/fvu"].iloc[0] < 1.5
     assert values[3] is values[0].sae
-    assert all(0 < value for _, value in values[5])
+    assert all(value > 0 for _, value in values[5])
     assert names["spliced"] > names["clean"]
     assert names["plain"] != names["steered"]
     said = capsys.readouterr().out

@@ -175,7 +175,7 @@ def generated(model: Any, n: int, **options: Any) -> Tensor:
 
 @pytest.mark.parametrize("splice", [False, True])
 def test_a_generation_with_a_cache_equals_one_without(model: Any, sae: SparseAutoencoder, splice: bool) -> None:
-    """The first-token rule holds for the real first token, not for that of each step."""
+    """The first-token rule holds for the real first token, and not for the token of each step."""
     found = []
     for use_cache in (True, False):
         with torch.no_grad(), sae.attach(model, splice=splice, steer={3: 20.0}) as attached:
