@@ -1,7 +1,7 @@
 """`sae_train.train`: one run in the calling process, such as a notebook.
 
 The settings go the way of the command line, so the run has the same identity, directory and weights. The process is
-the user's: its signal handlers, number of threads and Hydra are the same before and after.
+the user's: its signal handlers, number of threads, torch's switches and Hydra are the same before and after.
 """
 
 import threading
@@ -102,10 +102,12 @@ def _trained(point: "Point") -> "Run":
     paths: list[Path] = []
     with borrowed_threads(), signals.borrowed():
         from sae_train.training.finished_run import Run
+        from sae_train.training.plain_torch import plain_torch
         from sae_train.training.run import run
 
         try:
-            run(point.config, saes=point.saes, overrides=point.overrides, entered=paths.append)
+            with plain_torch():
+                run(point.config, saes=point.saes, overrides=point.overrides, entered=paths.append)
         except Preempted as error:
             message = str(error).replace("same command", "same call")
             raise (KeyboardInterrupt if signals.is_interrupt() else Preempted)(message) from None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import threading
 import time
@@ -31,7 +32,16 @@ def state() -> tuple[Any, ...]:
     """Return everything of this process that belongs to the user."""
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)]
     threads = [each for each in threading.enumerate() if type(each).__name__ != "TMonitor"]  # tqdm's, which stays
-    return handlers, dict(os.environ), torch.get_num_threads(), Path.cwd(), threads
+    switches = [
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+    ]
+    return handlers, dict(os.environ), torch.get_num_threads(), Path.cwd(), threads, switches
 
 
 def when(happened: Callable[[], bool], sent: signal.Signals) -> threading.Thread:
@@ -266,6 +276,25 @@ def test_the_users_hydra_is_left_alone(tmp_path: Path) -> None:
         assert hydra.compose("mine").a == 1
         assert hydra.version.VersionBase.instance().getbase() == hydra.version._get_version("1.2")
     assert not GlobalHydra.instance().is_initialized()
+
+
+def test_the_switches_of_torch_change_nothing(tmp_path: Path) -> None:
+    settings = rows_run(tmp_path)
+    plain = sae_train.train(*settings)
+    torch.set_float32_matmul_precision("medium")
+    torch.set_default_dtype(torch.float64)
+    torch.use_deterministic_algorithms(mode=True)
+    try:
+        with torch.inference_mode(), torch.device("meta"):
+            before = state()
+            run = sae_train.train(*changed(settings, f"runs={tmp_path / 'other'}"))
+            assert state() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(mode=False)
+    files = [next(each.path.glob("saes/*/sae.safetensors")) for each in (plain, run)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_choices_of_ones_own(tmp_path: Path) -> None:

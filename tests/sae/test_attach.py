@@ -285,6 +285,36 @@ def test_the_model_inside_may_be_called_without_its_head(model: Any, sae: Sparse
         model.model.layers[2](torch.zeros(1, 2, 256), position_embeddings=(torch.ones(1, 2, 64), torch.zeros(1, 2, 64)))
 
 
+class Adapter(nn.Module):
+    """A wrapper that calls the model inside, as adapters do."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base, self.config = base, base.config
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return self.base(*args, **options)
+
+
+def test_a_wrapped_model_is_watched_inside(model: Any, sae: SparseAutoencoder) -> None:
+    with sae.attach(model, splice=True):
+        expected = logits_of(model)
+    with sae.attach(Adapter(model), splice=True) as attached:
+        assert torch.equal(logits_of(model), expected)
+        assert torch.equal(logits_of(Adapter(model)), expected)
+    assert torch.equal(attached.trained_on[0], RULE_BT)
+    assert len(attached.codes) == 2
+
+
+def test_a_module_that_is_run_again_for_its_gradients_is_refused(sae: SparseAutoencoder) -> None:
+    other = transformers.AutoModelForCausalLM.from_pretrained(model_directory(), dtype=torch.float32).train()
+    other.activation_checkpointing_enable()
+    with sae.attach(other, "mlp2", splice=True):
+        loss = other(IDS_BT, labels=IDS_BT).loss
+        with pytest.raises(ConfigError, match="gradient checkpointing off"):
+            loss.backward()
+
+
 @pytest.mark.parametrize(
     ("site", "said"),
     [
