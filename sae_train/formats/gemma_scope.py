@@ -18,7 +18,7 @@ TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
 
 def refusal(sae: SparseAutoencoder) -> str | None:
-    return "it keeps the k largest of a token, and the format has thresholds" if sae.inference == "topk" else None
+    return "the SAE keeps the k largest of a token, and the format has thresholds" if sae.inference == "topk" else None
 
 
 def folder(manifest: SaeManifest, origin: Origin) -> PurePosixPath | None:

@@ -35,7 +35,7 @@ PUBLISHER = "google/"
 
 
 def refusal(sae: SparseAutoencoder) -> str | None:
-    return "it keeps the k largest of a token, and the format has thresholds" if sae.inference == "topk" else None
+    return "the SAE keeps the k largest of a token, and the format has thresholds" if sae.inference == "topk" else None
 
 
 def folder(manifest: SaeManifest, origin: Origin) -> PurePosixPath | None:

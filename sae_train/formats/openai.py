@@ -24,8 +24,8 @@ SETTINGS = ("activation", "activation_state_dict", "activation.k", "activation.p
 
 def refusal(sae: SparseAutoencoder) -> str | None:
     if sae.inference == "topk":
-        return "its TopK normalises each token first"
-    return "it has no thresholds"
+        return "OpenAI's TopK normalises each token first"
+    return "the format has no thresholds"
 
 
 def folder(manifest: SaeManifest, origin: Origin) -> PurePosixPath | None:

@@ -24,7 +24,7 @@ SITES = {"residual": "Res", "mlp": "MLP", "attention": "Attn"}
 
 
 def refusal(sae: SparseAutoencoder) -> str | None:
-    return None if sae.inference == "topk" else "it has thresholds, and the format keeps the k largest of a token"
+    return None if sae.inference == "topk" else "the SAE has thresholds, and the format keeps the k largest of a token"
 
 
 def folder(manifest: SaeManifest, origin: Origin) -> PurePosixPath | None:

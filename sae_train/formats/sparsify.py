@@ -31,7 +31,7 @@ TENSORS = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
 
 
 def refusal(sae: SparseAutoencoder) -> str | None:
-    return None if sae.inference == "topk" else "it has thresholds, and sparsify keeps the k largest of a token"
+    return None if sae.inference == "topk" else "the SAE has thresholds, and sparsify keeps the k largest of a token"
 
 
 def folder(manifest: SaeManifest, origin: Origin) -> PurePosixPath | None:
