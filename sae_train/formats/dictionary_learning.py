@@ -141,7 +141,7 @@ def _class_of(file: Path, tensors: Mapping[str, Any]) -> str:
     ]
     if not found:
         raise CheckpointError(f"{file}: has the tensors of no class of dictionary_learning: {', '.join(tensors)}.")
-    is_off = "BatchTopKSAE" in found and isinstance(tensors["threshold"], Tensor) and float(tensors["threshold"]) < 0
+    is_off = "BatchTopKSAE" in found and _number(file, tensors, "threshold") < 0
     return "AutoEncoderTopK" if is_off else found[-1]
 
 

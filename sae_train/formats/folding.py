@@ -54,6 +54,7 @@ def native_sae(
     Raises:
         CheckpointError: a number is not finite. Thresholds may be +inf.
     """
+    W_enc, b_enc, W_dec, b_dec = (tensor.detach() for tensor in (W_enc, b_enc, W_dec, b_dec))
     tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if threshold is not None and threshold.isnan().any():
@@ -62,7 +63,7 @@ def native_sae(
         raise CheckpointError(f"{', '.join(bad)}: holds numbers that are not finite, so the SAE cannot be used.")
     if shifts_input:
         b_enc = b_enc.double() - b_dec.double() @ W_enc.double()
-    cut = torch.zeros_like(b_enc) if threshold is None else threshold.clamp_min(0)
+    cut = torch.zeros_like(b_enc) if threshold is None else threshold.detach().clamp_min(0)
     if folds_rows and not has_unit_rows(W_dec):
         norm_F = W_dec.double().norm(dim=1)
         norm_F = torch.where(norm_F > 0, norm_F, 1)

@@ -50,8 +50,8 @@ def read(file: Path) -> Opened:
     shapes = {"W_enc": (D, F), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,), "threshold": (F,)}
     check_shapes(file, tensors, shapes)
     folders = str(file.resolve().parent)
-    l0 = re.search(r"average_l0_(\d+)", folders)
-    layer = re.search(rf"({'|'.join(SITES)}|)/?layer_(\d+)", folders)
+    l0 = re.search(r"average_l0_(\d{1,9})", folders)
+    layer = re.search(rf"({'|'.join(SITES)}|)/?layer_(\d{1, 9})", folders)
     assumed = precision_note(tensors)
     if l0:
         assumed += (f"k={l0[1]}, from the name of its folder.",)

@@ -81,7 +81,7 @@ def read(file: Path) -> Opened:
     name = header.get("model_name")
     source = ActivationSource(model=f"{PUBLISHER}{name}" if isinstance(name, str) else None)
     folders = str(file.resolve().parent)
-    layer = re.search(r"layer_(\d+)", folders)
+    layer = re.search(r"layer_(\d{1,9})", folders)
     kinds = [site for site, word in SITES.items() if word in folders]
     site = f"{kinds[0]}{layer[1]}" if layer and len(kinds) == 1 else None
     return Opened(sae=sae, manifest=manifest_of(sae, source=source, site=site), format_name=NAME, assumed=assumed)

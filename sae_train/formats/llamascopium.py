@@ -19,6 +19,7 @@ from sae_train.formats.reading import (
     check_names,
     check_shapes,
     choice,
+    flag,
     matrix_sizes,
     precision_note,
     read_json,
@@ -84,7 +85,7 @@ def read(file: Path) -> Opened:
     choice(path, {"sae_type": "sae"} | header, "sae_type", ("sae",))
     rule = choice(path, {"act_fn": "relu"} | header, "act_fn", ("relu", "jumprelu", "topk"))
     needed = ["W_E", "b_E", "W_D"]
-    needed += ["b_D"] if header.get("use_decoder_bias", True) else []
+    needed += ["b_D"] if flag(path, header, "use_decoder_bias", default=True) else []
     needed += [THRESHOLD] if rule == "jumprelu" else []
     check_names(file, tensors, needed, optional=[name for name in tensors if name.startswith(NORMS)])
     D, F = matrix_sizes(file, tensors, "W_E")
@@ -101,7 +102,7 @@ def read(file: Path) -> Opened:
     factor = _factor(path, header, tensors, D)
     if factor != 1:
         W_enc, W_dec, b_dec = W_enc.double() * factor, W_dec.double() / factor, b_dec.double() / factor
-    by_norm = bool(header.get("sparsity_include_decoder_norm", True))
+    by_norm = flag(path, header, "sparsity_include_decoder_norm", default=True)
     threshold = None if rule == "topk" else torch.zeros_like(b_enc)
     if rule == "jumprelu":
         threshold = tensors[THRESHOLD].double().exp()

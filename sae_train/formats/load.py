@@ -9,6 +9,7 @@ import torch
 from sae_train.errors import CheckpointError, suggest
 from sae_train.formats import hub_files, native
 from sae_train.formats.foreign import Format, Opened
+from sae_train.formats.reading import explained
 from sae_train.formats.record import name_in, with_record
 from sae_train.formats.registry import FORMATS
 from sae_train.hub import SCHEME, address_of
@@ -54,7 +55,8 @@ def located(path: str | Path, name: str | None = None) -> tuple[Path, str | None
 def opened(path: Path, name: str | None = None) -> Opened:
     """Return an SAE of a foreign format with all that is known of it. Arguments and errors are those of `load`."""
     each, file = find_foreign(path, name)
-    _check_inside(file, path)
+    with explained(path):
+        _check_inside(file, path)
     found = with_record(each.read(file), file.parent, format_name=each.NAME)
     if found.sae.k == 0:
         found = replace(
@@ -65,9 +67,10 @@ def opened(path: Path, name: str | None = None) -> Opened:
 
 def find_foreign(path: Path, name: str | None = None) -> tuple[Format, Path]:
     """Return the format and the main file of the only SAE at `path`, or of the one in the folder `name` below it."""
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or directory. Give a run, an export, or hf://ORG/NAME.")
-    found = foreign_saes(path)
+    with explained(path):
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file or directory. Give a run, an export, or hf://ORG/NAME.")
+        found = foreign_saes(path)
     if name is not None and name in found:
         return found[name]
     if name is not None:

@@ -191,7 +191,7 @@ def _explained(directory: Path) -> Iterator[None]:
     """Turn errors of reading a file into a message for the user."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:  # ValueError: not JSON, not UTF-8
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:  # not JSON, not UTF-8, nested too deeply
         raise CheckpointError(
             f"{directory}: not a readable SAE: {error}. Export it again, or give another path."
         ) from error
@@ -199,7 +199,8 @@ def _explained(directory: Path) -> Iterator[None]:
 
 def holds_saes(path: Path) -> bool:
     """Return whether a directory is an exported SAE in our format, or a run's directory."""
-    return (path / "sae.json").is_file() or (path / "saes").is_dir() or (path / "config.yaml").is_file()
+    with explained(path, what="read"):
+        return (path / "sae.json").is_file() or (path / "saes").is_dir() or (path / "config.yaml").is_file()
 
 
 def find(path: Path, name: str | None = None) -> Path:

@@ -46,7 +46,7 @@ def find(path: Path) -> Path | None:
 
 def read(file: Path) -> Opened:
     name = file.resolve().parent.name
-    found = re.search(r"L0_(\d+)", name)
+    found = re.search(r"L0_(\d{1,9})", name)
     if found is None or int(found[1]) < 1:
         raise CheckpointError(f"{file}: its k stands in the name of its folder, such as SAE-Res-MODEL-W32K-L0_50, and "
                               f"{name!r} has none. Rename the folder.")  # fmt: skip
@@ -56,7 +56,7 @@ def read(file: Path) -> Opened:
     check_shapes(file, tensors, {"W_enc": (F, D), "W_dec": (D, F), "b_enc": (F,), "b_dec": (D,)})
     sae = native_sae(W_enc=tensors["W_enc"].t(), b_enc=tensors["b_enc"], W_dec=tensors["W_dec"].t(),
                      b_dec=tensors["b_dec"], k=float(found[1]), shifts_input=False, folds_rows=False)  # fmt: skip
-    layer = re.fullmatch(r"layer(\d+)\.sae\.pt", file.name)
+    layer = re.fullmatch(r"layer(\d{1,9})\.sae\.pt", file.name)
     kind = next((site for site, word in SITES.items() if f"-{word}-" in name), None)
     site = f"{kind}{layer[1]}" if layer and kind else None
     manifest = manifest_of(sae, source=ActivationSource(), site=site, sparsifier="topk")

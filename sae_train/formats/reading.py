@@ -7,7 +7,9 @@ import io
 import json
 import math
 import pickle
+import re
 import zipfile
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,6 +29,15 @@ MOST_GROWTH = 4
 """Bytes of an archive's content for each of its own bytes. Weights compress by less; a bomb by a thousand."""
 MOST_JSON = 16 * 2**20
 """Bytes of a JSON file."""
+MOST = 2**40
+"""Largest whole number of a header."""
+LONGEST = 60
+"""Characters of a value that a message quotes."""
+
+
+UNREADABLE = (OSError, ValueError, EOFError, MemoryError, OverflowError, RuntimeError, SafetensorError,
+              zipfile.BadZipFile, zlib.error, SyntaxError)  # fmt: skip
+"""What the libraries raise for damaged files. RuntimeError: torch, and JSON that is nested too deeply."""
 
 
 @contextmanager
@@ -33,7 +45,7 @@ def explained(path: Path) -> Iterator[None]:
     """Turn the errors of reading a foreign file into a message for the user."""
     try:
         yield
-    except (OSError, ValueError, EOFError, RuntimeError, SafetensorError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         why = str(error).strip().splitlines()
         raise CheckpointError(f"{path}: cannot be read: {why[0] if why else type(error).__name__}.") from error
 
@@ -45,6 +57,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, too large, not JSON, or not an object.
     """
     with explained(path):
+        if not path.is_file():  # not a device, whose end never comes
+            raise ValueError("no such file")
         if path.stat().st_size > MOST_JSON:
             raise ValueError(f"{path.stat().st_size:,} bytes are too many for a header")
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -76,14 +90,16 @@ def read_pickle(path: Path) -> dict[str, Any]:
         try:
             values = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
+            if not re.search(r"unsupported (global|class|operand|opcode)|disallowed|GLOBAL", str(error), re.IGNORECASE):
+                raise ValueError("damaged, or not a file of torch.save") from error
             raise CheckpointError(
                 f"{path}: holds more than tensors and plain values, so opening it could run code, and it is refused. "
                 "Save a dictionary of tensors."
             ) from error
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"not a file of torch.save ({type(error).__name__})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: holds a {type(values).__name__}, not a dictionary of tensors.")
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise CheckpointError(f"{path}: holds a {type(values).__name__}, not a dictionary of named tensors.")
     return values
 
 
@@ -103,11 +119,18 @@ def read_npz(path: Path, names: Collection[str]) -> dict[str, Tensor]:
 
 
 def _array(archive: zipfile.ZipFile, member: str) -> Tensor:
-    with archive.open(member) as file:
-        array = np.lib.format.read_array(io.BytesIO(file.read()), allow_pickle=False)
-    if array.dtype.kind != "f":
-        raise ValueError(f"{member} holds {array.dtype}, not floating-point numbers")
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
+    file = io.BytesIO(archive.read(member))
+    read_header = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}.get(read_magic(file))
+    if read_header is None:
+        raise ValueError(f"{member} has a version of .npy that this program does not read")
+    shape, is_fortran, dtype = read_header(file)
+    if dtype.kind != "f" or dtype.itemsize > 8:
+        raise ValueError(f"{member} holds {dtype}, not floating-point numbers of at most 64 bits")
+    data = file.read()
+    if math.prod(shape) * dtype.itemsize != len(data):  # checked before anything of that size is made
+        raise ValueError(f"{member} claims the shape {list(shape)} and holds {len(data):,} bytes")
+    array = np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if is_fortran else "C")
+    return torch.from_numpy(np.array(array, dtype=dtype.newbyteorder("="), order="C"))
 
 
 def _check_growth(path: Path) -> None:
@@ -146,6 +169,9 @@ def check_shapes(path: Path, tensors: Mapping[str, Any], shapes: Mapping[str, tu
             raise CheckpointError(f"{path}: {name} is of {kind}, not a tensor of floating-point numbers.")
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{path}: {name} has shape {list(tensor.shape)}, and {list(shape)} was expected.")
+        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not is_plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise CheckpointError(f"{path}: {name} does not hold a number for each of its entries.")
 
 
 def matrix_sizes(path: Path, tensors: Mapping[str, Any], name: str) -> tuple[int, int]:
@@ -160,19 +186,33 @@ def matrix_sizes(path: Path, tensors: Mapping[str, Any], name: str) -> tuple[int
 def whole_number(path: Path, values: Mapping[str, Any], key: str, *, at_least: int = 1) -> int:
     """Return a whole number of a JSON header, which some programs write as 32.0."""
     value = values.get(key)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not isinstance(value, int | float) or not is_number or value != int(value) or value < at_least:
-        raise CheckpointError(f"{path}: {key}={value!r}: must be a whole number of at least {at_least}.")
-    return int(value)
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not at_least <= number <= MOST or number != int(number):
+        raise CheckpointError(f"{path}: {key}={_short(value)}: must be a whole number of at least {at_least}.")
+    return int(number)
+
+
+def flag(path: Path, values: Mapping[str, Any], key: str, *, default: bool) -> bool:
+    """Return a true or false of a JSON header."""
+    value = values.get(key, default)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{path}: {key}={_short(value)}: must be true or false.")
+    return value
+
+
+def _short(value: Any) -> str:
+    """Return a value of a header for a message."""
+    text = repr(value) if not isinstance(value, int) or abs(value) <= MOST else "a huge number"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def choice(path: Path, values: Mapping[str, Any], key: str, known: Collection[str]) -> str:
     """Return a word of a JSON header, which must be one of `known`."""
     value = values.get(key)
-    if value not in known:
-        hint = suggest(str(value), known)
-        raise CheckpointError(f"{path}: {key}={value!r}: this program does not open such SAEs.{hint}")
-    return str(value)
+    if not isinstance(value, str) or value not in known:
+        hint = suggest(_short(value), known)
+        raise CheckpointError(f"{path}: {key}={_short(value)}: this program does not open such SAEs.{hint}")
+    return value
 
 
 def precision_note(tensors: Mapping[str, Any]) -> tuple[str, ...]:

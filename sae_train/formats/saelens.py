@@ -20,6 +20,7 @@ from sae_train.formats.reading import (
     check_names,
     check_shapes,
     choice,
+    flag,
     matrix_sizes,
     precision_note,
     read_json,
@@ -51,7 +52,11 @@ def write(sae: SparseAutoencoder, manifest: SaeManifest, origin: Origin, directo
     own: dict[str, Any] = {"architecture": "jumprelu"}
     if sae.inference == "topk":
         # unit rows make the rescaling exact, and SAELens folds norms and draws dashboards with it only
-        own = {"architecture": "topk", "k": round(sae.k), "rescale_acts_by_decoder_norm": has_unit_rows(sae.W_dec)}
+        own = {
+            "architecture": "topk",
+            "k": min(round(sae.k), sae.n_features),
+            "rescale_acts_by_decoder_norm": has_unit_rows(sae.W_dec),
+        }
     else:
         tensors["threshold"] = sae.threshold
     header = own | {
@@ -104,11 +109,11 @@ def read(file: Path) -> Opened:
     folds_rows = True
     if architecture == "topk":
         k = float(whole_number(path, header, "k"))
-        folds_rows = bool(header.get("rescale_acts_by_decoder_norm", False))
+        folds_rows = flag(path, header, "rescale_acts_by_decoder_norm", default=False)
     W_enc, b_enc, threshold = _encoder(architecture, tensors)
-    shifts = header.get("apply_b_dec_to_input", True)
+    shifts = flag(path, header, "apply_b_dec_to_input", default=True)
     sae = native_sae(W_enc=W_enc, b_enc=b_enc, W_dec=tensors["W_dec"], b_dec=tensors["b_dec"], threshold=threshold,
-                     k=k, shifts_input=bool(shifts), folds_rows=folds_rows)  # fmt: skip
+                     k=k, shifts_input=shifts, folds_rows=folds_rows)  # fmt: skip
     assumed = precision_note(tensors)
     if "apply_b_dec_to_input" not in header:
         assumed += ("apply_b_dec_to_input is not given; SAELens takes it as true.",)

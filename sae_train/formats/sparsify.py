@@ -14,6 +14,7 @@ from sae_train.formats.manifest import ActivationSource, SaeManifest
 from sae_train.formats.reading import (
     check_names,
     check_shapes,
+    flag,
     matrix_sizes,
     precision_note,
     read_json,
@@ -75,7 +76,7 @@ def read(file: Path) -> Opened:
                               "largest features are kept.")  # fmt: skip
     for key, why in (("transcode", "a transcoder, which reads one site and writes another"),
                      ("skip_connection", "it adds a linear map of its input to the reconstruction")):  # fmt: skip
-        if header.get(key):
+        if flag(path, header, key, default=False):
             raise CheckpointError(f"{path}: {key}={header[key]!r}: {why}. This program opens autoencoders alone.")
     assumed = precision_note(tensors)
     if "k" not in header:
@@ -89,7 +90,7 @@ def read(file: Path) -> Opened:
             raise CheckpointError(f"{path}: {key}={header[key]}, and the tensors have {found}. Correct the header.")
     sae = native_sae(W_enc=tensors["encoder.weight"].t(), b_enc=tensors["encoder.bias"], W_dec=tensors["W_dec"],
                      b_dec=tensors["b_dec"], k=float(k), shifts_input=True, folds_rows=False)  # fmt: skip
-    block = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)", file.parent.name)
+    block = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d{1,9})", file.parent.name)
     site = f"residual{block[1]}" if block else None
     if site:
         assumed += (f"site {site}, from the name of its folder.",)

@@ -1,5 +1,6 @@
 """Names of sites in TransformerLens, which SAELens and Llamascopium use."""
 
+import re
 from typing import Any
 
 from sae_train.formats.foreign import Origin
@@ -17,6 +18,6 @@ def site_of_hook(hook: Any) -> str | None:
     """Return our label of a hook, such as 'residual2'. None for a hook of another kind, or what is no text."""
     parts = hook.split(".", 2) if isinstance(hook, str) else []
     sites = {name: site for site, name in HOOKS.items()}
-    if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdecimal() and parts[2] in sites:
+    if len(parts) == 3 and parts[0] == "blocks" and re.fullmatch(r"\d{1,9}", parts[1]) and parts[2] in sites:
         return f"{sites[parts[2]]}{parts[1]}"
     return None
