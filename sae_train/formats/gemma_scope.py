@@ -49,7 +49,7 @@ def read(file: Path) -> Opened:
     D, F = matrix_sizes(file, tensors, "W_enc")
     shapes = {"W_enc": (D, F), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,), "threshold": (F,)}
     check_shapes(file, tensors, shapes)
-    folders = str(file.resolve().parent)
+    folders = str(file.absolute().parent)
     l0 = re.search(r"average_l0_(\d{1,9})", folders)
     layer = re.search(rf"({'|'.join(SITES)}|)/?layer_(\d{1, 9})", folders)
     assumed = precision_note(tensors)

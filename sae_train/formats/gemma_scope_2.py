@@ -80,7 +80,7 @@ def read(file: Path) -> Opened:
                      folds_rows=True)  # fmt: skip
     name = header.get("model_name")
     source = ActivationSource(model=f"{PUBLISHER}{name}" if isinstance(name, str) else None)
-    folders = str(file.resolve().parent)
+    folders = str(file.absolute().parent)
     layer = re.search(r"layer_(\d{1,9})", folders)
     kinds = [site for site, word in SITES.items() if word in folders]
     site = f"{kinds[0]}{layer[1]}" if layer and len(kinds) == 1 else None

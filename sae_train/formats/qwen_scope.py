@@ -45,7 +45,7 @@ def find(path: Path) -> Path | None:
 
 
 def read(file: Path) -> Opened:
-    name = file.resolve().parent.name
+    name = file.absolute().parent.name
     found = re.search(r"L0_(\d{1,9})", name)
     if found is None or int(found[1]) < 1:
         raise CheckpointError(f"{file}: its k stands in the name of its folder, such as SAE-Res-MODEL-W32K-L0_50, and "

@@ -15,6 +15,8 @@ from sae_train import load
 from sae_train.cli.export import run_command
 from sae_train.errors import CheckpointError
 from sae_train.formats.hub_files import units_of
+from sae_train.formats.record import FILE
+from sae_train.formats.registry import FORMATS, formats_that_hold
 from sae_train.hub import address_of
 from tools.exports import write_sae
 from tools.hub_client import Client, client_of, digest
@@ -91,6 +93,27 @@ def test_a_suite_is_exported_from_the_hub_by_the_names_of_its_run(place: Place, 
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["a", "b", "suite.json"]
     one = place.client.load(str(tmp_path / "x"), "a").value
     assert one[0] == digest(write_sae(place.two / "saes" / "a", seed=1))
+
+
+@pytest.mark.parametrize("to", [name for name in FORMATS if name != "openai"])
+def test_every_format_comes_back_as_it_is_on_the_disk(place: Place, tmp_path: Path, to: str) -> None:
+    able = [each for each in (place.two / "saes").iterdir() if to in formats_that_hold(load(each))]
+    assert able
+    for directory in able:
+        repo = f"org/{to}-{directory.name}"
+        pushed(place, directory, "--to", to, "--push", repo, "--out", tmp_path / directory.name, "--model", "org/model")
+        check_same(place, tmp_path / directory.name, repo)
+        # without its record an SAE is read as another program's is, whose layer may stand in the names of folders
+        commits = place.hub.model(repo).commits
+        commits.append({path: content for path, content in commits[-1].items() if not path.endswith(FILE)})
+        next((tmp_path / directory.name).rglob(FILE)).unlink()
+        check_same(place, tmp_path / directory.name, repo)
+
+
+def check_same(place: Place, directory: Path, repo: str) -> None:
+    local, fetched = place.client.load(str(directory)), place.client.load(f"hf://{repo}")
+    assert (local.status, fetched.status) == (0, 0), fetched.stderr
+    assert fetched.value == local.value
 
 
 def test_a_layout_with_folders_of_its_own_is_found_by_the_names_of_its_suite(place: Place) -> None:
