@@ -51,7 +51,7 @@ def read(file: Path) -> Opened:
     check_shapes(file, tensors, shapes)
     folders = str(file.absolute().parent)
     l0 = re.search(r"average_l0_(\d{1,9})", folders)
-    layer = re.search(rf"({'|'.join(SITES)}|)/?layer_(\d{1, 9})", folders)
+    layer = re.search(rf"({'|'.join(SITES)}|)/?layer_(\d{{1,9}})", folders)
     assumed = precision_note(tensors)
     if l0:
         assumed += (f"k={l0[1]}, from the name of its folder.",)
