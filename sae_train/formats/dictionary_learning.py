@@ -26,6 +26,7 @@ from sae_train.formats.reading import (
     precision_note,
     read_json,
     read_pickle,
+    short,
     whole_number,
 )
 from sae_train.sae.autoencoder import SparseAutoencoder
@@ -122,7 +123,7 @@ def read(file: Path) -> Opened:
     check_names(file, tensors, (*layout[:4], *layout.vectors, *layout.numbers))
     sae = _native(file, tensors, layout, name)
     if sae.inference == "topk" and "k" in trainer and whole_number(path, trainer, "k") != sae.k:
-        raise CheckpointError(f"{path}: k={trainer['k']}, and k={sae.k:g} in {WEIGHTS}. Correct one of them.")
+        raise CheckpointError(f"{path}: k={short(trainer['k'])}, and k={sae.k:g} in {WEIGHTS}. Correct one of them.")
     layer, submodule = trainer.get("layer"), trainer.get("submodule_name")
     model, buffer = trainer.get("lm_name"), header.get("buffer")
     context_length = buffer.get("ctx_len") if isinstance(buffer, dict) else None

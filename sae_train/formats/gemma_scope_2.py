@@ -1,12 +1,12 @@
 """Gemma Scope 2: `params.safetensors` and `config.json` below `SITE/layer_L_width_W_l0_N/`. The tensors are ours."""
 
 import json
-import math
 import re
 from pathlib import Path, PurePosixPath
 
 from safetensors.torch import save_file
 
+from sae_train.errors import CheckpointError
 from sae_train.formats.durable import write_text
 from sae_train.formats.folding import native_sae
 from sae_train.formats.foreign import Opened, Origin, manifest_of
@@ -17,6 +17,7 @@ from sae_train.formats.reading import (
     check_shapes,
     choice,
     matrix_sizes,
+    number,
     precision_note,
     read_json,
     read_safetensors,
@@ -69,12 +70,15 @@ def read(file: Path) -> Opened:
     if "architecture" in header:
         choice(path, header, "architecture", ("jump_relu",))
     choice(path, {"type": "sae"} | header, "type", ("sae",))
+    skips = [name for name in tensors if "skip" in name]
+    if skips:
+        raise CheckpointError(f"{file}: holds {skips[0]}, a linear map from its input to its output. This program "
+                              "opens autoencoders alone.")  # fmt: skip
     check_names(file, tensors, TENSORS, optional=tensors)  # its own loaders ignore further tensors
     D, F = matrix_sizes(file, tensors, "w_enc")
     shapes = {"w_enc": (D, F), "w_dec": (F, D), "b_enc": (F,), "b_dec": (D,), "threshold": (F,)}
     check_shapes(file, tensors, shapes)
-    assumed, l0 = precision_note(tensors), header.get("l0")
-    k = float(l0) if isinstance(l0, int | float) and math.isfinite(l0) else 0.0
+    assumed, k = precision_note(tensors), number(header, "l0") or 0.0
     sae = native_sae(W_enc=tensors["w_enc"], b_enc=tensors["b_enc"], W_dec=tensors["w_dec"], b_dec=tensors["b_dec"],
                      threshold=tensors["threshold"], k=k, shifts_input=False,
                      folds_rows=True)  # fmt: skip

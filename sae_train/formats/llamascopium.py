@@ -24,6 +24,7 @@ from sae_train.formats.reading import (
     precision_note,
     read_json,
     read_safetensors,
+    short,
     whole_number,
 )
 from sae_train.formats.transformer_lens import hook_name, site_of_hook
@@ -117,14 +118,15 @@ def read(file: Path) -> Opened:
 
 
 def _check_sizes(path: Path, header: Mapping[str, Any], *, D: int, F: int) -> None:
-    if header.get("hook_point_in") != header.get("hook_point_out"):
-        raise CheckpointError(f"{path}: reads {header.get('hook_point_in')} and writes {header.get('hook_point_out')}: "
-                              "a transcoder. This program opens autoencoders alone.")  # fmt: skip
+    read, written = header.get("hook_point_in"), header.get("hook_point_out")
+    if read != written:
+        raise CheckpointError(f"{path}: hook_point_in={short(read)}, hook_point_out={short(written)}: a transcoder. "
+                              "This program opens autoencoders alone.")  # fmt: skip
     if "d_model" in header and whole_number(path, header, "d_model") != D:
         raise CheckpointError(f"{path}: d_model={header['d_model']}, and the tensors have {D}. Correct the header.")
     ratio = header.get("expansion_factor")
-    if isinstance(ratio, int | float) and not math.isclose(ratio * D, F, rel_tol=0, abs_tol=1):
-        raise CheckpointError(f"{path}: expansion_factor={ratio:g}, and the tensors have {F} features of {D}. "
+    if isinstance(ratio, int | float) and not F - 1 <= ratio * D <= F + 1:
+        raise CheckpointError(f"{path}: expansion_factor={short(ratio)}, and the tensors have {F} features of {D}. "
                               "Correct the header.")  # fmt: skip
 
 
@@ -136,6 +138,6 @@ def _factor(path: Path, header: dict[str, Any], tensors: Mapping[str, Tensor], D
     norm = tensors.get(f"{NORMS}{header.get('hook_point_in')}")
     if norm is None or norm.numel() != 1 or not math.isfinite(norm.item()) or norm.item() <= 0:
         raise CheckpointError(f"{path}: norm_activation='dataset-wise', and the weights hold no usable mean norm "
-                              f"({NORMS}{header.get('hook_point_in')}). Save it in Llamascopium with "
+                              f"({NORMS}HOOK). Save it in Llamascopium with "
                               "norm_activation='inference'.")  # fmt: skip
     return math.sqrt(D) / float(norm.item())

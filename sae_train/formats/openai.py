@@ -9,13 +9,11 @@ from sae_train.errors import CheckpointError
 from sae_train.formats.folding import native_sae
 from sae_train.formats.foreign import Opened, Origin, manifest_of
 from sae_train.formats.manifest import ActivationSource, SaeManifest
-from sae_train.formats.reading import check_names, check_shapes, matrix_sizes, precision_note, read_pickle
+from sae_train.formats.reading import check_names, check_shapes, matrix_sizes, precision_note, read_pickle, short
 from sae_train.sae.autoencoder import SparseAutoencoder
 
 NAME = "openai"
 HOLDS = "none of ours; it is read only"
-OTHERS = ("ae.pt", ".sae.pt")
-"""Ends of names of other formats."""
 TIED = "decoder.linear.weight"
 """Name of the decoder where it is the encoder's own weight, [n_features, d_model]."""
 STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
@@ -38,17 +36,22 @@ def write(sae: SparseAutoencoder, manifest: SaeManifest, origin: Origin, directo
 
 def find(path: Path) -> Path | None:
     if path.is_dir():
-        files = [file for file in path.glob("*.pt") if not file.name.endswith(OTHERS)]
+        files = [file for file in path.glob("*.pt") if not _is_others(file)]
         return files[0] if len(files) == 1 and files[0].is_file() else None
-    return path if path.suffix == ".pt" and path.is_file() and not path.name.endswith(OTHERS) else None
+    return path if path.suffix == ".pt" and path.is_file() and not _is_others(path) else None
+
+
+def _is_others(file: Path) -> bool:
+    """Return whether another format has files of this name."""
+    return file.name == "ae.pt" or file.name.endswith(".sae.pt")
 
 
 def read(file: Path) -> Opened:
     tensors = read_pickle(file)
     activation = tensors.get("activation")
     if activation != "ReLU":
-        raise CheckpointError(f"{file}: activation={activation!r}: only 'ReLU' has our form. OpenAI's TopK normalises "
-                              "each token by its mean and norm first.")  # fmt: skip
+        raise CheckpointError(f"{file}: activation={short(activation)}: only 'ReLU' has our form. OpenAI's TopK "
+                              "normalises each token by its mean and norm first.")  # fmt: skip
     decoder = TIED if TIED in tensors else "decoder.weight"
     needed = ("pre_bias", "latent_bias", "encoder.weight", decoder)
     check_names(file, tensors, needed, optional=(*STATISTICS, *SETTINGS))

@@ -188,7 +188,7 @@ def whole_number(path: Path, values: Mapping[str, Any], key: str, *, at_least: i
     value = values.get(key)
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if not at_least <= number <= MOST or number != int(number):
-        raise CheckpointError(f"{path}: {key}={_short(value)}: must be a whole number of at least {at_least}.")
+        raise CheckpointError(f"{path}: {key}={short(value)}: must be a whole number of at least {at_least}.")
     return int(number)
 
 
@@ -196,11 +196,19 @@ def flag(path: Path, values: Mapping[str, Any], key: str, *, default: bool) -> b
     """Return a true or false of a JSON header."""
     value = values.get(key, default)
     if not isinstance(value, bool):
-        raise CheckpointError(f"{path}: {key}={_short(value)}: must be true or false.")
+        raise CheckpointError(f"{path}: {key}={short(value)}: must be true or false.")
     return value
 
 
-def _short(value: Any) -> str:
+def number(values: Mapping[str, Any], key: str) -> float | None:
+    """Return a finite number of a JSON header, or None where there is none."""
+    value = values.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -MOST <= value <= MOST:
+        return None
+    return float(value)
+
+
+def short(value: Any) -> str:
     """Return a value of a header for a message."""
     text = repr(value) if not isinstance(value, int) or abs(value) <= MOST else "a huge number"
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
@@ -210,8 +218,8 @@ def choice(path: Path, values: Mapping[str, Any], key: str, known: Collection[st
     """Return a word of a JSON header, which must be one of `known`."""
     value = values.get(key)
     if not isinstance(value, str) or value not in known:
-        hint = suggest(_short(value), known)
-        raise CheckpointError(f"{path}: {key}={_short(value)}: this program does not open such SAEs.{hint}")
+        hint = suggest(short(value), known)
+        raise CheckpointError(f"{path}: {key}={short(value)}: this program does not open such SAEs.{hint}")
     return value
 
 

@@ -136,8 +136,10 @@ def with_record(opened: Opened, directory: Path, *, format_name: str) -> Opened:
         return opened
     record = read_json(path)
     try:
+        if not isinstance(record.get("sae"), dict):
+            raise ValueError("holds no object 'sae'")
         recorded = SaeManifest.from_json(record["sae"])
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: {error}. Remove the file to open the SAE without its record.") from error
     own = opened.manifest
     pairs = {key: (getattr(own, key), getattr(recorded, key)) for key in ("inference", "d_model", "n_features")}

@@ -25,6 +25,7 @@ from sae_train.formats.reading import (
     precision_note,
     read_json,
     read_safetensors,
+    short,
     whole_number,
 )
 from sae_train.formats.transformer_lens import hook_name, site_of_hook
@@ -97,8 +98,8 @@ def read(file: Path) -> Opened:
     normalisation = header.get("normalize_activations")
     if normalisation not in NO_NORMALISATION:
         raise CheckpointError(
-            f"{path}: normalize_activations={normalisation!r}: each token or data set would be normalised first, which "
-            "is not among the weights. Fold it in SAELens, or give another SAE."
+            f"{path}: normalize_activations={short(normalisation)}: each token or data set would be normalised "
+            "first, which is not among the weights. Fold it in SAELens, or give another SAE."
         )
     k, own = 0.0, _own_tensors(architecture)
     check_names(file, tensors, ("W_enc", "W_dec", "b_dec", *own), optional=("scaling_factor",))
@@ -120,7 +121,7 @@ def read(file: Path) -> Opened:
     hook = metadata.get("hook_name")
     site = site_of_hook(hook)
     if site is None and hook is not None:
-        assumed += (f"hook_name={hook!r} is no site that this program names.",)
+        assumed += (f"hook_name={short(hook)} is no site that this program names.",)
     model = metadata.get("model_name")
     source = ActivationSource(
         model=model if isinstance(model, str) else None,

@@ -19,6 +19,7 @@ from sae_train.formats.reading import (
     precision_note,
     read_json,
     read_safetensors,
+    short,
     whole_number,
 )
 from sae_train.sae.autoencoder import SparseAutoencoder
@@ -72,12 +73,12 @@ def read(file: Path) -> Opened:
     header, tensors = read_json(path), read_safetensors(file)
     activation = header.get("activation", "topk")
     if activation != "topk":
-        raise CheckpointError(f"{path}: activation={activation!r}: only 'topk' has our form, in which a token's k "
+        raise CheckpointError(f"{path}: activation={short(activation)}: only 'topk' has our form, in which a token's k "
                               "largest features are kept.")  # fmt: skip
     for key, why in (("transcode", "a transcoder, which reads one site and writes another"),
                      ("skip_connection", "it adds a linear map of its input to the reconstruction")):  # fmt: skip
         if flag(path, header, key, default=False):
-            raise CheckpointError(f"{path}: {key}={header[key]!r}: {why}. This program opens autoencoders alone.")
+            raise CheckpointError(f"{path}: {key}={header[key]}: {why}. This program opens autoencoders alone.")
     assumed = precision_note(tensors)
     if "k" not in header:
         assumed += (f"k={DEFAULT_K}, because the header has none; sparsify takes the same.",)
