@@ -16,10 +16,8 @@ def explained(path: Path, *, what: str = "written") -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         advice = "Free space there, or choose" if what == "written" else "Choose"
-        message = (
-            f"{path}: cannot be {what}: {reason}. {advice} another directory with runs=DIR (an export: --out DIR)."
-        )
-        raise CheckpointError(message) from error
+        place = "another directory: runs=DIR for a run, --out DIR for an export"
+        raise CheckpointError(f"{path}: cannot be {what}: {reason}. {advice} {place}.") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from safetensors import SafetensorError
+
 from sae_train.errors import CheckpointError
 from sae_train.formats import own, record
 from sae_train.formats.durable import explained, sync_directory, sync_file, write_text
@@ -212,7 +214,10 @@ def _write(
     to: Format, source: Source, sae: SparseAutoencoder, manifest: SaeManifest, origin: Origin, directory: Path
 ) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    to.write(sae, manifest, origin, directory)
+    try:
+        to.write(sae, manifest, origin, directory)
+    except (RuntimeError, SafetensorError) as error:  # of torch.save and safetensors, where others raise OSError
+        raise OSError(str(error).strip().splitlines()[0]) from error
     files = sorted(path.name for path in directory.iterdir())
     content = record.record_of(manifest, origin, name=source.name, format_name=to.NAME, run=source.run, files=files)
     record.write_record(directory, content)
@@ -250,6 +255,7 @@ def _publish(partial: Path, out: Path) -> None:
     """Rename a complete directory to `out`. An earlier export there gives way."""
     old = out.with_name(f".{out.name}.old")
     if out.exists():
+        shutil.rmtree(old, ignore_errors=True)  # of an export that was killed
         out.rename(old)
     partial.rename(out)
     sync_directory(out.parent)
