@@ -132,9 +132,9 @@ def _cut(sae: SparseAutoencoder, pre_NF: Tensor) -> Tensor:
 def probes(sae: SparseAutoencoder, n_tokens: int = 1024, *, seed: int = 0) -> Tensor:
     """Return tokens [n_tokens, d_model] for which an SAE fires.
 
-    Each is `b_dec` plus a sum of k decoder rows (under `topk`, 2 k, so that k matters), plus noise. Rows are scaled
-    such that their features alone would pass the cut one to three times over. With thresholds, half of the tokens are
-    then moved along the encoder column of one of their features until its pre-activation is 0.05% above or below the
+    Each is `b_dec` plus a sum of k decoder rows (under `topk` 2 k, so that k matters), plus noise. A row's weight is
+    one to three times that with which a typical feature alone passes the cut. With thresholds, half of the tokens are
+    then moved along the encoder column of one of their features, until its pre-activation is 0.05% above or below the
     threshold.
 
     Args:
