@@ -1,6 +1,7 @@
 """Compare codes and reconstructions of another program with those of an SAE, and make tokens on which errors show.
 
-The SAE's own values are computed in float64, so the differences are those of the other program alone.
+The SAE's own values are computed in float64, so the differences are those of the other program alone. They come from
+rounding in float32 where the programs compute the same function.
 """
 
 import math
@@ -37,25 +38,28 @@ class Verified:
     """Pairs of token and feature, outside the band around the cut, of which one side fires and the other does not."""
     firings: int
     """Pairs that fire."""
+    most_codes: float = MOST_CODES
+    """Bound on `codes`: 1e-5, or twice the error of the SAE itself in float32 where that is larger."""
+    most_reconstruction: float = MOST_RECONSTRUCTION
+    """Bound on `reconstruction`: 1e-6, or twice the error of the SAE itself in float32 where that is larger."""
 
     @property
     def is_equal(self) -> bool:
-        """Whether all three are within the bounds that rounding explains. NaN is not."""
-        return (
-            self.support_differences == 0
-            and self.codes <= MOST_CODES
-            and self.reconstruction <= MOST_RECONSTRUCTION
-        )  # fmt: skip
+        """Whether rounding explains all differences. NaN is a difference."""
+        near = self.codes <= self.most_codes and self.reconstruction <= self.most_reconstruction
+        return near and self.support_differences == 0
 
 
 @torch.no_grad()
 def compare(sae: SparseAutoencoder, x_ND: Tensor, parts: Iterable[tuple[Tensor, Tensor]], *, reader: str) -> Verified:
-    """Return how far codes and reconstructions are from an SAE's.
+    """Return how far codes and reconstructions are from an SAE's in float64.
 
-    Inside the band around the cut, either support is right, and the reconstruction is that of the support given.
+    Activations of large norm make the float32 codes of any program inexact, the SAE's own included. The band around
+    the cut and the bounds grow with the SAE's own error then. Inside the band either support is right, and the
+    reconstruction is compared with that of the support given.
 
     Args:
-        sae: the SAE that was exported.
+        sae: the SAE that was exported, in float32.
         x_ND: raw activations [n, d_model].
         parts: dense codes [m, n_features] and reconstructions [m, d_model] of consecutive stretches of `x_ND`.
         reader: where the codes come from.
@@ -65,27 +69,59 @@ def compare(sae: SparseAutoencoder, x_ND: Tensor, parts: Iterable[tuple[Tensor, 
     """
     active = sae.encode_sparse(x_ND).value.double()
     scale = float(active.square().mean().sqrt()) if len(active) else 1.0
-    codes, reconstruction, different, first = 0.0, 0.0, 0, 0
+    codes, reconstruction, own_codes, own_reconstruction, different, first = 0.0, 0.0, 0.0, 0.0, 0, 0
     for code_NF, x_hat_ND in parts:
         rows_ND = x_ND[first : first + len(code_NF)]
         first += len(code_NF)
         check_shapes(sae, rows_ND, code_NF, x_hat_ND)
         pre_NF = _product(rows_ND, sae.W_enc) + sae.b_enc.double()
+        own_NF = sae.encode(rows_ND)
+        own_error = _code_error(own_NF, pre_NF, own_NF != 0) / scale
+        own_codes = _larger(own_codes, own_error)
+        own_reconstruction = _larger(
+            own_reconstruction, _reconstruction_error(sae, sae.decode(own_NF), pre_NF.where(own_NF != 0, 0))
+        )
+
         cut = _cut(sae, pre_NF)
         fires_NF, given_NF = pre_NF > cut, code_NF != 0
-        near_NF = (pre_NF - cut).abs() <= BAND * scale
+        near_NF = (pre_NF - cut).abs() <= _bound(BAND, own_error) * scale
         different += int((fires_NF.ne(given_NF) & ~near_NF).sum())
-        error_NF = (code_NF.double() - pre_NF).abs().where(fires_NF & given_NF, 0)
-        codes = _largest(codes, error_NF / scale)
-        own_NF = pre_NF.where(torch.where(near_NF, given_NF, fires_NF), 0)
-        own_ND = _product(own_NF, sae.W_dec) + sae.b_dec.double()
-        norm_N = own_ND.norm(dim=1)
-        error_N = (x_hat_ND.double() - own_ND).norm(dim=1) / torch.where(norm_N > 0, norm_N, 1)
-        reconstruction = _largest(reconstruction, error_N)
+        codes = _larger(codes, _code_error(code_NF, pre_NF, fires_NF & given_NF) / scale)
+        support_NF = torch.where(near_NF, given_NF, fires_NF)
+        reconstruction = _larger(reconstruction, _reconstruction_error(sae, x_hat_ND, pre_NF.where(support_NF, 0)))
     if first != len(x_ND):
         raise ValueError(f"codes of {first} tokens for {len(x_ND)}")
-    return Verified(reader=reader, codes=codes, reconstruction=reconstruction, support_differences=different,
-                    firings=len(active))  # fmt: skip
+    return Verified(
+        reader=reader,
+        codes=codes,
+        reconstruction=reconstruction,
+        support_differences=different,
+        firings=len(active),
+        most_codes=_bound(MOST_CODES, own_codes),
+        most_reconstruction=_bound(MOST_RECONSTRUCTION, own_reconstruction),
+    )
+
+
+def _bound(least: float, own: float) -> float:
+    return least if own <= least else 2 * own
+
+
+def _code_error(code_NF: Tensor, pre_NF: Tensor, pairs_NF: Tensor) -> float:
+    """Return the largest error of a code among some pairs."""
+    return float((code_NF.double() - pre_NF).abs().where(pairs_NF, 0).max()) if pre_NF.numel() else 0.0
+
+
+def _reconstruction_error(sae: SparseAutoencoder, x_hat_ND: Tensor, code_NF: Tensor) -> float:
+    """Return the largest error in norm of a token's reconstruction, over the norm of that of float64 codes."""
+    exact_ND = _product(code_NF, sae.W_dec) + sae.b_dec.double()
+    norm_N = exact_ND.norm(dim=1)
+    error_N = (x_hat_ND.double() - exact_ND).norm(dim=1) / torch.where(norm_N > 0, norm_N, 1)
+    return float(error_N.max()) if len(error_N) else 0.0
+
+
+def _larger(one: float, other: float) -> float:
+    """Return the larger one of two numbers; NaN where one is NaN."""
+    return math.nan if math.isnan(one) or math.isnan(other) else max(one, other)
 
 
 def check_shapes(sae: SparseAutoencoder, x_ND: Tensor, code_NF: Tensor, x_hat_ND: Tensor) -> None:
@@ -98,12 +134,6 @@ def check_shapes(sae: SparseAutoencoder, x_ND: Tensor, code_NF: Tensor, x_hat_ND
 def stretches(sae: SparseAutoencoder, x_ND: Tensor) -> Iterator[Tensor]:
     """Yield rows of `x_ND` whose dense codes are small enough to be held."""
     yield from x_ND.split(max(1, BLOCK_BYTES // (8 * sae.n_features)))
-
-
-def _largest(so_far: float, values: Tensor) -> float:
-    """Return the larger one of a number and all values; NaN where one is NaN."""
-    found = float(values.max()) if values.numel() else 0.0
-    return found if math.isnan(found) else so_far if math.isnan(so_far) else max(so_far, found)
 
 
 def _product(x_NI: Tensor, W_IO: Tensor) -> Tensor:
@@ -167,5 +197,5 @@ def _to_the_cut(sae: SparseAutoencoder, x_ND: Tensor, feature_N: Tensor, generat
     side_N = 2.0 * torch.randint(2, (len(x_ND),), generator=generator) - 1
     target_N = sae.threshold[feature_N].double() * (1 + AT_THE_CUT * side_N)
     size_N = column_ND.square().sum(dim=1)
-    step_N = torch.where(size_N > 0, (target_N - pre_N) / size_N, 0)
+    step_N = torch.where(target_N.isfinite() & (size_N > 0), (target_N - pre_N) / size_N, 0)
     return (step_N[:, None] * column_ND).to(x_ND.dtype)
