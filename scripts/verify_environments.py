@@ -1,7 +1,7 @@
 """Virtual environments of the programs whose formats verify_formats.py checks.
 
 Each gets the newest releases from the configured package index, and none gets this package. An environment is complete
-once NAME.complete stands beside it, with the versions that were found; a complete one is used again.
+once there is a file NAME.complete, with the versions that were found; a complete one is used again.
 """
 
 import os

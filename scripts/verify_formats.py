@@ -123,7 +123,7 @@ def call(python: Path, script: str, *arguments: str) -> None:
 
 
 def computed(items: list[Item], held_out: Path, pythons: dict[str, Path], work: Path) -> list[Result]:
-    """Return how far each program's codes and reconstructions are from the SAE's."""
+    """Return the differences of each program's codes and reconstructions from the SAE's own."""
     for name, python in pythons.items():
         own = [item for item in items if item.environment == name]
         listed = [{"format": each.format, "directory": str(each.directory), "out": str(each.out)} for each in own]

@@ -8,7 +8,6 @@ import os
 import tempfile
 from contextlib import ExitStack
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,8 @@ from sae_train.errors import CheckpointError, UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sae_train.formats.export import Verdict, Written
+    from sae_train.formats.comparison import Verified
+    from sae_train.formats.export import Written
     from sae_train.formats.foreign import Format
     from sae_train.sae.autoencoder import SparseAutoencoder
 
@@ -100,14 +100,16 @@ class _Checks:
         self.able: list[str] | None = None
         """Formats that hold all SAEs so far exactly."""
 
-    def __call__(self, to: "Format", directory: Path, sae: "SparseAutoencoder") -> "Verdict | None":
+    def __call__(self, to: "Format", directory: Path, sae: "SparseAutoencoder") -> "Verified | None":
         from sae_train.formats.registry import formats_that_hold
 
         able = formats_that_hold(sae)
         self.able = able if self.able is None else [name for name in self.able if name in able]
         if not self._verifies:
             return None
-        verified: Verdict = import_module("sae_train.formats.verify").verify_export(to, directory, sae)
+        from sae_train.formats.verify import verify_export
+
+        verified = verify_export(to, directory, sae)
         if not verified.is_equal:
             raise CheckpointError(
                 f"--verify: {verified.reader} reads another SAE than the one that was exported: "
@@ -116,11 +118,11 @@ class _Checks:
         return verified
 
 
-def _verdict(verified: "Verdict") -> str:
+def _verdict(verified: "Verified") -> str:
     return f"verified with {verified.reader}: {_differences(verified)}"
 
 
-def _differences(verified: "Verdict") -> str:
+def _differences(verified: "Verified") -> str:
     return (
         f"{verified.support_differences} supports differ, codes by at most {verified.codes:.1e}, reconstructions by at "
         f"most {verified.reconstruction:.1e}"

@@ -52,11 +52,11 @@ class Verified:
 
 @torch.no_grad()
 def compare(sae: SparseAutoencoder, x_ND: Tensor, parts: Iterable[tuple[Tensor, Tensor]], *, reader: str) -> Verified:
-    """Return how far codes and reconstructions are from an SAE's in float64.
+    """Return the differences of codes and reconstructions from an SAE's own in float64.
 
     Activations of large norm make the float32 codes of any program inexact, the SAE's own included. The band around
     the cut and the bounds grow with the SAE's own error then. Inside the band either support is right, and the
-    reconstruction is compared with that of the support given.
+    reconstruction is compared with one of the support given.
 
     Args:
         sae: the SAE that was exported, in float32.
@@ -112,7 +112,7 @@ def _code_error(code_NF: Tensor, pre_NF: Tensor, pairs_NF: Tensor) -> float:
 
 
 def _reconstruction_error(sae: SparseAutoencoder, x_hat_ND: Tensor, code_NF: Tensor) -> float:
-    """Return the largest error in norm of a token's reconstruction, over the norm of that of float64 codes."""
+    """Return the largest norm of an error of a reconstruction, over the norm of the reconstruction in float64."""
     exact_ND = _product(code_NF, sae.W_dec) + sae.b_dec.double()
     norm_N = exact_ND.norm(dim=1)
     error_N = (x_hat_ND.double() - exact_ND).norm(dim=1) / torch.where(norm_N > 0, norm_N, 1)

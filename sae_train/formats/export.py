@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from sae_train.errors import CheckpointError
 from sae_train.formats import own, record
+from sae_train.formats.comparison import Verified
 from sae_train.formats.durable import explained, sync_directory, sync_file, write_text
 from sae_train.formats.foreign import GIVES_ONE, Format, Opened, Origin, origin_of
 from sae_train.formats.manifest import SaeManifest
@@ -39,30 +40,6 @@ class Source:
     """config.yaml of the run that trained it."""
 
 
-class Verdict(Protocol):
-    """The comparison of a written SAE with the SAE that was exported. `verify_export` in verify.py makes it."""
-
-    @property
-    def reader(self) -> str:
-        """Library and version that read the files, or 'built-in reader'."""
-
-    @property
-    def codes(self) -> float:
-        """Largest difference of codes, over the root mean square of active codes."""
-
-    @property
-    def reconstruction(self) -> float:
-        """Largest norm of a token's difference of reconstructions, over the reconstruction's norm."""
-
-    @property
-    def support_differences(self) -> int:
-        """Number of matches in which the two differ, outside of the band around the cut."""
-
-    @property
-    def is_equal(self) -> bool:
-        """Whether all of these are within their bounds."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
     """One SAE that was exported. `export` makes it."""
@@ -71,7 +48,7 @@ class Written:
     directory: Path
     manifest: SaeManifest
     origin: Origin
-    verified: Verdict | None = None
+    verified: Verified | None = None
     """Result of the comparison with the SAE that was exported; None without one."""
 
     def folder(self, out: Path) -> PurePosixPath:
@@ -82,7 +59,7 @@ class Written:
 class Check(Protocol):
     """Compares a written SAE with the SAE that was exported."""
 
-    def __call__(self, to: Format, directory: Path, sae: SparseAutoencoder) -> Verdict | None: ...
+    def __call__(self, to: Format, directory: Path, sae: SparseAutoencoder) -> Verified | None: ...
 
 
 def export(

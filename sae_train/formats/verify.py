@@ -20,7 +20,7 @@ BUILT_IN = "built-in reader"
 
 
 def verify_export(format: Format, directory: Path, sae: SparseAutoencoder, *, x: Tensor | None = None) -> Verified:
-    """Return how far an export is from the SAE that was exported.
+    """Return the differences between an export and the SAE that was exported.
 
     The export is opened by the format's own program where that can be imported, else by our reader of the format.
     sae_train.json is not read.
