@@ -21,6 +21,7 @@ from sae_train.sae.autoencoder import SparseAutoencoder
 from tools.exports import write_sae
 from tools.random_sae import manifest_of, random_sae
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*(model|layer|site)")
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 EXPORT = "import sys; from sae_train.cli.export import run_command; sys.exit(run_command(sys.argv[1:]))"
 LIMITED = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
