@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sae_train.ranks.interface import Solo
 from tools.one_of_each import only
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -164,7 +165,8 @@ def test_the_bundled_models_activations_as_files(scripts: ModuleType, tmp_path: 
     for half, part in zip(
         ("calibration", "evaluation"), scripts.import_module("quality_score").halves(tmp_path / "held_out"), strict=True
     ):
-        rows = torch.cat([batch.raw_ND for batch in again.held_out.batches(half, max_tokens=bundled.HELD_OUT)])
+        batches = again.held_out.batches(half, max_tokens=bundled.HELD_OUT, ranks=Solo())
+        rows = torch.cat([only(batch.sites).raw_ND for batch in batches])
         assert torch.equal(part, rows[: len(part)])
         assert len(part) > len(rows) - bundled.BLOCK
     assert len(held) % (2 * bundled.BLOCK) == 0
