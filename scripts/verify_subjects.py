@@ -1,7 +1,8 @@
-"""The SAEs that verify_formats.py exports: one of each sparsifier, three derived ones, and wrong copies of them."""
+"""The SAEs that verify_formats.py exports: one of each sparsifier, four derived ones, and wrong copies of them."""
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ def activations(work: Path) -> tuple[Path, Path]:
 
 
 def subjects(work: Path) -> dict[str, Opened]:
-    """Return the SAEs by name: the trained ones, and three derived from mutual_choice."""
+    """Return the SAEs by name: the trained ones, and four derived from mutual_choice."""
     found = {}
     for directory in sorted(work.glob("runs/*/saes/*")):
         sae, manifest = native.load(directory), native.read_manifest(directory)
@@ -78,6 +79,8 @@ def subjects(work: Path) -> dict[str, Opened]:
     }
     for name, sae in derived.items():
         found[name] = Opened(sae=sae, manifest=_manifest(base.manifest, sae), format_name="ours")
+    attention = replace(base.manifest, site="attention2")  # headers differ, and SAELens wants heads
+    found["attention site"] = Opened(sae=base.sae, manifest=attention, format_name="ours")
     return found
 
 
