@@ -11,7 +11,6 @@ import torch
 from sae_train.errors import CheckpointError
 from sae_train.formats.folding import native_sae
 from sae_train.formats.foreign import Opened, Origin, manifest_of
-from sae_train.formats.gemma_scope import width_word
 from sae_train.formats.manifest import ActivationSource, SaeManifest
 from sae_train.formats.reading import check_names, check_shapes, matrix_sizes, precision_note, read_pickle
 from sae_train.sae.autoencoder import SparseAutoencoder
@@ -30,7 +29,9 @@ def refusal(sae: SparseAutoencoder) -> str | None:
 def folder(manifest: SaeManifest, origin: Origin) -> PurePosixPath | None:
     model = re.sub(r"[^\w.-]", "_", origin.model.rstrip("/").rpartition("/")[2]) or "model"
     k = min(round(manifest.k), manifest.n_features)
-    return PurePosixPath(f"SAE-{SITES[origin.site]}-{model}-W{width_word(manifest.n_features).upper()}-L0_{k}")
+    F = manifest.n_features
+    width = f"{F // 1024}K" if F % 1024 == 0 else f"{F}"  # 64K for 65536; SAELens takes the width from it
+    return PurePosixPath(f"SAE-{SITES[origin.site]}-{model}-W{width}-L0_{k}")
 
 
 def write(sae: SparseAutoencoder, manifest: SaeManifest, origin: Origin, directory: Path) -> None:
