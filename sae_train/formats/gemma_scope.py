@@ -30,7 +30,8 @@ def folder(manifest: SaeManifest, origin: Origin) -> PurePosixPath | None:
 def width_word(n_features: int) -> str:
     """Return a width as Gemma Scope's folders write it: 16k for 16384, 65k for 65536, 1m for 1048576.
 
-    These are decimal thousands, and SAELens takes the width from them. A width that is no multiple of 1024 is written out.
+    These are decimal thousands, and SAELens takes the width from them. A width that is no multiple of 1024 is written
+    out.
     """
     for binary, decimal, letter in ((2**20, 10**6, "m"), (2**10, 10**3, "k")):
         if n_features % binary == 0:

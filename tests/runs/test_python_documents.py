@@ -50,6 +50,7 @@ def shown(cell: str, names: dict[str, Any]) -> Any:
     return eval(compile(ast.Expression(last.value), "cell", "eval"), names) if isinstance(last, ast.Expr) else None
 
 
+@pytest.mark.slow
 def test_the_cells_of_the_notebook_run(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
     values = [shown("".join(cell["source"]), names) for cell in cells() if cell["cell_type"] == "code"]
