@@ -5,7 +5,7 @@ classes for SAEs are read.
 """
 
 import json
-import math
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -19,9 +19,12 @@ from sae_train.formats.folding import gated_encoder, native_sae, shifted_bias
 from sae_train.formats.foreign import Opened, Origin, label_of, manifest_of
 from sae_train.formats.manifest import ActivationSource, SaeManifest
 from sae_train.formats.reading import (
+    MOST,
     check_names,
     check_shapes,
     choice,
+    is_plain,
+    listed,
     matrix_sizes,
     precision_note,
     read_json,
@@ -111,14 +114,18 @@ def find(path: Path) -> Path | None:
 def read(file: Path) -> Opened:
     tensors, path = read_pickle(file), file.parent / HEADER
     assumed = precision_note(tensors)
-    header = read_json(path) if path.is_file() else {}
+    header = read_json(path) if os.path.lexists(path) else {}  # a directory of this name is refused
     trainer = header.get("trainer")
     trainer = trainer if isinstance(trainer, dict) else {}
     if "dict_class" in trainer:
         name = choice(path, trainer, "dict_class", LAYOUTS)
     else:
         name = _class_of(file, tensors)
-        assumed += (f"no {HEADER} names its class; its tensors are those of {name}.",)
+        others = [each for each in _with_tensors_of(tensors) if each != name]
+        also = (
+            f" {others[0]} has the same tensors. It differs by a threshold, which training may set." if others else ""
+        )
+        assumed += (f"no {HEADER} names its class; its tensors are those of {name}.{also}",)
     layout = LAYOUTS[name]
     check_names(file, tensors, (*layout[:4], *layout.vectors, *layout.numbers))
     sae = _native(file, tensors, layout, name)
@@ -137,13 +144,17 @@ def read(file: Path) -> Opened:
 
 def _class_of(file: Path, tensors: Mapping[str, Any]) -> str:
     """Return the class that has just these tensors. BatchTopKSAE and AutoEncoderTopK differ by the threshold."""
-    found = [
-        name for name, layout in LAYOUTS.items() if {*layout[:4], *layout.vectors, *layout.numbers} == set(tensors)
-    ]
+    found = _with_tensors_of(tensors)
     if not found:
-        raise CheckpointError(f"{file}: has the tensors of no class of dictionary_learning: {', '.join(tensors)}.")
+        raise CheckpointError(f"{file}: has the tensors of no class of dictionary_learning: {listed(tensors)}. "
+                              f"Classes that it opens: {', '.join(LAYOUTS)}.")  # fmt: skip
     is_off = "BatchTopKSAE" in found and _number(file, tensors, "threshold") < 0
     return "AutoEncoderTopK" if is_off else found[-1]
+
+
+def _with_tensors_of(tensors: Mapping[str, Any]) -> list[str]:
+    """Return the classes that have just these tensors."""
+    return [name for name, layout in LAYOUTS.items() if {*layout[:4], *layout.vectors, *layout.numbers} == set(tensors)]
 
 
 def _native(file: Path, tensors: Mapping[str, Any], layout: Layout, name: str) -> SparseAutoencoder:
@@ -176,8 +187,8 @@ def _native(file: Path, tensors: Mapping[str, Any], layout: Layout, name: str) -
 def _number(file: Path, tensors: Mapping[str, Any], name: str) -> float:
     """Return the only number of an entry."""
     value = tensors[name]
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+    if isinstance(value, Tensor) and value.numel() == 1 and is_plain(value) and not value.is_complex():
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -MOST <= value <= MOST:
         raise CheckpointError(f"{file}: {name} is not one finite number.")
     return float(value)

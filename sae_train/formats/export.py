@@ -4,6 +4,7 @@ Every SAE is checked first. All are written to a temporary directory, which is t
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -94,12 +95,16 @@ def export(
         CheckpointError: a check failed, the format cannot hold one of the SAEs exactly, or `out` holds something else
             or cannot be written. Then `out` is as before.
     """
+    place = Path(os.path.realpath(out))  # a link stays, and the directory behind it is replaced
+    with explained(out):
+        if any(_old(place).rglob(record.FILE)):  # of an export that was killed, and no directory of the user's
+            _restore(place)
     check_out(out, [source.name for source in sources], to)
     with phases.of("checking", total=len(sources), unit="SAE"):
         for source in sources:
             _refuse(source, to)
             phases.advance(1)
-    partial = out.with_name(f".{out.name}.partial")
+    partial = place.parent / f".{place.name}.partial"
     written: list[Written] = []
     with explained(out):
         shutil.rmtree(partial, ignore_errors=True)
@@ -124,7 +129,7 @@ def export(
                 write_text(partial / "suite.json", json.dumps(entries, indent=2) + "\n")
             if complete is not None:
                 complete(partial, written)
-            _publish(partial, out)
+            _publish(partial, place)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return written
@@ -137,13 +142,20 @@ def check_out(out: Path, names: Sequence[str], to: Format) -> None:
             return
         if not out.is_dir():
             raise CheckpointError(f"--out {out}: is a file. Choose a directory.")
-        there = {path for path in out.rglob("*") if not path.is_dir()}
+        place, here = Path(os.path.realpath(out)), Path.cwd()
+        if here.is_relative_to(place):  # a shell in it would be left in a directory that is gone
+            raise CheckpointError(
+                f"--out {out}: holds the current directory, which an export would replace. Choose a directory below it."
+            )
+        there = {path for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
         if not there:
             return
         records = {path: read_json(path) for path in sorted(there) if path.name == record.FILE}
-    found = {(each.get("format"), each.get("name")) for each in records.values()}
+    found = {(str(each.get("format")), str(each.get("name"))) for each in records.values()}
     known = {out / name for name in BESIDE} | set(records)
-    known |= {path.parent / str(name) for path, each in records.items() for name in each.get("files", [])}
+    for path, each in records.items():
+        files = each.get("files")
+        known |= {path.parent / str(name) for name in files} if isinstance(files, list) else set()
     if found != {(to.NAME, name) for name in names} or there - known:
         raise CheckpointError(
             f"--out {out}: holds something else than an earlier export of the same SAEs to {to.NAME}. Choose an empty "
@@ -229,11 +241,26 @@ def suite_entry_of(written: Written, out: Path) -> dict[str, Any]:
 
 
 def _publish(partial: Path, out: Path) -> None:
-    """Rename a complete directory to `out`. An earlier export there gives way."""
-    old = out.with_name(f".{out.name}.old")
+    """Rename a complete directory to `out`. An earlier export there gives way, or stays where that fails."""
+    old = _old(out)
     if out.exists():
         shutil.rmtree(old, ignore_errors=True)  # of an export that was killed
         out.rename(old)
-    partial.rename(out)
+    try:
+        partial.rename(out)
+    except BaseException:
+        _restore(out)
+        raise
     sync_directory(out.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _restore(out: Path) -> None:
+    """Take back the earlier export, where a kill or an error came between the two renames of `_publish`."""
+    old = _old(out)
+    if old.is_dir() and not os.path.lexists(out):
+        old.rename(out)
+
+
+def _old(out: Path) -> Path:
+    return out.parent / f".{out.name}.old"

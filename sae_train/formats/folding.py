@@ -3,6 +3,8 @@
 All of it is computed in float64 and cast to fp32 once.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,10 @@ from sae_train.sae.autoencoder import SparseAutoencoder
 
 UNIT_WITHIN = 1e-6
 """Distance of a row's norm from 1 up to which it counts as a unit row: fp32 rounding leaves about 1e-7."""
+
+
+class NotFinite(CheckpointError):
+    """An SAE has numbers that are not finite. `native_sae` raises it, and `load` adds the file's name."""
 
 
 def shifted_bias(sae: SparseAutoencoder) -> Tensor:
@@ -52,15 +58,11 @@ def native_sae(
             program compares pre-activations of different features without their rows' norms.
 
     Raises:
-        CheckpointError: a number is not finite. Thresholds may be +inf.
+        NotFinite: a number is not finite. Thresholds may be +inf.
     """
     W_enc, b_enc, W_dec, b_dec = (tensor.detach() for tensor in (W_enc, b_enc, W_dec, b_dec))
     tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if threshold is not None and threshold.isnan().any():
-        bad.append("threshold")
-    if bad:
-        raise CheckpointError(f"{', '.join(bad)}: holds numbers that are not finite, so the SAE cannot be used.")
+    _check_finite(tensors, threshold)
     if shifts_input:
         b_enc = b_enc.double() - b_dec.double() @ W_enc.double()
     cut = torch.zeros_like(b_enc) if threshold is None else threshold.detach().clamp_min(0)
@@ -69,15 +71,22 @@ def native_sae(
         norm_F = torch.where(norm_F > 0, norm_F, 1)
         W_enc, b_enc, cut = W_enc.double() * norm_F, b_enc.double() * norm_F, cut.double() * norm_F
         W_dec = W_dec.double() / norm_F[:, None]
-    return SparseAutoencoder(
-        W_enc=W_enc.float().contiguous(),
-        b_enc=b_enc.float(),
-        W_dec=W_dec.float().contiguous(),
-        b_dec=b_dec.float(),
-        threshold=cut.float(),
-        k=k,
-        inference="topk" if threshold is None else "threshold",
-    ).eval()
+    tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+    cast = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    _check_finite(cast, cut)  # float64 holds numbers that fp32 does not
+    rule = "topk" if threshold is None else "threshold"
+    return SparseAutoencoder(**cast, threshold=cut.float(), k=k, inference=rule).eval()
+
+
+def _check_finite(tensors: Mapping[str, Tensor], threshold: Tensor | None) -> None:
+    """Refuse numbers that are not finite. Thresholds may be +inf."""
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if threshold is not None and threshold.isnan().any():
+        bad.append("threshold")
+    if bad:
+        raise NotFinite(
+            f"{', '.join(bad)}: holds numbers that are not finite in float32, so the SAE cannot be used. Give another."
+        )
 
 
 def gated_encoder(W_enc: Tensor, *, b_mag: Tensor, b_gate: Tensor, r_mag: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 
 from sae_train.errors import CheckpointError, suggest
 from sae_train.formats import hub_files, native
+from sae_train.formats.folding import NotFinite
 from sae_train.formats.foreign import Format, Opened
 from sae_train.formats.reading import explained
 from sae_train.formats.record import name_in, with_record
@@ -57,7 +58,11 @@ def opened(path: Path, name: str | None = None) -> Opened:
     each, file = find_foreign(path, name)
     with explained(path):
         _check_inside(file, path)
-    found = with_record(each.read(file), file.parent, format_name=each.NAME)
+    try:
+        found = each.read(file)
+    except NotFinite as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    found = with_record(found, file.parent, format_name=each.NAME)
     if found.sae.k == 0:
         found = replace(
             found, assumed=(*found.assumed, "k=0, because the files do not say how many features are active.")

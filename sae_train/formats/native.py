@@ -22,6 +22,7 @@ from torch import Tensor
 from sae_train.errors import CheckpointError, suggest
 from sae_train.formats.durable import explained, sync_directory, write_text
 from sae_train.formats.manifest import SaeManifest
+from sae_train.formats.reading import FLOATS, reason_of
 from sae_train.phases import SILENT, Phases
 from sae_train.ranks.interface import Ranks
 from sae_train.sae.autoencoder import SparseAutoencoder
@@ -179,11 +180,13 @@ def read_manifest(path: str | Path, name: str | None = None) -> SaeManifest:
 def _read(directory: Path) -> tuple[dict[str, Any], SaeManifest]:
     """Return the content of sae.json as it stands there, and as a manifest."""
     with _explained(directory):
-        config: dict[str, Any] = json.loads((directory / "sae.json").read_text(encoding="utf-8"))
+        config = json.loads((directory / "sae.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"sae.json holds a {type(config).__name__}, not an object with keys")
     try:
         return config, SaeManifest.from_json(config)
     except ValueError as error:
-        raise CheckpointError(f"{directory}: {error}.") from error
+        raise CheckpointError(f"{directory}: {reason_of(error)}.") from error
 
 
 @contextmanager
@@ -193,7 +196,7 @@ def _explained(directory: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RecursionError, SafetensorError) as error:  # not JSON, not UTF-8, nested too deeply
         raise CheckpointError(
-            f"{directory}: not a readable SAE: {error}. Export it again, or give another path."
+            f"{directory}: not a readable SAE: {reason_of(error)}. Export it again, or give another path."
         ) from error
 
 
@@ -235,6 +238,10 @@ def _check(directory: Path, manifest: SaeManifest, tensors: dict[str, Tensor]) -
     missing = [name for name in TENSORS if name not in tensors]
     if missing:
         raise CheckpointError(f"{directory}: lacks {', '.join(missing)}; this is not a sae-train export.")
+    dtypes = {tensors[name].dtype for name in TENSORS}
+    if len(dtypes) > 1 or not dtypes <= set(FLOATS):
+        found = ", ".join(f"{name} {str(tensors[name].dtype).removeprefix('torch.')}" for name in TENSORS)
+        raise CheckpointError(f"{directory}: not floating-point numbers of one kind: {found}. Export it again.")
     shapes = _shapes(manifest.d_model, manifest.n_features)
     wrong = [f"{name} {list(tensors[name].shape)}" for name in TENSORS if tuple(tensors[name].shape) != shapes[name]]
     if wrong:

@@ -36,8 +36,8 @@ def write(sae: SparseAutoencoder, manifest: SaeManifest, origin: Origin, directo
 
 def find(path: Path) -> Path | None:
     if path.is_dir():
-        files = [file for file in path.glob("*.pt") if not _is_others(file)]
-        return files[0] if len(files) == 1 and files[0].is_file() else None
+        files = [file for file in path.glob("*.pt") if not _is_others(file) and file.is_file()]
+        return files[0] if len(files) == 1 else None
     return path if path.suffix == ".pt" and path.is_file() and not _is_others(path) else None
 
 

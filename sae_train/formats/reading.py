@@ -3,13 +3,15 @@
 Every reader gets its JSON and tensors here, checked for keys, kinds and shapes.
 """
 
-import io
 import json
 import math
 import pickle
 import re
+import reprlib
+import tokenize
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,11 +35,18 @@ MOST = 2**40
 """Largest whole number of a header."""
 LONGEST = 60
 """Characters of a value that a message quotes."""
+MOST_NAMES = 12
+"""Names that a message lists."""
+ARCHIVE = b"PK\x03\x04"
+"""First bytes of a file of torch.save. Files of torch before 1.6 are bare pickles."""
 
 
 UNREADABLE = (OSError, ValueError, EOFError, MemoryError, OverflowError, RuntimeError, SafetensorError,
-              zipfile.BadZipFile, zlib.error, SyntaxError)  # fmt: skip
+              zipfile.BadZipFile, zlib.error, SyntaxError, tokenize.TokenError)  # fmt: skip
 """What the libraries raise for damaged files. RuntimeError: torch, and JSON that is nested too deeply."""
+
+_QUOTED = reprlib.Repr()
+_QUOTED.maxstring = _QUOTED.maxother = LONGEST
 
 
 @contextmanager
@@ -46,24 +55,39 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        why = str(error).strip().splitlines()
-        raise CheckpointError(f"{path}: cannot be read: {why[0] if why else type(error).__name__}.") from error
+        raise CheckpointError(f"{path}: cannot be read: {reason_of(error)}.") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error for a message, without control characters. Damaged files are quoted in it."""
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return "".join(each if each.isprintable() else "?" for each in text[: 4 * LONGEST])
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object of a JSON file.
 
     Raises:
-        CheckpointError: it is missing, too large, not JSON, or not an object.
+        CheckpointError: it is missing, too large, not JSON, not an object, or gives one key twice.
     """
     with explained(path):
         if not path.is_file():  # not a device, whose end never comes
-            raise ValueError("no such file")
+            raise ValueError("not a file" if path.exists() else "no such file")
         if path.stat().st_size > MOST_JSON:
             raise ValueError(f"{path.stat().st_size:,} bytes are too many for a header")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: holds a {type(values).__name__}, not an object with keys.")
+    return values
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. A key that is given twice has no meaning on which programs agree."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise ValueError(f"the key {short(twice)} is given twice")
     return values
 
 
@@ -81,12 +105,18 @@ def read_pickle(path: Path) -> dict[str, Any]:
     """Return the dictionary that `torch.save` wrote, by the loader that executes nothing.
 
     Raises:
-        CheckpointError: it is missing, damaged, wants to run code, unpacks to far more than its size, or holds no
-            dictionary.
+        CheckpointError: it is missing, damaged, a bare pickle, wants to run code, unpacks to far more than its size, or
+            holds no dictionary.
     """
     with explained(path):
-        if zipfile.is_zipfile(path):
-            _check_growth(path)
+        with path.open("rb") as file:
+            is_archive = file.read(len(ARCHIVE)) == ARCHIVE
+        if not is_archive:  # of a bare pickle, torch takes memory for each size that it claims
+            raise CheckpointError(
+                f"{path}: is no archive of torch.save. It is damaged, or a bare pickle, which could run code and claim "
+                "any size. Save a dictionary of tensors with torch.save of torch 1.6 or later."
+            )
+        _check_growth(path)
         try:
             values = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
@@ -96,7 +126,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
                 f"{path}: holds more than tensors and plain values, so opening it could run code, and it is refused. "
                 "Save a dictionary of tensors."
             ) from error
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except UNREADABLE:
+            raise
+        except Exception as error:  # of damaged operands, torch's loader raises errors of any kind
             raise ValueError(f"not a file of torch.save ({type(error).__name__})") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise CheckpointError(f"{path}: holds a {type(values).__name__}, not a dictionary of named tensors.")
@@ -113,23 +145,26 @@ def read_npz(path: Path, names: Collection[str]) -> dict[str, Tensor]:
     with explained(path):
         _check_growth(path)
         with zipfile.ZipFile(path) as archive:
-            members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+            members = {each.filename.removesuffix(".npy"): each for each in archive.infolist()}
             check_names(path, members, names)
+            if len(members) != len(archive.infolist()):
+                raise ValueError("it holds one array twice")
             return {name: _array(archive, members[name]) for name in names}
 
 
-def _array(archive: zipfile.ZipFile, member: str) -> Tensor:
-    file = io.BytesIO(archive.read(member))
-    read_header = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}.get(read_magic(file))
-    if read_header is None:
-        raise ValueError(f"{member} has a version of .npy that this program does not read")
-    shape, is_fortran, dtype = read_header(file)
-    if dtype.kind != "f" or dtype.itemsize > 8:
-        raise ValueError(f"{member} holds {dtype}, not floating-point numbers of at most 64 bits")
-    data = file.read()
-    if math.prod(shape) * dtype.itemsize != len(data):  # checked before anything of that size is made
-        raise ValueError(f"{member} claims the shape {list(shape)} and holds {len(data):,} bytes")
-    array = np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if is_fortran else "C")
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Tensor:
+    name = member.filename
+    with archive.open(member) as file:
+        read_header = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}.get(read_magic(file))
+        if read_header is None:
+            raise ValueError(f"{name} has a version of .npy that this program does not read")
+        shape, is_fortran, dtype = read_header(file)
+        if dtype.kind != "f" or dtype.itemsize > 8:
+            raise ValueError(f"{name} holds {dtype}, not floating-point numbers of at most 64 bits")
+        n_bytes = member.file_size - file.tell()
+        if math.prod(shape) * dtype.itemsize != n_bytes:  # checked before anything of that size is made
+            raise ValueError(f"{name} claims the shape {list(shape)} and holds {n_bytes:,} bytes")
+        array = np.frombuffer(file.read(n_bytes), dtype=dtype).reshape(shape, order="F" if is_fortran else "C")
     return torch.from_numpy(np.array(array, dtype=dtype.newbyteorder("="), order="C"))
 
 
@@ -148,13 +183,21 @@ def check_names(path: Path, found: Collection[str], needed: Collection[str], *, 
     extra = sorted(set(found) - set(needed) - set(optional))
     if missing:
         raise CheckpointError(
-            f"{path}: lacks {', '.join(missing)}. It holds {', '.join(sorted(found)) or 'nothing'}. Give another file."
+            f"{path}: lacks {', '.join(missing)}. It holds {listed(found) or 'nothing'}. Give another file."
         )
     if extra:
         raise CheckpointError(
-            f"{path}: holds {', '.join(extra)}, which this format does not have, so the SAE is of another kind. "
+            f"{path}: holds {listed(extra)}, which this format does not have, so the SAE is of another kind. "
             f"Expected: {', '.join(sorted(needed))}."
         )
+
+
+def listed(names: Collection[str]) -> str:
+    """Return names out of a file for a message: the first few, and no control characters."""
+    chosen = sorted(names)[:MOST_NAMES]
+    shown = [each if each.isprintable() and len(each) <= LONGEST else short(each) for each in chosen]
+    more = len(names) - len(chosen)
+    return ", ".join(shown) + (f" and {more:,} more" if more else "")
 
 
 def check_shapes(path: Path, tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -164,21 +207,28 @@ def check_shapes(path: Path, tensors: Mapping[str, Any], shapes: Mapping[str, tu
     """
     for name, shape in shapes.items():
         tensor = tensors[name]
+        if isinstance(tensor, Tensor) and not is_plain(tensor):
+            raise CheckpointError(f"{path}: {name} does not hold a number for each of its entries.")
         if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
             kind = str(tensor.dtype).removeprefix("torch.") if isinstance(tensor, Tensor) else type(tensor).__name__
             raise CheckpointError(f"{path}: {name} is of {kind}, not a tensor of floating-point numbers.")
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{path}: {name} has shape {list(tensor.shape)}, and {list(shape)} was expected.")
-        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not is_plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-            raise CheckpointError(f"{path}: {name} does not hold a number for each of its entries.")
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor holds a number for each entry, as meta, sparse and repeated ones do not."""
+    if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def matrix_sizes(path: Path, tensors: Mapping[str, Any], name: str) -> tuple[int, int]:
     """Return rows and columns of the matrix `name`, from which the other shapes follow."""
     tensor = tensors[name]
-    if not isinstance(tensor, Tensor) or tensor.ndim != 2 or 0 in tensor.shape:
-        shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+    is_tensor = isinstance(tensor, Tensor) and not tensor.is_nested  # a nested one has no shape
+    if not is_tensor or tensor.ndim != 2 or 0 in tensor.shape:
+        shape = list(tensor.shape) if is_tensor else type(tensor).__name__
         raise CheckpointError(f"{path}: {name} is {shape}, not a matrix.")
     return tensor.shape[0], tensor.shape[1]
 
@@ -210,7 +260,10 @@ def number(values: Mapping[str, Any], key: str) -> float | None:
 
 def short(value: Any) -> str:
     """Return a value of a header for a message."""
-    text = repr(value) if not isinstance(value, int) or abs(value) <= MOST else "a huge number"
+    try:
+        text = _QUOTED.repr(value) if not isinstance(value, int) or abs(value) <= MOST else "a huge number"
+    except ValueError:  # a number inside of it has too many digits to be printed
+        text = f"a {type(value).__name__}"
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 

@@ -13,7 +13,7 @@ from sae_train.errors import CheckpointError
 from sae_train.formats.durable import write_text
 from sae_train.formats.foreign import Opened, Origin
 from sae_train.formats.manifest import SaeManifest
-from sae_train.formats.reading import explained, read_json
+from sae_train.formats.reading import explained, read_json, reason_of, short
 
 FILE = "sae_train.json"
 FIGURES = ("l0", "fvu", "delta_ce", "dead_fraction")
@@ -95,7 +95,8 @@ def run_in(record: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the entries of a run's config.yaml that a record holds, in the form that `record_of` takes."""
     if not isinstance(record.get("config"), dict):
         return None
-    return {"config": record["config"], "plan": record.get("plan", {}), "provenance": record.get("run")}
+    plan = record.get("plan")
+    return {"config": record["config"], "plan": plan if isinstance(plan, dict) else {}, "provenance": record.get("run")}
 
 
 def name_in(directory: Path) -> str | None:
@@ -138,17 +139,22 @@ def with_record(opened: Opened, directory: Path, *, format_name: str) -> Opened:
     try:
         if not isinstance(record.get("sae"), dict):
             raise ValueError("holds no object 'sae'")
+        assumed = record.get("assumed", [])
+        if not isinstance(assumed, list):
+            raise ValueError(f"assumed={short(assumed)}: must be a list of sentences")
         recorded = SaeManifest.from_json(record["sae"])
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}. Remove the file to open the SAE without its record.") from error
+        raise CheckpointError(
+            f"{path}: {reason_of(error)}. Remove the file to open the SAE without its record."
+        ) from error
     own = opened.manifest
     pairs = {key: (getattr(own, key), getattr(recorded, key)) for key in ("inference", "d_model", "n_features")}
     if own.inference == "topk":
         pairs["k"] = own.k, float(min(round(recorded.k), recorded.n_features))
     differ = [f"{key} {found!r} there, {said!r} in the record" for key, (found, said) in pairs.items() if found != said]
     if differ or record.get("format") != format_name:
-        reason = ", ".join(differ) or f"it is of an export to {record.get('format')!r}"
+        reason = ", ".join(differ) or f"it is of an export to {short(record.get('format'))}"
         raise CheckpointError(f"{path}: is the record of another SAE: {reason}. Remove it, or export again.")
     opened.sae.k = recorded.k
-    assumed = tuple(str(each) for each in record.get("assumed", ()))
-    return Opened(sae=opened.sae, manifest=recorded, format_name=format_name, assumed=assumed)
+    sentences = tuple(str(each) for each in assumed)
+    return Opened(sae=opened.sae, manifest=recorded, format_name=format_name, assumed=sentences)

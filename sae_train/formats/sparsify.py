@@ -76,7 +76,8 @@ def read(file: Path) -> Opened:
         raise CheckpointError(f"{path}: activation={short(activation)}: only 'topk' has our form, in which a token's k "
                               "largest features are kept.")  # fmt: skip
     for key, why in (("transcode", "a transcoder, which reads one site and writes another"),
-                     ("skip_connection", "it adds a linear map of its input to the reconstruction")):  # fmt: skip
+                     ("skip_connection", "it adds a linear map of its input to the reconstruction"),
+                     ("signed", "of older releases, whose codes may be negative")):  # fmt: skip
         if flag(path, header, key, default=False):
             raise CheckpointError(f"{path}: {key}={header[key]}: {why}. This program opens autoencoders alone.")
     assumed = precision_note(tensors)
