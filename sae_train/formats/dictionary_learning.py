@@ -122,10 +122,9 @@ def read(file: Path) -> Opened:
     else:
         name = _class_of(file, tensors)
         others = [each for each in _with_tensors_of(tensors) if each != name]
-        also = (
-            f" {others[0]} has the same tensors. It differs by a threshold, which training may set." if others else ""
-        )
-        assumed += (f"no {HEADER} names its class; its tensors are those of {name}.{also}",)
+        assumed += (f"no {HEADER} names its class; its tensors are those of {name}.",)
+        if others:
+            assumed += (f"{others[0]} has the same tensors. The threshold decided, which training may set in both.",)
     layout = LAYOUTS[name]
     check_names(file, tensors, (*layout[:4], *layout.vectors, *layout.numbers))
     sae = _native(file, tensors, layout, name)

@@ -71,11 +71,18 @@ def native_sae(
         norm_F = torch.where(norm_F > 0, norm_F, 1)
         W_enc, b_enc, cut = W_enc.double() * norm_F, b_enc.double() * norm_F, cut.double() * norm_F
         W_dec = W_dec.double() / norm_F[:, None]
+    W_enc, b_enc, W_dec, b_dec = (tensor.float().contiguous() for tensor in (W_enc, b_enc, W_dec, b_dec))
     tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
-    cast = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
-    _check_finite(cast, cut)  # float64 holds numbers that fp32 does not
-    rule = "topk" if threshold is None else "threshold"
-    return SparseAutoencoder(**cast, threshold=cut.float(), k=k, inference=rule).eval()
+    _check_finite(tensors, cut)  # float64 holds numbers that fp32 does not
+    return SparseAutoencoder(
+        W_enc=W_enc,
+        b_enc=b_enc,
+        W_dec=W_dec,
+        b_dec=b_dec,
+        threshold=cut.float(),
+        k=k,
+        inference="topk" if threshold is None else "threshold",
+    ).eval()
 
 
 def _check_finite(tensors: Mapping[str, Tensor], threshold: Tensor | None) -> None:
