@@ -97,8 +97,7 @@ def export(
     """
     place = Path(os.path.realpath(out))  # a link stays, and the directory behind it is replaced
     with explained(out):
-        if any(_old(place).rglob(record.FILE)):  # of an export that was killed, and no directory of the user's
-            _restore(place)
+        _recover(place)
     check_out(out, [source.name for source in sources], to)
     with phases.of("checking", total=len(sources), unit="SAE"):
         for source in sources:
@@ -253,6 +252,15 @@ def _publish(partial: Path, out: Path) -> None:
         raise
     sync_directory(out.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(out: Path) -> None:
+    """Take back what a killed export left beside `out`. A directory of the user's with that name is not touched."""
+    old = _old(out)
+    if any(old.rglob(record.FILE)):
+        _restore(out)
+    elif old.exists() and any(old.iterdir()):
+        raise CheckpointError(f"{old}: an export to {out} needs this name for the earlier export. Rename it first.")
 
 
 def _restore(out: Path) -> None:

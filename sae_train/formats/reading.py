@@ -98,6 +98,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: it is missing or damaged.
     """
     with explained(path):
+        path.open("rb").close()  # safetensors tells a file without permission as one that is not there
         return load_file(str(path))
 
 

@@ -17,70 +17,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sae_train
 from sae_train.errors import CheckpointError
-from sae_train.formats.export import Source, export
-from sae_train.formats.foreign import Opened
 from sae_train.formats.record import FILE
 from sae_train.formats.registry import FORMATS
 from sae_train.sae.autoencoder import SparseAutoencoder
+from tools.foreign_files import PICKLED, header_of, matrix, put, tensors_in, write
 from tools.random_sae import manifest_of, random_sae
 
-WRITTEN = [name for name in FORMATS if name != "openai"]
 MOST_BYTES = 256 * 2**20
 """What opening a small file may take of memory."""
 pytestmark = [pytest.mark.filterwarnings("ignore:.*(k=|its numbers|class|site|apply_b_dec|pickle protocol)")]
-
-
-def sae_for(name: str) -> SparseAutoencoder:
-    sae = random_sae(d_model=7, n_features=12)
-    if FORMATS[name].refusal(sae) is not None:
-        sae.inference, sae.threshold = "topk", torch.zeros(12)
-    return sae
-
-
-def write(name: str, out: Path) -> Path:
-    """Write a small SAE in a format, without a record; return its main file."""
-    if name == "openai":
-        out.mkdir()
-        sae = sae_for("saelens")
-        tensors = {"pre_bias": sae.b_dec, "latent_bias": sae.b_enc, "encoder.weight": sae.W_enc.t(),
-                   "decoder.weight": sae.W_dec.t()}  # fmt: skip
-        plain = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
-        torch.save(plain | {"activation": "ReLU"}, out / "sae.pt")
-        return out / "sae.pt"
-    sae = sae_for(name)
-    opened = Opened(sae=sae, manifest=manifest_of(sae, site="residual1"), format_name="ours")
-    (done,) = export([Source(name="one", open=lambda: opened, run=None)], FORMATS[name], out)
-    (done.directory / FILE).unlink()
-    file = FORMATS[name].find(done.directory)
-    assert file is not None
-    return file
-
-
-def header_of(file: Path) -> Path | None:
-    return next((each for each in file.parent.glob("*.json")), None)
-
-
-def tensors_in(file: Path) -> dict[str, Any]:
-    if file.suffix == ".safetensors":
-        return dict(load_file(file))
-    if file.suffix == ".npz":
-        with np.load(file) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    return dict(torch.load(file, weights_only=True))
-
-
-def put(file: Path, tensors: dict[str, Any]) -> None:
-    if file.suffix == ".safetensors":
-        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, file)
-    elif file.suffix == ".npz":
-        np.savez(file, **{name: tensor.numpy() for name, tensor in tensors.items()})
-    else:
-        torch.save(tensors, file)
 
 
 def refused(file: Path, message: str = "") -> str:
@@ -103,10 +52,6 @@ def opened_or_refused(file: Path) -> SparseAutoencoder | None:
     assert said.startswith(str(file.parent))
     assert len(said) < 2000
     return None
-
-
-def matrix(tensors: dict[str, Any]) -> str:
-    return next(name for name, each in tensors.items() if isinstance(each, Tensor) and each.ndim == 2)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -229,7 +174,7 @@ class Payload:
         return os.system, (f"touch '{self.path}'",)
 
 
-@pytest.mark.parametrize("name", ["dictionary_learning", "qwen_scope", "openai"])
+@pytest.mark.parametrize("name", PICKLED)
 @pytest.mark.parametrize("how", ["zip", "legacy", "plain pickle"])
 def test_a_pickle_that_wants_to_run_code_runs_nothing(name: str, how: str, tmp_path: Path) -> None:
     file, proof = write(name, tmp_path / "sae"), tmp_path / "ran"
@@ -297,7 +242,7 @@ def test_an_array_that_claims_a_huge_shape_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("little_memory")
-@pytest.mark.parametrize("name", ["dictionary_learning", "qwen_scope", "openai"])
+@pytest.mark.parametrize("name", PICKLED)
 def test_a_tensor_that_repeats_one_number_is_refused(name: str, tmp_path: Path) -> None:
     file = write(name, tmp_path / "sae")
     tensors = tensors_in(file)
@@ -310,7 +255,7 @@ def test_a_tensor_that_repeats_one_number_is_refused(name: str, tmp_path: Path) 
     assert "does not hold a number for each" in refused(file)
 
 
-@pytest.mark.parametrize("name", ["dictionary_learning", "qwen_scope", "openai"])
+@pytest.mark.parametrize("name", PICKLED)
 def test_other_kinds_of_tensors_are_refused(name: str, tmp_path: Path) -> None:
     file = write(name, tmp_path / "sae")
     whole = tensors_in(file)
