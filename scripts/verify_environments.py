@@ -29,6 +29,8 @@ ENVIRONMENTS = {
     ),
     # transformer-lens 4 has no HookedTransformer, which llamascopium imports
     "llamascopium": Environment(("llamascopium", "transformer-lens<4"), ("llamascopium",)),
+    # it pins numpy 1, and its type checks break with a newer beartype
+    "sae-bench": Environment(("sae-bench", "beartype==0.14.1"), ("sae-bench",)),
 }
 UNWANTED = ("torchvision", "torchaudio")
 """Builds for CUDA that come as dependencies, beside a torch without it; transformers then fails in its import."""

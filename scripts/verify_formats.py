@@ -28,7 +28,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from verify_environments import DEFAULT, ENVIRONMENTS, python_of
-from verify_subjects import activations, exported, mistakes, rows_of, subjects, train
+from verify_peers import SAE_BENCH
+from verify_subjects import ATTENTION, activations, exported, mistakes, rows_of, subjects, train
 
 import sae_train
 from sae_train.formats.comparison import Verified, compare
@@ -40,6 +41,9 @@ SCRIPTS = Path(__file__).resolve().parent
 PROGRAMS = {"sae_lens": "saelens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning",
             "llamascopium": "llamascopium"}  # fmt: skip
 """Programs that train, and the formats in which they save."""
+
+WITH_SAE_BENCH = ("gemma_scope", "dictionary_learning")
+"""Formats that SAEBench reads by loaders of its own."""
 
 
 class Item(NamedTuple):
@@ -53,10 +57,10 @@ class Item(NamedTuple):
     sae: SparseAutoencoder
     """What the codes are compared with."""
     out: Path
-
-    @property
-    def environment(self) -> str:
-        return environment_of(PEERS[self.format].package)
+    package: str
+    """The program that reads it."""
+    has_own_norms: bool = False
+    """Whether its decoder's rows may have any norm. Ours are folded to norm 1, and the codes with them."""
 
 
 class Result(NamedTuple):
@@ -90,7 +94,9 @@ def ours(work: Path) -> Iterator[Item]:
             for mistake, sae in {"": opened.sae, **wrong}.items():
                 out = folder / re.sub(r"\W+", "_", f"{format_name} {name} {mistake}".strip())
                 directory = exported(sae, opened.manifest, to, out)
-                yield Item(format_name, name, mistake, directory, opened.sae, out.with_suffix(".safetensors"))
+                for package in readers(format_name, name, mistake):
+                    found = out.with_suffix(f".{package}.safetensors")
+                    yield Item(format_name, name, mistake, directory, opened.sae, found, package)
 
 
 def theirs(work: Path, rows: Path, pythons: dict[str, Path]) -> Iterator[Item]:
@@ -103,7 +109,14 @@ def theirs(work: Path, rows: Path, pythons: dict[str, Path]) -> Iterator[Item]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what it assumes
                 sae = sae_train.load(directory)
-            yield Item(format_name, directory.name, "", directory, sae, directory.with_suffix(".safetensors"))
+            out, package = directory.with_suffix(".safetensors"), PEERS[format_name].package
+            yield Item(format_name, directory.name, "", directory, sae, out, package, has_own_norms=True)
+
+
+def readers(format_name: str, subject: str, mistake: str) -> list[str]:
+    """Return the packages that read an export: the format's own, and SAEBench, which opens residual sites alone."""
+    also = format_name in WITH_SAE_BENCH and subject != ATTENTION and not mistake
+    return [PEERS[format_name].package, SAE_BENCH] if also else [PEERS[format_name].package]
 
 
 def fresh(folder: Path) -> Path:
@@ -125,8 +138,13 @@ def call(python: Path, script: str, *arguments: str) -> None:
 def computed(items: list[Item], held_out: Path, pythons: dict[str, Path], work: Path) -> list[Result]:
     """Return the differences of each program's codes and reconstructions from the SAE's own."""
     for name, python in pythons.items():
-        own = [item for item in items if item.environment == name]
-        listed = [{"format": each.format, "directory": str(each.directory), "out": str(each.out)} for each in own]
+        own = [item for item in items if environment_of(item.package) == name]
+        if not own:
+            continue
+        listed = [
+            {"format": each.format, "package": each.package, "directory": str(each.directory), "out": str(each.out)}
+            for each in own
+        ]
         job = work / f"job-{name}.json"
         job.write_text(json.dumps({"activations": str(held_out), "saes": listed}))
         call(python, "verify_peers.py", str(job))
@@ -143,10 +161,10 @@ def result_of(item: Item, x_ND: Tensor, pythons: dict[str, Path]) -> Result:
     found = load_file(item.out)
     code_NF = torch.zeros(len(x_ND), item.sae.n_features).flatten()
     code_NF = code_NF.index_put((found["index"],), found["value"]).view(len(x_ND), -1)
-    # a program may keep decoder rows of any norm; ours are folded to norm 1, and the codes with them
-    norm_F, own_F = found["rows"].double().norm(dim=1), item.sae.W_dec.detach().double().norm(dim=1)
-    code_NF = code_NF.double() * torch.where(own_F > 0, norm_F / own_F, 1)
-    verified = compare(item.sae, x_ND, [(code_NF, found["reconstructions"])], reader=item.format)
+    if item.has_own_norms:
+        norm_F, own_F = found["rows"].double().norm(dim=1), item.sae.W_dec.detach().double().norm(dim=1)
+        code_NF = code_NF.double() * torch.where(own_F > 0, norm_F / own_F, 1)
+    verified = compare(item.sae, x_ND, [(code_NF, found["reconstructions"])], reader=item.package)
     item.out.unlink()
     return Result(item, verified, "")
 
@@ -154,7 +172,7 @@ def result_of(item: Item, x_ND: Tensor, pythons: dict[str, Path]) -> Result:
 def line_of(result: Result) -> str:
     item, verified = result.item, result.verified
     verdict = "right" if result.is_right else "WRONG"
-    head = f"{verdict}: {item.format} {item.subject} {item.mistake}".rstrip()
+    head = f"{verdict}: {item.format} in {item.package}: {item.subject} {item.mistake}".rstrip()
     return f"{head}: {result.problem}" if verified is None else f"{head}: {figures_of([verified])}"
 
 
@@ -174,11 +192,10 @@ def tables(results: dict[str, list[Result]], pythons: dict[str, Path]) -> str:
     lines = [f"{datetime.now(UTC):%Y-%m-%d}, torch {torch.__version__} here, {versions['torch']} there", ""]
     for title, key in (("Our export, read by", "ours"), ("Trained and saved by", "theirs")):
         lines += [f"| {title} | SAEs | supports that differ | codes | reconstruction |", "|---|---|---|---|---|"]
-        grouped: dict[str, list[Result]] = defaultdict(list)
+        grouped: dict[tuple[str, str], list[Result]] = defaultdict(list)
         for each in results[key]:
-            grouped[each.item.format].append(each)
-        for format_name, group in grouped.items():
-            package = PEERS[format_name].package
+            grouped[each.item.format, each.item.package].append(each)
+        for (format_name, package), group in grouped.items():
             found = [each.verified for each in group if each.verified is not None]
             right = sum(each.is_right for each in group)
             count = f"{len(group)}" if right == len(group) else f"{right} of {len(group)}"

@@ -5,10 +5,10 @@ loaders are those of sae_train/formats/peers.py, which is imported as a file.
 
     python verify_peers.py JOB.json
 
-JOB.json: {"activations": a .safetensors file with `x`, "saes": [{"format", "directory", "out"}]}. For each SAE it
-writes `out` with the codes that are not 0 (`value`, and `index` in the flat [n, n_features]), `reconstructions`
-[n, d_model] and `rows` [n_features, d_model], the decoder's rows. Where a loader raises, it writes the error into `out`
-with the suffix .txt.
+JOB.json: {"activations": a .safetensors file with `x`, "saes": [{"format", "package", "directory", "out"}]}. The
+loader is the one of `package`. For each SAE the script writes `out` with the codes that are not 0 (`value`, and `index`
+in the flat [n, n_features]), `reconstructions` [n, d_model] and `rows` [n_features, d_model], the decoder's rows. Where
+a loader raises, it writes the error into `out` with the suffix .txt.
 """
 
 import json
@@ -21,6 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 LOADERS = Path(__file__).resolve().parents[1] / "sae_train" / "formats" / "peers.py"
+SAE_BENCH = "sae-bench"
+"""It has loaders of its own for two formats of other programs. Its other SAEs come from SAELens."""
 
 
 def loaders() -> Any:
@@ -52,8 +54,30 @@ class DatasetWise:
         return self.sae.denormalize_activations(scaled, {self.hook: self.factor})[self.hook]
 
 
-def opened(peers: Any, name: str, directory: str) -> Any:
-    """Return the SAE of a directory as its own program opens it."""
+def sae_bench(name: str, directory: Path) -> Any:
+    """Return the SAE of a directory as SAEBench's own loaders open it. They are given local files for a download."""
+    from sae_bench.custom_saes import jumprelu_sae, topk_sae
+
+    def local(repo_id: str, filename: str, **_: Any) -> str:
+        return str(directory / Path(filename).name)
+
+    jumprelu_sae.hf_hub_download = topk_sae.hf_hub_download = local
+    common = {"repo_id": "local", "device": torch.device("cpu"), "dtype": torch.float32}
+    if name == "gemma_scope":
+        named = {"filename": "params.npz", "layer": 2, "model_name": "local"}
+        return jumprelu_sae.load_gemma_scope_jumprelu_sae(**named, **common)
+    trainer = json.loads((directory / "config.json").read_text())["trainer"]
+    load = {
+        "JumpReluTrainer": jumprelu_sae.load_dictionary_learning_jump_relu_sae,
+        "TopKTrainer": topk_sae.load_dictionary_learning_topk_sae,
+    }[trainer["trainer_class"]]
+    return load(filename="ae.pt", layer=trainer["layer"], model_name=trainer["lm_name"], **common)
+
+
+def opened(peers: Any, name: str, package: str, directory: str) -> Any:
+    """Return the SAE of a directory as a program opens it."""
+    if package == SAE_BENCH:
+        return sae_bench(name, Path(directory))
     peer = peers.PEERS[name]
     module = peer.imported()
     header = Path(directory) / "config.json"
@@ -85,7 +109,7 @@ def main() -> None:
         out = Path(item["out"])
         try:
             with peers.quiet():
-                save_file(compute(opened(peers, item["format"], item["directory"]), x_ND), out)
+                save_file(compute(opened(peers, item["format"], item["package"], item["directory"]), x_ND), out)
         except Exception as error:
             out.with_suffix(".txt").write_text(f"{type(error).__name__}: {error}")
         print(f"{item['format']}: {item['directory']}", flush=True)

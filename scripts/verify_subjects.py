@@ -33,6 +33,8 @@ SPARSIFIERS = (
 ALONE = "gradient"
 """It reads gradients of the language model's loss, so it does not share a run with the others."""
 TRAIN_ROWS, HELD_OUT_ROWS, BATCH = 30_720, 4096, 2048
+ATTENTION = "attention site"
+"""Name of the SAE at an attention site."""
 LARGE_K = 400
 """More than the positive pre-activations of most tokens."""
 
@@ -80,7 +82,7 @@ def subjects(work: Path) -> dict[str, Opened]:
     for name, sae in derived.items():
         found[name] = Opened(sae=sae, manifest=_manifest(base.manifest, sae), format_name="ours")
     attention = replace(base.manifest, site="attention2")  # headers differ, and SAELens wants heads
-    found["attention site"] = Opened(sae=base.sae, manifest=attention, format_name="ours")
+    found[ATTENTION] = Opened(sae=base.sae, manifest=attention, format_name="ours")
     return found
 
 

@@ -49,9 +49,8 @@ def test_a_program_with_other_decoder_norms_is_equal(scripts: ModuleType, tmp_pa
             sae.threshold *= 1.1
         out = tmp_path / f"{len(mistake)}.safetensors"
         save_file(verify_peers.compute(Other(), x_ND), out)
-        result = verify_formats.result_of(
-            verify_formats.Item("saelens", "one", mistake, tmp_path, sae, out), x_ND, {}
-        )  # fmt: skip
+        item = verify_formats.Item("saelens", "one", mistake, tmp_path, sae, out, "sae-lens", has_own_norms=True)
+        result = verify_formats.result_of(item, x_ND, {})
         assert result.is_equal == (not mistake), result
         assert result.is_right
 
@@ -59,10 +58,11 @@ def test_a_program_with_other_decoder_norms_is_equal(scripts: ModuleType, tmp_pa
 def test_a_file_that_does_not_load_is_not_right(scripts: ModuleType, tmp_path: Path) -> None:
     verify_formats = scripts.import_module("verify_formats")
     (tmp_path / "one.txt").write_text("KeyError: 'd_in'\nmore")
-    item = verify_formats.Item("sparsify", "one", "", tmp_path, sae_of("topk"), tmp_path / "one.safetensors")
+    item = verify_formats.Item("sparsify", "one", "", tmp_path, sae_of("topk"), tmp_path / "one.safetensors",
+                               "eai-sparsify")  # fmt: skip
     result = verify_formats.result_of(item, torch.zeros(1, D), {})
     assert not result.is_right
-    assert verify_formats.line_of(result) == "WRONG: sparsify one: KeyError: 'd_in'"
+    assert verify_formats.line_of(result) == "WRONG: sparsify in eai-sparsify: one: KeyError: 'd_in'"
 
 
 @pytest.mark.parametrize("rule", MISTAKES)
