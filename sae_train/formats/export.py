@@ -19,6 +19,7 @@ from sae_train.formats.comparison import Verified
 from sae_train.formats.durable import explained, sync_directory, sync_file, write_text
 from sae_train.formats.foreign import GIVES_ONE, Format, Opened, Origin, origin_of
 from sae_train.formats.manifest import SaeManifest
+from sae_train.formats.placing import prepared, publish, recover
 from sae_train.formats.reading import read_json
 from sae_train.formats.registry import formats_that_hold
 from sae_train.formats.suite import FIGURES
@@ -95,19 +96,17 @@ def export(
         CheckpointError: a check failed, the format cannot hold one of the SAEs exactly, or `out` holds something else
             or cannot be written. Then `out` is as before.
     """
+    _check_names(sources)
     place = Path(os.path.realpath(out))  # a link stays, and the directory behind it is replaced
     with explained(out):
-        _recover(place)
+        recover(place)
     check_out(out, [source.name for source in sources], to)
     with phases.of("checking", total=len(sources), unit="SAE"):
         for source in sources:
             _refuse(source, to)
             phases.advance(1)
-    partial = place.parent / f".{place.name}.partial"
     written: list[Written] = []
-    with explained(out):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with explained(out), prepared(place) as partial:
         try:
             with phases.of("exporting", total=len(sources), unit="SAE"):
                 for source in sources:
@@ -128,10 +127,18 @@ def export(
                 write_text(partial / "suite.json", json.dumps(entries, indent=2) + "\n")
             if complete is not None:
                 complete(partial, written)
-            _publish(partial, place)
+            publish(partial, place)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return written
+
+
+def _check_names(sources: Sequence[Source]) -> None:
+    """Refuse names that could lead out of the export's directory: those of foreign records may be anything."""
+    for source in sources:
+        if not record.is_plain_name(source.name):
+            raise CheckpointError(f"{source.name!r}: the name of an SAE becomes a folder, and this is not one. Correct "
+                                  f"`name` in its {record.FILE}.")  # fmt: skip
 
 
 def check_out(out: Path, names: Sequence[str], to: Format) -> None:
@@ -237,38 +244,3 @@ def suite_entry_of(written: Written, out: Path) -> dict[str, Any]:
         "path": str(written.folder(out)),
     }
     return {key: value for key, value in entry.items() if value is not None}
-
-
-def _publish(partial: Path, out: Path) -> None:
-    """Rename a complete directory to `out`. An earlier export there gives way, or stays where that fails."""
-    old = _old(out)
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)  # of an export that was killed
-        out.rename(old)
-    try:
-        partial.rename(out)
-    except BaseException:
-        _restore(out)
-        raise
-    sync_directory(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _recover(out: Path) -> None:
-    """Take back what a killed export left beside `out`. A directory of the user's with that name is not touched."""
-    old = _old(out)
-    if any(old.rglob(record.FILE)):
-        _restore(out)
-    elif old.exists() and any(old.iterdir()):
-        raise CheckpointError(f"{old}: an export to {out} needs this name for the earlier export. Rename it first.")
-
-
-def _restore(out: Path) -> None:
-    """Take back the earlier export, where a kill or an error came between the two renames of `_publish`."""
-    old = _old(out)
-    if old.is_dir() and not os.path.lexists(out):
-        old.rename(out)
-
-
-def _old(out: Path) -> Path:
-    return out.parent / f".{out.name}.old"

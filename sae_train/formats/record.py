@@ -4,6 +4,7 @@ Foreign headers hold little of it. `load` takes it back, so that an SAE keeps it
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,12 @@ def name_in(directory: Path) -> str | None:
     """Return the name that an SAE has in the run that it comes from, if a record in its directory holds one."""
     path = directory / FILE
     name = read_json(path).get("name") if path.is_file() else None
-    return name if isinstance(name, str) else None
+    return name if isinstance(name, str) and is_plain_name(name) else None
+
+
+def is_plain_name(name: str) -> bool:
+    """Return whether a name is one folder's: without separators, control characters or a dot in front."""
+    return re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,199}", name) is not None
 
 
 def suite_paths(path: Path) -> list[tuple[str, str]]:
