@@ -16,7 +16,7 @@ from torch import Tensor
 from sae_train.errors import CheckpointError
 from sae_train.formats.durable import write_text
 from sae_train.formats.folding import gated_encoder, native_sae, shifted_bias
-from sae_train.formats.foreign import Opened, Origin, label_of, manifest_of
+from sae_train.formats.foreign import Opened, Origin, label_of, manifest_of, refusal_of_k
 from sae_train.formats.manifest import ActivationSource, SaeManifest
 from sae_train.formats.reading import (
     MOST,
@@ -71,7 +71,7 @@ LAYOUTS = {
 
 
 def refusal(sae: SparseAutoencoder) -> str | None:
-    return None
+    return refusal_of_k(sae)
 
 
 def folder(manifest: SaeManifest, origin: Origin) -> PurePosixPath | None:

@@ -30,6 +30,11 @@ def has_unit_rows(W_dec: Tensor) -> bool:
     return bool(((norm_F - 1).abs().le(UNIT_WITHIN) | norm_F.eq(0)).all())
 
 
+def has_zero_rows(W_dec: Tensor) -> bool:
+    """Return whether a row of W_dec [n_features, d_model] is zero."""
+    return bool(W_dec.detach().eq(0).all(dim=1).any())
+
+
 def native_sae(
     *,
     W_enc: Tensor,

@@ -119,6 +119,11 @@ class Format(Protocol):
         """
 
 
+def refusal_of_k(sae: SparseAutoencoder) -> str | None:
+    """Return the reason why no format can hold the k of an SAE, or None. All of them hold a whole number."""
+    return f"k={sae.k:g} rounds to 0" if sae.inference == "topk" and round(sae.k) < 1 else None
+
+
 def manifest_of(
     sae: SparseAutoencoder, *, source: ActivationSource, site: str | None = None, sparsifier: str | None = None
 ) -> SaeManifest:

@@ -39,6 +39,11 @@ def width_word(n_features: int) -> str:
     return str(n_features)
 
 
+def last_match(pattern: str, folders: str) -> re.Match[str] | None:
+    """Return the last match in a path. Folders further up may have any name."""
+    return next(reversed(list(re.finditer(pattern, folders))), None)
+
+
 def write(sae: SparseAutoencoder, manifest: SaeManifest, origin: Origin, directory: Path) -> None:
     np.savez(directory / WEIGHTS, **{name: getattr(sae, name).detach().numpy() for name in TENSORS})
 
@@ -53,13 +58,13 @@ def read(file: Path) -> Opened:
     D, F = matrix_sizes(file, tensors, "W_enc")
     shapes = {"W_enc": (D, F), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,), "threshold": (F,)}
     check_shapes(file, tensors, shapes)
-    folders = str(file.absolute().parent)
-    l0 = re.search(r"average_l0_(\d{1,9})", folders)
-    layer = re.search(rf"({'|'.join(SITES)}|)/?layer_(\d{{1,9}})", folders)
+    folders = file.absolute().parent.as_posix()
+    l0 = last_match(r"average_l0_(\d{1,9})(?!\d)", folders)
+    layer = last_match(rf"/({'|'.join(SITES)}|[^/]*)/layer_(\d{{1,9}})(?!\d)", folders)
     assumed = precision_note(tensors)
     if l0:
         assumed += (f"k={l0[1]}, from the name of its folder.",)
     sae = native_sae(**tensors, k=float(l0[1]) if l0 else 0.0, shifts_input=False, folds_rows=True)
-    site = f"{layer[1]}{layer[2]}" if layer and layer[1] else None
+    site = f"{layer[1]}{layer[2]}" if layer and layer[1] in SITES else None
     return Opened(sae=sae, manifest=manifest_of(sae, source=ActivationSource(), site=site), format_name=NAME,
                   assumed=assumed)  # fmt: skip

@@ -121,8 +121,8 @@ def _chosen(
         by_last = {PurePosixPath(label).name: unit for label, unit in found.items()}
         own = _names(address.inside, paths, download) if name not in found and name not in by_last else {}
         unit = found.get(name) or by_last.get(name) or own.get(name)
-        if unit is not None:
-            return unit
+        if unit in found.values():  # a suite.json may hold any path
+            return str(unit)
     listed = "".join(f"\n  {label}" for label in list(found)[:LISTED])
     more = f"\n  and {len(found) - LISTED} more" if len(found) > LISTED else ""
     if name is not None:

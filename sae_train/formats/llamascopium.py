@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_train.errors import CheckpointError
 from sae_train.formats.durable import write_text
 from sae_train.formats.folding import has_unit_rows, native_sae
-from sae_train.formats.foreign import Opened, Origin, manifest_of
+from sae_train.formats.foreign import Opened, Origin, manifest_of, refusal_of_k
 from sae_train.formats.manifest import ActivationSource, SaeManifest
 from sae_train.formats.reading import (
     check_names,
@@ -41,7 +41,7 @@ DEFAULT_K = 50
 
 
 def refusal(sae: SparseAutoencoder) -> str | None:
-    return None
+    return refusal_of_k(sae)
 
 
 def folder(manifest: SaeManifest, origin: Origin) -> PurePosixPath | None:
@@ -85,6 +85,8 @@ def read(file: Path) -> Opened:
     header, tensors = read_json(path), read_safetensors(file)
     choice(path, {"sae_type": "sae"} | header, "sae_type", ("sae",))
     rule = choice(path, {"act_fn": "relu"} | header, "act_fn", ("relu", "jumprelu", "topk"))
+    if flag(path, header, "use_glu_encoder", default=False):
+        raise CheckpointError(f"{path}: use_glu_encoder=true: its encoder has a second factor, which our form has not.")
     needed = ["W_E", "b_E", "W_D"]
     needed += ["b_D"] if flag(path, header, "use_decoder_bias", default=True) else []
     needed += [THRESHOLD] if rule == "jumprelu" else []

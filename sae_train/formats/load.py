@@ -1,5 +1,6 @@
 """`sae_train.load`: an SAE by path or Hub id, in our format or any that this room reads."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -48,8 +49,9 @@ def load(path: str | Path, name: str | None = None, *, device: torch.device | st
 
 def located(path: str | Path, name: str | None = None) -> tuple[Path, str | None]:
     """Return a local path, and the name of the SAE there. An SAE on the Hub is downloaded, and its name is settled."""
-    if isinstance(path, str) and path.startswith(SCHEME):
-        return hub_files.fetch(address_of(path), name), None
+    text = re.sub("^hf:/+", SCHEME, str(path))  # a Path has one slash there
+    if text.startswith(SCHEME):
+        return hub_files.fetch(address_of(text), name), None
     return Path(path).expanduser(), name
 
 

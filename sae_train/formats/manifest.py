@@ -1,6 +1,8 @@
 """The manifest of an exported SAE: everything about it that its tensors do not hold. `sae.json` is this, as JSON."""
 
 import math
+import reprlib
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -117,9 +119,9 @@ class SaeManifest:
             raise ValueError(f"lacks {', '.join(missing)}; this is not a sae-train export")
         manifest = _made(cls, values)
         if manifest.inference not in RULES:
-            raise ValueError(f"inference={manifest.inference!r}: no such rule. Known: {', '.join(RULES)}")
-        if not math.isfinite(manifest.k):
-            raise ValueError(f"k={manifest.k!r}: must be a finite number")
+            raise ValueError(f"inference={reprlib.repr(manifest.inference)}: no such rule. Known: {', '.join(RULES)}")
+        if not 0 <= manifest.k < math.inf:
+            raise ValueError(f"k={manifest.k!r}: must be a finite number of at least 0")
         return manifest
 
 
@@ -136,9 +138,9 @@ def _made(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
         if inner is not None and isinstance(value, dict):
             value = _made(inner, value, f"{key}.")
         if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) < sys.float_info.max else math.inf
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise ValueError(f"{key}={value!r}: not {' or '.join(kind.__name__ for kind in kinds)}")
+            raise ValueError(f"{key}={reprlib.repr(value)}: not {' or '.join(kind.__name__ for kind in kinds)}")
         found[each.name] = value
     try:
         return cls(**found)

@@ -28,6 +28,7 @@ from sae_train.ranks.interface import Ranks
 from sae_train.sae.autoencoder import SparseAutoencoder
 
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+WEIGHTS = "sae.safetensors"
 PIECE_BYTES = 16 * 2**20
 """Bytes of a file that are held at a time besides the shard, about."""
 
@@ -202,12 +203,14 @@ def _explained(directory: Path) -> Iterator[None]:
 
 def holds_saes(path: Path) -> bool:
     """Return whether a directory is an exported SAE in our format, or a run's directory."""
+    path = path.parent if path.name == WEIGHTS else path
     with explained(path, what="read"):
         return (path / "sae.json").is_file() or (path / "saes").is_dir() or (path / "config.yaml").is_file()
 
 
 def find(path: Path, name: str | None = None) -> Path:
     """Return the directory of the exported SAE `name` under `path`, or of the only one there."""
+    path = path.parent if path.name == WEIGHTS else path
     if (path / "sae.json").is_file():
         if name not in (None, path.name):
             raise CheckpointError(f"{path}: is the SAE {path.name} itself, not {name!r}. Give the run's directory.")

@@ -10,7 +10,8 @@ import torch
 
 from sae_train.errors import CheckpointError
 from sae_train.formats.folding import native_sae
-from sae_train.formats.foreign import Opened, Origin, manifest_of
+from sae_train.formats.foreign import Opened, Origin, manifest_of, refusal_of_k
+from sae_train.formats.gemma_scope import last_match
 from sae_train.formats.manifest import ActivationSource, SaeManifest
 from sae_train.formats.reading import check_names, check_shapes, matrix_sizes, precision_note, read_pickle
 from sae_train.sae.autoencoder import SparseAutoencoder
@@ -23,7 +24,11 @@ SITES = {"residual": "Res", "mlp": "MLP", "attention": "Attn"}
 
 
 def refusal(sae: SparseAutoencoder) -> str | None:
-    return None if sae.inference == "topk" else "the SAE has thresholds, and the format keeps the k largest of a token"
+    return (
+        refusal_of_k(sae)
+        if sae.inference == "topk"
+        else "the SAE has thresholds, and the format keeps the k largest of a token"
+    )
 
 
 def folder(manifest: SaeManifest, origin: Origin) -> PurePosixPath | None:
@@ -46,11 +51,11 @@ def find(path: Path) -> Path | None:
 
 
 def read(file: Path) -> Opened:
-    name = file.absolute().parent.name
-    found = re.search(r"L0_(\d{1,9})", name)
+    name = file.absolute().parent.as_posix()
+    found = last_match(r"L0_(\d{1,9})(?!\d)", name)
     if found is None or int(found[1]) < 1:
         raise CheckpointError(f"{file}: its k stands in the name of its folder, such as SAE-Res-MODEL-W32K-L0_50, and "
-                              f"{name!r} has none. Rename the folder.")  # fmt: skip
+                              f"{name} has none. Rename the folder.")  # fmt: skip
     tensors = read_pickle(file)
     check_names(file, tensors, TENSORS)
     F, D = matrix_sizes(file, tensors, "W_enc")
@@ -58,7 +63,8 @@ def read(file: Path) -> Opened:
     sae = native_sae(W_enc=tensors["W_enc"].t(), b_enc=tensors["b_enc"], W_dec=tensors["W_dec"].t(),
                      b_dec=tensors["b_dec"], k=float(found[1]), shifts_input=False, folds_rows=False)  # fmt: skip
     layer = re.fullmatch(r"layer(\d{1,9})\.sae\.pt", file.name)
-    kind = next((site for site, word in SITES.items() if f"-{word}-" in name), None)
+    word = last_match(rf"SAE-({'|'.join(SITES.values())})-", name)
+    kind = next((site for site, own in SITES.items() if word and own == word[1]), None)
     site = f"{kind}{layer[1]}" if layer and kind else None
     manifest = manifest_of(sae, source=ActivationSource(), site=site, sparsifier="topk")
     assumed = (f"k={found[1]}, from the name of its folder.", *precision_note(tensors))

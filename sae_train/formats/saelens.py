@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sae_train.errors import CheckpointError
 from sae_train.formats.durable import write_text
-from sae_train.formats.folding import gated_encoder, has_unit_rows, native_sae
-from sae_train.formats.foreign import Opened, Origin, manifest_of
+from sae_train.formats.folding import gated_encoder, has_unit_rows, has_zero_rows, native_sae
+from sae_train.formats.foreign import Opened, Origin, manifest_of, refusal_of_k
 from sae_train.formats.manifest import ActivationSource, SaeManifest
 from sae_train.formats.reading import (
     check_names,
@@ -37,11 +37,13 @@ VERSION = "6.54.12"
 """Version of sae-lens whose format this is. Files without one are converted by older rules, which drop the metadata."""
 WEIGHTS, HEADER = "sae_weights.safetensors", "cfg.json"
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated")
-NO_NORMALISATION = (None, "none")
+NO_NORMALISATION = (None, "none", False)
+OLD_NAMES = {"activation_fn_str": "activation_fn", "hook_point": "hook_name"}
+"""Keys that versions before 6 wrote, and the later names."""
 
 
 def refusal(sae: SparseAutoencoder) -> str | None:
-    return None
+    return refusal_of_k(sae)
 
 
 def folder(manifest: SaeManifest, origin: Origin) -> PurePosixPath | None:
@@ -56,7 +58,7 @@ def write(sae: SparseAutoencoder, manifest: SaeManifest, origin: Origin, directo
         own = {
             "architecture": "topk",
             "k": min(round(sae.k), sae.n_features),
-            "rescale_acts_by_decoder_norm": has_unit_rows(sae.W_dec),
+            "rescale_acts_by_decoder_norm": has_unit_rows(sae.W_dec) and not has_zero_rows(sae.W_dec),
         }
     else:
         tensors["threshold"] = sae.threshold
@@ -91,9 +93,7 @@ def find(path: Path) -> Path | None:
 
 def read(file: Path) -> Opened:
     path = file.parent / HEADER
-    header, tensors = read_json(path), read_safetensors(file)
-    metadata = header.get("metadata") if isinstance(header.get("metadata"), dict) else header
-    assert isinstance(metadata, dict)
+    header, tensors = _of_version_6(path, read_json(path)), read_safetensors(file)
     architecture = choice(path, header, "architecture", ARCHITECTURES)
     normalisation = header.get("normalize_activations")
     if normalisation not in NO_NORMALISATION:
@@ -107,10 +107,16 @@ def read(file: Path) -> Opened:
     check_shapes(file, tensors, {"W_enc": (D, F), "W_dec": (F, D), "b_dec": (D,), **dict.fromkeys(own, (F,))})
     if "scaling_factor" in tensors and not tensors["scaling_factor"].eq(1).all():
         raise CheckpointError(f"{file}: holds a scaling_factor other than 1, which SAELens itself does not load.")
+    for key, size in (("d_in", D), ("d_sae", F)):
+        if key in header and whole_number(path, header, key) != size:
+            raise CheckpointError(f"{path}: {key}={header[key]}, and the tensors have {size}. Correct the header.")
     folds_rows = True
     if architecture == "topk":
         k = float(whole_number(path, header, "k"))
         folds_rows = flag(path, header, "rescale_acts_by_decoder_norm", default=False)
+        if folds_rows and has_zero_rows(tensors["W_dec"]):
+            raise CheckpointError(f"{file}: W_dec has rows of zeros, by whose norm SAELens divides: its codes are NaN. "
+                                  "Remove these features.")  # fmt: skip
     W_enc, b_enc, threshold = _encoder(architecture, tensors)
     shifts = flag(path, header, "apply_b_dec_to_input", default=True)
     sae = native_sae(W_enc=W_enc, b_enc=b_enc, W_dec=tensors["W_dec"], b_dec=tensors["b_dec"], threshold=threshold,
@@ -118,6 +124,7 @@ def read(file: Path) -> Opened:
     assumed = precision_note(tensors)
     if "apply_b_dec_to_input" not in header:
         assumed += ("apply_b_dec_to_input is not given; SAELens takes it as true.",)
+    metadata = header["metadata"]
     hook = metadata.get("hook_name")
     site = site_of_hook(hook)
     if site is None and hook is not None:
@@ -129,6 +136,20 @@ def read(file: Path) -> Opened:
         prepends_bos=metadata.get("prepend_bos") if isinstance(metadata.get("prepend_bos"), bool) else None,
     )
     return Opened(sae=sae, manifest=manifest_of(sae, source=source, site=site), format_name=NAME, assumed=assumed)
+
+
+def _of_version_6(path: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """Return a header with the keys of version 6. Earlier versions have no `metadata`, and name k elsewhere."""
+    if isinstance(header.get("metadata"), dict):
+        return header
+    header = {OLD_NAMES.get(key, key): value for key, value in header.items()}
+    header = {"architecture": "standard", "activation_fn": "relu"} | header | {"metadata": header}
+    arguments = header.get("activation_fn_kwargs")
+    if "topk" in (header["architecture"], header["activation_fn"]):
+        k = {"k": arguments["k"]} if isinstance(arguments, dict) and "k" in arguments else {}
+        return header | {"architecture": "topk"} | k
+    choice(path, header, "activation_fn", ("relu",))
+    return header
 
 
 def _own_tensors(architecture: str) -> tuple[str, ...]:

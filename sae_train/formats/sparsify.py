@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from sae_train.errors import CheckpointError
 from sae_train.formats.durable import write_text
 from sae_train.formats.folding import has_unit_rows, native_sae, shifted_bias
-from sae_train.formats.foreign import Opened, Origin, manifest_of
+from sae_train.formats.foreign import Opened, Origin, manifest_of, refusal_of_k
 from sae_train.formats.manifest import ActivationSource, SaeManifest
 from sae_train.formats.reading import (
     check_names,
@@ -33,7 +33,11 @@ TENSORS = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
 
 
 def refusal(sae: SparseAutoencoder) -> str | None:
-    return None if sae.inference == "topk" else "the SAE has thresholds, and sparsify keeps the k largest of a token"
+    return (
+        refusal_of_k(sae)
+        if sae.inference == "topk"
+        else "the SAE has thresholds, and sparsify keeps the k largest of a token"
+    )
 
 
 def folder(manifest: SaeManifest, origin: Origin) -> PurePosixPath | None:

@@ -1,7 +1,9 @@
 """SAEs in foreign formats: ours, theirs and ours again; and the other programs' own arithmetic on the written files."""
 
+import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -170,3 +172,32 @@ def test_the_origin_is_recorded_given_or_assumed(
     origin = origin_of(manifest_for(random_native("relu"), site=site), **given)  # type: ignore[arg-type]
     assert (origin.model, origin.layer, origin.site) == expected
     assert len(origin.assumed) == n_assumed
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_k_that_rounds_to_nothing_is_refused(name: str) -> None:
+    sae = random_native("topk")
+    sae.k = 0.4
+    reason = FORMATS[name].refusal(sae)
+    assert reason is not None
+    assert "0.4 rounds to 0" in reason or name in ("gemma_scope", "gemma_scope_2", "openai")
+
+
+@pytest.mark.parametrize(
+    ("side", "module", "expected"),
+    [
+        ("input", "model.layers.2.self_attn.o_proj", "model.layers.2.self_attn.o_proj.input"),
+        ("output", "gpt_neox.layers.2", "gpt_neox.layers.2.output"),
+        (None, None, "model.layers.2.self_attn.o_proj.input"),
+    ],
+)
+def test_the_header_of_gemma_scope_2_names_the_recorded_module(
+    side: str | None, module: str | None, expected: str, tmp_path: Path
+) -> None:
+    sae = random_native("threshold")
+    manifest = replace(
+        manifest_for(sae, site="attention2"), source=ActivationSource(model="org/m", module=module, side=side)
+    )
+    opened = Opened(sae=sae, manifest=manifest, format_name="ours")
+    (done,) = export([Source(name="one", open=lambda: opened, run=None)], FORMATS["gemma_scope_2"], tmp_path / "out")
+    assert json.loads((done.directory / "config.json").read_text())["hf_hook_point_in"] == expected

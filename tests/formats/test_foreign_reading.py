@@ -217,6 +217,13 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no norm": (llamascopium("relu", {}, norm_activation="dataset-wise"), "no usable mean norm"),
     "a senseless norm": (llamascopium("relu", GARBAGE, norm_activation="dataset-wise"), "no usable mean norm"),
     "two sites": (llamascopium("relu", {}, hook_point_out="other"), "a transcoder"),
+    "two factors": (llamascopium("relu", {}, use_glu_encoder=True), "use_glu_encoder=true"),
+    "another width in SAELens": (saelens("standard", P.plain, d_sae=F + 1), f"d_sae={F + 1}"),
+    "zero rows, rescaled": (
+        saelens("topk", P.plain | {"W_dec": P.rows * torch.arange(F)[:, None]}, k=5, rescale_acts_by_decoder_norm=True),
+        "W_dec has rows of zeros",
+    ),
+    "another activation": (saelens("standard", P.plain, activation_fn_str="tanh-relu"), "activation_fn='tanh-relu'"),
     "another kind": (llamascopium("relu", {}, sae_type="crosscoder"), "sae_type='crosscoder'"),
     "another ratio": (llamascopium("relu", {}, expansion_factor=4), "expansion_factor=4"),
 }
@@ -292,7 +299,7 @@ def test_folders_of_gemma_scope_2_tell_the_site(kind: str, site: str, tmp_path: 
     skipping = save(
         tmp_path / "t", "params.safetensors", tensors | {"affine_skip_connection": P.rows}, "config.json", {}
     )
-    with pytest.raises(CheckpointError, match="holds affine_skip_connection"):
+    with pytest.raises(CheckpointError, match="holds affine_skip_connection: a transcoder"):
         sae_train.load(skipping)
 
 
@@ -310,3 +317,34 @@ def test_a_folder_of_qwen_scope_holds_k(tmp_path: Path) -> None:
         assert (sae.k, sae.inference, sae.config["site"]) == (6, "topk", "residual11")
         theirs, _ = DEFINITIONS["qwen_scope"](directory, P.x_ND.double().numpy())
         assert np.allclose(theirs, sae.encode(P.x_ND).detach().numpy(), atol=1e-5)
+
+
+def test_k_of_saelens_5_stands_among_the_activations_arguments(tmp_path: Path) -> None:
+    old = saelens(
+        "standard", P.plain, activation_fn_str="topk", activation_fn_kwargs={"k": 7}, hook_point="blocks.1.hook_mlp_out"
+    )
+    sae = sae_train.load(old(tmp_path / "sae"))
+    assert (sae.k, sae.inference, sae.config["site"]) == (7, "topk", "mlp1")
+
+
+def test_folders_further_up_have_any_name(tmp_path: Path) -> None:
+    gemma = tmp_path / "layer_9" / "average_l0_77" / "mlp" / "layer_3" / "width_31" / "average_l0_8"
+    gemma.mkdir(parents=True)
+    weights = P.plain | {"threshold": P.threshold}
+    np.savez(gemma / "params.npz", **{name: tensor.numpy() for name, tensor in weights.items()})
+    sae = sae_train.load(gemma)
+    assert (sae.k, sae.config["site"]) == (8, "mlp3")
+    second = tmp_path / "layer_9" / "mlp_out" / "resid_post" / "layer_2_width_31"
+    second.parent.mkdir(parents=True)
+    tensors = {"w_enc": P.W_enc, "b_enc": P.b_enc, "w_dec": P.rows, "b_dec": P.b_dec, "threshold": P.threshold}
+    save(second, "params.safetensors", tensors, "config.json", {"model_name": "gemma-v3-1b-pt"})
+    config = sae_train.load(second).config
+    assert (config["site"], config["source"]["model"]) == ("residual2", "google/gemma-3-1b-pt")
+
+
+def test_a_transcoder_of_gemma_scope_2_is_refused(tmp_path: Path) -> None:
+    tensors = {"w_enc": P.W_enc, "b_enc": P.b_enc, "w_dec": P.rows, "b_dec": P.b_dec, "threshold": P.threshold}
+    header = {"hf_hook_point_in": "a.output", "hf_hook_point_out": "b.output"}
+    directory = save(tmp_path / "sae", "params.safetensors", tensors, "config.json", header)
+    with pytest.raises(CheckpointError, match="a transcoder"):
+        sae_train.load(directory)
