@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sae_train.formats.comparison import Verified
 from sae_train.formats.folding import native_sae
 from tools.random_sae import manifest_of
 from tools.wrong_saes import MISTAKES, D, F, sae_of
@@ -53,6 +54,35 @@ def test_a_program_with_other_decoder_norms_is_equal(scripts: ModuleType, tmp_pa
         result = verify_formats.result_of(item, x_ND, {})
         assert result.is_equal == (not mistake), result
         assert result.is_right
+
+
+def test_an_export_in_other_units_is_not_equal(scripts: ModuleType, tmp_path: Path) -> None:
+    """Codes that are half as large with rows twice as long reconstruct the same, and are not our codes."""
+    verify_formats = scripts.import_module("verify_formats")
+    sae = sae_of("threshold")
+    x_ND = sae.b_dec.detach() + torch.randn(100, D)
+    codes = sae.encode(x_ND).detach()
+    for norm, is_equal in ((1.0, True), (2.0, False)):
+        out = tmp_path / f"{norm}.safetensors"
+        index = codes.flatten().nonzero()[:, 0]
+        found = {"index": index, "value": codes.flatten()[index] / norm, "rows": norm * sae.W_dec.detach()}
+        save_file(found | {"reconstructions": sae.decode(codes).detach()}, out)
+        item = verify_formats.Item("saelens", "one", "", tmp_path, sae, out, "sae-lens")
+        assert verify_formats.result_of(item, x_ND, {}).is_equal == is_equal
+
+
+@pytest.mark.parametrize(
+    ("codes", "reconstruction", "is_equal"), [(9e-6, 9e-7, True), (2e-5, 0, False), (0, 2e-6, False)]
+)
+def test_the_bounds_of_the_script_do_not_grow(
+    scripts: ModuleType, tmp_path: Path, codes: float, reconstruction: float, is_equal: bool
+) -> None:
+    verify_formats = scripts.import_module("verify_formats")
+    verified = Verified(reader="test", codes=codes, reconstruction=reconstruction, support_differences=0, firings=1,
+                        most_codes=1e-3, most_reconstruction=1e-3)  # fmt: skip
+    assert verified.is_equal
+    item = verify_formats.Item("sparsify", "one", "", tmp_path, sae_of("topk"), tmp_path / "one", "eai-sparsify")
+    assert verify_formats.Result(item, verified, "").is_equal == is_equal
 
 
 def test_a_file_that_does_not_load_is_not_right(scripts: ModuleType, tmp_path: Path) -> None:
