@@ -12,9 +12,10 @@ replaces both rules. forward_pass.py finds these tokens. Letters: B contexts, T 
 """
 
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class Attached:
     Attributes:
         site: name of the site, such as 'residual2' or 'model.layers.2.mlp'.
         codes: the code of each forward pass, with leading shape [B, T]; empty with `collect=False`.
+        n_visits: forward passes that reached the site.
         trained_on: for each code a mask [B, T] of the tokens that the default rule of `splice` changes. Codes of other
             tokens lie outside of what the SAE was trained for.
     """
@@ -53,6 +55,7 @@ class Attached:
         self.site = site.label
         self.codes: list[SparseCode] = []
         self.trained_on: list[Tensor] = []
+        self.n_visits = 0
         self._sae, self._watcher, self._where = sae, watcher, where
         self._splices, self._steer, self._collects = splice, dict(steer), collect
         limit = (sae.config.get("normalisation") or {}).get("outlier_limit")
@@ -73,6 +76,7 @@ class Attached:
         if now.is_visited:  # a module that the model calls again, as ALBERT does: the first call is the site
             return None
         now.is_visited = True
+        self.n_visits += 1
         is_one_row = site.ndim == 2 and len(site) == math.prod(now.shape)
         x_BTD = site.unflatten(0, now.shape) if is_one_row and now.shape else site
         self._check(x_BTD)
@@ -125,16 +129,21 @@ def attached(
     collect: bool,
 ) -> Iterator[Attached]:
     """Attach an SAE to a model inside the block; see `SparseAutoencoder.attach` for arguments and errors."""
-    _check(sae, model, steer=steer, where=where)
+    steer = _check(sae, model, steer=steer, where=where)
     found = find_site(model, site, config=sae.config, d_model=sae.d_model)
     watcher = PassWatcher(special_ids(model))
     held = Attached(sae, found, watcher, splice=splice, steer=steer, where=where, collect=collect)
     with watcher.watching(model, found.place.module), hooked_always(model, found.place, held.visit):
         yield held
+    if watcher.n_passes and not held.n_visits:
+        raise ConfigError(
+            f"site={found.label!r}: no forward pass reached it, so nothing was collected or changed. Choose a module "
+            "that the model calls."
+        )
 
 
-def _check(sae: SparseAutoencoder, model: nn.Module, *, steer: Mapping[int, float], where: Where) -> None:
-    """Refuse arguments that cannot be used.
+def _check(sae: SparseAutoencoder, model: nn.Module, *, steer: Any, where: Where) -> dict[int, float]:
+    """Refuse arguments that cannot be used; return the amounts by feature as plain numbers.
 
     Raises:
         ConfigError: for the first of them.
@@ -144,9 +153,32 @@ def _check(sae: SparseAutoencoder, model: nn.Module, *, steer: Mapping[int, floa
         raise ConfigError(
             f"model: a {type(model).__name__} is no torch module. Give {'its .model' if has_one else 'the model'}."
         )
-    for feature in steer:
-        if isinstance(feature, bool) or not isinstance(feature, int) or not 0 <= feature < sae.n_features:
-            raise ConfigError(f"steer={{{feature!r}: ...}}: no such feature. Choose 0 to {sae.n_features - 1}.")
+    if not isinstance(steer, Mapping):
+        raise ConfigError(f"steer: a {type(steer).__name__}. Give a mapping from features to amounts, as {{17: 4.0}}.")
+    amounts = {_feature(feature, sae.n_features): _amount(amount) for feature, amount in steer.items()}
     is_usable = where.dtype == torch.bool if isinstance(where, Tensor) else where in (None, "all")
     if not is_usable:
         raise ConfigError("where: neither 'all' nor a tensor of truth values. Give a mask [B, T], or leave it out.")
+    return amounts
+
+
+def _feature(feature: Any, n_features: int) -> int:
+    """Return the index of a feature, which may be a whole number of NumPy or torch."""
+    try:
+        index = -1 if isinstance(feature, bool) else operator.index(feature)
+    except TypeError:
+        index = -1
+    if not 0 <= index < n_features:
+        raise ConfigError(f"steer={{{feature!r}: ...}}: no such feature. Choose 0 to {n_features - 1}.")
+    return index
+
+
+def _amount(amount: Any) -> float:
+    """Return an amount, which may be a number of NumPy or torch."""
+    try:
+        number = math.nan if isinstance(amount, str) else float(amount)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"steer={{...: {amount!r}}}: not a finite number. Give an amount, in units of codes.")
+    return number

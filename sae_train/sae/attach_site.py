@@ -36,6 +36,11 @@ def find_site(model: nn.Module, site: str | None, *, config: dict[str, Any], d_m
         ConfigError: the model has no such site, or its width is known and is not d_model.
     """
     found = _named(model, site) if site is not None else _own(model, config)
+    module = model.get_submodule(found.place.module)
+    if type(module).forward is nn.Module.forward:
+        raise ConfigError(
+            f"site={found.label!r}: a {type(module).__name__}, which the model never calls. Choose a module inside it."
+        )
     width = getattr(text_part(getattr(model, "config", None)), "hidden_size", None)
     is_stream = found.label.startswith(("residual", "mlp")) and _OF_A_BLOCK.fullmatch(found.label)
     if is_stream and isinstance(width, int) and width != d_model:

@@ -5,7 +5,7 @@ of the model, so `PassWatcher` reads them as the model is called. Letters: B con
 """
 
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -39,8 +39,9 @@ class ForwardPass:
         is_visited: whether the site has been reached.
     """
 
-    def __init__(self, *, depth: int, special: Collection[int]) -> None:
+    def __init__(self, *, depth: int, special: Collection[int], is_later: bool) -> None:
         self.depth, self._special = depth, torch.tensor(sorted(special), dtype=torch.int64)
+        self._is_later = is_later
         self.shape: tuple[int, ...] = ()
         self.is_visited = False
         self._ids_BT: Tensor | None = None
@@ -48,18 +49,21 @@ class ForwardPass:
         self._n_before = 0
 
     def read(self, arguments: dict[str, Any]) -> None:
-        """Take the arguments of the model, or of a model inside it."""
+        """Take the arguments of the model, or of a model inside it, such as a decoder with tokens of its own."""
         ids, embedded, attention = (arguments.get(k) for k in ("input_ids", "inputs_embeds", "attention_mask"))
         if isinstance(ids, Tensor) and ids.ndim == 2:
+            if self._ids_BT is not None and not _is_same(ids, self._ids_BT):
+                self._attention = None  # the mask of the other tokens
             self._ids_BT, self.shape = ids, tuple(ids.shape)
         elif isinstance(embedded, Tensor) and embedded.ndim == 3 and not self.shape:
             self.shape = tuple(embedded.shape[:2])
-        if isinstance(attention, Tensor) and attention.ndim == 2:
-            self._attention = attention
         cache = arguments.get("past_key_values")
         length = getattr(cache, "get_seq_length", None)
         if length is not None:
             self._n_before = int(length())
+        seen_BS = _seen(attention, n_positions=self._n_before + (self.shape[1] if self.shape else 0))
+        if seen_BS is not None:
+            self._attention = seen_BS
 
     def plain(self, shape: torch.Size, *, device: torch.device) -> Tensor:
         """Return [B, T] bool: true but for special tokens, padding, and the first token of each context.
@@ -86,14 +90,14 @@ class ForwardPass:
             rule_BT: the mask where there is no other.
 
         Raises:
-            ConfigError: the mask has another number of contexts, or is too short for the first forward pass.
+            ConfigError: the mask has another number of contexts, or is not of the first forward pass.
         """
         if where is None:
             return rule_BT
         if not isinstance(where, Tensor):
             return torch.ones_like(rule_BT)
         shape, n_positions = rule_BT.shape, rule_BT.shape[-1]
-        is_first = self._n_before == 0
+        is_first = self._n_before == 0 and not self._is_later
         if where.shape != shape if is_first else where.shape[:-1] != shape[:-1]:
             raise ConfigError(
                 f"where: a mask of shape {list(where.shape)}, and the forward pass has tokens {list(shape)}. Give a "
@@ -101,6 +105,34 @@ class ForwardPass:
             )
         own_BT = where[..., self._n_before :][..., :n_positions].to(rule_BT.device)
         return torch.nn.functional.pad(own_BT, (0, n_positions - own_BT.shape[-1]))
+
+
+def _is_same(ids: Tensor, before: Tensor) -> bool:
+    """Return whether a model inside got the tokens of the outer one, and not tokens of its own."""
+    return ids.shape == before.shape and (ids.data_ptr() == before.data_ptr() or torch.equal(ids, before))
+
+
+def _seen(attention: Any, *, n_positions: int) -> Tensor | None:
+    """Return [B, S] bool: the positions that are no padding; None where a mask does not tell.
+
+    Args:
+        attention: a mask [B, S], or one by pairs [B, 1, T, S] of truth values, or of numbers that are 0 where a token
+            is seen. A static cache makes the latter, with columns that are still empty. Some models have a mapping
+            with several of them.
+        n_positions: positions up to the end of this pass.
+    """
+    if isinstance(attention, Mapping):
+        attention = attention.get("full_attention")
+    if not isinstance(attention, Tensor) or attention.ndim not in (2, 4):
+        return None
+    if attention.ndim == 2:
+        return attention.bool()
+    pairs_BTS = attention[:, 0, :, :n_positions]
+    pairs_BTS = pairs_BTS if pairs_BTS.dtype == torch.bool else pairs_BTS == 0
+    if pairs_BTS.shape[-1] < n_positions:
+        return None
+    is_whole_BT1 = pairs_BTS.all(2, keepdim=True)  # rows of padding may see everything, because softmax needs something
+    return (pairs_BTS & ~is_whole_BT1).any(1) | pairs_BTS[:, -1]
 
 
 class PassWatcher:
@@ -114,6 +146,8 @@ class PassWatcher:
     def __init__(self, special: Collection[int]) -> None:
         self._special = special
         self._pass: ForwardPass | None = None
+        self.n_passes = 0
+        """Passes that have begun."""
 
     def current(self, site: str) -> ForwardPass:
         """Return the pass that the model is in.
@@ -147,7 +181,8 @@ class PassWatcher:
 
     def _enter(self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._pass is None or depth <= self._pass.depth:
-            self._pass = ForwardPass(depth=depth, special=self._special)
+            self._pass = ForwardPass(depth=depth, special=self._special, is_later=self.n_passes > 0)
+            self.n_passes += 1
         names = [*inspect.signature(module.forward).parameters]
         self._pass.read(dict(zip(names, args, strict=False)) | kwargs)
 

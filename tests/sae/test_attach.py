@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -345,3 +346,80 @@ def test_wrong_arguments_are_named(model: Any, sae: SparseAutoencoder) -> None:
     elsewhere = transformers.AutoModelForCausalLM.from_config(model.config).to("meta")
     with sae.attach(elsewhere), pytest.raises(ConfigError, match=r"on meta, and this SAE is on cpu.*sae\.to"):
         elsewhere(IDS_BT.to("meta"))
+
+
+@pytest.mark.parametrize("feature", [3, np.int64(3), torch.tensor(3), torch.tensor(3, dtype=torch.int32)])
+@pytest.mark.parametrize("amount", [2, 2.0, np.float32(2), torch.tensor(2.0)])
+def test_features_and_amounts_may_be_numbers_of_other_libraries(
+    model: Any, sae: SparseAutoencoder, feature: Any, amount: Any
+) -> None:
+    with torch.no_grad(), sae.attach(model, steer={3: 2.0}):
+        expected = model(IDS_BT).logits
+    with torch.no_grad(), sae.attach(model, steer={feature: amount}):
+        assert torch.equal(model(IDS_BT).logits, expected)
+
+
+@pytest.mark.parametrize("steer", [[1], {1: "a"}, {1: None}, {1: float("nan")}, {1.5: 1.0}, {True: 1.0}, {"1": 1.0}])
+def test_wrong_steering_is_named(model: Any, sae: SparseAutoencoder, steer: Any) -> None:
+    with pytest.raises(ConfigError, match="steer"), sae.attach(model, steer=steer):
+        pass
+
+
+def test_a_site_that_is_never_reached_is_named(model: Any, sae: SparseAutoencoder) -> None:
+    with pytest.raises(ConfigError, match="a ModuleList, which"), sae.attach(model, "model.layers"):
+        pass
+    model.add_module("unused", nn.Linear(256, 256))
+    try:
+        with pytest.raises(ConfigError, match="no forward pass reached it"), sae.attach(model, "unused"):
+            model(IDS_BT)
+        with sae.attach(model, "unused"):  # nothing was run, so nothing is wrong
+            pass
+    finally:
+        del model.unused
+
+
+def test_a_decoder_has_the_mask_of_its_own_tokens(tmp_path: Path) -> None:
+    settings = transformers.BartConfig(
+        vocab_size=300, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=1, bos_token_id=0,
+        eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
+    )  # fmt: skip
+    both = transformers.BartForConditionalGeneration(settings).eval()
+    sae = random_sae(32, 16)
+    ids, own = torch.randint(5, 300, (2, 10)), torch.randint(5, 300, (2, 6))
+    attention = torch.ones(2, 10, dtype=torch.int64)
+    attention[0, 5:] = 0
+    with torch.no_grad():
+        with sae.attach(both, "model.decoder.layers.1") as attached:
+            both(input_ids=ids, attention_mask=attention, decoder_input_ids=own)
+        assert attached.trained_on[0].int().tolist() == [[0, 1, 1, 1, 1, 1]] * 2
+        with sae.attach(both, "model.encoder.layers.1") as attached:
+            both(input_ids=ids, attention_mask=attention, decoder_input_ids=own)
+    assert attached.trained_on[0].int().tolist() == [[0] + [1] * 4 + [0] * 5, [0] + [1] * 9]
+
+
+@pytest.mark.parametrize("splice", [False, True])
+def test_a_static_cache_keeps_padding_out(model: Any, sae: SparseAutoencoder, splice: bool) -> None:
+    """A static cache makes a mask by pairs, from which the padding follows. The padding's id is no special one."""
+    ids = IDS_BT.clone()
+    attention = torch.ones_like(ids)
+    ids[0, :3], attention[0, :3] = 77, 0
+    found = {}
+    for cache in ("dynamic", "static"):
+        with torch.no_grad(), sae.attach(model, splice=splice) as attached:
+            out = model.generate(ids, attention_mask=attention, max_new_tokens=4, do_sample=False,
+                                 cache_implementation=cache, disable_compile=True)  # fmt: skip
+        found[cache] = out, torch.cat(attached.trained_on, dim=1)
+    assert found["dynamic"][1][0, :4].tolist() == [False] * 4
+    for one, other in zip(*found.values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_mask_serves_a_generation_without_a_cache(model: Any, sae: SparseAutoencoder) -> None:
+    where = torch.zeros_like(IDS_BT, dtype=torch.bool)
+    where[:, 2:5] = True
+    made = {}
+    for uses_cache in (True, False):
+        with torch.no_grad(), sae.attach(model, steer={3: 50.0}, where=where):
+            made[uses_cache] = model.generate(IDS_BT, max_new_tokens=4, do_sample=False, use_cache=uses_cache)
+    assert torch.equal(made[True], made[False])
