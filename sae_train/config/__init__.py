@@ -42,7 +42,7 @@ from sae_train.config.harvest import (
     ModuleLayerConfig,
     TensorsHarvestConfig,
 )
-from sae_train.config.identity import as_dict, identity, identity_digest
+from sae_train.config.identity import as_dict, differing, identity, identity_digest
 from sae_train.config.lanes import LaneSizes
 from sae_train.config.optimizer import OptimizerConfig
 from sae_train.config.run import RunConfig
@@ -107,6 +107,7 @@ __all__ = [
     "WandbConfig",
     "ZipfBudgetConfig",
     "as_dict",
+    "differing",
     "identity",
     "identity_digest",
 ]

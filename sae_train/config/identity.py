@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sae_train.config.run import RunConfig
@@ -13,6 +13,8 @@ FREE_KEYS = ("name", "runs", "dry_run", "log_every", "evaluate_every", "checkpoi
 """Top-level keys that cannot change the exported SAE. They are not part of a run's identity."""
 LIST_KEYS = ("variants", "grid")
 """Top-level keys that make the list of SAEs. The list itself is part of the identity."""
+SHOWN = ("layer", "k", "n_features", "expansion")
+"""Settings of an SAE that every table shows."""
 SAE_KEYS = tuple(field.name for field in dataclasses.fields(SaeConfig))
 """Top-level keys that belong to an SAE."""
 
@@ -52,3 +54,23 @@ def _sae_identity(values: dict[str, Any], config: RunConfig) -> dict[str, Any]:
 def identity_digest(values: dict[str, Any]) -> str:
     """Return six hex digits of `identity(config, saes)`."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
+
+
+def differing(saes: Mapping[str, SaeConfig]) -> dict[str, dict[str, Any]]:
+    """Return the settings, by dotted key, in which the SAEs of a run differ, for each SAE by its name.
+
+    Site, sparsifier, k and width are left out: every table has them.
+    """
+    flat = {name: dict(_flat(dataclasses.asdict(sae))) for name, sae in saes.items()}
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    told = [key for key in keys if key.partition(".")[0] not in SHOWN and key != "sparsifier.name"]
+    varied = [key for key in told if len({repr(values.get(key)) for values in flat.values()}) > 1]
+    return {name: {key: values[key] for key in varied if key in values} for name, values in flat.items()}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

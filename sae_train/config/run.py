@@ -107,6 +107,11 @@ class RunConfig(Settings):
             found.append(problem)
         if isinstance(self.harvest, LiveHarvestConfig) and not self.harvest.problems() and self.batch_tokens > 0:
             found += lane_problems(self.harvest, batch_tokens=self.batch_tokens)
+        if self.dry_run and self.plan.devices and getattr(self.parallel, "feature_ranks", 0) is None:
+            found.append(
+                "parallel=mesh: its columns are the ranks of a node, and a plan for plan.devices has no nodes. Type "
+                "parallel.feature_ranks."
+            )
         return found + self._budget_conflicts() + self._fractional_problems() + self._layer_conflicts()
 
     def _sparsity_conflicts(self) -> list[str]:

@@ -24,6 +24,7 @@ def suite_entry(
     n_features: int,
     tokens: int,
     source: Mapping[str, Any],
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the entry of one SAE in suite.json. What does not apply is absent.
 
@@ -36,6 +37,7 @@ def suite_entry(
         n_features: width of the dictionary.
         tokens: tokens of the whole run; left out of the entry of a stopped SAE.
         source: what all activations of the run come from: model, revision, data.
+        settings: other settings in which the run's SAEs differ, by dotted key.
     """
     entry: dict[str, Any] = {
         "name": name,
@@ -46,6 +48,7 @@ def suite_entry(
         "k": config.k,
         "sparsifier": config.sparsifier.name,
         "seed": config.seed,
+        "settings": dict(settings) or None,
         **{key: source.get(key) for key in ("model", "revision", "data")},
     }
     if "stopped" in figures:

@@ -1,5 +1,6 @@
 """The tables of the plan's text: the SAEs of a run, and its predicted time and cost."""
 
+from sae_train.config import differing
 from sae_train.training.plan import Plan
 from sae_train.training.prediction import Prediction
 from sae_train.training.work import DEAD_SHARE
@@ -21,9 +22,14 @@ PARTS = {
 
 
 def sae_table(plan: Plan, prediction: Prediction | None) -> list[str]:
-    """Return a line for each SAE: site, sparsifier, sparsity, width, parameters, rank, predicted ms a step."""
+    """Return a line for each SAE: site, sparsifier, sparsity, width, parameters, rank, predicted ms a step.
+
+    Other settings in which the SAEs differ come last.
+    """
     heads = ["site", "sparsifier", "sparsity", "features", "parameters"]
     heads += (["rank"] if plan.owners else []) + ([] if prediction is None else ["ms a step"])
+    settings = differing({name: sae.config for name, sae in plan.saes.items()})
+    heads += ["settings"] if any(settings.values()) else []
     rows = []
     for name, sae in plan.saes.items():
         config = sae.config
@@ -31,6 +37,7 @@ def sae_table(plan: Plan, prediction: Prediction | None) -> list[str]:
         cells.append(f"{sae.parameters:,}")
         cells += [str(plan.owners[name])] if plan.owners else []
         cells += [] if prediction is None else [f"{1e3 * prediction.saes[name]:.3g}"]
+        cells += [" ".join(f"{key}={value}" for key, value in settings[name].items())] if any(settings.values()) else []
         rows.append(cells)
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     return [_line(row, widths) for row in [heads, *rows]]
@@ -41,7 +48,7 @@ def prediction_rows(prediction: Prediction) -> list[tuple[str, str]]:
     hardware, devices = prediction.hardware, prediction.devices
     training = (prediction.start_seconds + prediction.steps * prediction.step_seconds) / 3600
     held_out = prediction.held_out_seconds / 3600
-    harvest = "at the same time" if hardware.overlaps else "before it"
+    harvest = "at the same time" if prediction.overlaps else "before it"
     return [
         ("predicted for", f"{devices} x {hardware.name}; {UNCHECKED if hardware.overlaps else CHECKED}"),
         ("step", f"{_ms(prediction.step_seconds)} ms: training {_ms(prediction.training_seconds)}, harvest "

@@ -26,7 +26,7 @@ def describe(plan: Plan, source: SourceConfig, *, path: str, prediction: Predict
         *([("text", _lanes_text(plan.lane_sizes))] if plan.lane_sizes is not None else []),
         ("tokens", f"{plan.total_tokens:,} in {plan.steps:,} steps of {plan.batch_tokens:,}"),
         ("ranks", _ranks_text(plan)),
-        ("prefetch", f"up to {plan.prefetch} batches in a background thread" if plan.prefetch else "none"),
+        ("prefetch", _prefetch_text(plan, prediction)),
         *_memory_rows(plan),
         ("disk", f"{plan.disk_bytes / 1e9:.2f} GB, of which {plan.checkpoint_bytes / 1e9:.2f} a checkpoint "
                  "(estimated)"),
@@ -40,6 +40,14 @@ def describe(plan: Plan, source: SourceConfig, *, path: str, prediction: Predict
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {text}".rstrip() for name, text in rows]
     return "\n".join([*lines, "", *sae_table(plan, prediction)] if several else lines)
+
+
+def _prefetch_text(plan: Plan, prediction: Prediction | None) -> str:
+    if plan.prefetch:
+        return f"up to {plan.prefetch} batches in a background thread"
+    if prediction is not None and prediction.overlaps:  # of a GPU, while this machine has none
+        return f"none here; on {prediction.hardware.name} in a background thread"
+    return "none"
 
 
 def _sae_rows(plan: Plan) -> list[tuple[str, str]]:

@@ -35,6 +35,8 @@ class Prediction:
     """Seconds of all thresholds and evaluations."""
     steps: int
     batch_tokens: int
+    overlaps: bool
+    """Whether a step and its harvest run at the same time: on a GPU, unless harvest.prefetch=0 turns that off."""
 
     @property
     def training_seconds(self) -> float:
@@ -43,9 +45,9 @@ class Prediction:
 
     @property
     def step_seconds(self) -> float:
-        """Seconds a step. A GPU harvests during a step; a CPU harvests before it."""
+        """Seconds a step."""
         both = self.training_seconds, sum(self.harvest.values())
-        return max(both) if self.hardware.overlaps else sum(both)
+        return max(both) if self.overlaps else sum(both)
 
     @property
     def tokens_per_second(self) -> float:
@@ -96,6 +98,7 @@ def predict(plan: Plan, source: SourceConfig, facts: StreamFacts, hardware: Hard
         held_out_seconds=plan.held_out.times * held_out / readers,
         steps=plan.steps,
         batch_tokens=plan.batch_tokens,
+        overlaps=hardware.overlaps and source.harvest.prefetch != 0,
     )
 
 

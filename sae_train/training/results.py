@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sae_train.config import differing
 from sae_train.errors import UserError
 from sae_train.formats.durable import write_text
 from sae_train.formats.suite import suite_entry, suite_table
@@ -69,6 +70,7 @@ def suite_of(summary: dict[str, Any], plan: Plan, facts: StreamFacts) -> list[di
         plan: of the run.
         facts: of the run's stream.
     """
+    settings = differing({name: sae.config for name, sae in plan.saes.items()})
     return [
         suite_entry(
             name,
@@ -79,6 +81,7 @@ def suite_of(summary: dict[str, Any], plan: Plan, facts: StreamFacts) -> list[di
             n_features=plan.saes[name].n_features,
             tokens=summary["tokens"],
             source=facts.record,
+            settings=settings[name],
         )
         for name, figures in summary["saes"].items()
     ]

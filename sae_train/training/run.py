@@ -106,7 +106,7 @@ def run(config: RunConfig, *, saes: Sequence[SaeConfig], overrides: list[str], e
     # The first rank's view counts: the others may see a moment later what it has written.
     seen = (directory.result(), directory.stored()) if ranks.is_first else None
     result, stored = ranks.gather_objects(seen)[0]
-    before = "" if result is None else "already finished: "
+    before = "" if result is None else "already finished: " if len(plan.saes) == 1 else "already finished:\n"
     if result is None:
         planned = Planned(
             config=config,

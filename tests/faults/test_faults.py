@@ -99,6 +99,7 @@ def files_of(checkpoint: Path) -> list[Path]:
     return sorted(path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_never_taken(tmp_path: Path, whole: Whole) -> None:
     name = checkpoints(whole())[-1]
     original = run_directory(whole()) / "checkpoints" / name
@@ -119,6 +120,7 @@ def test_a_damaged_checkpoint_is_never_taken(tmp_path: Path, whole: Whole) -> No
     assert taken == []
 
 
+@pytest.mark.slow
 def test_after_damage_the_run_goes_on_from_before_it(tmp_path: Path, whole: Whole) -> None:
     shutil.copytree(whole() / "runs", tmp_path / "runs")
     run, chance = run_directory(tmp_path), random.Random(3)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sae_train.config import BlockLayerConfig, ModuleLayerConfig, SaeConfig
+from sae_train.config import BlockLayerConfig, ModuleLayerConfig, SaeConfig, differing
 from sae_train.formats.suite import WIDTH, suite_entry, suite_table
 from tools.small_runs import run_config
 
@@ -20,10 +20,11 @@ def sae_config(**changes: Any) -> SaeConfig:
 
 
 def entry(name: str, figures: dict[str, Any] | None = None, *, config: SaeConfig | None = None,
-          site: str = "residual2", source: dict[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
+          site: str = "residual2", source: dict[str, Any] | None = None,
+          settings: dict[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
     return suite_entry(
         name, FIGURES if figures is None else figures, config or sae_config(), site=site, d_model=16, n_features=64,
-        tokens=640, source=SOURCE if source is None else source,
+        tokens=640, source=SOURCE if source is None else source, settings=settings or {},
     )  # fmt: skip
 
 
@@ -35,6 +36,15 @@ def test_an_entry_names_the_sae_its_figures_and_its_origin() -> None:
         "dead_fraction": 0.01, "path": "saes/a",
     }  # fmt: skip
     assert json.loads(json.dumps(entry("a"))) == entry("a")
+
+
+def test_an_entry_holds_the_settings_in_which_saes_differ() -> None:
+    slow = replace(sae_config(), optimizer=replace(sae_config().optimizer, lr=1e-4))
+    found = differing({"a": sae_config(), "b": slow, "c": sae_config(k=16.0)})
+    assert found == {"a": {"optimizer.lr": sae_config().optimizer.lr}, "b": {"optimizer.lr": 1e-4},
+                     "c": {"optimizer.lr": sae_config().optimizer.lr}}  # fmt: skip
+    assert entry("b", settings=found["b"])["settings"] == {"optimizer.lr": 1e-4}
+    assert differing({"a": sae_config(), "b": sae_config(k=8.0)}) == {"a": {}, "b": {}}
 
 
 def test_what_does_not_apply_is_absent() -> None:

@@ -22,7 +22,7 @@ def slow(value: str) -> Any:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["sparsifier=mutual_choice"],
+        pytest.param(["sparsifier=mutual_choice"], marks=pytest.mark.slow),
         pytest.param(["checkpoint.beside=true"], marks=pytest.mark.slow),
         pytest.param(
             ["sparsifier=feature_choice", "budget=zipf", "sparsifier.after=0.5"],

@@ -164,14 +164,24 @@ def test_one_harvest_serves_all_saes_and_the_slowest_rank_counts(planned: Callab
     sent = two.found.training["communication"]
     assert two.found.training_seconds - sent == pytest.approx(max(of_rank.values()))
     assert sum(two.found.harvest.values()) < sum(one.found.harvest.values())
-    ranks = re.findall(r"^residual2 .* ([01]) +[\d.]+$", two.text, flags=re.MULTILINE)
+    ranks = re.findall(r"^residual2 .* ([01]) +[\d.]+  seed=\d+$", two.text, flags=re.MULTILINE)
     assert ranks == [str(rank) for rank in (two.plan.owners[name] for name in two.plan.saes)]
 
 
 def test_the_text_of_several_saes_is_a_table_of_narrow_lines(planned: Callable[..., Planned]) -> None:
     text = planned(hardware=TABLE["h100"]).text
     table = text.split("\n\n")[1].splitlines()
-    assert table[0].split() == ["site", "sparsifier", "sparsity", "features", "parameters", "ms", "a", "step"]
+    assert table[0].split() == [
+        "site",
+        "sparsifier",
+        "sparsity",
+        "features",
+        "parameters",
+        "ms",
+        "a",
+        "step",
+        "settings",
+    ]
     assert [int(line.split()[4].replace(",", "")) for line in table[1:]] == WIDTHS
     assert max(map(len, table)) <= 100
     for word in ("predicted for", "no GPU has been measured", "tokens/s", "hours", "an SAE", "language model"):
@@ -218,3 +228,37 @@ def test_the_command_prints_time_and_cost_for_hardware_and_devices(tmp_path: Pat
     assert "2, layout data" in done.stdout
     assert done.stdout.count("mutual_choice") == 8
     assert re.search(r"cost +\$[\d.e-]+, \$[\d.e-]+ an SAE, at \$3.50 an hour of one h200", done.stdout)
+
+
+def test_a_gpu_overlaps_unless_prefetching_is_off(rows: Path) -> None:
+    both = {}
+    for prefetch in ("null", "0"):
+        config = compose_config(["harvest=tensors", f"harvest.path={rows / '32'}", "n_features=256", "k=8",
+                                 "batch_tokens=512", "tokens=5120", f"harvest.prefetch={prefetch}"])  # fmt: skip
+        facts = check_stream(config.source, n_ranks=1)
+        plan = plan_of(config, facts, n_ranks=1, hardware=TABLE["h100"])
+        predicted = predict(plan, config.source, facts, TABLE["h100"])
+        harvest = sum(predicted.harvest.values())
+        both[prefetch] = predicted.step_seconds, predicted.training_seconds, harvest
+        text = describe(plan, config.source, path="runs/x", prediction=predicted)
+        assert ("at the same time" in text) == (prefetch == "null")
+        assert ("on h100 in a background thread" in text) == (prefetch == "null")
+    ahead, after = both["null"], both["0"]
+    assert ahead[0] == pytest.approx(max(ahead[1:]))
+    assert after[0] == pytest.approx(sum(after[1:]))
+
+
+def test_a_mesh_for_devices_needs_its_columns() -> None:
+    typed = ["dry_run=true", "plan.hardware=h100", "plan.devices=4", "parallel=mesh"]
+    with pytest.raises(ConfigError, match=r"Type parallel.feature_ranks"):
+        compose_config(typed)
+    compose_config([*typed, "parallel.feature_ranks=2"])
+    compose_config(["parallel=mesh"])
+
+
+def test_the_table_tells_saes_apart(tmp_path: Path, command: Command) -> None:
+    done = command(*tiny_run(tmp_path), "dry_run=true", "grid={optimizer.lr:[1e-3,2e-3],seed:[0,1]}")
+    assert done.status == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "mutual_choice" in line]
+    assert len(lines) == len(set(lines)) == 4
+    assert sum("optimizer.lr=0.002" in line and "seed=1" in line for line in lines) == 1
