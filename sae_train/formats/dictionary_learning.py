@@ -167,6 +167,8 @@ def _native(file: Path, tensors: Mapping[str, Any], layout: Layout, name: str) -
     W_enc, W_dec, b_enc = tensors[layout.W_enc], tensors[layout.W_dec], tensors[layout.b_enc]
     if is_linear:
         W_enc, W_dec = W_enc.t(), W_dec.t()
+    if "group_sizes" in layout.numbers:
+        _check_groups(file, tensors["group_sizes"], F)
     threshold: Tensor | None = torch.zeros_like(b_enc)
     k = _number(file, tensors, "k") if "k" in layout.numbers else 0.0
     if name == "AutoEncoderTopK":
@@ -181,6 +183,13 @@ def _native(file: Path, tensors: Mapping[str, Any], layout: Layout, name: str) -
         threshold = torch.full_like(b_enc, max(0.0, _number(file, tensors, "threshold")))
     return native_sae(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=tensors[layout.b_dec], threshold=threshold, k=k,
                       shifts_input=layout.shifts_input, folds_rows=layout.folds_rows)  # fmt: skip
+
+
+def _check_groups(file: Path, sizes: Any, F: int) -> None:
+    """Refuse groups that leave out features: those would never be active."""
+    is_small = isinstance(sizes, Tensor) and sizes.numel() <= F and is_plain(sizes) and not sizes.is_complex()
+    if not is_small or sizes.sum().item() != F:
+        raise CheckpointError(f"{file}: group_sizes do not sum to the {F} features of its tensors. Give another file.")
 
 
 def _number(file: Path, tensors: Mapping[str, Any], name: str) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_train.errors import CheckpointError
 from sae_train.formats.durable import write_text
-from sae_train.formats.folding import has_unit_rows, native_sae
+from sae_train.formats.folding import has_unit_rows, has_zero_rows, native_sae
 from sae_train.formats.foreign import Opened, Origin, manifest_of, refusal_of_k
 from sae_train.formats.manifest import ActivationSource, SaeManifest
 from sae_train.formats.reading import (
@@ -106,12 +106,14 @@ def read(file: Path) -> Opened:
     if factor != 1:
         W_enc, W_dec, b_dec = W_enc.double() * factor, W_dec.double() / factor, b_dec.double() / factor
     by_norm = flag(path, header, "sparsity_include_decoder_norm", default=True)
+    if by_norm and has_zero_rows(W_dec):
+        raise CheckpointError(f"{file}: W_D has rows of zeros, by whose norm Llamascopium divides: its codes are NaN. "
+                              "Remove these features.")  # fmt: skip
     threshold = None if rule == "topk" else torch.zeros_like(b_enc)
     if rule == "jumprelu":
         threshold = tensors[THRESHOLD].double().exp()
         if by_norm and not has_unit_rows(W_dec):  # compared with pre-activations times the norms of the stored rows
-            norm_F = tensors["W_D"].double().norm(dim=1)
-            threshold = threshold / torch.where(norm_F > 0, norm_F, 1)
+            threshold = threshold / tensors["W_D"].double().norm(dim=1)
     folds = by_norm or rule != "topk"
     sae = native_sae(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec, threshold=threshold, k=k,
                      shifts_input=False, folds_rows=folds)  # fmt: skip

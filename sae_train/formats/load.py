@@ -11,7 +11,7 @@ from sae_train.errors import CheckpointError, suggest
 from sae_train.formats import hub_files, native
 from sae_train.formats.folding import NotFinite
 from sae_train.formats.foreign import Format, Opened
-from sae_train.formats.reading import explained
+from sae_train.formats.reading import explained, listed
 from sae_train.formats.record import name_in, with_record
 from sae_train.formats.registry import FORMATS
 from sae_train.hub import SCHEME, address_of
@@ -84,21 +84,41 @@ def find_foreign(path: Path, name: str | None = None) -> tuple[Format, Path]:
         by_record = [(each, file) for each, file in found.values() if name_in(file.parent) == name]
         if len(by_record) == 1:
             return by_record[0]
+    files = {} if found else _files_in(path)
+    if name in files:
+        return files[str(name)]
+    if files:
+        wrong = "" if name is None else f", and none is named {name!r}"
+        raise CheckpointError(f"{path}: holds {len(files)} files that may be an SAE each{wrong}. Give the name of one, "
+                              f"as in load(PATH, NAME): {listed(files)}.")  # fmt: skip
     if not found:
         raise CheckpointError(
             f"{path}: holds no SAE of a known format: ours (sae.json), {', '.join(FORMATS)}. Give its directory."
         )
-    listed = "".join(f"\n  {each}" for each in found)
+    folders = "".join(f"\n  {each}" for each in found)
     if name is not None:
-        raise CheckpointError(f"{path}: holds no SAE {name!r}.{suggest(name, found) or listed}")
+        raise CheckpointError(f"{path}: holds no SAE {name!r}.{suggest(name, found) or folders}")
     if len(found) > 1:
-        raise CheckpointError(f"{path}: holds {len(found)} SAEs. Give the name of one, as in load(PATH, NAME).{listed}")
+        raise CheckpointError(
+            f"{path}: holds {len(found)} SAEs. Give the name of one, as in load(PATH, NAME).{folders}"
+        )
     return next(iter(found.values()))
 
 
 def foreign_saes(path: Path) -> dict[str, tuple[Format, Path]]:
     """Return the format and the main file of each SAE of a foreign format at or below `path`, by its folder."""
     return {_name_of(file, path): (each, file) for each, file in _all(path, DEEPEST)}
+
+
+def _files_in(path: Path) -> dict[str, tuple[Format, Path]]:
+    """Return the format of each file in a directory with several SAEs, such as Qwen Scope's layers, by its name."""
+    with explained(path):
+        files = sorted(path.iterdir()) if path.is_dir() else []
+        return {file.name: (each, file) for file in files for each in FORMATS.values() if _is_file_of(each, file)}
+
+
+def _is_file_of(each: Format, file: Path) -> bool:
+    return file.is_file() and each.find(file) is not None
 
 
 def _name_of(file: Path, path: Path) -> str:

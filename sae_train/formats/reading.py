@@ -4,10 +4,12 @@ Every reader gets its JSON and tensors here, checked for keys, kinds and shapes.
 """
 
 import json
+import lzma
 import math
 import pickle
 import re
 import reprlib
+import struct
 import tokenize
 import zipfile
 import zlib
@@ -41,8 +43,8 @@ ARCHIVE = b"PK\x03\x04"
 """First bytes of a file of torch.save. Files of torch before 1.6 are bare pickles."""
 
 
-UNREADABLE = (OSError, ValueError, EOFError, MemoryError, OverflowError, RuntimeError, SafetensorError,
-              zipfile.BadZipFile, zlib.error, SyntaxError, tokenize.TokenError)  # fmt: skip
+UNREADABLE = (OSError, ValueError, EOFError, MemoryError, OverflowError, RuntimeError, SafetensorError, SyntaxError,
+              zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError)  # fmt: skip
 """What the libraries raise for damaged files. RuntimeError: torch, and JSON that is nested too deeply."""
 
 _QUOTED = reprlib.Repr()

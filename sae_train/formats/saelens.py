@@ -38,6 +38,8 @@ VERSION = "6.54.12"
 WEIGHTS, HEADER = "sae_weights.safetensors", "cfg.json"
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated")
 NO_NORMALISATION = (None, "none", False)
+DEFAULT_K = 100
+"""What its loader takes where the header has no k."""
 OLD_NAMES = {"activation_fn_str": "activation_fn", "hook_point": "hook_name"}
 """Keys that versions before 6 wrote, and the later names."""
 
@@ -112,7 +114,7 @@ def read(file: Path) -> Opened:
             raise CheckpointError(f"{path}: {key}={header[key]}, and the tensors have {size}. Correct the header.")
     folds_rows = True
     if architecture == "topk":
-        k = float(whole_number(path, header, "k"))
+        k = float(whole_number(path, {"k": DEFAULT_K} | header, "k"))
         folds_rows = flag(path, header, "rescale_acts_by_decoder_norm", default=False)
         if folds_rows and has_zero_rows(tensors["W_dec"]):
             raise CheckpointError(f"{file}: W_dec has rows of zeros, by whose norm SAELens divides: its codes are NaN. "
@@ -122,6 +124,8 @@ def read(file: Path) -> Opened:
     sae = native_sae(W_enc=W_enc, b_enc=b_enc, W_dec=tensors["W_dec"], b_dec=tensors["b_dec"], threshold=threshold,
                      k=k, shifts_input=shifts, folds_rows=folds_rows)  # fmt: skip
     assumed = precision_note(tensors)
+    if architecture == "topk" and "k" not in header:
+        assumed += (f"k={DEFAULT_K}, because the header has none; SAELens takes the same.",)
     if "apply_b_dec_to_input" not in header:
         assumed += ("apply_b_dec_to_input is not given; SAELens takes it as true.",)
     metadata = header["metadata"]
