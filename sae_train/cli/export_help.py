@@ -104,6 +104,13 @@ def parse(arguments: list[str]) -> Options | None:
     flags = [text for text in unknown if text.startswith("-")]
     problems = [_unknown(text, known) for text in flags or unknown]  # other texts may be the values of these flags
     options = vars(found)
+    given = [text.partition("=")[0] for text in arguments]
+    problems += [f"{name}: given {given.count(name)} times. Give it once." for name in known if given.count(name) > 1]
+    problems += [
+        f"{'RUN' if name == 'run' else f'--{name}'}: has no value. Give one, or remove it."
+        for name, value in options.items()
+        if value == ""
+    ]
     problems += _wrong(options)
     if not unknown:  # it may be among these, misspelt
         problems += _missing(options)

@@ -258,6 +258,22 @@ def test_a_wrong_argument_ends_with_status_2_and_a_message(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sae", "a", "--sae", "b"], "--sae: given 2 times"),
+        (["--model="], "--model: has no value"),
+        (["--out", "", "--model", "m"], "--out: has no value"),
+    ],
+)
+def test_a_flag_that_is_repeated_or_empty_is_named(export, tmp_path: Path, flags: list[str], message: str) -> None:
+    write_sae(tmp_path / "sae")
+    out = [] if "--out" in flags else ["--out", tmp_path / "out"]
+    done = export(tmp_path / "sae", "--to", "saelens", *out, *flags)
+    assert (done.status, list(tmp_path.iterdir())) == (2, [tmp_path / "sae"])
+    assert message in done.stderr
+
+
 def test_help_lists_the_formats_and_needs_no_torch(export) -> None:
     assert descriptions() == {name: each.HOLDS for name, each in FORMATS.items()}
     shown = export("--help").stdout
