@@ -12,7 +12,7 @@ from sae_train.formats.citations import PAPERS, bibtex
 from sae_train.formats.durable import write_text
 from sae_train.formats.foreign import GIVES_ONE, UNKNOWN_MODEL
 from sae_train.formats.own import NAME as OUR_FORMAT
-from sae_train.formats.reading import read_json
+from sae_train.formats.reading import MOST, read_json
 from sae_train.hub import local_path
 
 FILE = "README.md"
@@ -66,7 +66,8 @@ def write_card(
         loading_section(repo=repo, folder=folders[0], format_name=format_name, able=able),
         _citation(records),
     ]
-    write_text(directory / FILE, "\n\n".join(part for part in parts if part) + "\n")
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    write_text(directory / FILE, text.encode("utf-8", "replace").decode("utf-8"))  # the Hub takes UTF-8 alone
 
 
 def _front_matter(records: Sequence[Mapping[str, Any]], format_name: str, license_name: str | None) -> str:
@@ -177,7 +178,7 @@ def _number(value: Any) -> str | None:
 
 def _figures(content: Mapping[str, Any]) -> str:
     figures = content["sae"].get("figures", {})
-    rows = [(key, figures[key]) for key in FIGURES if isinstance(figures.get(key), int | float)]
+    rows = [(key, figures[key]) for key in FIGURES if _is_figure(figures.get(key))]
     if not rows:
         return ""
     lines = [f"| {FIGURES[key][0]} | {_form(key, value)} | {FIGURES[key][1]} |" for key, value in rows]
@@ -188,6 +189,11 @@ HELD_OUT = (
     "Of held-out data: thresholds were set on one half of it, and the figures come from the other half. x is an "
     "activation, and x_hat its reconstruction."
 )
+
+
+def _is_figure(value: Any) -> bool:
+    """Return whether a value can stand in a table: records of foreign files may hold any."""
+    return isinstance(value, int | float) and abs(value) < MOST
 
 
 def _form(key: str, value: Any) -> str:
@@ -207,7 +213,7 @@ def _suite(records: Sequence[Mapping[str, Any]], folders: Sequence[PurePosixPath
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
     for each, folder in zip(records, folders, strict=True):
         figures = each["sae"].get("figures", {})
-        cells = [_form(key, figures[key]) if key in figures else "-" for key in OF_A_SUITE]
+        cells = [_form(key, figures[key]) if _is_figure(figures.get(key)) else "-" for key in OF_A_SUITE]
         lines.append(f"| {' | '.join([f'`{folder}`', format(each['sae']['n_features'], ','), *cells])} |")
     return "\n".join(["## The autoencoders", "", *lines])
 

@@ -64,7 +64,12 @@ def reason_of(error: Exception) -> str:
     """Return the first line of an error for a message, without control characters. Damaged files are quoted in it."""
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else type(error).__name__
-    return "".join(each if each.isprintable() else "?" for each in text[: 4 * LONGEST])
+    return printable(text[: 4 * LONGEST])
+
+
+def printable(text: str) -> str:
+    """Return a text out of a file without control characters, which could change a terminal."""
+    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -165,7 +170,9 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Tensor:
         if dtype.kind != "f" or dtype.itemsize > 8:
             raise ValueError(f"{name} holds {dtype}, not floating-point numbers of at most 64 bits")
         n_bytes = member.file_size - file.tell()
-        if math.prod(shape) * dtype.itemsize != n_bytes:  # checked before anything of that size is made
+        if (
+            any(isinstance(size, bool) for size in shape) or math.prod(shape) * dtype.itemsize != n_bytes
+        ):  # checked before anything of that size is made
             raise ValueError(f"{name} claims the shape {list(shape)} and holds {n_bytes:,} bytes")
         array = np.frombuffer(file.read(n_bytes), dtype=dtype).reshape(shape, order="F" if is_fortran else "C")
     return torch.from_numpy(np.array(array, dtype=dtype.newbyteorder("="), order="C"))

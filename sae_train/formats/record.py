@@ -14,7 +14,7 @@ from sae_train.errors import CheckpointError
 from sae_train.formats.durable import write_text
 from sae_train.formats.foreign import Opened, Origin
 from sae_train.formats.manifest import SaeManifest
-from sae_train.formats.reading import explained, read_json, reason_of, short
+from sae_train.formats.reading import explained, printable, read_json, reason_of, short
 
 FILE = "sae_train.json"
 FIGURES = ("l0", "fvu", "delta_ce", "dead_fraction")
@@ -96,8 +96,12 @@ def run_in(record: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the entries of a run's config.yaml that a record holds, in the form that `record_of` takes."""
     if not isinstance(record.get("config"), dict):
         return None
-    plan = record.get("plan")
-    return {"config": record["config"], "plan": plan if isinstance(plan, dict) else {}, "provenance": record.get("run")}
+    plan, run = record.get("plan"), record.get("run")
+    return {
+        "config": record["config"],
+        "plan": plan if isinstance(plan, dict) else {},
+        "provenance": run if isinstance(run, dict) else None,
+    }
 
 
 def name_in(directory: Path) -> str | None:
@@ -108,8 +112,12 @@ def name_in(directory: Path) -> str | None:
 
 
 def is_plain_name(name: str) -> bool:
-    """Return whether a name is one folder's: without separators, control characters or a dot in front."""
-    return re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,199}", name) is not None
+    """Return whether a name is one folder's: without separators, control characters or a dot in front.
+
+    The halves of surrogate pairs that stand for no byte are in no name of a file either.
+    """
+    bad = r"/\\\x00-\x1f\ud800-\udc7f\udd00-\udfff"
+    return re.fullmatch(rf"[^.{bad}][^{bad}]{{0,199}}", name) is not None
 
 
 def suite_paths(path: Path) -> list[tuple[str, str]]:
@@ -162,5 +170,5 @@ def with_record(opened: Opened, directory: Path, *, format_name: str) -> Opened:
         reason = ", ".join(differ) or f"it is of an export to {short(record.get('format'))}"
         raise CheckpointError(f"{path}: is the record of another SAE: {reason}. Remove it, or export again.")
     opened.sae.k = recorded.k
-    sentences = tuple(str(each) for each in assumed)
+    sentences = tuple(printable(str(each)) for each in assumed)
     return Opened(sae=opened.sae, manifest=recorded, format_name=format_name, assumed=sentences)

@@ -210,6 +210,25 @@ def test_damage_within_a_compressed_array(method: int, tmp_path: Path) -> None:
             sae_train.load(file)
 
 
+@pytest.mark.parametrize(
+    "shape", ["(True, 84)", "(-7, -12)", "(84,)", "(7, 12, 1)", "(0, 5)", "(7.0, 12)", "(7, 12", "3"]
+)
+def test_shapes_of_arrays_that_are_none(shape: str, tmp_path: Path) -> None:
+    file = write("gemma_scope", tmp_path / "sae")
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    before = members["W_enc.npy"]
+    assert b"(7, 12), }" in before
+    length = len(before) - 7 * 12 * 4
+    header = before[:length].replace(b"(7, 12), }", f"{shape}, }}".encode())
+    members["W_enc.npy"] = header.rstrip().ljust(length - 1)[: length - 1] + b"\n" + before[length:]
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(CheckpointError, match=f"^{file}: "):
+        sae_train.load(file)
+
+
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.just(10**400), st.floats(),
                     st.text(max_size=8), st.sampled_from(["topk", "relu", "none", "../x", "x" * 3000]))  # fmt: skip
 ANY_JSON = st.recursive(

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sae_train
-from sae_train.cli.export import run_command
 from sae_train.errors import CheckpointError
 from sae_train.formats.record import FILE
 from sae_train.formats.registry import FORMATS
@@ -246,27 +245,6 @@ def test_a_directory_with_a_name_of_openai(tmp_path: Path) -> None:
     file = write("openai", tmp_path / "sae")
     (file.parent / "other.pt").mkdir()
     assert sae_train.load(file.parent).config["format"] == "openai"
-
-
-DAMAGED = [{"assumed": 3}, {"assumed": None}, {"assumed": "text"}, {"name": [1]}, {"name": {}}, {"format": [1]},
-           {"config": []}, {"config": {}, "plan": 3}, {"config": {}, "plan": None}, {"config": {}, "run": []},
-           {"files": 3}, {"files": None}, {"files": [[1]]}, {"sae": []}, {"site": 10**400}]  # fmt: skip
-
-
-@pytest.mark.parametrize("change", DAMAGED, ids=str)
-def test_a_damaged_record_is_a_message_everywhere(
-    change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = write("saelens", tmp_path / "sae")
-    own = manifest_of(random_sae(d_model=7, n_features=12)).as_json()
-    (file.parent / FILE).write_text(json.dumps({"format": "saelens", "name": "one", "sae": own} | change))
-    status = run_command([str(file.parent), "--to", "saelens", "--out", str(tmp_path / "out")])
-    assert status == 0 or (status == 2 and str(file.parent / FILE) in capsys.readouterr().err)
-    assert (tmp_path / "out").exists() == (status == 0)
-    write_sae(tmp_path / "ours")
-    before = {each: each.read_bytes() for each in file.parent.iterdir()}
-    assert run_command([str(tmp_path / "ours"), "--to", "saelens", "--out", str(file.parent)]) == 2
-    assert {each: each.read_bytes() for each in file.parent.iterdir()} == before
 
 
 def test_our_own_files_are_read_as_carefully(tmp_path: Path) -> None:
