@@ -104,7 +104,7 @@ def test_a_run_shows_what_it_left(tmp_path: Path, capsys: pytest.CaptureFixture[
     began = time.monotonic()
     again = sae_train.train(*settings)
     assert time.monotonic() - began < 2
-    assert "already finished: " in capsys.readouterr().out
+    assert "already finished:" in capsys.readouterr().out
     assert again.summary == run.summary
     assert sae_train.Run(str(run.path)).summary == run.summary
 

@@ -71,6 +71,7 @@ def test_a_damaged_checkpoint_falls_back_and_ends_alike(tmp_path: Path) -> None:
     assert rows(torn) == rows(whole)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, command: Command) -> None:
     """Of the same shapes even, as someone has who copies a directory to begin from there."""
     arguments = rows_run(tmp_path)
