@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = "d7680a00f13626c1f249fe9bf60e0099f28cdb56"
+BASE = "37eb130"
 """Subjects of commits up to this one are not checked."""
 LONGEST_SUBJECT = 72
 RETURN = re.compile(r"\bReturns?:?\s+(?:what|which|where|how|who|whom|whose|why|when)\b")

@@ -176,7 +176,7 @@ def _run_one(point: "Point", name: str, record: outcome.Record, *, goes_on: bool
     except UserError as error:
         complain(f"{before}{error}", everywhere=isinstance(error, Preempted))
         return End(status=error.status, problem=f"{before}{error}", in_use=isinstance(error, DirectoryInUse))
-    except Exception as error:
+    except Exception as error:  # a fault of this program ends one run of a sweep, with its traceback, not the sweep
         if not goes_on:
             raise
         traceback.print_exc()

@@ -67,7 +67,7 @@ def _fetched(address: Address, name: str | None, *, every: bool) -> Path:
         api = HfApi()
         commit = api.repo_info(address.repo, revision=address.revision).sha
         paths = api.list_repo_files(address.repo, revision=commit)
-    except Exception as error:
+    except Exception as error:  # see `fetch`; only a lack of network is dealt with here
         if not is_offline(error):
             raise
         paths = _cached(address)

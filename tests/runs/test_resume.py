@@ -18,21 +18,19 @@ def slow(value: str) -> Any:
     return pytest.param(value, marks=pytest.mark.slow)
 
 
-MUTUAL = ["sparsifier=mutual_choice"]
-ZIPF = ["sparsifier=feature_choice", "budget=zipf", "sparsifier.after=0.5"]
-
-
-@pytest.mark.slow
+@pytest.mark.parametrize("n_ranks", [1, pytest.param(2, marks=[pytest.mark.multirank, pytest.mark.slow])])
 @pytest.mark.parametrize(
-    ("n_ranks", "arguments"),
+    "arguments",
     [
-        pytest.param(1, MUTUAL, id="mutual_choice-1"),
-        pytest.param(2, MUTUAL, id="mutual_choice-2", marks=pytest.mark.multirank),
-        pytest.param(1, ["checkpoint.beside=true"], id="written beside-1"),
-        pytest.param(1, ZIPF, id="feature_choice-1"),
-        pytest.param(2, ZIPF, id="feature_choice-2", marks=pytest.mark.multirank),
-        pytest.param(1, ["sparsifier=gradient"], id="gradient-1"),
+        ["sparsifier=mutual_choice"],
+        pytest.param(["checkpoint.beside=true"], marks=pytest.mark.slow),
+        pytest.param(
+            ["sparsifier=feature_choice", "budget=zipf", "sparsifier.after=0.5"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["sparsifier=gradient"], marks=pytest.mark.slow),
     ],
+    ids=["mutual_choice", "written beside", "feature_choice", "gradient"],
 )
 def test_killed_runs_end_bitwise_alike(tmp_path: Path, n_ranks: int, arguments: list[str]) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
@@ -73,7 +71,6 @@ def test_a_damaged_checkpoint_falls_back_and_ends_alike(tmp_path: Path) -> None:
     assert rows(torn) == rows(whole)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, command: Command) -> None:
     """Of the same shapes even, as someone has who copies a directory to begin from there."""
     arguments = rows_run(tmp_path)

@@ -13,6 +13,7 @@ from tools.tiny_runs import rows_run, tiny_run
 
 GRID = "grid={layer:[residual,mlp,attention],layer.index:[1,2],k:[4,8]}"
 ALONE = {
+    "residual1.mutual_choice.k8.f256.s0": ["layer=residual", "layer.index=1", "k=8"],
     "attention2.mutual_choice.k4.f256.s0": ["layer=attention", "layer.index=2", "k=4"],
 }
 """SAEs of the grid, with the settings that train each of them alone."""
